@@ -1,0 +1,34 @@
+# Needs nothing but Python (3.11 or newer) and make; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out/demo
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test check clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' ruff basedpyright
+	@touch $@
+
+# The notebook with the demo corpus, at the size that learns something.
+demo: setup
+	@mkdir -p $(OUT)
+	$(BIN)/papermill notebooks/pretrain.ipynb $(OUT)/pretrain.ipynb --kernel python3 \
+		--log-output --no-progress-bar \
+		-p out_dir $(OUT) -p max_steps None -p epochs 1
+	@echo "Open $(OUT)/pretrain.ipynb for the curve; the run is in $(OUT)/pretrain_128."
+
+test: setup
+	$(BIN)/python -m pytest --nbmake --nbmake-kernel=python3 tests notebooks
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv out build dist *.egg-info

@@ -1,0 +1,23 @@
+"""What a run is: its settings, the known shapes and recipes, and how they combine.
+
+Standard library only, so that a front end can build, check and explain a
+configuration without loading torch.
+"""
+
+from .fields import TrainConfig, kinds, resolve
+from .presets import CHANGEABLE_ON_RESUME, PRESETS, RECIPES, SHAPE_FIELDS, STAGES
+from .problems import describe_unknown
+from .resolution import count_parameters
+
+__all__ = [
+    "CHANGEABLE_ON_RESUME",
+    "PRESETS",
+    "RECIPES",
+    "SHAPE_FIELDS",
+    "STAGES",
+    "TrainConfig",
+    "count_parameters",
+    "describe_unknown",
+    "kinds",
+    "resolve",
+]

@@ -1,0 +1,229 @@
+"""`TrainConfig`: every setting of a run, flat and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+import os
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from .presets import SHAPE_FIELDS
+from .problems import Kinds, describe_unknown, find_problems, list_problems
+from .resolution import fill_defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of a run; None means "the default for this stage and shape".
+
+    Steps are optimizer steps everywhere (MiniMind counts micro-batches). Raises one
+    `ValueError` that lists all problems found.
+    """
+
+    stage: str = "pretrain"
+    """What is trained for: "pretrain"."""
+    data_path: str | None = None
+    """JSON Lines file with one {"text": "…"} a line; "demo" for the embedded corpus."""
+    val_path: str | None = None
+    """Validation file in the same format, instead of a held-out part of data_path."""
+    tokenizer: str | None = None
+    """A tokenizer.json or Hugging Face folder; the shipped 6400 entries unless set."""
+    out_dir: str = "out"
+    """Folder for weights and run folders; relative to the working folder."""
+    run_name: str | None = None
+    """Name of the run folder in out_dir; {stage}_{hidden_size}[_moe] unless set."""
+    resume: str | bool = "auto"
+    """"auto" goes on with the run found there, false sets it aside and starts anew,
+    a path copies that run into out_dir and goes on with it."""
+    allow_change: tuple[str, ...] = ()
+    """Names of settings that may differ from the run that is resumed."""
+    preset: str | None = None
+    """Model shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3 or
+    minimind-3-moe."""
+    recipe: str | None = None
+    """Optimisation settings: demo or minimind."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Number of transformer blocks."""
+    num_attention_heads: int | None = None
+    """Query heads a layer."""
+    num_key_value_heads: int | None = None
+    """Key and value heads a layer; divides num_attention_heads."""
+    head_dim: int | None = None
+    """Width of a head; hidden_size / num_attention_heads unless set."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer, of each expert too; 3 · hidden_size unless set."""
+    vocab_size: int | None = None
+    """Rows of the embedding; the tokenizer's entries unless set."""
+    max_position_embeddings: int | None = None
+    """Longest context in tokens the model states it can take."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies."""
+    rms_norm_eps: float | None = None
+    """Epsilon of the RMS norms."""
+    dropout: float | None = None
+    """Dropout probability."""
+    qk_norm: bool | None = None
+    """Whether queries and keys are RMS-normalised (MiniMind's third generation)."""
+    use_moe: bool | None = None
+    """Whether feed-forward layers are mixtures of experts."""
+    n_routed_experts: int | None = None
+    """Experts a mixture layer chooses from."""
+    num_experts_per_tok: int | None = None
+    """Experts chosen for a token."""
+    n_shared_experts: int | None = None
+    """Experts every token passes besides."""
+    aux_loss_alpha: float | None = None
+    """Weight of the load-balancing loss, summed over layers."""
+    seq_aux: bool | None = None
+    """Balance per sequence (second generation) or over the batch (third)."""
+    norm_topk_prob: bool | None = None
+    """Whether the weights of the chosen experts are normalised to one."""
+    inference_rope_scaling: bool | None = None
+    """Whether YaRN stretches the rotary frequencies."""
+    max_seq_len: int | None = None
+    """Tokens a packed row holds, and so the length of context trained on."""
+    document_mask: bool | None = None
+    """Whether the documents in a packed row are hidden from each other."""
+    epochs: int | None = None
+    """Passes over the training documents."""
+    batch_size: int | None = None
+    """Rows a process takes in one micro-step; the global batch is batch_size ×
+    accumulation_steps × num_processes."""
+    accumulation_steps: int | None = None
+    """Micro-steps whose gradients are summed in one optimizer step."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    min_learning_rate: float | None = None
+    """Learning rate at the end of the cosine; a tenth of the peak unless set."""
+    warmup_iters: int | None = None
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float | None = None
+    """AdamW's decay, on matrices only."""
+    beta1: float | None = None
+    """AdamW's decay rate of the first moment."""
+    beta2: float | None = None
+    """AdamW's decay rate of the second moment."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient; 0 never clips."""
+    max_steps: int | None = None
+    """Cap on optimizer steps, and then the horizon of the schedule."""
+    seed: int = 42
+    """Seed of initialisation, order and dropout."""
+    val_fraction: float = 0.01
+    """Share of the documents held out for validation, chosen by content."""
+    eval_tokens: int | None = None
+    """Most text tokens a validation looks at."""
+    eval_interval: int | None = None
+    """Optimizer steps between validations; one is made at step 0 and at the end too."""
+    log_interval: int | None = None
+    """Optimizer steps between rows of metrics."""
+    save_interval: int | None = None
+    """Optimizer steps between checkpoints; one is written at the end too."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, besides the one of lowest validation loss; at least 2."""
+    max_session_hours: float | None = None
+    """Hours after which the run saves and stops; 11.5 on Kaggle, none elsewhere. The
+    clock of Kaggle and Colab starts with the kernel."""
+    device: str | None = None
+    """"cuda" or "cpu"; every GPU there is unless set."""
+    num_processes: int | None = None
+    """Worker processes: one a GPU, or one on a CPU, unless set."""
+    dtype: str | None = None
+    """Precision of products: float16, bfloat16 or float32; by hardware unless set."""
+    max_skipped_steps: int = 20
+    """Non-finite steps in a row after which the run is ended."""
+    hang_timeout_seconds: float = 1800.0
+    """Seconds a process may keep the others waiting before the run is ended."""
+    on_bad_line: str = "error"
+    """"error" refuses a file with a malformed line, "skip" leaves such lines out."""
+    max_bad_fraction: float = 0.01
+    """Largest share of malformed lines that on_bad_line="skip" accepts."""
+
+    def __new__(cls, **settings: Any) -> TrainConfig:
+        known = kinds()
+        problems = [describe_unknown(n, known) for n in settings if n not in known]
+        if problems:
+            given = {n: _plain(settings[n]) for n in settings if n in known}
+            raise ValueError(list_problems(problems + find_problems(given, known)))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _plain(value))
+        problems = find_problems(self.explicit(), kinds())
+        if problems:
+            raise ValueError(list_problems(problems))
+
+    def explicit(self) -> dict[str, Any]:
+        """The settings that differ from the dataclass's defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of one optimizer step over all processes (of a resolved configuration)."""
+        assert self.batch_size and self.accumulation_steps and self.num_processes
+        return self.batch_size * self.accumulation_steps * self.num_processes
+
+    def shape(self) -> dict[str, Any]:
+        """The settings that describe the model, by `MiniMindConfig`'s names."""
+        return {name: getattr(self, name) for name in SHAPE_FIELDS}
+
+    @property
+    def weights_suffix(self) -> str:
+        """What MiniMind appends to a weights file's name, such as "512_moe"."""
+        return f"{self.hidden_size}{'_moe' if self.use_moe else ''}"
+
+
+@functools.cache
+def kinds() -> Kinds:
+    """The types each field of `TrainConfig` may have, None among them."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {
+        field.name: _members(hints[field.name])
+        for field in dataclasses.fields(TrainConfig)
+    }
+
+
+def resolve(cfg: TrainConfig, **machine: Any) -> TrainConfig:
+    """Fill in every default that stands for stage, shape or machine.
+
+    `machine` is what was found here: device, num_processes, dtype, vocab_size. An
+    explicit value, the recipe and the preset go before it. Raises `ValueError`.
+    """
+    return TrainConfig(**fill_defaults(cfg.explicit(), machine))
+
+
+def _members(hint: Any) -> tuple[type, ...]:
+    """The plain types in an annotation such as `str | bool` or `tuple[str, ...]`."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(part) or part for part in parts)
+
+
+def _plain(value: Any) -> Any:
+    """Turn paths, NumPy numbers and lists into what JSON and a shell can hold.
+
+    A string of a class of its own becomes a plain one: where that class was defined in
+    a cell, no worker process could read it.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, int):
+        return float(value)
+    return value

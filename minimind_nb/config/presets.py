@@ -1,0 +1,131 @@
+"""The known model shapes, recipes and stages: tables of defaults, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+    },
+    "minimind2-small": {"hidden_size": 512, "intermediate_size": 1408},
+    "minimind2": {
+        "hidden_size": 768,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2048,
+    },
+    "minimind2-moe": {
+        "hidden_size": 640,
+        "intermediate_size": 1728,
+        "use_moe": True,
+    },
+    "minimind-3": {
+        "hidden_size": 768,
+        "intermediate_size": 2432,
+        "num_key_value_heads": 4,
+        "qk_norm": True,
+    },
+    "minimind-3-moe": {
+        "hidden_size": 768,
+        "intermediate_size": 2432,
+        "num_key_value_heads": 4,
+        "qk_norm": True,
+        "use_moe": True,
+        "num_experts_per_tok": 1,
+        "n_shared_experts": 0,
+        "seq_aux": False,
+    },
+}
+"""Model shapes by name; what a preset leaves out is the stage's default."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # One epoch of the demo corpus in about two minutes on two cores.
+    "demo": {
+        "max_seq_len": 256,
+        "batch_size": 16,
+        "accumulation_steps": 1,
+        "learning_rate": 2e-3,
+        "warmup_iters": 20,
+        "log_interval": 10,
+        "eval_interval": 100,
+        "save_interval": 100,
+        "eval_tokens": 16_384,
+    },
+    # MiniMind's own pretraining settings, in this project's units.
+    "minimind": {
+        "batch_size": 32,
+        "accumulation_steps": 8,
+        "learning_rate": 5e-4,
+        "warmup_iters": 0,
+        "weight_decay": 0.01,
+        "beta2": 0.999,
+        "grad_clip": 1.0,
+    },
+}
+"""Optimisation settings by name; what a recipe leaves out is the stage's default."""
+
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 6400,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "dropout": 0.0,
+        "qk_norm": False,
+        "use_moe": False,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "aux_loss_alpha": 0.01,
+        "seq_aux": True,
+        "norm_topk_prob": True,
+        "inference_rope_scaling": False,
+        "max_seq_len": 512,
+        "document_mask": False,
+        "epochs": 1,
+        "batch_size": 32,
+        "accumulation_steps": 4,
+        "learning_rate": 5e-4,
+        "warmup_iters": 20,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "log_interval": 10,
+        "eval_interval": 250,
+        "save_interval": 500,
+        "eval_tokens": 65_536,
+        "device": "cpu",
+        "num_processes": 1,
+        "dtype": "float32",
+    },
+}
+"""Defaults by stage; the machine's own device, processes and precision go before."""
+
+# A run may go on with other values of these; every other difference is refused.
+CHANGEABLE_ON_RESUME = frozenset(
+    "epochs max_steps save_interval log_interval eval_interval keep_checkpoints "
+    "max_session_hours max_skipped_steps hang_timeout_seconds out_dir run_name resume "
+    "allow_change data_path val_path tokenizer on_bad_line max_bad_fraction device "
+    "num_processes dtype preset recipe".split()
+)
+
+SHAPE_FIELDS = (
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps "
+    "dropout qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts "
+    "aux_loss_alpha seq_aux norm_topk_prob inference_rope_scaling"
+).split()
+
+MIXTURE_FIELDS = (
+    "n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha seq_aux "
+    "norm_topk_prob"
+).split()
+"""Settings that mean something for a mixture of experts only."""

@@ -1,0 +1,146 @@
+"""Which processors there are, and which precision suits them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+BF16_CAPABILITY = (8, 0)
+
+# Asked in a process of its own: the parent of the workers never touches CUDA.
+_ASK_TORCH = """
+import json, torch
+print(json.dumps([
+    {"name": p.name, "capability": [p.major, p.minor],
+     "memory_gib": p.total_memory / 2**30}
+    for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+]))
+"""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device: its name, compute capability and memory in GiB."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The processors of this machine."""
+
+    gpus: tuple[Gpu, ...]
+    cpu_cores: int
+    cpu_native_bf16: bool
+    memory_gib: float
+
+    def describe(self) -> str:
+        """One line for people, such as "2 × Tesla T4 (15 GiB, sm_75), 4 cores"."""
+        cores = f"{self.cpu_cores} CPU cores, {self.memory_gib:.0f} GiB of memory"
+        if not self.gpus:
+            return cores
+        gpu = self.gpus[0]
+        major, minor = gpu.capability
+        return (
+            f"{len(self.gpus)} × {gpu.name} ({gpu.memory_gib:.0f} GiB, "
+            f"sm_{major}{minor}), {cores}"
+        )
+
+
+def choose_dtype(
+    device: str,
+    capability: tuple[int, int] | None = None,
+    cpu_native_bf16: bool = False,
+) -> str:
+    """The precision of matrix products: "float16", "bfloat16" or "float32".
+
+    By compute capability, never by `torch.cuda.is_bf16_supported()`: that answers
+    True on a T4 (7.5), where bf16 is emulated and three times slower than fp16.
+    """
+    if device == "cuda":
+        if capability is None:
+            raise ValueError("choose_dtype needs the compute capability of a CUDA GPU")
+        return "bfloat16" if capability >= BF16_CAPABILITY else "float16"
+    return "bfloat16" if cpu_native_bf16 else "float32"
+
+
+def choose_threads(num_processes: int, cpu_cores: int) -> int:
+    """Threads for each of `num_processes` workers that share `cpu_cores`.
+
+    More threads than cores is the costly mistake: two workers of two threads each
+    on two cores took 300 ms a step, of one thread each 90 ms.
+    """
+    return max(1, cpu_cores // num_processes)
+
+
+def detect_hardware() -> Hardware:
+    """Look at this machine without initialising CUDA in this process."""
+    import torch
+
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Hardware(
+        gpus=_ask_gpus() if torch.cuda.device_count() > 0 else (),
+        cpu_cores=count_cores(),
+        cpu_native_bf16=_cpu_native_bf16(),
+        memory_gib=pages / 2**30,
+    )
+
+
+def count_cores() -> int:
+    """Cores this process may use: its affinity, and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    cores = cores or os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    if quota == "max":
+        return cores
+    return max(1, min(cores, int(quota) // int(period)))
+
+
+def _ask_gpus() -> tuple[Gpu, ...]:
+    answer = subprocess.run(
+        [sys.executable, "-c", _ASK_TORCH],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if answer.returncode != 0:
+        raise RuntimeError(
+            "CUDA is there but does not answer:\n"
+            f"{answer.stderr.strip()[-600:]}\n"
+            'Train on the CPU with device="cpu", or mend the driver.'
+        )
+    return tuple(
+        Gpu(gpu["name"], tuple(gpu["capability"]), gpu["memory_gib"])
+        for gpu in json.loads(answer.stdout.splitlines()[-1])
+    )
+
+
+def _cpu_native_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 in hardware here (AVX512-BF16 or AMX)."""
+    import torch
+
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+
+
+def peak_memory_gib(device: str) -> float:
+    """The most memory this process has held, in GiB: the GPU's on CUDA, else resident.
+
+    Linux counts `ru_maxrss` in KiB.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

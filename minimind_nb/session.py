@@ -1,0 +1,106 @@
+"""Where this code runs, which folders are whose, and when the session ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+KAGGLE_SESSION_HOURS = 12.0
+KAGGLE_MARGIN_HOURS = 0.5
+_PARENT_CHECK_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Session:
+    """The place a notebook or script runs in.
+
+    `kind` is "kaggle", "colab" or "plain"; `batch` tells a Kaggle commit from an
+    interactive session; `scratch` is a folder that the place throws away at the end
+    (None: there is none, keep such things beside the run).
+    """
+
+    kind: str
+    batch: bool = False
+    scratch: Path | None = None
+
+    def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
+        """The folder for what can be made again: token caches, the demo corpus.
+
+        Kaggle saves `/kaggle/working` with every version, so it goes to scratch there.
+        """
+        if self.scratch is not None:
+            return self.scratch / "minimind_nb"
+        return Path(out_dir) / "cache"
+
+    def hours(self, max_session_hours: float | None) -> float | None:
+        """The length of the session in hours, or None where nothing ends it."""
+        if max_session_hours is not None:
+            return max_session_hours
+        if self.kind == "kaggle":
+            return KAGGLE_SESSION_HOURS - KAGGLE_MARGIN_HOURS
+        return None
+
+    def seconds_left(self, max_session_hours: float | None) -> float | None:
+        """Seconds until the session ends, or None where nothing ends it.
+
+        On Kaggle and Colab the clock started with the kernel; elsewhere a session is
+        one call of `train`, so it starts now.
+        """
+        hours = self.hours(max_session_hours)
+        if hours is None:
+            return None
+        age = 0.0 if self.kind == "plain" else process_age_seconds()
+        return hours * 3600 - age
+
+
+def current_session(environ: Mapping[str, str] | None = None) -> Session:
+    """Tell Kaggle, Colab and a plain machine apart.
+
+    Only KAGGLE_KERNEL_RUN_TYPE proves Kaggle: an API key on a laptop sets other
+    variables that start with KAGGLE.
+    """
+    environ = os.environ if environ is None else environ
+    run_type = environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
+    if run_type:
+        return Session("kaggle", run_type == "Batch", Path("/kaggle/temp"))
+    if "COLAB_RELEASE_TAG" in environ:
+        return Session("colab")
+    return Session("plain")
+
+
+def process_age_seconds() -> float:
+    """Seconds since this process started (0.0 where /proc does not say)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, uptime - started)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Make this process end when `parent_pid` ends, however that one died.
+
+    The kernel's parent-death signal acts within milliseconds but belongs to the
+    *thread* that created this process, so a thread also looks once a second.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        pass  # not Linux: the thread below is all there is
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(_PARENT_CHECK_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,0 +1,1 @@
+"""Folders that survive: verified folders, and the run folder made of them."""

@@ -1,0 +1,201 @@
+"""Folders written aside, listed in a manifest, renamed, and verified on reading.
+
+Checkpoints and token caches are both such folders. A folder under its final name is
+complete: whatever died while it was written left a name that starts with a dot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_SEAL = ',"sha256":'
+
+
+class DamagedFolder(Exception):
+    """A verified folder that is not what was written; the text says how it differs."""
+
+
+@contextlib.contextmanager
+def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder to write into, and make it `final` when the block ends well.
+
+    Every file and the folder are flushed to the disk before the rename, so `final`
+    exists either whole or not at all. `facts`, as they are when the block ends, go
+    into the manifest. An exception in
+    the block removes what was written and goes on; a full disk becomes an `OSError`
+    that says how much there was.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        _write_manifest(aside, facts)
+        _flush(aside)
+        os.rename(aside, final)
+        _flush(final.parent)
+    except BaseException as error:
+        needed = _size(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(final, needed) from error
+        raise
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every byte of a folder against its manifest and return the facts in it.
+
+    Raises `DamagedFolder` for the first difference found: a manifest that is missing,
+    edited or of another folder name; a file missing, unlisted, cut or changed.
+    """
+    manifest = _read_manifest(folder)
+    if manifest["name"] != folder.name:
+        raise DamagedFolder(f"it was written as {manifest['name']}, so it was renamed")
+    listed = manifest["files"]
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(listed.keys() | present):
+        if name not in present:
+            raise DamagedFolder(f"{name} is missing")
+        if name not in listed:
+            raise DamagedFolder(f"{name} is not in {MANIFEST}")
+        size = (folder / name).stat().st_size
+        if size != listed[name]["size"]:
+            raise DamagedFolder(f"{name} has {size} of {listed[name]['size']} bytes")
+        if hash_file(folder / name) != listed[name]["sha256"]:
+            raise DamagedFolder(f"{name} does not have the sha256 it was written with")
+    return manifest["facts"]
+
+
+def set_aside(folder: Path, reason: str) -> Path:
+    """Rename a damaged folder to `{name}.corrupt` and return the new path.
+
+    A file `{name}.corrupt.txt` beside it keeps the reason. Nothing is deleted.
+    """
+    target = folder.with_name(f"{folder.name}.corrupt")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.corrupt{number}")
+    folder.rename(target)
+    target.with_name(f"{target.name}.txt").write_text(f"{reason}\n", encoding="utf-8")
+    return target
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what a process that died while writing left in `parent`.
+
+    Only for a caller that holds the lock under which `parent` is written.
+    """
+    for path in parent.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text at once: readers see the old text or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file's bytes at once: readers see the old bytes or the new ones."""
+    with replacing(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, and make it `path` when the block ends well."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        _flush(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling for one value, so that it can be hashed and compared."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.iterdir())
+    }
+    name = folder.name.removeprefix(".").rsplit(".", 2)[0]
+    body = canonical_json(
+        {"facts": dict(facts), "files": files, "format": FORMAT, "name": name}
+    )
+    (folder / MANIFEST).write_text(_seal(body), encoding="utf-8")
+
+
+def _seal(body: str) -> str:
+    """Append to a JSON object the sha256 of all its bytes before that last key."""
+    preceding = body.removesuffix("}")
+    digest = hashlib.sha256(preceding.encode("utf-8")).hexdigest()
+    return f'{preceding}{_SEAL}"{digest}"}}\n'
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        text = (folder / MANIFEST).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedFolder(f"{MANIFEST} cannot be read ({error})") from None
+    preceding = text.rpartition(_SEAL)[0]
+    if text != _seal(preceding + "}"):
+        raise DamagedFolder(f"{MANIFEST} was edited or cut: its sha256 differs")
+    manifest = json.loads(text)
+    if manifest.get("format") != FORMAT:
+        raise DamagedFolder(
+            f"format {manifest.get('format')} is not the format {FORMAT} known here; "
+            "it needs another version of minimind_nb"
+        )
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    """fsync a file, or a folder with the files in it."""
+    paths = [*path.iterdir(), path] if path.is_dir() else [path]
+    for each in paths:
+        if each.is_dir() and each != path:
+            continue
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+
+
+def _no_space(final: Path, written: int) -> OSError:
+    free = shutil.disk_usage(final.parent).free
+    return OSError(
+        errno.ENOSPC,
+        f"the disk is full: {written / 2**20:.1f} MiB of {final.name} were written and "
+        f"{free / 2**20:.1f} MiB are free; make room, or lower keep_checkpoints",
+        str(final),
+    )
