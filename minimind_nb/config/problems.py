@@ -115,7 +115,7 @@ def _choice_problem(name: str, value: Any) -> str | None:
     choices = _ONE_OF.get(name)
     if choices is None or value is None or value in choices:
         return None
-    close = difflib.get_close_matches(value, list(choices), n=1)
+    close = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
 

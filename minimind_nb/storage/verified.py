@@ -33,7 +33,7 @@ def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     exists either whole or not at all. `facts`, as they are when the block ends, go
     into the manifest. An exception in
     the block removes what was written and goes on; a full disk becomes an `OSError`
-    that says how much there was.
+    that says how much there is.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
@@ -46,10 +46,10 @@ def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         os.rename(aside, final)
         _flush(final.parent)
     except BaseException as error:
-        needed = _size(aside)
+        written = _size(aside)
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(final, needed) from error
+        if _is_full_disk(error):
+            raise _no_space(final, written) from error
         raise
 
 
@@ -57,7 +57,8 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check every byte of a folder against its manifest and return the facts in it.
 
     Raises `DamagedFolder` for the first difference found: a manifest that is missing,
-    edited or of another folder name; a file missing, unlisted, cut or changed.
+    edited or of another folder name; a file missing, unlisted, unreadable, cut or
+    changed.
     """
     manifest = _read_manifest(folder)
     if manifest["name"] != folder.name:
@@ -69,10 +70,13 @@ def verify(folder: Path) -> dict[str, Any]:
             raise DamagedFolder(f"{name} is missing")
         if name not in listed:
             raise DamagedFolder(f"{name} is not in {MANIFEST}")
-        size = (folder / name).stat().st_size
+        try:
+            size, digest = (folder / name).stat().st_size, hash_file(folder / name)
+        except OSError as error:
+            raise DamagedFolder(f"{name} cannot be read ({error})") from None
         if size != listed[name]["size"]:
             raise DamagedFolder(f"{name} has {size} of {listed[name]['size']} bytes")
-        if hash_file(folder / name) != listed[name]["sha256"]:
+        if digest != listed[name]["sha256"]:
             raise DamagedFolder(f"{name} does not have the sha256 it was written with")
     return manifest["facts"]
 
@@ -191,11 +195,18 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
 
 
+def _is_full_disk(error: BaseException) -> bool:
+    """safetensors raises an error of its own, with the number in its text only."""
+    number = error.errno if isinstance(error, OSError) else None
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return any(number == n or f"(os error {n})" in str(error) for n in codes)
+
+
 def _no_space(final: Path, written: int) -> OSError:
     free = shutil.disk_usage(final.parent).free
     return OSError(
         errno.ENOSPC,
-        f"the disk is full: {written / 2**20:.1f} MiB of {final.name} were written and "
+        f"the disk is full: {final.name} needs more than {written / 2**20:.1f} MiB, and "
         f"{free / 2**20:.1f} MiB are free; make room, or lower keep_checkpoints",
         str(final),
     )

@@ -1,0 +1,135 @@
+"""The token cache beside plain tokenisation: ids, speed, memory, fill.
+
+    python benchmarks/token_cache.py FILE.jsonl
+
+Ratios are of things measured in turn in one run; "cpu" is processor time over all
+threads and processes, which other work on the machine disturbs less.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minimind_nb.data import shards
+from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.packing import pack_epoch
+from minimind_nb.data.tokenizer import read_tokenizer
+from minimind_nb.hardware import count_cores
+
+SPEC = read_tokenizer()
+WIDTH = 512
+
+
+def compare_encoding(texts: list[str]) -> None:
+    fast, slow = BulkEncoder(SPEC, threads=1), Tokenizer.from_str(SPEC.json)
+    pairs = zip(fast.encode(texts), slow.encode_batch_fast(texts), strict=True)
+    same = sum(a.tolist() == b.ids for a, b in pairs)
+    print(f"ids equal on {same} of {len(texts)} documents, by {fast.backend}")
+    ways = {
+        f"encode_batch_fast, {count_cores()} cores": partial(
+            slow.encode_batch_fast, texts
+        ),
+        "BulkEncoder, 1 thread": partial(fast.encode, texts),
+    }
+    race(ways, sum(len(text.encode()) for text in texts) / 1e6, times=5)
+
+
+def compare_building(file: Path) -> None:
+    ways: dict[str, Callable[[], object]] = {
+        "plain build": partial(build_plainly, file)
+    }
+    for n in sorted({1, count_cores()}):
+        ways[f"open_cache, processes={n}"] = partial(build, file, n)
+    race(ways, file.stat().st_size / 1e6, times=3)
+
+
+def build(file: Path, processes: int) -> np.ndarray:
+    """Build a cache, throw it away, and return the documents' numbers of targets."""
+    shards._ALONE_BYTES = 0  # the threshold that this shall help to choose
+    source = shards.Source(str(file), "pretrain", SPEC)
+    with tempfile.TemporaryDirectory() as folder:
+        return shards.open_cache(source, Path(folder), processes).targets
+
+
+def build_plainly(file: Path) -> None:
+    tokenizer = Tokenizer.from_str(SPEC.json)
+    texts = [json.loads(line)["text"] for line in file.open("rb")]
+    ids = [
+        [SPEC.bos_id, *each.ids, SPEC.eos_id]
+        for each in tokenizer.encode_batch_fast(texts)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/tokens.npy", np.concatenate(ids).astype(np.uint16))
+        np.save(f"{folder}/ends.npy", np.cumsum([len(each) for each in ids]))
+
+
+def race(ways: Mapping[str, Callable[[], object]], size: float, times: int) -> None:
+    """Print medians for each way, and how much faster it is than the first."""
+    taken = {name: np.zeros((times, 2)) for name in ways}
+    for n in range(times):
+        for name, way in ways.items():
+            before = time.perf_counter(), cpu_seconds()
+            way()
+            taken[name][n] = np.subtract((time.perf_counter(), cpu_seconds()), before)
+    first = next(iter(taken.values()))
+    for name, seconds in taken.items():
+        wall, cpu = map(statistics.median, seconds.T)
+        faster, cheaper = map(statistics.median, (first / seconds).T)
+        print(
+            f"{name:28} {wall:6.2f} s {size / wall:5.1f} MB/s {faster:5.2f} x"
+            f" | cpu {cpu:6.2f} s {cheaper:5.2f} x"
+        )
+
+
+def cpu_seconds() -> float:
+    uses = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
+def compare_memory(file: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tenfold = Path(folder) / "tenfold.jsonl"
+        tenfold.write_bytes((file.read_bytes().rstrip(b"\n") + b"\n") * 10)
+        for each in (file, tenfold):
+            child = subprocess.Popen([sys.executable, *sys.argv[:1], each, "--build"])
+            _, status, use = os.wait4(child.pid, 0)
+            assert status == 0
+            size = each.stat().st_size / 1e6
+            print(f"peak memory of a build of {size:.0f} MB: {use.ru_maxrss >> 10} MiB")
+
+
+def show_packing(targets: np.ndarray) -> None:
+    rows = pack_epoch(np.arange(len(targets)), targets, WIDTH, seed=42, epoch=0)
+    ends = np.cumsum(targets)
+    cut = ((ends - targets) // WIDTH < (ends - 1) // WIDTH).sum()
+    print(
+        f"fill {rows.fill:.4f} at {WIDTH}: {len(targets)} documents, {len(rows)} rows"
+    )
+    print(f"documents split: {rows.split_documents}, by plain concatenation {cut},")
+    print(f"longer than a row {(targets > WIDTH).sum()}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--build", action="store_true", help="only build a cache")
+    options = parser.parse_args()
+    targets = build(options.file, processes=1)
+    if not options.build:
+        with options.file.open("rb") as rows:
+            compare_encoding([json.loads(row)["text"] for row in rows])
+        compare_building(options.file)
+        compare_memory(options.file)
+        show_packing(targets)

@@ -1,0 +1,81 @@
+"""Pretrain and inspect MiniMind language models from inside a notebook.
+
+`import minimind_nb as mm`, then `mm.train(mm.TrainConfig(data_path="demo"))`. Importing
+the package loads none of torch, matplotlib and ipywidgets; what is used does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .data.datasets import PretrainDataset
+    from .data.faults import DataError
+    from .data.tokenizer import load_tokenizer
+    from .data.vocabulary_training import train_tokenizer
+    from .diagnosis import doctor
+    from .launch.verdict import TrainingFailed
+    from .model.architecture import MiniMindConfig, MiniMindForCausalLM
+    from .model.generation import generate
+    from .model.interop import load
+    from .monitor.inspector import inspect
+    from .monitor.metrics import History
+    from .monitor.report import Run
+    from .planning import plan, preview
+    from .training.api import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DataError": "data.faults",
+    "History": "monitor.metrics",
+    "MiniMindConfig": "model.architecture",
+    "MiniMindForCausalLM": "model.architecture",
+    "PretrainDataset": "data.datasets",
+    "Run": "monitor.report",
+    "TrainConfig": "config",
+    "TrainingFailed": "launch.verdict",
+    "doctor": "diagnosis",
+    "generate": "model.generation",
+    "inspect": "monitor.inspector",
+    "load": "model.interop",
+    "load_tokenizer": "data.tokenizer",
+    "plan": "planning",
+    "preview": "planning",
+    "train": "training.api",
+    "train_tokenizer": "data.vocabulary_training",
+}
+
+__all__ = [
+    "DataError",
+    "History",
+    "MiniMindConfig",
+    "MiniMindForCausalLM",
+    "PretrainDataset",
+    "Run",
+    "TrainConfig",
+    "TrainingFailed",
+    "doctor",
+    "generate",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "preview",
+    "train",
+    "train_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

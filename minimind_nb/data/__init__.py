@@ -1,0 +1,1 @@
+"""Text becomes ids: tokenizers, validated rows, the token cache, packed batches."""

@@ -1,0 +1,102 @@
+"""What this machine is, and what will go wrong on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
+from .monitor.facts import Facts
+from .session import Session, current_session
+
+_GIB = 2**30
+_LITTLE_DISK_GIB = 5
+_LITTLE_SHM_GIB = 1
+
+
+def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
+    """Look at this machine as a run would meet it; a table, with advice where needed.
+
+    Starts no run and writes nothing that stays.
+    """
+    hardware, session = detect_hardware(), current_session()
+    return Facts(
+        "This machine",
+        {
+            "place": _place(session),
+            "system": f"{platform.system()} {platform.release()}, {_linux_only()}",
+            "python": f"{platform.python_version()} in {sys.prefix}",
+            "versions": ", ".join(
+                map(_version, ("torch", "transformers", "tokenizers"))
+            ),
+            "processors": hardware.describe(),
+            "training uses": _training(hardware),
+            "disk": _disk(Path(out_dir)),
+            "shared memory": _shared_memory(),
+            "notebook": _notebook(),
+        },
+    )
+
+
+def _place(session: Session) -> str:
+    left = session.seconds_left(None)
+    ends = (
+        "nothing ends the session" if left is None else f"{left / 3600:.1f} hours left"
+    )
+    batch = " (batch run)" if session.batch else ""
+    return f"{session.kind}{batch}, {ends}"
+
+
+def _linux_only() -> str:
+    if sys.platform.startswith("linux"):
+        return "several processes are supported"
+    return "one process only: several need Linux"
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} is missing: pip install {name}"
+
+
+def _training(hardware: Hardware) -> str:
+    if not hardware.gpus:
+        dtype = choose_dtype("cpu", None, hardware.cpu_native_bf16)
+        return f"the CPU in {dtype}; a GPU is some hundred times faster"
+    capability = min(gpu.capability for gpu in hardware.gpus)
+    dtype = choose_dtype("cuda", capability)
+    emulated = "; bfloat16 is emulated there" if capability < BF16_CAPABILITY else ""
+    return f"{len(hardware.gpus)} processes, one a GPU, in {dtype}{emulated}"
+
+
+def _disk(out_dir: Path) -> str:
+    there = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free / _GIB
+    text = f"{free:.1f} GiB free for {out_dir}"
+    if free < _LITTLE_DISK_GIB:
+        text += "; little: a checkpoint of 100 M parameters takes 1.2 GiB"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return text
+    except OSError as error:
+        return f"{text}; it cannot be written ({error.strerror}): set another out_dir"
+
+
+def _shared_memory() -> str:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return "none"
+    size = shutil.disk_usage(folder).total / _GIB
+    small = "; small, but no loader processes use it" if size < _LITTLE_SHM_GIB else ""
+    return f"{size:.2f} GiB{small}"
+
+
+def _notebook() -> str:
+    parts = map(_version, ("ipykernel", "ipywidgets", "papermill", "matplotlib"))
+    return ", ".join(parts)

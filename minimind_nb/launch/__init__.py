@@ -1,0 +1,4 @@
+"""Processes that work together: starting, watching, agreeing and judging them.
+
+Knows nothing of models.
+"""

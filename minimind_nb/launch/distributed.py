@@ -1,0 +1,52 @@
+"""The ranks of one run: meeting and summing."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class Group:
+    """The ranks that train together; one process is a group that sums nothing.
+
+    Rendezvous is a private file, so no port is ever taken; on one machine gloo talks
+    over the loopback interface.
+    """
+
+    def __init__(
+        self, rank: int, size: int, store: Path, device: str, timeout_seconds: float
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        if size == 1:
+            return
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Replace `tensor` on every rank by its sum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def meet(self, device: torch.device) -> None:
+        """Prove that the ranks reach each other. Raises `RuntimeError` where a sum
+        of ones is not their number."""
+        ones = torch.ones(1, device=device)
+        self.sum(ones)
+        if int(ones) != self.size:
+            raise RuntimeError(f"{self.size} ranks summed ones to {int(ones)}")
+
+    def close(self) -> None:
+        """Leave the group. Ranks may leave at different times."""
+        if self.size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""The MiniMind network, text generation with it, and its file formats."""

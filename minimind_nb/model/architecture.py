@@ -1,0 +1,598 @@
+"""The MiniMind network: one file that needs torch, transformers and nothing of ours.
+
+Dense or mixture-of-experts, second generation (MiniMind 2) or third (``qk_norm``).
+State-dict names are MiniMind's, so a ``.pth`` of either loads with ``strict=True``.
+
+Shape legend, used as a suffix of tensor names:
+
+    B  batch                 H  query heads             E  routed experts
+    T  tokens of the input   G  key and value heads     K  experts a token goes to
+    S  tokens attended to    C  width of one head       F  rotary frequencies, C/2
+    D  width (hidden size)   V  vocabulary
+
+Under ``torch.autocast`` the residual stream, the norms, the router and the loss stay
+float32; only matrix products and attention run in the lower precision.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+YARN_DEFAULTS: dict[str, float] = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 16,
+    "original_max_position_embeddings": 2048,
+    "attention_factor": 1.0,
+}
+
+# Fields of every transformers configuration, whose own defaults differ.
+BASE_DEFAULTS: dict[str, Any] = dict(
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True
+)
+
+# What a third-generation config.json means where it says nothing.
+THIRD_GENERATION: dict[str, Any] = dict(
+    hidden_size=768, num_key_value_heads=4, rms_norm_eps=1e-6, num_experts_per_tok=1
+)
+
+# transformers 5.0 has input_embeds and cache_position, 5.23 inputs_embeds instead.
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+
+
+class MiniMindConfig(PreTrainedConfig):
+    """Shape of a MiniMind model, under the second generation's field names.
+
+    ``intermediate_size=None`` is 3 · ``hidden_size``, ``head_dim=None`` is
+    ``hidden_size // num_attention_heads``, ``num_key_value_heads=None`` is one per
+    query head. ``qk_norm=True`` with ``rms_norm_eps=1e-6`` is the third generation.
+
+    ``inference_rope_scaling=True`` stretches RoPE by YaRN (arXiv 2309.00071); the dict
+    ``rope_scaling`` overrides single values of ``YARN_DEFAULTS``. As everywhere in
+    transformers 5 it is kept, and written to ``config.json``, as ``rope_parameters``.
+
+    Raises ``ValueError`` for a shape that cannot be built.
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss"]
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = 2,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        vocab_size: int = 6400,
+        max_position_embeddings: int = 32768,
+        rope_theta: float = 1e6,
+        rms_norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        hidden_act: str = "silu",
+        qk_norm: bool = False,
+        use_moe: bool = False,
+        n_routed_experts: int = 4,
+        num_experts_per_tok: int = 2,
+        n_shared_experts: int = 1,
+        scoring_func: str = "softmax",
+        aux_loss_alpha: float = 0.01,
+        seq_aux: bool = True,
+        norm_topk_prob: bool = True,
+        inference_rope_scaling: bool = False,
+        rope_scaling: dict[str, Any] | None = None,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        rope_scaling = kwargs.pop("rope_parameters", None) or rope_scaling
+        if not kwargs.pop("flash_attn", True):
+            kwargs.setdefault("attn_implementation", "eager")
+        super().__init__(**BASE_DEFAULTS | kwargs)
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size or 3 * hidden_size
+        self.vocab_size, self.max_position_embeddings = (
+            vocab_size,
+            max_position_embeddings,
+        )
+        self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
+        self.dropout, self.hidden_act, self.qk_norm = dropout, hidden_act, qk_norm
+        self.use_moe, self.n_routed_experts = use_moe, n_routed_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_shared_experts = n_shared_experts
+        self.scoring_func, self.norm_topk_prob = scoring_func, norm_topk_prob
+        self.aux_loss_alpha, self.seq_aux = aux_loss_alpha, seq_aux
+        self.inference_rope_scaling = inference_rope_scaling
+        self.rope_parameters = self._yarn(rope_scaling or {})
+        self.initializer_range = initializer_range
+        self._check(hidden_size if head_dim is None else 0)
+
+    def _yarn(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        kind = given.get("rope_type", given.get("type", "yarn"))
+        known = given.keys() - {"type", "rope_type", "rope_theta"}
+        values = {key: given[key] for key in YARN_DEFAULTS if key in known}
+        enabled = self.inference_rope_scaling
+        if kind != "yarn" or known - values.keys() or (values and not enabled):
+            raise ValueError(
+                f"rope_scaling is {given} with inference_rope_scaling={enabled}; it "
+                f"may hold {list(YARN_DEFAULTS)} of type 'yarn', and only with "
+                "inference_rope_scaling=True. Correct rope_scaling or leave it out."
+            )
+        kept = {"rope_type": "yarn", "rope_theta": self.rope_theta}
+        return {**kept, **YARN_DEFAULTS, **values} if enabled else None
+
+    def _check(self, width: int) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        top_k, experts = self.num_experts_per_tok, self.n_routed_experts
+        uneven, odd = heads % kv_heads, self.head_dim % 2
+        problems = {
+            f"hidden_size {width} is not a multiple of num_attention_heads {heads}: "
+            "change one of them or set head_dim.": width % heads,
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
+            f"{kv_heads}: use a divisor of {heads}.": uneven,
+            f"head_dim {self.head_dim} is odd, RoPE turns pairs: use an even one.": odd,
+            f"scoring_func is {self.scoring_func!r}, known is only 'softmax': "
+            "use that.": self.scoring_func != "softmax",
+            f"num_experts_per_tok is {top_k} with n_routed_experts {experts}: "
+            f"use 1 to {experts}.": self.use_moe and not 1 <= top_k <= experts,
+        }
+        if found := [problem for problem, wrong in problems.items() if wrong]:
+            raise ValueError(" ".join(found))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Build from a ``config.json``, ours or of either MiniMind generation.
+
+        The third is known by ``num_experts``, ``moe_intermediate_size`` or
+        ``router_aux_loss_coef``; what such a file leaves out gets its defaults.
+        """
+        return super().from_dict(_from_third_generation(config_dict), **kwargs)
+
+
+def _from_third_generation(fields: dict[str, Any]) -> dict[str, Any]:
+    marks = {"num_experts", "moe_intermediate_size", "router_aux_loss_coef"}
+    if "qk_norm" in fields or not marks & fields.keys():
+        return fields
+    fields = THIRD_GENERATION | fields
+    width = math.ceil(fields["hidden_size"] * math.pi / 64) * 64
+    width = fields.get("intermediate_size") or width
+    expert_width = fields.pop("moe_intermediate_size", None) or width
+    fields["intermediate_size"] = expert_width if fields.get("use_moe") else width
+    fields["n_routed_experts"] = fields.pop("num_experts", 4)
+    fields["aux_loss_alpha"] = fields.pop("router_aux_loss_coef", 5e-4)
+    return fields | {"n_shared_experts": 0, "seq_aux": False, "qk_norm": True}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, with statistics in float32.
+
+    Written out: on a CPU ``F.rms_norm`` took 37 ms where this takes 29 (forward and
+    backward at [8, 512, 512], one thread), and a compiler fuses either.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.type_as(x)
+
+
+def rotary_frequencies(config: Any, device: torch.device | None = None) -> Tensor:
+    """Radians a position adds to each pair of a head's numbers: float32 [F].
+
+    YaRN leaves the pairs that turn more than ``beta_fast`` times within the original
+    length alone, divides by ``factor`` those that turn less than ``beta_slow`` times,
+    and blends linearly between. Computed anew by each forward: as a buffer it would be
+    garbage after ``from_pretrained`` and rounded by ``.half()``.
+    """
+    width, theta = config.head_dim, config.rope_theta
+    exponent_F = torch.arange(0, width, 2, device=device).float() / width
+    frequency_F = 1.0 / theta**exponent_F
+    yarn = config.rope_parameters
+    original = yarn["original_max_position_embeddings"] if yarn else math.inf
+    if yarn is None or config.max_position_embeddings <= original:
+        return frequency_F
+
+    def pair_that_turns(times: float) -> float:
+        return width / 2 * math.log(original / (times * 2 * math.pi), theta)
+
+    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), width // 2 - 1)
+    pair_F = torch.arange(width // 2, device=device).float()
+    ramp_F = ((pair_F - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency_F * (1 - ramp_F + ramp_F / yarn["factor"])
+
+
+def rotary_tables(config: Any, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for :func:`rotate`: float32 [B, 1, T, F], equal for all heads."""
+    frequency_F = rotary_frequencies(config, position_BT.device)
+    angle_B1TF = position_BT[:, None, :, None].float() * frequency_F
+    yarn = config.rope_parameters
+    scale = yarn["attention_factor"] if yarn else 1.0
+    return angle_B1TF.cos() * scale, angle_B1TF.sin() * scale
+
+
+def rotate(x_BHTC: Tensor, cos_B1TF: Tensor, sin_B1TF: Tensor) -> Tensor:
+    """Turn the pairs (i, i + C/2) of every head by their position's angle."""
+    a, b = x_BHTC.chunk(2, dim=-1)
+    return torch.cat((a * cos_B1TF - b * sin_B1TF, b * cos_B1TF + a * sin_B1TF), -1)
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None for any other."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def needs_equal_heads(implementation: str, version: tuple[int, int] | None) -> bool:
+    """Whether keys and values must be expanded to all heads before attention.
+
+    Below capability 8.0 ``enable_gqa=True``, which transformers sets where there is no
+    mask, silently takes SDPA's slow kernel (up to torch 2.13).
+    """
+    return implementation == "sdpa" and version is not None and version < (8, 0)
+
+
+class EqualHeads:
+    """Stands for a layer whose keys are expanded already: without the attribute
+    num_key_value_groups transformers neither repeats them nor sets ``enable_gqa``."""
+
+    is_causal = True
+
+
+def eager_attention(
+    module: nn.Module,
+    query_BHTC: Tensor,
+    key_BGSC: Tensor,
+    value_BGSC: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: output [B, T, H, C] and probabilities [B, H, T, S].
+
+    ``attention_mask`` is boolean (True may look) or added to the scores.
+    """
+    groups = query_BHTC.shape[1] // key_BGSC.shape[1]
+    key_BHSC = key_BGSC.repeat_interleave(groups, dim=1)
+    value_BHSC = value_BGSC.repeat_interleave(groups, dim=1)
+    scores_BHTS = query_BHTC @ key_BHSC.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(scores_BHTS.dtype).min
+        scores_BHTS = scores_BHTS.masked_fill(~attention_mask, lowest)
+    elif attention_mask is not None:
+        scores_BHTS = scores_BHTS + attention_mask
+    chance_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32).type_as(query_BHTC)
+    chance_BHTS = F.dropout(chance_BHTS, dropout, module.training)
+    return (chance_BHTS @ value_BHSC).transpose(1, 2).contiguous(), chance_BHTS
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped keys and RoPE; QK norm in the third generation."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = config.head_dim**-0.5
+        width = config.hidden_size
+        query_width, key_width = heads * self.head_dim, kv_heads * self.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=False)
+        self.k_proj = nn.Linear(width, key_width, bias=False)
+        self.v_proj = nn.Linear(width, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D]; ``kwargs`` go on to the attention function."""
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        query_BTHC = self.q_norm(self.q_proj(x_BTD).view(heads))
+        key_BTGC = self.k_norm(self.k_proj(x_BTD).view(heads))
+        value = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        query = rotate(query_BTHC.transpose(1, 2), *rotary).type_as(value)
+        key = rotate(key_BTGC.transpose(1, 2), *rotary).type_as(value)
+        if past_key_values is not None:
+            position = {"cache_position": cache_position}
+            key, value = past_key_values.update(key, value, self.layer_idx, position)
+
+        implementation = self.config._attn_implementation or "eager"
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention
+        if implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        layer: Any = self
+        paged = "cache" in kwargs  # and expects the few heads
+        if not paged and needs_equal_heads(implementation, capability(x_BTD.device)):
+            layer, groups = EqualHeads, self.num_key_value_groups
+            key = key.repeat_interleave(groups, dim=1)
+            value = value.repeat_interleave(groups, dim=1)
+        kwargs["dropout"] = self.config.dropout if self.training else 0.0
+        kwargs["scaling"] = self.scaling
+        x_BTHC, _ = attend(layer, query, key, value, attention_mask, **kwargs)
+        return self.resid_dropout(self.o_proj(x_BTHC.reshape(*x_BTD.shape[:2], -1)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(act(gate(x)) · up(x)), any leading shape; also one expert."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.dropout(self.down_proj(gated))
+
+
+def balance_loss(scores_BTE: Tensor, count_BE: Tensor, seq_aux: bool) -> Tensor:
+    """Σ_i f_i·p_i, smallest when the experts share the tokens evenly.
+
+    ``p_i`` is an expert's mean probability, ``f_i`` its tokens over those of an even
+    split. With ``seq_aux`` (second generation) both are taken within a sequence and the
+    sequences averaged: 1 when even. Without (third generation) both are taken over the
+    batch and the K choices of a token add up: K when even.
+    """
+    B, T, E = scores_BTE.shape
+    if seq_aux:
+        load_BE = count_BE * E / count_BE.sum(1, keepdim=True)
+        return (load_BE * scores_BTE.mean(1)).sum(1).mean()
+    load_E = count_BE.sum(0) * E / (B * T)
+    return (load_E * scores_BTE.mean((0, 1))).sum()
+
+
+class MoEGate(nn.Module):
+    """Chooses each token's K experts by softmax, in float32 whatever autocast says."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.alpha, self.seq_aux = config.aux_loss_alpha, config.seq_aux
+        # A lone expert keeps its probability in the second generation; in the third its
+        # normalised weight is 1.
+        self.normalise = config.norm_topk_prob and (self.top_k > 1 or config.qk_norm)
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Experts [B, T, K], their weights, tokens an expert [B, E], auxiliary loss.
+
+        The loss is multiplied by ``aux_loss_alpha``, and 0 outside training.
+        """
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            scores_BTE = F.linear(x_BTD.float(), self.weight.float()).softmax(-1)
+            weight_BTK, expert_BTK = scores_BTE.topk(self.top_k, dim=-1, sorted=False)
+            if self.normalise:
+                weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdim=True) + 1e-20)
+            every_E = torch.arange(len(self.weight), device=x_BTD.device)
+            count_BE = (expert_BTK.unsqueeze(-1) == every_E).float().sum((1, 2))
+            aux_loss = scores_BTE.new_zeros(())
+            if self.training and self.alpha > 0:
+                aux_loss = balance_loss(scores_BTE, count_BE, self.seq_aux) * self.alpha
+        return expert_BTK, weight_BTK, count_BE, aux_loss
+
+
+class MoEFeedForward(nn.Module):
+    """Routed experts, each on its own contiguous rows, plus shared ones on all.
+
+    ``expert_load`` holds how many tokens each routed expert got in the last forward.
+    """
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        routed, shared = config.n_routed_experts, config.n_shared_experts
+        self.gate = MoEGate(config)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(routed))
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(shared))
+        self.expert_load = [0] * routed
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] to [B, T, D] and the layer's auxiliary loss.
+
+        The host waits for the device once, to read the load. An expert without tokens
+        runs on an empty slice, so that it gets zero gradients instead of none.
+        """
+        expert_BTK, weight_BTK, count_BE, aux_loss = self.gate(x_BTD)
+        self.expert_load = count_BE.sum(0).long().tolist()
+        order = expert_BTK.flatten().argsort(stable=True)
+        place = torch.arange(len(order), device=order.device)
+        back = torch.empty_like(order).scatter_(0, order, place)
+        rows = x_BTD.flatten(0, 1).index_select(0, order // expert_BTK.shape[-1])
+        parts = zip(self.experts, rows.split(self.expert_load), strict=True)
+        rows = torch.cat([expert(part) for expert, part in parts])
+        out_BTKD = rows.index_select(0, back).view(*expert_BTK.shape, -1)
+        y_BTD = (out_BTKD * weight_BTK.unsqueeze(-1)).sum(2)
+        for expert in self.shared_experts:
+            y_BTD = y_BTD + expert(x_BTD)
+        return y_BTD.type_as(x_BTD), aux_loss
+
+
+class MiniMindBlock(nn.Module):
+    """Pre-norm attention and feed-forward (or mixture), each added to the stream."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer_idx)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, Tensor | float]:
+        """The stream [B, T, D] after this block, its auxiliary loss (0 if dense)."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, **kwargs)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoEFeedForward):
+            y_BTD, aux_loss = self.mlp(normed_BTD)
+            return x_BTD + y_BTD, aux_loss
+        return x_BTD + self.mlp(normed_BTD), 0.0
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model family; initialises weights N(0, 0.02)."""
+
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MiniMindBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoEGate):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embeddings, blocks and final norm, without the output head."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            MiniMindBlock(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Cache | None, Tensor]:
+        """Hidden states [B, T, D], the cache, and the auxiliary loss over all layers.
+
+        Arguments as for ``MiniMindForCausalLM.forward``.
+        """
+        x_BTD = self.dropout(self.embed_tokens(input_ids))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if cache_position is None:
+            cache_position = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+            if past_key_values is not None:
+                cache_position = cache_position + past_key_values.get_seq_length()
+        # Only the caller's position_ids: transformers looks in them for packed
+        # documents, and the host waits for the device meanwhile.
+        arguments = {
+            "config": self.config,
+            "input_embeds": x_BTD,
+            "inputs_embeds": x_BTD,
+            "attention_mask": attention_mask,
+            "cache_position": cache_position,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        known = {name: arguments[name] for name in arguments if name in MASK_ARGUMENTS}
+        kwargs["attention_mask"] = create_causal_mask(**known)
+        kwargs["past_key_values"] = past_key_values
+        kwargs["cache_position"] = cache_position
+        position_BT = cache_position[None] if position_ids is None else position_ids
+        rotary = rotary_tables(self.config, position_BT)
+        aux_loss = x_BTD.new_zeros((), dtype=torch.float32)
+        for layer in self.layers:
+            x_BTD, layer_aux_loss = layer(x_BTD, rotary, **kwargs)
+            aux_loss = aux_loss + layer_aux_loss
+        return self.norm(x_BTD), past_key_values, aux_loss
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The language model; ``lm_head`` shares the embedding's weight when tied."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, T, V] of ``input_ids`` [B, T], and with ``labels`` the loss.
+
+        ``attention_mask`` is None (causal, no mask tensor), [B, S] with 0 for padding,
+        or a boolean [B, 1, T, S] used as it is. ``labels`` are the input ids, shifted
+        in here, -100 where there is no target; ``loss`` is their mean cross-entropy in
+        float32 (their sum over ``num_items_in_batch`` where that is given) plus
+        ``aux_loss``, also returned apart: summed over the layers, 0 for dense models
+        and outside training. ``logits_to_keep`` counts positions from the end (0: all)
+        or lists them. A cache is made for ``use_cache=True`` only.
+        """
+        x_BTD, past_key_values, aux_loss = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = logits_to_keep
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        logits_BTV = self.lm_head(x_BTD[:, kept])
+        loss = None
+        if labels is not None:
+            size = self.config.vocab_size
+            loss = self.loss_function(logits_BTV, labels, vocab_size=size, **kwargs)
+            loss = loss + aux_loss
+        return MoeCausalLMOutputWithPast(loss, aux_loss, logits_BTV, past_key_values)

@@ -1,0 +1,1 @@
+"""Metrics, charts, live views and summaries; workers import nothing but `metrics`."""

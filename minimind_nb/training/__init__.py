@@ -1,0 +1,1 @@
+"""From a configuration to trained weights: one loop for every stage."""

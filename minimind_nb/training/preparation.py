@@ -1,0 +1,231 @@
+"""Everything settled before a process is started: what runs, where, from which state.
+
+Cheap checks come before dear ones, and nothing that exists is changed until all of
+them have passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig, count_parameters, resolve
+from ..data.corpus import Corpus
+from ..data.demo import write_corpus
+from ..data.jsonl import check_file
+from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
+from ..hardware import Hardware, choose_dtype, detect_hardware
+from ..session import current_session
+from ..storage.runs import Checkpoint, RunFolder
+from .resuming import choose_folder, compare_hashes, compare_settings
+from .stages import STAGES
+
+DEMO = "demo"
+_CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
+_EXPORT_BYTES = 2
+_Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A configuration with nothing left open, and what it was settled with."""
+
+    cfg: TrainConfig
+    tokenizer: TokenizerSpec
+    hardware: Hardware
+    cache_root: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: `checkpoint` is None for a new one.
+
+    `config` is what config.json holds; `total_steps` its horizon; `complete` tells
+    that there is nothing left to do.
+    """
+
+    settled: Settled
+    folder: RunFolder
+    corpus: Corpus
+    checkpoint: Checkpoint | None
+    config: dict[str, Any]
+    total_steps: int
+    complete: bool
+
+    @property
+    def cfg(self) -> TrainConfig:
+        """The resolved configuration."""
+        return self.settled.cfg
+
+    @property
+    def weights_file(self) -> Path:
+        """`{out_dir}/pretrain_{hidden_size}[_moe].pth`."""
+        cfg = self.cfg
+        name = f"{STAGES[cfg.stage].weights}_{cfg.weights_suffix}.pth"
+        return self.folder.root.parent / name
+
+
+def settle(cfg: TrainConfig) -> Settled:
+    """Resolve a configuration on this machine; the demo corpus becomes a file.
+
+    Raises `ValueError`, `TypeError` or `FileNotFoundError` for what cannot be.
+    """
+    if not isinstance(cfg, TrainConfig):
+        found = type(cfg).__name__
+        raise TypeError(f"expected a TrainConfig, found {found}: mm.TrainConfig(…)")
+    if not cfg.data_path:
+        raise ValueError(
+            'data_path is not set: name a JSONL file with one {"text": "…"} a line, or '
+            'take data_path="demo"'
+        )
+    cache_root = current_session().cache_folder(cfg.out_dir)
+    if cfg.data_path != DEMO:
+        check_file(cfg.data_path)
+    if cfg.val_path:
+        check_file(cfg.val_path)
+    tokenizer = read_tokenizer(cfg.tokenizer)
+    hardware = detect_hardware()
+    machine = _machine_defaults(cfg, hardware)
+    resolved = resolve(cfg, vocab_size=tokenizer.vocab_size, **machine)
+    assert resolved.vocab_size
+    if resolved.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={resolved.vocab_size} is too small for the tokenizer, which "
+            f"has {tokenizer.vocab_size} entries; leave vocab_size out"
+        )
+    return Settled(resolved, tokenizer, hardware, cache_root)
+
+
+def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
+    """The tokenised documents of a settled configuration."""
+    cfg = settled.cfg
+    if cfg.data_path == DEMO:
+        file = write_corpus(settled.cache_root)
+        cfg = dataclasses.replace(cfg, data_path=str(file))
+    cores = settled.hardware.cpu_cores
+    return Corpus.prepare(
+        cfg, settled.tokenizer, settled.cache_root, cores, on_note
+    )  # fmt: skip
+
+
+def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
+    """Settle a run, meet the one that is there, tokenise, and write config.json.
+
+    Raises the errors of `settle`, `OSError` for a folder that cannot be written or a
+    disk too small, `RunLocked`, `NoGoodCheckpoint`, and `RuntimeError` for a run there
+    that is a different one.
+    """
+    settled = settle(cfg)
+    _check_writable(Path(settled.cfg.out_dir))
+    _check_disk(settled.cfg, settled.hardware)
+    folder = choose_folder(settled.cfg, on_note)
+    if folder.exists() and settled.cfg.resume is not False:
+        resumed = compare_settings(folder, settled.cfg, on_note)
+        settled = dataclasses.replace(settled, cfg=resumed)
+    corpus = open_corpus(settled, on_note)
+    cfg = settled.cfg
+    hashes = {
+        "data": corpus.cache.folder.name,
+        "validation": corpus.val_cache.folder.name,
+        "tokenizer": settled.tokenizer.fingerprint,
+    }
+    with folder.lock():
+        checkpoint = None
+        if folder.exists() and cfg.resume is not False:
+            compare_hashes(folder, hashes, cfg.allow_change)
+            checkpoint = folder.newest_good_checkpoint(repair=True)
+        elif folder.exists():
+            on_note(f"the earlier run is kept as {folder.move_aside()}")
+        total_steps = _total_steps(corpus, cfg)
+        done = checkpoint.step if checkpoint else 0
+        complete = folder.status() == "finished" and done >= total_steps
+        config = {
+            "settings": dataclasses.asdict(cfg),
+            "explicit": sorted(cfg.explicit()),
+            "hashes": hashes,
+            "versions": _versions(),
+        }
+        if not complete:
+            _tell_horizon(done, total_steps, folder, on_note)
+            write_tokenizer(settled.tokenizer, folder.tokenizer)
+            folder.write_config(config)
+    return Prepared(
+        settled, folder, corpus, checkpoint, config, total_steps, complete
+    )  # fmt: skip
+
+
+def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
+    device = cfg.device or ("cuda" if hardware.gpus else "cpu")
+    if device == "cuda" and not hardware.gpus:
+        raise ValueError('device="cuda", and no GPU was found; take device="cpu"')
+    count = len(hardware.gpus) if device == "cuda" else 1
+    if not sys.platform.startswith("linux"):
+        count = 1
+        if (cfg.num_processes or 1) > 1:
+            raise ValueError("several processes need Linux; take num_processes=1")
+    if device == "cuda" and (cfg.num_processes or 1) > count:
+        raise ValueError(
+            f"num_processes={cfg.num_processes}, and there are {count} GPUs"
+        )
+    capability = min((gpu.capability for gpu in hardware.gpus), default=None)
+    dtype = choose_dtype(device, capability, hardware.cpu_native_bf16)
+    return {"device": device, "num_processes": count, "dtype": dtype}
+
+
+def _total_steps(corpus: Corpus, cfg: TrainConfig) -> int:
+    steps = corpus.training_stream(cfg, 0, size=cfg.num_processes or 1).total_steps
+    return min(steps, cfg.max_steps or steps)
+
+
+def _tell_horizon(
+    done: int, total_steps: int, folder: RunFolder, on_note: _Note
+) -> None:
+    if not done:
+        return
+    on_note(f"{folder.root} goes on from step {done:,} of {total_steps:,}")
+    before = folder.read_config()["settings"]
+    if folder.status() == "finished" and done < total_steps:
+        on_note(
+            f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
+            "schedule is recomputed for the new total, which differs from a run planned "
+            "that long from the start"
+        )
+
+
+def _check_writable(out_dir: Path) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"out_dir cannot be written ({error.strerror}); choose a folder of your own "
+            "with out_dir=…",
+            str(out_dir),
+        ) from error
+
+
+def _check_disk(cfg: TrainConfig, hardware: Hardware) -> None:
+    parameters = count_parameters(cfg.shape())["total"]
+    kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
+    needed = parameters * (_CHECKPOINT_BYTES * kept + 2 * _EXPORT_BYTES)
+    free = shutil.disk_usage(cfg.out_dir).free
+    if needed > free:
+        raise OSError(
+            f"{cfg.out_dir} has {free / 2**30:.1f} GiB free; {kept} checkpoints of "
+            f"{parameters / 1e6:.0f} M parameters and the weights file need "
+            f"{needed / 2**30:.1f} GiB. Make room, or choose another out_dir."
+        )
+
+
+def _versions() -> dict[str, str]:
+    names = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,151 @@
+"""Meeting a run that is there: go on with it, leave it be, or say what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import CHANGEABLE_ON_RESUME, TrainConfig
+from ..storage import verified
+from ..storage.runs import RunFolder
+
+
+def choose_folder(cfg: TrainConfig, on_note: Callable[[str], None]) -> RunFolder:
+    """The run folder of a resolved configuration, copied from `resume` if that is a path.
+
+    A copy is made once: where the run folder is there already and stands at least as
+    far, it goes on. Raises `FileNotFoundError` where the path is no run,
+    `FileExistsError` where another run is in the way.
+    """
+    assert cfg.run_name
+    folder = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    if isinstance(cfg.resume, bool) or cfg.resume == "auto":
+        return folder
+    source = RunFolder(cfg.resume)
+    if not source.exists():
+        raise FileNotFoundError(
+            f"resume={cfg.resume!r} is no run folder (there is no "
+            f'{source.config_file}); name one, or take resume="auto"'
+        )
+    if source.root.resolve() == folder.root.resolve():
+        return folder
+    if folder.exists():
+        if _steps(folder) < _steps(source):
+            raise FileExistsError(
+                f"{folder.root} is there already and stands at step {_steps(folder)}, "
+                f"{source.root} at step {_steps(source)}; take another run_name, or "
+                "move that folder away"
+            )
+        on_note(f"{folder.root} was copied before and goes on")
+        return folder
+    _copy_run(source, folder)
+    on_note(f"copied {source.root} to {folder.root}")
+    return folder
+
+
+def compare_settings(
+    folder: RunFolder, cfg: TrainConfig, on_note: Callable[[str], None]
+) -> TrainConfig:
+    """Check that a resolved configuration goes on with the run in `folder`.
+
+    Returns the configuration, with the accumulation that keeps the global batch where
+    the number of processes is another one. Raises `RuntimeError` with every difference
+    and three ways on.
+    """
+    settings = folder.read_config()["settings"]
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    before = TrainConfig(**{k: v for k, v in settings.items() if k in known})
+    if before.num_processes != cfg.num_processes:
+        cfg = _keep_global_batch(before, cfg, on_note)
+    allowed = CHANGEABLE_ON_RESUME | set(cfg.allow_change)
+    if before.num_processes != cfg.num_processes:
+        allowed = allowed | {"accumulation_steps"}
+    differences = [
+        f"{name}: {getattr(before, name)!r} there, {getattr(cfg, name)!r} now"
+        for name in sorted(known - allowed)
+        if getattr(before, name) != getattr(cfg, name)
+    ]
+    if differences:
+        names = [line.partition(":")[0] for line in differences]
+        raise _other_run(folder, differences, names)
+    return cfg
+
+
+def compare_hashes(
+    folder: RunFolder, hashes: Mapping[str, str], allow_change: Iterable[str]
+) -> None:
+    """Check that data and tokenizer have the content they had. Raises `RuntimeError`."""
+    settings = {"data": "data_path", "validation": "val_path", "tokenizer": "tokenizer"}
+    before = folder.read_config()["hashes"]
+    changed = [
+        name
+        for name, value in hashes.items()
+        if before[name] != value and settings[name] not in set(allow_change)
+    ]
+    if changed:
+        differences = [
+            f"the content of {settings[name]} is another" for name in changed
+        ]
+        raise _other_run(folder, differences, [settings[name] for name in changed])
+
+
+def _keep_global_batch(
+    before: TrainConfig, cfg: TrainConfig, on_note: Callable[[str], None]
+) -> TrainConfig:
+    assert cfg.batch_size and cfg.num_processes
+    rows = cfg.batch_size * cfg.num_processes
+    if before.global_batch % rows:
+        raise RuntimeError(
+            f"the run has a global batch of {before.global_batch} rows, which "
+            f"{cfg.num_processes} processes of batch_size={cfg.batch_size} cannot keep; "
+            'set a batch_size that divides it, with allow_change=["batch_size"]'
+        )
+    steps = before.global_batch // rows
+    on_note(
+        f"{cfg.num_processes} processes instead of {before.num_processes}: with "
+        f"accumulation_steps={steps} the samples of every step stay the same; the loss "
+        "does to rounding"
+    )
+    return dataclasses.replace(cfg, accumulation_steps=steps)
+
+
+def _other_run(
+    folder: RunFolder, differences: list[str], names: list[str]
+) -> Exception:
+    listing = "\n  ".join(differences)
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return RuntimeError(
+        f"{folder.root} holds a run with other settings:\n  {listing}\n"
+        "Three ways on:\n"
+        '  run_name="…"            a new run beside it\n'
+        "  resume=False            a new run in its place; the old folder is kept under "
+        "another name\n"
+        f"  allow_change=[{quoted}]  go on with the new values"
+    )
+
+
+def _copy_run(source: RunFolder, folder: RunFolder) -> None:
+    """Copy a run, whole or not at all; of its checkpoints the newest good one.
+
+    The source may be read-only and is only read.
+    """
+    checkpoint = source.newest_good_checkpoint()
+    aside = folder.root.with_name(f".{folder.root.name}.copy.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for file in source.root.iterdir():
+        if file.is_file() and file.name != source.lock_file.name:
+            shutil.copyfile(file, aside / file.name)
+    if checkpoint:
+        target = RunFolder(aside).checkpoint_folder(checkpoint.step)
+        shutil.copytree(checkpoint.folder, target, copy_function=shutil.copyfile)
+        verified.verify(target)
+    aside.rename(folder.root)
+
+
+def _steps(folder: RunFolder) -> int:
+    newest: Any = folder.newest_good_checkpoint()
+    return newest.step if newest else 0

@@ -1,0 +1,155 @@
+import copy
+import dataclasses
+import enum
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minimind_nb.config import SHAPE_FIELDS, TrainConfig, kinds, resolve
+
+MINIMIND_NAMES = (
+    "data_path out_dir epochs batch_size learning_rate hidden_size num_hidden_layers "
+    "max_seq_len use_moe accumulation_steps grad_clip warmup_iters save_interval "
+    "log_interval num_processes dtype"
+).split()
+
+
+def config(**settings: Any) -> TrainConfig:
+    """A configuration from values no type checker would let through."""
+    return TrainConfig(**settings)
+
+
+def test_the_names_minimind_users_know_are_fields():
+    assert set(MINIMIND_NAMES) <= kinds().keys()
+
+
+def test_fields_are_keyword_only_and_frozen():
+    with pytest.raises(TypeError, match="positional"):
+        TrainConfig("pretrain")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
+        TrainConfig().epochs = 2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_kinds_tell_optional_fields_from_required_ones():
+    assert kinds()["epochs"] == (int, type(None))
+    assert kinds()["resume"] == (str, bool)
+    assert kinds()["allow_change"] == (tuple,)
+    assert kinds()["seed"] == (int,)
+
+
+def test_only_what_differs_from_the_defaults_is_explicit():
+    assert TrainConfig().explicit() == {}
+    cfg = TrainConfig(stage="pretrain", epochs=2, seed=42, dropout=None)
+    assert cfg.explicit() == {"epochs": 2}
+
+
+def test_numpy_numbers_paths_and_lists_become_plain(tmp_path):
+    cfg = config(
+        data_path=tmp_path / "text.jsonl",
+        out_dir=Path("runs"),
+        epochs=np.int64(3),
+        learning_rate=np.float32(0.5),
+        dropout=np.float64(0.25),
+        allow_change=["epochs", "dtype"],
+    )
+    plain = [str(tmp_path / "text.jsonl"), "runs", 3, 0.5, 0.25, ("epochs", "dtype")]
+    names = ("data_path", "out_dir", "epochs", "learning_rate", "dropout")
+    found = [getattr(cfg, name) for name in (*names, "allow_change")]
+    assert found == plain
+    assert [type(value) for value in found] == [type(value) for value in plain]
+
+
+def test_a_string_of_a_class_from_a_cell_becomes_a_plain_one():
+    class Name(str):
+        pass
+
+    class Shape(str, enum.Enum):  # noqa: UP042 (StrEnum hides the difference)
+        SMALL = "minimind2-small"
+
+    cfg = config(run_name=Name("mine"), preset=Shape.SMALL, allow_change=[Name("seed")])
+    found = (cfg.run_name, cfg.preset, *cfg.allow_change)
+    assert found == ("mine", "minimind2-small", "seed")
+    assert {type(text) for text in found} == {str}
+
+
+def test_plain_values_are_taken_beside_an_unknown_name(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        config(epoch=np.int64(1), epochs=np.int64(2), data_path=tmp_path)
+    assert str(caught.value) == (
+        "the configuration has a problem:\n  - 'epoch' is no setting; did you mean "
+        "epochs?"
+    )
+
+
+def test_a_configuration_travels_and_copies():
+    cfg = TrainConfig(preset="demo", epochs=2, allow_change=("seed",))
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
+    assert copy.deepcopy(cfg) == cfg
+    assert hash(copy.copy(cfg)) == hash(cfg)
+    assert dataclasses.replace(cfg, epochs=3).epochs == 3
+
+
+def test_a_copy_with_an_unknown_name_is_refused_like_a_new_one():
+    with pytest.raises(ValueError, match="'epoch' is no setting; did you mean epochs"):
+        dataclasses.replace(TrainConfig(), epoch=3)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preset": "minimind-3-moe", "recipe": "minimind", "dropout": 0.1},
+        {"preset": "demo", "recipe": "demo", "data_path": "demo", "max_steps": 7},
+        {"use_moe": True, "aux_loss_alpha": 0.0, "allow_change": ("seed",)},
+        {"data_path": "a", "val_path": "b", "on_bad_line": "skip"},
+    ],
+)
+def test_resolved_configuration_is_a_fixed_point_and_survives_travel(settings):
+    machine = {"device": "cuda", "num_processes": 2, "dtype": "float16"}
+    cfg = resolve(TrainConfig(**settings), **machine, vocab_size=6400)
+    other_machine = {"device": "cpu", "num_processes": 1, "dtype": "float32"}
+    assert resolve(cfg, **other_machine, vocab_size=9) == cfg
+    through_json = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    assert TrainConfig(**through_json) == cfg
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
+
+
+def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
+    cfg = resolve(TrainConfig(use_moe=True))
+    open_fields = {n for n, v in dataclasses.asdict(cfg).items() if v is None}
+    assert open_fields == {
+        "data_path",
+        "val_path",
+        "tokenizer",
+        "preset",
+        "recipe",
+        "max_steps",
+        "max_session_hours",
+    }
+
+
+def test_global_batch_counts_rows_over_all_processes():
+    cfg = resolve(TrainConfig(batch_size=8, accumulation_steps=4), num_processes=2)
+    assert cfg.global_batch == 64
+
+
+def test_shape_speaks_by_the_models_names():
+    shape = resolve(TrainConfig(preset="minimind2-moe")).shape()
+    assert list(shape) == SHAPE_FIELDS
+    assert (shape["hidden_size"], shape["n_routed_experts"]) == (640, 4)
+
+
+def test_weights_and_run_are_named_as_minimind_names_them():
+    dense, mixture = (resolve(TrainConfig(use_moe=moe)) for moe in (False, True))
+    assert (dense.weights_suffix, mixture.weights_suffix) == ("512", "512_moe")
+    assert dense.run_name == "pretrain_512"
+    assert mixture.run_name == "pretrain_512_moe"
+
+
+def test_resolution_refuses_what_the_machine_contradicts():
+    with pytest.raises(ValueError, match='dtype="float16" is for GPUs'):
+        resolve(TrainConfig(dtype="float16"), device="cpu")

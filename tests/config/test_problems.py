@@ -1,0 +1,179 @@
+import math
+from typing import Any
+
+import pytest
+
+from minimind_nb.config import TrainConfig, describe_unknown
+
+
+class Corpus:
+    """What someone might define in a cell and hand over."""
+
+    def __repr__(self) -> str:
+        return "Corpus()"
+
+
+def problems(**settings: Any) -> list[str]:
+    """What is said of settings, line by line."""
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**settings)
+    head, *lines = str(caught.value).split("\n  - ")
+    many = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+    assert head == f"the configuration has {many}:"
+    return lines
+
+
+def test_an_unknown_name_gets_the_likely_one():
+    assert problems(hiden_size=512) == [
+        "'hiden_size' is no setting; did you mean hidden_size?"
+    ]
+    assert problems(zzz=1) == ["'zzz' is no setting"]
+    assert describe_unknown("colour", ["color"], "option") == (
+        "'colour' is no option; did you mean color?"
+    )
+
+
+def test_all_problems_are_named_in_one_error_and_in_the_order_given():
+    assert problems(
+        epoch=1, learning_rat=1e-3, epochs=0, dtype="fp16", hidden_size=100
+    ) == [
+        "'epoch' is no setting; did you mean epochs?",
+        "'learning_rat' is no setting; did you mean learning_rate?",
+        "dtype='fp16' is not one of float16, bfloat16, float32; did you mean "
+        "'float16'?",
+        "epochs=0 is too small, at least 1 is needed",
+        "hidden_size=100 cannot be shared out among num_attention_heads=8; take a "
+        "multiple, or set head_dim",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"stage": "pretrian"}, "not one of pretrain; did you mean 'pretrain'?"),
+        ({"preset": "minimind2-smal"}, "did you mean 'minimind2-small'?"),
+        ({"recipe": "fast"}, "recipe='fast' is not one of demo, minimind"),
+        ({"device": "gpu"}, "device='gpu' is not one of cuda, cpu"),
+        ({"on_bad_line": "skipp"}, "not one of error, skip; did you mean 'skip'?"),
+    ],
+)
+def test_a_choice_that_is_none_lists_the_choices(settings, text):
+    (line,) = problems(**settings)
+    assert text in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"epochs": "2"}, "epochs='2' is str, expected int or None"),
+        ({"epochs": 2.0}, "epochs=2.0 is float, expected int or None"),
+        ({"epochs": True}, "epochs=True is bool, expected int or None"),
+        ({"use_moe": 1}, "use_moe=1 is int, expected bool or None"),
+        ({"use_moe": "false"}, "use_moe='false' is str, expected bool or None"),
+        ({"resume": None}, "resume=None is NoneType, expected str or bool"),
+        ({"seed": None}, "seed=None is NoneType, expected int"),
+        ({"data_path": Corpus()}, "data_path=Corpus() is Corpus, expected str or None"),
+        ({"preset": ["demo"]}, "preset=('demo',) is tuple, expected str or None"),
+        ({"data_path": b"a"}, "data_path=b'a' is bytes, expected str or None"),
+        (
+            {"allow_change": "seed"},
+            "allow_change='seed' is str, expected tuple of names",
+        ),
+        (
+            {"allow_change": (1, [])},
+            "allow_change=(1, ()) is tuple, expected tuple of names",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_names_field_and_kinds(settings, line):
+    assert problems(**settings) == [line]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_must_be_finite(value):
+    assert problems(learning_rate=value) == [
+        f"learning_rate={value} is not a finite number"
+    ]
+
+
+def test_whole_numbers_are_numbers_where_fractions_are_expected():
+    assert TrainConfig(learning_rate=1, grad_clip=0).learning_rate == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("hidden_size", 0, "at least 1 is needed"),
+        ("num_attention_heads", -8, "at least 1 is needed"),
+        ("num_key_value_heads", 0, "at least 1 is needed"),
+        ("max_seq_len", 1, "at least 2 is needed"),
+        ("keep_checkpoints", 1, "at least 2 is needed"),
+        ("seed", -1, "at least 0 is needed"),
+        ("max_steps", 0, "at least 1 is needed"),
+        ("weight_decay", -0.1, "at least 0 is needed"),
+        ("learning_rate", 0.0, "learning_rate=0.0 must be above 0"),
+        ("max_session_hours", -1.0, "max_session_hours=-1.0 must be above 0"),
+        ("dropout", 1.0, "dropout=1.0 must be from 0 up to, but not, 1"),
+        ("val_fraction", -0.5, "val_fraction=-0.5 must be from 0 up to, but not, 1"),
+    ],
+)
+def test_a_number_out_of_range_says_the_range(name, value, text):
+    assert any(text in line for line in problems(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"num_key_value_heads": 3}, "=8 is no multiple of num_key_value_heads=3"),
+        ({"head_dim": 63}, "head_dim=63 is odd; rotary embeddings need pairs"),
+        (
+            {"use_moe": True, "num_experts_per_tok": 5},
+            "num_experts_per_tok=5 is more than n_routed_experts=4",
+        ),
+        (
+            {"max_seq_len": 40_000},
+            "max_seq_len=40000 is more than max_position_embeddings=32768",
+        ),
+        (
+            {"min_learning_rate": 0.1, "learning_rate": 0.01},
+            "min_learning_rate=0.1 is above learning_rate=0.01",
+        ),
+        (
+            {"val_path": "v.jsonl", "val_fraction": 0.1},
+            "val_path and val_fraction exclude each other: a validation file replaces",
+        ),
+        ({"max_bad_fraction": 0.1}, 'max_bad_fraction needs on_bad_line="skip"'),
+        (
+            {"n_routed_experts": 8},
+            "n_routed_experts is a setting of mixtures of experts; set use_moe=True",
+        ),
+        (
+            {"aux_loss_alpha": 0.0, "preset": "minimind2"},
+            "aux_loss_alpha is a setting of mixtures of experts; set use_moe=True",
+        ),
+        (
+            {"device": "cpu", "dtype": "float16"},
+            'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"',
+        ),
+        ({"allow_change": ("epoch",)}, "allow_change: 'epoch' is no setting; did you"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, text):
+    (line,) = problems(**settings)
+    assert text in line
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a\\b"])
+def test_a_run_name_must_name_a_folder_in_out_dir(name):
+    assert problems(run_name=name) == [
+        f"run_name={name!r} is not the name of a folder in out_dir"
+    ]
+
+
+def test_a_width_that_heads_do_not_divide_is_fine_with_a_head_dim():
+    assert TrainConfig(hidden_size=100, head_dim=16).head_dim == 16
+
+
+def test_mixture_settings_are_fine_where_a_preset_is_a_mixture():
+    cfg = TrainConfig(preset="minimind2-moe", aux_loss_alpha=0.0)
+    assert cfg.aux_loss_alpha == 0.0

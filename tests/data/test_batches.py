@@ -1,0 +1,343 @@
+"""Every rank takes its rows of the same samples, wherever the stream is resumed."""
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from minimind_nb.data.batches import (
+    IGNORED,
+    MicroBatch,
+    RowReader,
+    StepBatch,
+    TrainingStream,
+    ValidationRows,
+)
+from minimind_nb.data.packing import pack
+from minimind_nb.data.shards import TokenCache
+from minimind_nb.data.tokenizer import read_tokenizer
+
+PAD = 0
+WIDTH = 16
+# batch_size and accumulation_steps by number of ranks: 24 rows a step each.
+LAYOUTS = {1: (24, 1), 2: (3, 4), 3: (2, 4), 8: (3, 1)}
+WORDS = "The cat 猫 sat on 坐在 the mat 垫子 and sang".split()
+
+
+@pytest.fixture(scope="module")
+def cache(make_cache):
+    """87 documents of 1 to 60 bytes, empty texts and so gaps in the lines between."""
+    draw = np.random.default_rng(5)
+    sizes = draw.integers(1, 60, 87).tolist()
+    texts = ["".join(map(chr, draw.integers(33, 127, n))) for n in sizes]
+    return make_cache(list(itertools.chain(*((text, "") for text in texts))))
+
+
+def unique_tokens(targets: list[int]) -> TokenCache:
+    """Documents whose tokens are all different: 0, 1, 2, … through the cache."""
+    counts = np.array(targets, np.int64) + 1
+    return cast(
+        TokenCache,
+        SimpleNamespace(
+            tokens=np.arange(counts.sum(), dtype=np.uint32),
+            offsets=np.concatenate([[0], np.cumsum(counts)]),
+            lines=np.arange(len(counts)) + 1,
+            targets=counts - 1,
+            sizes=counts,
+        ),
+    )
+
+
+def make_stream(
+    cache: TokenCache, size: int = 1, *, mask: bool = False, **other: Any
+) -> TrainingStream:
+    batch_size, accumulation_steps = LAYOUTS[size]
+    given = {
+        "width": WIDTH,
+        "seed": 42,
+        "epochs": 2,
+        "batch_size": batch_size,
+        "accumulation_steps": accumulation_steps,
+        "size": size,
+    }
+    documents = np.arange(len(cache.lines))
+    reader = RowReader(cache, PAD, mask)
+    return TrainingStream(reader, documents, **{**given, **other})
+
+
+def steps(stream: TrainingStream) -> list[StepBatch]:
+    """All that is left of a stream."""
+    taken = []
+    while stream.samples < stream.total_samples:
+        taken.append(stream.next_step())
+    return taken
+
+
+def rows_of(step: StepBatch) -> list[tuple[list[int], list[int]]]:
+    """A step's rows as (inputs, targets), over its micro-batches."""
+    return [
+        (inputs.tolist(), targets.tolist())
+        for batch in step.micro_batches
+        for inputs, targets in zip(batch.inputs, batch.targets, strict=True)
+    ]
+
+
+def pairs_of(batches: list[MicroBatch]) -> Counter[tuple[int, int]]:
+    """How often each (input, target) is there."""
+    found: Counter[tuple[int, int]] = Counter()
+    for batch in batches:
+        there = batch.targets != IGNORED
+        inputs, targets = batch.inputs[there].tolist(), batch.targets[there].tolist()
+        found.update(zip(inputs, targets, strict=True))
+    return found
+
+
+def equal(a: StepBatch, b: StepBatch) -> bool:
+    """Whether two steps are the same bit for bit."""
+    if (a.samples, a.targets) != (b.samples, b.targets):
+        return False
+    return len(a.micro_batches) == len(b.micro_batches) and all(
+        torch.equal(x, y)
+        for one, other in zip(a.micro_batches, b.micro_batches, strict=True)
+        for x, y in ((one.inputs, other.inputs), (one.targets, other.targets))
+    )
+
+
+def test_a_row_at_literal_points(make_cache):
+    cache = make_cache(["abc", "d", "eeee"])
+    rows = pack(np.arange(3), cache.targets, 6)
+    batch = RowReader(cache, PAD, document_mask=True).read(rows, range(len(rows)))
+    assert batch.inputs.tolist() == [[1, 71, 71, 71, 71, 1], [67, 68, 69, 1, 70, 0]]
+    assert batch.targets.tolist() == [
+        [71, 71, 71, 71, 2, 67],
+        [68, 69, 2, 70, 2, IGNORED],
+    ]
+    assert batch.documents is not None
+    assert batch.documents.tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, -1]]
+    assert [batch.inputs.dtype, batch.targets.dtype] == [torch.int64] * 2
+    assert batch.documents.dtype == torch.int32
+
+
+def test_a_piece_that_goes_on_repeats_the_last_token_of_the_one_before(make_cache):
+    cache = make_cache(["abcdefg"])
+    rows = pack(np.arange(1), cache.targets, 3)
+    batch = RowReader(cache, PAD, document_mask=False).read(rows, range(len(rows)))
+    assert batch.inputs.tolist() == [[1, 67, 68], [69, 70, 71], [72, 73, 0]]
+    assert batch.targets.tolist() == [[67, 68, 69], [70, 71, 72], [73, 2, IGNORED]]
+
+
+def test_documents_are_numbered_only_where_they_are_hidden_from_each_other(cache):
+    step = make_stream(cache).next_step()
+    masked = make_stream(cache, mask=True).next_step()
+    assert all(batch.documents is None for batch in step.micro_batches)
+    assert equal(step, masked)
+    for batch in masked.micro_batches:
+        assert batch.documents is not None
+        assert torch.equal(batch.documents == -1, batch.targets == IGNORED)
+
+
+def test_rows_stay_where_they_are_on_a_cpu(cache):
+    (batch,) = make_stream(cache).next_step().micro_batches
+    assert batch.to(torch.device("cpu")) is batch
+
+
+def test_sizes_of_a_stream(cache):
+    stream = make_stream(cache, size=2)
+    targets = int(cache.targets.sum())
+    assert stream.rows == -(-targets // WIDTH)
+    assert stream.rows % 24 != 0 != 2 * stream.rows % 24  # a step crosses the epochs
+    assert stream.total_samples == 2 * stream.rows
+    assert stream.global_batch == 24
+    assert stream.total_steps == -(-2 * stream.rows // 24) == len(steps(stream))
+    assert stream.fill == targets / (stream.rows * WIDTH) > 0.99
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_any_number_of_ranks_takes_the_same_samples(cache, size):
+    batch_size, accumulation_steps = LAYOUTS[size]
+    ranks = [steps(make_stream(cache, size, rank=rank)) for rank in range(size)]
+    for alone, *together in zip(steps(make_stream(cache)), *ranks, strict=True):
+        rows = [iter(rows_of(step)) for step in together]
+        taken = []
+        for _, rank in itertools.product(range(accumulation_steps), range(size)):
+            taken += itertools.islice(rows[rank], batch_size)
+        assert taken == rows_of(alone)
+        assert [next(left, None) for left in rows] == [None] * size
+        assert {step.samples for step in together} == {alone.samples}
+        assert {step.targets for step in together} == {alone.targets}
+
+
+def test_last_step_takes_what_is_left(cache):
+    stream = make_stream(cache)
+    *full, last = steps(stream)
+    assert {step.samples for step in full} == {24}
+    assert 0 < last.samples == stream.total_samples % 24 == len(rows_of(last))
+
+
+def test_a_rank_without_rows_gets_none(cache):
+    ranks = [make_stream(cache, 8, rank=rank, epochs=1) for rank in range(8)]
+    begin = ranks[0].total_samples - 7
+    for stream in ranks:
+        stream.samples = begin
+    batches = [stream.next_step() for stream in ranks]
+    assert [len(rows_of(step)) for step in batches] == [3, 3, 1, 0, 0, 0, 0, 0]
+    assert batches[7].micro_batches == []
+    assert {step.samples for step in batches} == {7}
+
+
+def test_one_row_serves_more_ranks_than_rows(make_cache):
+    ranks = [
+        steps(make_stream(make_cache(["a"]), 3, rank=r, epochs=1)) for r in range(3)
+    ]
+    assert [len(rows_of(*taken)) for taken in ranks] == [1, 0, 0]
+    assert {taken[0].targets for taken in ranks} == {2}
+
+
+def test_a_step_may_take_several_epochs(make_cache):
+    stream = make_stream(make_cache(["abc"]), epochs=30)
+    first, last = steps(stream)
+    assert (first.samples, last.samples) == (24, 6)
+    assert (first.targets, last.targets) == (96, 24)
+    assert len(rows_of(first)) == 24
+
+
+def test_a_stream_at_its_end_gives_nothing(cache):
+    stream = make_stream(cache)
+    steps(stream)
+    with pytest.raises(AssertionError, match="the stream is at its end"):
+        stream.next_step()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_resumed_stream_equals_the_uninterrupted_one(cache, size):
+    for rank in range(size):
+        whole = steps(make_stream(cache, size, rank=rank))
+        for done in range(len(whole)):
+            resumed = make_stream(cache, size, rank=rank, samples=24 * done)
+            left = steps(resumed)
+            assert len(left) == len(whole) - done
+            assert all(map(equal, left, whole[done:]))
+
+
+def test_targets_of_a_step_are_those_of_all_ranks(cache):
+    ranks = [steps(make_stream(cache, 3, rank=rank)) for rank in range(3)]
+    for together in zip(*ranks, strict=True):
+        found = sum(
+            int((batch.targets != IGNORED).sum())
+            for step in together
+            for batch in step.micro_batches
+        )
+        assert {step.targets for step in together} == {found}
+
+
+def test_lines_are_those_the_samples_come_from(make_cache):
+    cache = make_cache(["", "aaaaaa", "", "bb", "c", ""])
+    stream = make_stream(cache, width=4)
+    assert stream.rows == 3
+    assert stream.lines(0, 3) == stream.lines(3, 6) == stream.lines(1, 5) == [2, 4, 5]
+    assert stream.lines(2, 2) == []
+    read = stream.reader.read(stream._epoch(0), range(3)).inputs.tolist()
+    letters = {2: 67, 4: 68, 5: 69}
+    for row in range(3):
+        there = [n for n, letter in letters.items() if letter in read[row]]
+        assert stream.lines(row, row + 1) == there
+
+
+def test_every_token_of_real_documents_is_a_target_once_an_epoch(make_cache):
+    spec = read_tokenizer()
+    decode = Tokenizer.from_str(spec.json).decode
+    draw = np.random.default_rng(3)
+    picked = [draw.choice(WORDS, n).tolist() for n in draw.integers(1, 90, 60)]
+    texts = [f"{n}: {' '.join(words)}" for n, words in enumerate(picked)]
+    cache = make_cache(texts, spec)
+    stream = make_stream(cache, mask=True, epochs=3, batch_size=1)
+    expected = Counter(
+        pair
+        for n in range(len(cache))
+        for pair in itertools.pairwise(cache.document(n).tolist())
+    )
+    orders = []
+    for _ in range(3):
+        batches = [stream.next_step().micro_batches[0] for _ in range(stream.rows)]
+        assert pairs_of(batches) == expected
+        orders.append([batch.inputs.tolist() for batch in batches])
+        pieces = [ids for batch in batches for ids in pieces_of(batch)]
+        whole = {
+            decode(ids) for ids in pieces if ids[:: len(ids) - 1] == [1, spec.eos_id]
+        }
+        short = {text for n, text in enumerate(texts) if cache.targets[n] <= WIDTH}
+        assert whole <= set(texts)
+        assert len(whole & short) > 0.5 * len(short) > 0
+    assert orders[0] != orders[1] != orders[2]
+
+
+def pieces_of(batch: MicroBatch) -> list[list[int]]:
+    """The tokens of each piece in a micro-batch of one row."""
+    assert batch.documents is not None
+    (inputs,), (targets,), (documents,) = batch.inputs, batch.targets, batch.documents
+    places = [documents == piece for piece in range(int(documents.max()) + 1)]
+    return [[*inputs[at].tolist(), int(targets[at][-1])] for at in places]
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any),
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 3]),
+)
+def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, size):
+    cache = unique_tokens(targets)
+    firsts = set(cache.offsets[:-1].tolist())
+    pairs = {(t - 1, t) for t in range(len(cache.tokens)) if t not in firsts}
+    ranks = [
+        steps(make_stream(cache, size, rank=rank, epochs=2, width=width))
+        for rank in range(size)
+    ]
+    batches = [b for taken in ranks for step in taken for b in step.micro_batches]
+    assert pairs_of(batches) == Counter(dict.fromkeys(pairs, 2))
+
+
+def validation_rows(cache: TokenCache, width: int, most: int) -> ValidationRows:
+    documents = np.arange(len(cache.lines))
+    return ValidationRows(RowReader(cache, PAD, False), documents, width, most)
+
+
+def test_validation_takes_documents_in_the_order_of_the_file(make_cache):
+    rows = validation_rows(make_cache(["ab", "cd", "ef"]), width=3, most=1000)
+    (batch,) = rows.micro_batches(batch_size=8, rank=0, size=1)
+    assert batch.inputs.tolist() == [[1, 67, 68], [1, 69, 70], [1, 71, 72]]
+    assert rows.text_bytes == 6
+
+
+def test_validation_stops_at_the_document_that_reaches_the_cap(make_cache):
+    cache = make_cache(["ab", "cd", "ef"])  # 3 targets each
+    assert [len(validation_rows(cache, 3, most)) for most in (1, 3, 4, 6, 7)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
+    assert validation_rows(cache, 3, 4).text_bytes == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_share_the_validation_rows(cache, batch_size, size):
+    rows = validation_rows(cache, WIDTH, most=1500)
+    batches = [
+        batch for r in range(size) for batch in rows.micro_batches(batch_size, r, size)
+    ]
+    taken = [tuple(row) for batch in batches for row in batch.inputs.tolist()]
+    (alone,) = rows.micro_batches(1000, 0, 1)
+    assert sorted(taken) == sorted(map(tuple, alone.inputs.tolist()))
+    assert pairs_of(batches) == pairs_of([alone])
+    assert 1500 <= sum(pairs_of(batches).values()) < 1500 + 61
+    assert max(len(batch.inputs) for batch in batches) <= batch_size

@@ -1,0 +1,148 @@
+"""What a run trains on and what it holds out."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from minimind_nb.config import TrainConfig, resolve
+from minimind_nb.data import shards
+from minimind_nb.data.batches import IGNORED
+from minimind_nb.data.corpus import Corpus
+from minimind_nb.data.faults import DataError
+
+TEXTS = [f"document {n}" for n in range(200)]
+
+
+@pytest.fixture
+def prepare(tmp_path, byte_spec, write_rows):
+    """A function that writes texts, and opens them as a configuration says."""
+
+    def prepare(texts, val_texts=None, notes=None, **wanted):
+        file = write_rows(tmp_path / "rows.jsonl", texts)
+        if val_texts is not None:
+            own = write_rows(tmp_path / "held_out.jsonl", val_texts)
+            wanted["val_path"] = str(own)
+        cfg = resolve(TrainConfig(data_path=str(file), **wanted))
+        note = (lambda _: None) if notes is None else notes.append
+        corpus = Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1, note)
+        return corpus, cfg
+
+    return prepare
+
+
+def hashes_of(corpus: Corpus) -> tuple[set[int], set[int]]:
+    trained = corpus.cache.hashes[corpus.documents].tolist()
+    return set(trained), set(corpus.val_cache.hashes[corpus.val_documents].tolist())
+
+
+def test_a_part_of_the_documents_is_held_out(prepare):
+    corpus, _ = prepare(TEXTS, val_fraction=0.1)
+    assert corpus.val_cache is corpus.cache
+    assert 8 < len(corpus.val_documents) < 40
+    numbers = sorted([*corpus.documents, *corpus.val_documents])
+    assert numbers == list(range(200))
+
+
+def test_no_text_is_on_both_sides(prepare):
+    trained, held_out = hashes_of(prepare(TEXTS * 3, val_fraction=0.1)[0])
+    assert len(trained) + len(held_out) == 200
+    assert not trained & held_out
+
+
+def test_a_validation_file_replaces_the_held_out_part(prepare):
+    corpus, cfg = prepare(TEXTS, val_texts=["x", "", "yy"])
+    assert corpus.documents.tolist() == list(range(200))
+    assert corpus.val_documents.tolist() == [0, 1]
+    assert corpus.val_cache.sizes.tolist() == [1, 2]
+    rows = corpus.validation_rows(cfg, pad_id=0)
+    assert rows is not None and rows.text_bytes == 3
+
+
+def test_other_processes_open_the_same_documents(prepare):
+    for wanted in ({"val_fraction": 0.2}, {"val_texts": ["x", "y"]}):
+        corpus, cfg = prepare(TEXTS, **wanted)
+        description = json.loads(json.dumps(corpus.describe()))
+        again = Corpus.reopen(description, cfg.val_fraction)
+        assert again.cache.folder == corpus.cache.folder
+        assert again.val_cache.folder == corpus.val_cache.folder
+        assert np.array_equal(again.documents, corpus.documents)
+        assert np.array_equal(again.val_documents, corpus.val_documents)
+        assert hashes_of(again) == hashes_of(corpus)
+
+
+def test_changed_text_goes_to_another_cache_and_a_length_does_not(prepare):
+    folder = prepare(TEXTS, max_seq_len=64)[0].cache.folder
+    assert prepare(TEXTS, max_seq_len=128)[0].cache.folder == folder
+    assert prepare(TEXTS[1:], max_seq_len=64)[0].cache.folder != folder
+
+
+def test_progress_is_passed_on(prepare, monkeypatch):
+    monkeypatch.setattr(shards, "_REPORT_SECONDS", -1.0)
+    notes = []
+    prepare(TEXTS, val_texts=["x"], notes=notes)
+    assert notes == ["tokenised 0 MB of text (the file has 0 MB)"] * 2
+
+
+@pytest.mark.parametrize("texts", [[""], ["", ""]])
+def test_a_file_without_text_to_train_on_is_refused(prepare, texts):
+    with pytest.raises(ValueError, match="no text to train on: 0 documents that are"):
+        prepare(texts)
+
+
+def test_a_validation_file_without_text_is_refused(prepare):
+    with pytest.raises(ValueError, match=r"held_out\.jsonl has no text to validate on"):
+        prepare(TEXTS, val_texts=["", ""])
+
+
+def test_bad_rows_are_refused_or_left_out_as_the_configuration_says(
+    prepare, tmp_path, byte_spec
+):
+    _, cfg = prepare(["a"])
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    cfg = dataclasses.replace(cfg, data_path=str(file))
+    with pytest.raises(DataError, match=r"some\.jsonl:2:1: no \"text\" in the row"):
+        Corpus.prepare(cfg, byte_spec, tmp_path, 1, print)
+    cfg = dataclasses.replace(cfg, on_bad_line="skip", max_bad_fraction=0.5)
+    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1, print)
+    assert corpus.documents.tolist() == [0]
+
+
+def test_nothing_is_held_out_of_one_text_or_at_fraction_zero(prepare):
+    for texts, fraction in ((["a"], 0.5), (TEXTS, 0.0)):
+        corpus, cfg = prepare(texts, val_fraction=fraction)
+        assert len(corpus.documents) == len(texts)
+        assert corpus.validation_rows(cfg, pad_id=0) is None
+
+
+def test_a_stream_is_as_the_configuration_says(prepare):
+    corpus, cfg = prepare(
+        TEXTS,
+        max_seq_len=24,
+        epochs=3,
+        batch_size=4,
+        accumulation_steps=2,
+        seed=7,
+        document_mask=True,
+    )
+    stream = corpus.training_stream(cfg, pad_id=0, rank=1, size=2, samples=16)
+    assert (stream.width, stream.seed, stream.samples) == (24, 7, 16)
+    assert (stream.rank, stream.size, stream.global_batch) == (1, 2, 16)
+    assert stream.total_samples == 3 * stream.rows
+    assert int(stream.targets.sum()) == corpus.cache.targets[corpus.documents].sum()
+    first = stream.next_step().micro_batches[0]
+    assert first.inputs.shape == (4, 24)
+    assert first.documents is not None
+
+
+def test_validation_is_as_the_configuration_says(prepare):
+    wanted = {"max_seq_len": 24, "val_fraction": 0.5, "document_mask": True}
+    corpus, cfg = prepare(TEXTS, eval_tokens=100, **wanted)
+    rows = corpus.validation_rows(cfg, pad_id=0)
+    assert rows is not None
+    (batch,) = rows.micro_batches(100, rank=0, size=1)
+    assert batch.inputs.shape[1] == 24
+    assert batch.documents is not None
+    assert 100 <= int((batch.targets != IGNORED).sum()) < 120

@@ -1,0 +1,339 @@
+"""Each malformed row of the promise, its line and its column; and what is accepted."""
+
+import gzip
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind_nb.data.faults import DataError, Tally, write_rejected
+from minimind_nb.data.jsonl import (
+    Chunk,
+    check_file,
+    check_text_row,
+    iter_chunks,
+    read_rows,
+)
+
+GOOD = b'{"text": "\xe4\xbd\xa0\xe5\xa5\xbd, world"}'
+
+
+def read(data: bytes, first_line: int = 1):
+    return read_rows(Chunk(first_line, data), check_text_row)
+
+
+def read_file(path: Path, size: int = 1 << 20):
+    rows, problems = [], []
+    for chunk in iter_chunks(path, size):
+        part = read_rows(chunk, check_text_row)
+        rows += part.rows
+        problems += part.problems
+    return rows, problems
+
+
+REFUSED = {
+    b'{"text": }': ("broken_json", 10, "broken JSON: Expecting value"),
+    b'{"text" "a"}': ("broken_json", 9, "delimiter"),
+    b'{"text": "a\\x"}': ("broken_json", 12, r"Invalid \\escape"),
+    b'{"text": "a long': ("truncated", 10, "ends inside a string"),
+    b'{"text": "a \\ud8': ("truncated", 14, "ends inside a string"),
+    b'{"text": "a"': ("truncated", 13, "ends inside an object"),
+    b"{": ("truncated", 2, "ends inside an object"),
+    b"{'text': 'a'}": ("single_quotes", 2, "JSON wants double"),
+    b'{"text": "a",}': ("trailing_comma", 13, "a comma before '}'"),
+    b'{"text": "a", "b": [1, ]}': ("trailing_comma", 22, "a comma before ']'"),
+    GOOD + b" " + GOOD: ("two_objects", 23, "two objects on one line"),
+    GOOD + b", " + GOOD: ("two_objects", 22, "two objects on one line"),
+    GOOD + b",": ("extra_data", 22, "',' follows the object"),
+    b'[{"text": "a"}]': ("not_object", 1, "the line is a list"),
+    b'"text"': ("not_object", 1, "the line is a string"),
+    b"12.5": ("not_object", 1, "the line is a number"),
+    b"true": ("not_object", 1, "the line is true"),
+    b"null": ("not_object", 1, "the line is null"),
+    "\u3000".encode(): ("not_json", 1, "begins with"),
+    b"  text,label": ("not_json", 3, "begins with 't'"),
+    b'"a","b"': ("not_json", 1, "begins with '\"'"),
+    "{'text': '中文'}".encode("gbk"): ("not_utf8", 11, "reads as GBK, convert"),
+    b'{"text": "caf\xff"}': ("not_utf8", 14, "byte 0xff is not UTF-8; the text"),
+    b'{"text": "a\0b"}': ("nul", 12, "the file is damaged"),
+    b'{"text": "abc\0\0\0\0': ("nul", 14, "the file was cut off"),
+    b"\0\0\0\0": ("nul", 1, "the file was cut off"),
+    b"\xef\xbb\xbf" + GOOD: ("bom", 1, "joined files"),
+    b'{"text": "a\tb"}': ("control_character", 12, r'write it as "\\t"'),
+    b'{"text": "\\ud83d"}': ("lone_surrogate", 11, r"\\ud83d is half"),
+    b'{"text": "a", "b": "\\uDE00 \\ud83d\\ude00"}': ("lone_surrogate", 21, "half"),
+    b'{"text": "a", "b": NaN}': ("not_finite", 20, "NaN is no JSON number"),
+    b'{"text": "NaN", "b": [-Infinity]}': ("not_finite", 23, "-Infinity is no"),
+    b'{"text": "a", "text": "b"}': ("duplicate_key", 15, "'text' comes twice"),
+    b'{"text": "a", "b": {"c": 1, "c": 1}}': ("duplicate_key", 29, "'c' comes twice"),
+    b'{"content": "a", "n": 1}': ("missing_text", 1, r'its keys: \["content", "n"\]'),
+    b"{}": ("missing_text", 1, r"its keys: \[\]"),
+    b'{"text": null}': ("not_a_string", 2, '"text" is null, not a string'),
+    b'{"n": 1, "text": 5}': ("not_a_string", 10, '"text" is a number'),
+    b'{"text": ["a"]}': ("not_a_string", 2, '"text" is a list'),
+    b'{"text": {}}': ("not_a_string", 2, '"text" is an object'),
+    b'{"text": "a", "b": ' + b"[" * 100 + b"]" * 100 + b"}": (
+        "too_deep",
+        119,
+        "nested more than 100 deep",
+    ),
+    b'{"text": "a", "b": ' + b"9" * 5000 + b"}": ("broken_json", 1, "of digits"),
+}
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: repr(line[:40]))
+def test_bad_line_is_refused_at_its_place_and_its_neighbours_are_read(line):
+    kind, column, reason = REFUSED[line]
+    result = read(GOOD + b"\n\n" + line + b"\r\n" + GOOD, first_line=7)
+    assert [number for number, _ in result.rows] == [7, 10]
+    assert result.blank == 1
+    (bad,) = result.problems
+    assert (bad.line, bad.kind, bad.column) == (9, kind, column)
+    assert re.search(reason, bad.reason)
+    assert len(bad.excerpt) <= 80
+    assert bad.excerpt.isprintable()
+
+
+ACCEPTED = {
+    b"\xef\xbb\xbf" + GOOD: "你好, world",
+    GOOD + b"\r": "你好, world",
+    b" \t" + GOOD + b" ": "你好, world",
+    '{"text": "a\u2028b\x85c"}'.encode(): "a\u2028b\x85c",
+    b'{"id": 7, "text": "a", "tags": ["x"]}': "a",
+    b'{"text": ""}': "",
+    b'{"text": " \\n\\u0000\\ud83d\\ude00 \\\\ud83d"}': " \n\0😀 \\ud83d",
+    b'{"text": "NaN [[[", "b": ' + b"[" * 99 + b"]" * 99 + b"}": "NaN [[[",
+    json.dumps({"text": '"{[' * 300}).encode(): '"{[' * 300,
+    json.dumps({"text": "x" * 12_000_000}).encode(): "x" * 12_000_000,
+}
+
+
+@pytest.mark.parametrize("line", ACCEPTED, ids=lambda line: repr(line[:40]))
+def test_unusual_but_valid_line_is_accepted_with_its_text_unchanged(line):
+    result = read(line)
+    assert not result.problems
+    assert [row["text"] for _, row in result.rows] == [ACCEPTED[line]]
+
+
+def test_blank_lines_are_counted_and_keep_the_numbers_physical():
+    result = read(b"\n \r\n" + GOOD + b"\n\n\n" + GOOD)
+    assert [number for number, _ in result.rows] == [3, 6]
+    assert result.blank == 4
+
+
+def test_line_of_a_hundred_thousand_levels_is_refused_in_both_shapes():
+    closed = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    kinds = [row.kind for row in read(closed + b"\n" + b'{"a":' * 100_000).problems]
+    assert kinds == ["too_deep", "too_deep"]
+
+
+def test_code_with_many_braces_that_is_cut_off_is_called_truncated():
+    (bad,) = read(b'{"text": "' + b"{" * 300).problems
+    assert bad.kind == "truncated"
+
+
+def test_a_million_keys_are_fine():
+    keys = ", ".join(f'"{n}": 0' for n in range(1_000_000))
+    assert len(read(f'{{"text": "a", {keys}}}'.encode()).rows) == 1
+
+
+def test_excerpt_shows_the_surroundings_of_the_column():
+    (bad,) = read(b'{"text": "' + b"x" * 5000 + b"\x01HERE" + b"y" * 5000).problems
+    assert bad.column == 5011
+    assert "\\x01HERE" in bad.excerpt
+
+
+def test_results_travel_to_other_processes():
+    result = read(GOOD + b"\n{")
+    assert pickle.loads(pickle.dumps(result)) == result
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_chunks_of_any_size_hold_whole_lines_and_the_whole_file(tmp_path, name, size):
+    data = b"\n".join([GOOD, b"", b"{", GOOD * 9, GOOD, GOOD + b"\r"])
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    chunks = list(iter_chunks(path, size))
+    assert b"".join(chunk.data for chunk in chunks) == data
+    assert all(chunk.data.endswith(b"\n") for chunk in chunks[:-1])
+    line = 1
+    for chunk in chunks:
+        assert chunk.first_line == line
+        line += chunk.data.count(b"\n")
+    rows, problems = read_file(path, size)
+    assert [number for number, _ in rows] == [1, 5, 6]
+    assert [bad.line for bad in problems] == [3, 4]
+
+
+@pytest.mark.parametrize("size", [1 << 20, 64 << 20])
+def test_line_over_the_limit_is_refused_and_the_next_one_is_read(tmp_path, size):
+    path = tmp_path / "long.jsonl"
+    long = b'{"text": "' + b"x" * 17_000_000 + b'"}'
+    path.write_bytes(b"\n".join([GOOD, long, GOOD, long]))
+    rows, problems = read_file(path, size)
+    assert [number for number, _ in rows] == [1, 3]
+    assert [(bad.line, bad.kind) for bad in problems] == [(2, "too_long")] * 1 + [
+        (4, "too_long")
+    ]
+    assert "the line has 17.0 MB, at most 16 MB are read" in problems[0].reason
+    assert problems[0].excerpt.startswith('{"text": "xxx')
+
+
+def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
+    path = tmp_path / "long.jsonl.gz"
+    with gzip.GzipFile(path, "wb", compresslevel=1) as stream:
+        stream.write(GOOD + b'\n{"text": "')
+        for _ in range(100):
+            stream.write(b"x" * 1_000_000)
+    script = (
+        "import resource, sys\n"
+        "from minimind_nb.data.jsonl import *\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "parts = [read_rows(c, check_text_row) for c in iter_chunks(sys.argv[1])]\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(parts[-1].problems[0].kind, parts[-1].problems[0].line)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown_kib, kind, line = done.stdout.split()
+    assert (kind, line) == ("too_long", "2")
+    assert int(grown_kib) < 60 * 1024
+
+
+WHOLE_FILE = {
+    "empty.jsonl": (b"", "is empty; to mend it: write one row a line"),
+    "empty.jsonl.gz": (gzip.compress(b""), "is empty"),
+    "hidden.jsonl": (gzip.compress(GOOD), r"not named \.gz; to mend it: mv"),
+    "plain.jsonl.gz": (
+        GOOD,
+        r"named \.gz but.* mv .*/plain\.jsonl\.gz .*/plain\.jsonl$",
+    ),
+    "zip.jsonl": (b"PK\x03\x04....", "is a zip archive"),
+    "xz.jsonl": (b"\xfd7zXZ\0", "compressed with xz"),
+    "table.jsonl": (b"PAR1....", "is a Parquet file"),
+    "bom16.jsonl": ('{"text": "a"}'.encode("utf-16"), "encoded as UTF-16.*iconv -f"),
+    "le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "iconv -f UTF-16LE"),
+    "be.jsonl": ('{"text": "a"}'.encode("utf-16-be"), "iconv -f UTF-16BE"),
+    "array.jsonl": (
+        b'[\n{"text": "a"},\n{"text": "b"}\n]',
+        "is a JSON array.*json.load",
+    ),
+    "array2.jsonl": (b'[{"text": "a"},\n{"text": "b"}]', "is a JSON array"),
+    "array3.jsonl": (b' [{"text": "a"}, {"text": "b"}]\n', "is a JSON array"),
+    "table.csv": (b"text\nhello\n", "is a table .CSV.*csv.DictReader"),
+    "comma.jsonl": (b"text,label\nhello,1\n", "is a table .CSV"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_FILE)
+def test_other_formats_get_one_line_with_cause_and_fix(tmp_path, name):
+    data, message = WHOLE_FILE[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message) as caught:
+        list(iter_chunks(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [-40, -4])
+def test_damaged_gzip_says_how_far_it_was_read(tmp_path, end):
+    path = tmp_path / "cut.jsonl.gz"
+    text = b"".join(GOOD + f"{n}\n".encode() for n in range(50_000))
+    path.write_bytes(gzip.compress(text)[:end])
+    with pytest.raises(DataError, match=r"is damaged after line [1-9]\d*.*gzip -t"):
+        list(iter_chunks(path, 1 << 16))
+
+
+def test_missing_file_suggests_a_near_name(tmp_path):
+    (tmp_path / "corpus.jsonl").write_bytes(GOOD)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*/corpus\.jsonl\?"):
+        check_file(tmp_path / "corpsu.jsonl")
+    with pytest.raises(FileNotFoundError, match="does not exist: check the path"):
+        check_file(tmp_path / "nowhere" / "x.jsonl")
+
+
+def test_folder_names_the_files_in_it(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"it holds no \.jsonl file"):
+        check_file(tmp_path)
+    (tmp_path / "corpus.jsonl").write_bytes(GOOD)
+    with pytest.raises(IsADirectoryError, match=r"name a file in it .corpus\.jsonl"):
+        check_file(tmp_path)
+
+
+def test_array_on_the_first_line_only_is_a_bad_row_not_a_bad_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"[1]\n" + GOOD)
+    rows, problems = read_file(path)
+    assert len(rows) == 1
+    assert problems[0].kind == "not_object"
+
+
+def tally(good: int, bad: bytes, **policy) -> Tally:
+    total = Tally("some/corpus.jsonl", **policy)
+    total.add(good, read(bad).problems, 0)
+    return total
+
+
+def test_default_policy_lists_the_first_five_and_counts_by_kind():
+    lines = b'{"text": 1}\n' * 2 + b"{\n" * 5
+    with pytest.raises(DataError) as caught:
+        tally(93, lines).judge()
+    message = str(caught.value).splitlines()
+    assert message[0] == (
+        "some/corpus.jsonl: 7 of 100 rows cannot be used: 5 truncated, 2 not a string"
+    )
+    assert message[1] == '  corpus.jsonl:1:2: "text" is a number, not a string'
+    assert message[2] == '      {"text": 1}'
+    assert sum(line.startswith("  corpus.jsonl:") for line in message) == 5
+    assert message[-2] == "  … and 2 more"
+    assert 'set on_bad_line="skip" (up to 1 %)' in message[-1]
+    assert caught.value.kinds == {"truncated": 5, "not_a_string": 2}
+    assert len(caught.value.problems) == 7
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_skipping_is_allowed_up_to_the_fraction():
+    tally(99, b"{", on_bad_line="skip").judge()
+    with pytest.raises(DataError, match=r"at most 1 % of the rows.* be 1\.010 %"):
+        tally(98, b"{", on_bad_line="skip").judge()
+    tally(50, b"{\n" * 50, on_bad_line="skip", max_bad_fraction=0.5).judge()
+    with pytest.raises(DataError, match="at most 100 % of the rows"):
+        tally(0, b"{", on_bad_line="skip", max_bad_fraction=1.0).judge()
+
+
+def test_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="on_bad_line is 'ignore', use \"error\""):
+        Tally("x", on_bad_line="ignore")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"\n \n", r"only blank lines \(2\)"), (b"", "no line")]
+)
+def test_file_without_rows_is_refused(data, message):
+    total = Tally("x.jsonl")
+    result = read(data)
+    total.add(len(result.rows), result.problems, result.blank)
+    with pytest.raises(DataError, match=message):
+        total.judge()
+
+
+def test_rejected_rows_are_written_as_json_lines(tmp_path):
+    write_rejected(tmp_path / "rejected.jsonl", read(b"{\n" + GOOD + b"\n[]").problems)
+    written = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["line"] for line in written] == [1, 3]
+    assert set(json.loads(written[0])) == {
+        "line",
+        "column",
+        "kind",
+        "reason",
+        "excerpt",
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["rejected.jsonl"]

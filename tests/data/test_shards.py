@@ -1,0 +1,421 @@
+"""The token cache: the ids of `tokenizers`, made once, whole or not at all."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from minimind_nb.data import shards
+from minimind_nb.data.faults import DataError
+from minimind_nb.data.shards import Source, TokenCache, open_cache, token_type
+from minimind_nb.data.tokenizer import read_tokenizer
+
+# A script that opens a cache as its arguments say; what is injected stands before.
+OPENER = """
+import os, signal, sys, time
+from pathlib import Path
+from minimind_nb.data import shards
+from minimind_nb.data.tokenizer import read_tokenizer
+# injected
+if __name__ == "__main__":
+    file, root, tokenizer, processes = sys.argv[1:]
+    source = shards.Source(file, "pretrain", read_tokenizer(tokenizer))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    cache = shards.open_cache(source, Path(root), int(processes))
+    print(cache.folder, len(cache), flush=True)
+"""
+SLOW_BUILD = """
+build = shards._build
+def slow_build(*arguments):
+    print("builds", flush=True)
+    time.sleep(0.5)
+    build(*arguments)
+shards._build = slow_build
+"""
+DEATH_AT_PART_3 = """
+import itertools, multiprocessing
+shards._ALONE_BYTES, shards.CHUNK_BYTES = 0, 2000
+write_parts = shards._write_parts
+def die_at_part_3(parts, *arguments):
+    def dying():
+        yield from itertools.islice(parts, 3)
+        print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_parts(dying(), *arguments)
+shards._write_parts = die_at_part_3
+"""
+ENGLISH = "It's a test: they said 3.14, and we've  two blanks.\n\tNext line…"
+CHINESE = "自然语言处理，是人工智能的一个方向；２０２６年。"
+
+
+@pytest.fixture
+def make_source(tmp_path, byte_spec, write_rows):
+    def make(texts, name="rows.jsonl", spec=byte_spec, **policy):
+        return Source(
+            str(write_rows(tmp_path / name, texts)), "pretrain", spec, **policy
+        )
+
+    return make
+
+
+@pytest.fixture
+def source_of_bytes(tmp_path, byte_spec):
+    def make(raw, name="rows.jsonl", **policy):
+        (tmp_path / name).write_bytes(raw)
+        return Source(str(tmp_path / name), "pretrain", byte_spec, **policy)
+
+    return make
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_building(monkeypatch):
+    def forbid(*_):
+        raise AssertionError("the cache is built again")
+
+    def start():
+        monkeypatch.setattr(shards, "_build", forbid)
+
+    return start
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def texts_of(cache: TokenCache) -> list[bytes]:
+    """The documents of a cache made with `byte_spec`, decoded."""
+    letters = {3 + n: letter for n, letter in enumerate(sorted(byte_letters()))}
+    return [
+        bytes(byte_letters()[letters[i]] for i in cache.document(n)[1:-1].tolist())
+        for n in range(len(cache))
+    ]
+
+
+def byte_letters() -> dict[str, int]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + n): byte for n, byte in enumerate(rest)},
+    }
+
+
+def start_opener(
+    tmp_path: Path, source: Source, root: Path, processes: int, inject: str
+) -> subprocess.Popen[str]:
+    script = tmp_path / "opener.py"
+    script.write_text(OPENER.replace("# injected", inject))
+    (tmp_path / "vocabulary.json").write_text(source.tokenizer.json)
+    vocabulary = str(tmp_path / "vocabulary.json")
+    arguments = [source.path, str(root), vocabulary, str(processes)]
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ids_are_those_of_tokenizers_with_begin_and_end_once(make_source, root):
+    spec = read_tokenizer()
+    slow = Tokenizer.from_str(spec.json)
+    bare = [ENGLISH, CHINESE, f"{CHINESE} {ENGLISH}" * 5, "a<|endoftext|>b", " "]
+    dressed = [f"<|im_start|>{text}<|im_end|>" for text in bare]
+    cache = open_cache(make_source([*bare, *dressed], spec=spec), root)
+    expected = [slow.encode(text, add_special_tokens=False).ids for text in dressed]
+    found = [cache.document(n).tolist() for n in range(len(cache))]
+    assert found == expected * 2
+    assert all(ids.count(spec.bos_id) == 1 == ids.count(spec.eos_id) for ids in found)
+
+
+def test_what_a_cache_holds_at_literal_points(make_source, root):
+    cache = open_cache(make_source(["abc", "", "文"]), root)
+    assert cache.tokens.tolist() == [1, 67, 68, 69, 2, 1, 165, 247, 232, 2]
+    assert cache.offsets.tolist() == [0, 5, 10]
+    assert cache.targets.tolist() == [4, 4]
+    assert cache.lines.tolist() == [1, 3]
+    assert cache.sizes.tolist() == [3, 3]
+    # The held-out split goes by this value, so it stays the same between versions.
+    assert int(cache.hashes[0]) == 0x5995D533D814BBD8
+    assert (cache.tokens.dtype, cache.hashes.dtype) == (np.uint16, np.uint64)
+    assert len(cache) == 2
+    assert cache.rejected_file is None
+    assert cache.facts["tokens"] == 10
+    assert cache.facts["text_bytes"] == 6
+
+
+def test_empty_texts_are_counted_and_left_out(make_source, root):
+    cache = open_cache(make_source(["", "a", "", " ", "b"]), root)
+    assert texts_of(cache) == [b"a", b" ", b"b"]
+    assert cache.lines.tolist() == [2, 4, 5]
+    counted = {name: cache.facts[name] for name in ("rows", "documents", "empty")}
+    assert counted == {"rows": 5, "documents": 3, "empty": 2}
+
+
+def test_a_file_of_empty_texts_makes_an_empty_cache(make_source, root):
+    cache = open_cache(make_source(["", ""]), root)
+    assert len(cache) == len(cache.targets) == len(cache.tokens) == 0
+
+
+def test_lines_are_physical_ones(source_of_bytes, root):
+    source = source_of_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}\n'
+        b'{"text": "c\\n\xe2\x80\xa8d"}\r\n{"text": "e"}'
+    )
+    cache = open_cache(source, root)
+    assert cache.lines.tolist() == [1, 4, 5, 6]
+    assert texts_of(cache) == [b"a", b"b", b"c\n\xe2\x80\xa8d", b"e"]
+    assert cache.facts["blank"] == 2
+
+
+def test_lines_go_on_from_chunk_to_chunk(make_source, root, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 50)
+    cache = open_cache(make_source([f"text {n}" for n in range(40)]), root)
+    assert cache.lines.tolist() == list(range(1, 41))
+    assert texts_of(cache) == [b"text %d" % n for n in range(40)]
+
+
+def test_a_gzip_file_gives_the_same_documents(source_of_bytes, root):
+    raw = b'{"text": "a"}\n\n{"text": "b"}\n'
+    plain = open_cache(source_of_bytes(raw), root)
+    packed = open_cache(source_of_bytes(gzip.compress(raw), "rows.jsonl.gz"), root)
+    assert packed.folder != plain.folder
+    assert packed.lines.tolist() == plain.lines.tolist() == [1, 3]
+    assert packed.tokens.tolist() == plain.tokens.tolist()
+
+
+def test_helpers_make_the_same_bytes_as_one_process(make_source, root, monkeypatch):
+    monkeypatch.setattr(shards, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 4000)
+    source = make_source([f"{n} {ENGLISH * (n % 7)}" for n in range(200)])
+    alone = open_cache(source, root / "alone")
+    helped = open_cache(source, root / "helped", processes=2)
+    assert contents(alone.folder) == contents(helped.folder)
+
+
+def test_progress_is_told_now_and_then(make_source, root, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 500_000)
+    source = make_source(["a" * 400_000] * 5)
+    notes = []
+    open_cache(source, root / "quick", on_progress=notes.append)
+    assert notes == []
+    monkeypatch.setattr(shards, "_REPORT_SECONDS", -1.0)
+    open_cache(source, root / "slow", on_progress=notes.append)
+    assert len(notes) > 2
+    assert notes[-1] == "tokenised 2 MB of text (the file has 2 MB)"
+
+
+def test_small_files_start_no_helpers(make_source, root, monkeypatch):
+    monkeypatch.setattr(shards.concurrent.futures, "ProcessPoolExecutor", None)
+    assert len(open_cache(make_source(["a"]), root, processes=8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "name"),
+    [(6400, "uint16"), (65_536, "uint16"), (65_537, "uint32"), (151_936, "uint32")],
+)
+def test_tokens_take_the_smallest_type_that_holds_them(vocab_size, name):
+    assert token_type(vocab_size) == name
+
+
+def test_ids_over_65536_are_kept(make_source, root):
+    vocab = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 70_000}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(vocab)[:3])
+    cache = open_cache(make_source(["a a"], spec=read_tokenizer(tokenizer)), root)
+    assert cache.tokens.dtype == np.uint32
+    assert cache.tokens.tolist() == [1, 70_000, 70_000, 2]
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(make_source, root, byte_spec):
+    spec = dataclasses.replace(byte_spec, vocab_size=68)
+    assert len(open_cache(make_source(["aAa"], spec=spec), root)) == 1
+    source = make_source(["ab"], spec=spec)
+    with pytest.raises(ValueError, match="gave the id 68 but states 68 entries"):
+        open_cache(source, root)
+
+
+def test_key_depends_on_content_and_not_on_the_name(make_source):
+    key = make_source(["a"]).key()
+    assert make_source(["a"], name="other.jsonl").key() == key
+    assert make_source(["b"]).key() != key
+
+
+def test_key_depends_on_all_that_decides_about_ids(make_source, monkeypatch):
+    source = make_source(["a"])
+    spec = source.tokenizer
+    others = [
+        {"record_format": "sft"},
+        {"on_bad_line": "skip"},
+        {"tokenizer": dataclasses.replace(spec, eos_token="<|endoftext|>")},
+        {"tokenizer": dataclasses.replace(spec, chat_template="{{ messages }}")},
+        {"tokenizer": read_tokenizer()},
+    ]
+    keys = [dataclasses.replace(source, **other).key() for other in others]
+    keys.append(source.key())
+    monkeypatch.setattr(shards, "VERSION", "another")
+    keys.append(source.key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_key_does_not_depend_on_how_many_bad_rows_are_allowed(make_source):
+    source = make_source(["a"])
+    assert dataclasses.replace(source, max_bad_fraction=0.5).key() == source.key()
+
+
+def test_second_opening_builds_nothing(make_source, root, no_building):
+    source = make_source(["a", "b"])
+    first = open_cache(source, root)
+    no_building()
+    again = open_cache(make_source(["a", "b"], name="other.jsonl"), root)
+    assert again.folder == first.folder
+    assert texts_of(again) == [b"a", b"b"]
+    assert again.facts == first.facts
+
+
+def test_changed_data_is_tokenised_anew(make_source, root):
+    file = Path(make_source(["aa"]).path)
+    before = file.stat()
+    assert texts_of(open_cache(make_source(["aa"]), root)) == [b"aa"]
+    source = make_source(["bb"])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert texts_of(open_cache(source, root)) == [b"bb"]
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets", "hashes", "manifest.json"])
+def test_damaged_cache_is_made_anew(make_source, root, name):
+    source = make_source(["a", "b"])
+    folder = open_cache(source, root).folder
+    whole = contents(folder)
+    raw = bytearray(whole[name])
+    raw[len(raw) // 2] ^= 1
+    (folder / name).write_bytes(raw)
+    notes = []
+    cache = open_cache(source, root, on_progress=notes.append)
+    assert contents(cache.folder) == whole
+    assert notes[0].startswith("the token cache is damaged and made anew: ")
+
+
+def test_bad_rows_refuse_the_file_and_leave_no_cache(source_of_bytes, root):
+    source = source_of_bytes(b'{"text": "a"}\n{"text": 1}\n\n{"text": "b"\n')
+    with pytest.raises(DataError, match="2 of 3 rows cannot be used") as caught:
+        open_cache(source, root)
+    assert [(row.line, row.kind) for row in caught.value.problems] == [
+        (2, "not_a_string"),
+        (4, "truncated"),
+    ]
+    assert [path for path in root.iterdir() if path.is_dir()] == []
+
+
+def test_skipped_rows_are_listed_and_counted(source_of_bytes, root):
+    raw = b'{"text": "a"}\nno\n{"text": "b"}\n{"text": 1}\n'
+    source = source_of_bytes(raw, on_bad_line="skip", max_bad_fraction=0.5)
+    cache = open_cache(source, root)
+    assert texts_of(cache) == [b"a", b"b"]
+    assert cache.lines.tolist() == [1, 3]
+    assert cache.facts["bad_rows"] == {"not_json": 1, "not_a_string": 1}
+    assert cache.facts["rows"] == 2
+    assert cache.rejected_file is not None
+    listed = map(json.loads, cache.rejected_file.read_text().splitlines())
+    assert [(row["line"], row["kind"]) for row in listed] == [
+        (2, "not_json"),
+        (4, "not_a_string"),
+    ]
+
+
+def test_limit_of_bad_rows_holds_for_a_cache_that_is_there(source_of_bytes, root):
+    raw = b'{"text": "a"}\nno\n'
+    lax = source_of_bytes(raw, on_bad_line="skip", max_bad_fraction=0.5)
+    open_cache(lax, root)
+    strict = dataclasses.replace(lax, max_bad_fraction=0.01)
+    with pytest.raises(DataError, match="leaves out at most 1 % of the rows") as again:
+        open_cache(strict, root)
+    with pytest.raises(DataError) as fresh:
+        open_cache(strict, root / "elsewhere")
+    assert str(again.value) == str(fresh.value)
+    assert len(open_cache(lax, root)) == 1
+
+
+def test_missing_file_is_named_and_nothing_is_made(tmp_path, byte_spec, root):
+    source = Source(str(tmp_path / "no.jsonl"), "pretrain", byte_spec)
+    with pytest.raises(FileNotFoundError, match=r"no\.jsonl does not exist"):
+        open_cache(source, root)
+    assert not root.exists()
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path, make_source, root):
+    source = make_source([f"text {n}" for n in range(100)])
+    openers = [start_opener(tmp_path, source, root, 1, SLOW_BUILD) for _ in range(2)]
+    for opener in openers:
+        assert opener.stdout and opener.stdout.readline() == "ready\n"
+    outputs = []
+    for opener in openers:
+        assert opener.stdin
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    for opener in openers:
+        outputs.append(opener.communicate(timeout=60)[0].splitlines())
+        assert opener.returncode == 0
+    assert sorted(len(lines) for lines in outputs) == [1, 2]
+    assert {lines[-1] for lines in outputs} == {
+        f"{root}/tokens-{source.key()[:24]} 100"
+    }
+    alone = open_cache(source, root / "alone")
+    assert contents(Path(outputs[0][-1].split()[0])) == contents(alone.folder)
+
+
+def test_death_during_a_build_leaves_nothing_that_is_used(tmp_path, make_source, root):
+    source = make_source([f"{n} {ENGLISH}" for n in range(300)])
+    with start_opener(tmp_path, source, root, 2, DEATH_AT_PART_3) as opener:
+        output = opener.communicate("go\n", timeout=60)[0].splitlines()
+    assert opener.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 3
+    for helper in output[1].split():
+        while Path(f"/proc/{helper}").exists():
+            state = Path(f"/proc/{helper}/stat").read_text().rpartition(")")[2].split()
+            if state[0] == "Z":
+                break
+            assert time.monotonic() < deadline, "a helper outlives its parent"
+            time.sleep(0.02)
+    assert len(output[1].split()) == 2
+    left = [path.name for path in root.iterdir() if path.is_dir()]
+    assert len(left) == 1 and left[0].startswith(".tokens-")
+    rebuilt = open_cache(source, root)
+    assert [path for path in root.iterdir() if path.is_dir()] == [rebuilt.folder]
+    elsewhere = open_cache(source, root / "elsewhere")
+    assert contents(rebuilt.folder) == contents(elsewhere.folder)
+
+
+def test_memory_does_not_grow_with_the_file(make_source, root, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 8_000)
+
+    def peak(texts):
+        source = make_source(texts)
+        tracemalloc.start()
+        try:
+            open_cache(source, root)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    small = peak([f"{n} {ENGLISH}" for n in range(300)])
+    large = peak([f"{n} {ENGLISH}" for n in range(3_000)])
+    assert large < 1.2 * small

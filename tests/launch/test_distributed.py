@@ -1,0 +1,34 @@
+"""One process is a group that sums nothing; ballots are counted by urgency."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_nb.launch.distributed import Group
+from minimind_nb.launch.stopping import STOP_REASONS, count_ballots
+
+
+def test_one_process_sums_nothing_and_needs_no_store() -> None:
+    group = Group(0, 1, Path("nowhere"), "cpu", 1.0)
+    tensor = torch.tensor([1.0, 2.0])
+    group.sum(tensor)
+    assert tensor.tolist() == [1.0, 2.0]
+    group.meet(torch.device("cpu"))
+    group.close()
+
+
+def test_ranks_that_do_not_add_up_are_refused() -> None:
+    group = Group(0, 1, Path("nowhere"), "cpu", 1.0)
+    group.size = 3
+    group.sum = lambda tensor: None  # noqa: ARG005
+    with pytest.raises(RuntimeError, match="3 ranks summed ones to 1"):
+        group.meet(torch.device("cpu"))
+
+
+def test_the_most_urgent_reason_wins() -> None:
+    assert STOP_REASONS == ("terminated", "interrupted", "time_budget")
+    assert count_ballots([0.0, 0.0, 0.0]) is None
+    assert count_ballots([0.0, 0.0, 2.0]) == "time_budget"
+    assert count_ballots([0.0, 1.0, 1.0]) == "interrupted"
+    assert count_ballots([1.0, 1.0, 1.0]) == "terminated"

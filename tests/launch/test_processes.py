@@ -1,0 +1,188 @@
+"""Spawned ranks: started, watched, judged, and none left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind_nb.launch import processes
+from minimind_nb.launch.processes import Job, run_processes
+from minimind_nb.launch.verdict import RankRecord, TrainingFailed
+from minimind_nb.storage.runs import RunFolder
+
+HERE = Path(__file__).parent
+
+
+def make_job(folder: Path, size: int, target: str = "work", **payload: Any) -> Job:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Job(
+        target=f"support.rank_targets:{target}",
+        payload={"size": size, **payload},
+        num_processes=size,
+        folder=RunFolder(folder),
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+
+
+def pids(folder: Path, size: int) -> list[int]:
+    records = [RankRecord.read(folder / f"rank{rank}.json") for rank in range(size)]
+    return [record.pid for record in records if record]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_two_ranks_finish_and_each_has_its_own_log(tmp_path: Path) -> None:
+    polls: list[int] = []
+    before = dict(os.environ), signal.getsignal(signal.SIGINT), threading.active_count()
+    status = run_processes(make_job(tmp_path, 2), lambda: polls.append(1))
+    after = dict(os.environ), signal.getsignal(signal.SIGINT), threading.active_count()
+    assert status == "finished"
+    assert polls
+    assert before == after, "environment, handlers and threads are as before"
+    for rank in range(2):
+        assert (
+            f"rank {rank} met the others" in (tmp_path / f"rank{rank}.log").read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        ("raise", "rank 1 failed at step 4 of 12: ValueError: line 8 of the data is"),
+        ("kill", "rank 1 was killed by SIGKILL at step 4 of 12"),
+        ("exit", "rank 1 failed at step 4 of 12: SystemExit: 0"),
+    ],
+)
+def test_the_rank_that_failed_first_is_named_and_none_is_left(
+    tmp_path: Path, action: str, text: str
+) -> None:
+    job = make_job(tmp_path, 2, action=action, ranks=[1])
+    with pytest.raises(TrainingFailed) as failure:
+        run_processes(job, lambda: None)
+    assert str(failure.value).startswith(text)
+    assert failure.value.rank == 1
+    assert failure.value.phase == "training"
+    assert "The end of" in str(failure.value)
+    assert not any(map(is_alive, pids(tmp_path, 2)))
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    job = make_job(tmp_path, 2, action="sigterm", ranks=[1])
+    assert run_processes(job, lambda: None) == "terminated"
+    records = [RankRecord.read(tmp_path / f"rank{rank}.json") for rank in range(2)]
+    assert [(r.step, r.status) for r in records if r] == [(5, "terminated")] * 2
+
+
+def test_an_interrupt_of_the_parent_reaches_the_ranks(tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def interrupt() -> None:
+        record = RankRecord.read(tmp_path / "rank0.json")
+        if record and record.step >= 2 and not sent:
+            sent.append(record.step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    job = make_job(tmp_path, 1, pause=0.4)
+    assert run_processes(job, interrupt) == "interrupted"
+    assert sent
+
+
+def test_a_second_interrupt_kills_a_rank_that_hangs(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        record = RankRecord.read(tmp_path / "rank0.json")
+        if record and record.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_processes(make_job(tmp_path, 1, action="hang"), interrupt)
+    assert time.monotonic() - began < 60
+    assert not any(map(is_alive, pids(tmp_path, 1)))
+
+
+def test_ranks_that_do_not_meet_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MEETING_SECONDS", 1.0)
+    with pytest.raises(
+        TrainingFailed, match="the ranks did not meet in time"
+    ) as failure:
+        run_processes(make_job(tmp_path, 2, target="stuck"), lambda: None)
+    assert failure.value.phase == "meeting"
+
+
+def test_no_rank_outlives_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+        "from pathlib import Path\n"
+        "from test_processes import make_job\n"
+        "from minimind_nb.launch.processes import run_processes\n"
+        "if __name__ == '__main__':\n"
+        f"    job = make_job(Path({str(tmp_path / 'run')!r}), 2, action='hang')\n"
+        "    run_processes(job, lambda: None)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)])
+    folder = tmp_path / "run"
+    try:
+        assert wait_until(lambda: len(pids(folder, 2)) == 2, 90)
+        ranks = pids(folder, 2)
+        assert all(map(is_alive, ranks))
+    finally:
+        parent.kill()
+        parent.wait()
+    assert wait_until(lambda: not any(map(is_alive, ranks)), 3), "gone within 3 s"
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_script_without_its_guard_is_refused(tmp_path: Path, guarded: bool) -> None:
+    guard = "if __name__ == '__main__':" if guarded else "if True:"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from minimind_nb.launch.processes import refuse_unguarded_script\n"
+        "def main():\n"
+        "    refuse_unguarded_script()\n"
+        f"{guard}\n"
+        "    main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) is guarded
+    if not guarded:
+        assert f"{script}:5 calls train at the top level of a script" in done.stderr
+        assert 'if __name__ == "__main__":' in done.stderr
+
+
+def test_a_script_that_cannot_be_read_again_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", "<stdin>", raising=False)
+    monkeypatch.setattr(main, "__spec__", None, raising=False)
+    with pytest.raises(RuntimeError, match="<stdin> cannot be read again by worker"):
+        processes.refuse_unguarded_script()

@@ -1,0 +1,106 @@
+"""Who failed first, and what is said about it."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from minimind_nb.launch.verdict import Exit, RankRecord, TrainingFailed, judge
+from minimind_nb.storage.runs import RunFolder
+
+
+def write(folder: Path, rank: int, **fields: object) -> RankRecord:
+    record = RankRecord(folder / f"rank{rank}.json", rank, phase="training")
+    record.update(total_steps=12, **fields)
+    return record
+
+
+def ended(*codes: int | None, time: float = 0.0) -> list[Exit]:
+    return [Exit(code, time) for code in codes]
+
+
+@pytest.mark.parametrize("status", ["finished", "time_budget", "interrupted"])
+def test_an_ending_that_all_ranks_recorded_is_the_verdict(
+    tmp_path: Path, status: str
+) -> None:
+    for rank in range(2):
+        write(tmp_path, rank, step=12, status=status)
+    assert judge(RunFolder(tmp_path), ended(0, 0)) == status
+
+
+def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
+    write(tmp_path, 0, step=12, status="finished")
+    write(tmp_path, 1, step=5)
+    with pytest.raises(
+        TrainingFailed, match=r"rank 1 left at step 5 of 12 \(exit code 0"
+    ):
+        judge(RunFolder(tmp_path), ended(0, 0))
+
+
+def test_of_two_errors_the_earlier_is_the_root_and_both_are_shown(
+    tmp_path: Path,
+) -> None:
+    for rank in (1, 0):
+        record = write(tmp_path, rank, step=5)
+        record.fail(ValueError(f"error of rank {rank}"))
+    with pytest.raises(TrainingFailed) as failure:
+        judge(RunFolder(tmp_path), ended(1, 1))
+    text = str(failure.value)
+    assert text.startswith("rank 1 failed at step 5 of 12: ValueError: error of rank 1")
+    assert "rank 0 failed too: ValueError: error of rank 0" in text
+
+
+def test_a_silent_death_goes_before_the_broken_connection_it_causes(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 0, step=5)
+    survivor = write(tmp_path, 1, step=5)
+    survivor.fail(RuntimeError("Connection closed by peer"))
+    exits = ended(-signal.SIGKILL, 1, time=survivor.time + 0.4)
+    with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 5"):
+        judge(RunFolder(tmp_path), exits)
+
+
+def test_a_rank_that_the_parent_ended_is_not_the_root(tmp_path: Path) -> None:
+    write(tmp_path, 0, step=5)
+    late = write(tmp_path, 1, step=5)
+    late.fail(ValueError("late"))
+    exits = [Exit(-9, late.time - 9, "another rank failed"), Exit(1, late.time)]
+    with pytest.raises(TrainingFailed, match="rank 1 failed at step 5"):
+        judge(RunFolder(tmp_path), exits)
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (signal.SIGKILL, "the machine ran out of memory"),
+        (signal.SIGBUS, "/dev/shm or the disk is full"),
+        (signal.SIGSEGV, "A native library crashed"),
+    ],
+)
+def test_the_signal_says_what_to_do(tmp_path: Path, number: int, hint: str) -> None:
+    write(tmp_path, 0, step=5)
+    with pytest.raises(TrainingFailed) as failure:
+        judge(RunFolder(tmp_path), ended(-number))
+    assert hint in str(failure.value)
+    assert "the same call goes on from there" in str(failure.value)
+
+
+def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    lines = [f"line {number}" for number in range(40)]
+    (tmp_path / "rank0.log").write_text("\n".join(lines))
+    with pytest.raises(TrainingFailed) as failure:
+        judge(RunFolder(tmp_path), ended(1))
+    assert "line 39" in str(failure.value)
+    assert "line 9\n" not in str(failure.value)
+
+
+def test_a_rank_stopped_before_it_listened_counts_as_stopped(tmp_path: Path) -> None:
+    assert judge(RunFolder(tmp_path), ended(-15), "terminated") == "terminated"
+
+
+def test_without_any_record_the_startup_failed(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="before its first step") as failure:
+        judge(RunFolder(tmp_path), ended(1))
+    assert failure.value.phase == "startup"

@@ -1,0 +1,561 @@
+"""The network against transformers, a plain second implementation, and itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from minimind_nb.model import architecture
+from minimind_nb.model.architecture import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    RMSNorm,
+    needs_equal_heads,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+)
+
+THIRD = {"qk_norm": True, "rms_norm_eps": 1e-6, "num_key_value_heads": 2}
+MIXTURE = {"use_moe": True, "aux_loss_alpha": 0.1}
+THIRD_MIXTURE = {
+    **THIRD,
+    **MIXTURE,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 0,
+    "seq_aux": False,
+}
+KINDS = [{}, THIRD, MIXTURE, THIRD_MIXTURE]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def qwen_fields(config: MiniMindConfig) -> dict:
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": True,
+    }
+
+
+# --- against others
+
+
+@torch.no_grad()
+def test_dense_model_equals_transformers_llama(tiny, ids):
+    ours = tiny()
+    llama = LlamaForCausalLM(LlamaConfig(**qwen_fields(ours.config))).eval()
+    llama.load_state_dict(ours.state_dict(), strict=True)
+    assert difference(ours(ids).logits, llama(ids).logits) <= 1e-5
+
+
+@torch.no_grad()
+def test_qk_norm_model_equals_transformers_qwen3(tiny, ids):
+    ours = tiny(**THIRD, head_dim=16)
+    qwen = Qwen3ForCausalLM(Qwen3Config(**qwen_fields(ours.config))).eval()
+    qwen.load_state_dict(ours.state_dict(), strict=True)
+    assert difference(ours(ids).logits, qwen(ids).logits) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [*KINDS, {**MIXTURE, "num_experts_per_tok": 1, "n_shared_experts": 2}],
+)
+def test_model_equals_plain_implementation(
+    tiny, ids, reference_logits, fields, training
+):
+    model = tiny(**fields).train(training)
+    expected = reference_logits(model.state_dict(), model.config, ids)
+    assert difference(model(ids).logits, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_eager_attention_equals_sdpa(tiny, ids):
+    model = tiny()
+    expected = model(ids).logits
+    packed = torch.ones(24, 24, dtype=torch.bool).tril()[None, None]
+    model.set_attn_implementation("eager")
+    assert difference(model(ids).logits, expected) <= 1e-5
+    assert difference(model(ids, packed).logits, expected) <= 1e-5
+
+
+def test_flash_attn_false_selects_eager_attention():
+    assert MiniMindConfig(flash_attn=False)._attn_implementation == "eager"
+
+
+# --- loss
+
+
+def test_loss_shifts_labels_and_ignores_minus_100(tiny, ids):
+    model = tiny()
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    out = model(ids, labels=labels)
+    chosen = labels[:, 1:].flatten() != -100
+    logits = out.logits[:, :-1].flatten(0, 1)[chosen]
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten()[chosen])
+    torch.testing.assert_close(out.loss, expected)
+    assert out.aux_loss == 0
+
+
+def test_loss_divides_by_num_items_in_batch(tiny, ids):
+    model = tiny()
+    mean = model(ids, labels=ids).loss
+    total = model(ids, labels=ids, num_items_in_batch=torch.tensor(23)).loss
+    torch.testing.assert_close(total, mean * 2)
+
+
+def test_loss_includes_aux_loss_and_output_keeps_it_apart(tiny, ids):
+    model = tiny(**MIXTURE).train()
+    with_labels, without = model(ids, labels=ids), model(ids)
+    entropy = F.cross_entropy(
+        without.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+    assert without.aux_loss > 0.1
+    torch.testing.assert_close(with_labels.loss, entropy + without.aux_loss)
+
+
+def test_autocast_keeps_stream_norms_router_and_loss_in_float32(tiny, ids):
+    model = tiny(**MIXTURE).train()
+    seen: dict[str, torch.dtype] = {}
+    layer = model.model.layers[0]
+
+    def note(name):
+        return lambda module, args, out: seen.update(
+            {name: (out[1] if isinstance(out, tuple) else out).dtype}
+        )
+
+    layer.input_layernorm.register_forward_hook(note("norm"))
+    layer.self_attn.register_forward_hook(note("attention"))
+    layer.mlp.gate.register_forward_hook(note("router weights"))
+    layer.mlp.experts[0].register_forward_hook(note("expert"))
+    layer.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].dtype))
+    model.model.norm.register_forward_hook(note("stream"))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+        out.loss.backward()
+    low = {name for name, dtype in seen.items() if dtype == torch.bfloat16}
+    assert low == {"attention", "expert"}
+    assert len(seen) == 6
+    assert out.loss.dtype == out.aux_loss.dtype == torch.float32
+    assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
+
+
+@torch.no_grad()
+def test_model_in_bfloat16_stays_close_to_float32(tiny, ids):
+    model = tiny(**THIRD_MIXTURE)
+    expected = model(ids).logits
+    logits = model.bfloat16()(ids).logits
+    assert logits.dtype == torch.bfloat16
+    agree = logits.argmax(-1) == expected.argmax(-1)
+    assert agree.float().mean() > 0.8
+
+
+# --- masks and caches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", KINDS)
+def test_packed_documents_equal_separate_documents(tiny, ids, fields):
+    model = tiny(**fields)
+    document = torch.tensor([0] * 7 + [1] * 12 + [2] * 5)
+    mask = (document[:, None] == document[None]).tril()[None, None]
+    packed = model(ids[:1], attention_mask=mask).logits[0]
+    for d in range(3):
+        alone = model(ids[:1, document == d]).logits[0]
+        assert difference(packed[document == d], alone) <= 1e-5
+
+
+@torch.no_grad()
+def test_training_makes_no_mask_tensor_and_no_cache(tiny, ids, monkeypatch):
+    seen = []
+    whole = F.scaled_dot_product_attention
+
+    def note(*args, attn_mask=None, is_causal=False, **kwargs):
+        seen.append((attn_mask, is_causal))
+        return whole(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    out = tiny()(ids)
+    assert seen == [(None, True)] * 2
+    assert out.past_key_values is None
+
+
+@torch.no_grad()
+def test_left_padding_does_not_change_logits(tiny, ids):
+    model = tiny()
+    short = ids[:1, :9]
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), short), 1)
+    mask = (torch.arange(14) >= 5).long()[None]
+    assert difference(model(padded, mask).logits[:, 5:], model(short).logits) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", KINDS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_chunked_prefill_equals_full_forward(tiny, ids, fields, cache):
+    model = tiny(**fields)
+    past = (
+        DynamicCache(config=model.config)
+        if cache == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=32)
+    )
+    parts, start = [], 0
+    for size in (1, 10, 8, 5):
+        chunk = ids[:, start : start + size]
+        position = torch.arange(start, start + size)
+        out = model(chunk, past_key_values=past, cache_position=position)
+        parts.append(out.logits)
+        start += size
+    assert difference(torch.cat(parts, 1), model(ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("fields", KINDS)
+def test_greedy_ids_are_equal_for_every_cache(tiny, ids, fields):
+    model = tiny(**fields, eos_token_id=None)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, use_cache=False, **options)
+    static = model.generate(ids, cache_implementation="static", **options)
+    chunked = model.generate(
+        ids,
+        prefill_chunk_size=7,
+        past_key_values=DynamicCache(config=model.config),
+        **options,
+    )
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(static, expected)
+    assert torch.equal(chunked, expected)
+    assert len(expected[0, 24:].unique()) > 2
+
+
+@torch.no_grad()
+def test_batch_with_left_padding_generates_what_each_row_does_alone(tiny, ids):
+    model = tiny(eos_token_id=None)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    batch = ids.clone()
+    batch[0, :6] = 0
+    mask = torch.ones_like(batch)
+    mask[0, :6] = 0
+    together = model.generate(batch, attention_mask=mask, **options)[:, 24:]
+    alone = model.generate(ids[:1, 6:], **options)[0, 18:]
+    assert torch.equal(together[0], alone)
+
+
+@torch.no_grad()
+def test_logits_to_keep_counts_from_the_end_or_lists_positions(tiny, ids):
+    model = tiny()
+    full = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=3).logits, full[:, -3:])
+    listed = model(ids, logits_to_keep=torch.tensor([0, 7])).logits
+    assert torch.equal(listed, full[:, [0, 7]])
+
+
+def test_dense_forward_compiles_to_one_graph(tiny, ids):
+    model = tiny().train()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=keep, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_keys_are_expanded_where_gqa_has_no_fast_kernel(tiny, ids, monkeypatch):
+    model = tiny(num_key_value_heads=2)
+    expected = model(ids).logits
+    heads = []
+    whole = F.scaled_dot_product_attention
+
+    def note(query, key, value, **kwargs):
+        heads.append((key.shape[1], kwargs.get("enable_gqa", False)))
+        return whole(query, key, value, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(architecture, "capability", lambda device: (7, 5))
+    assert torch.equal(model(ids).logits, expected)
+    assert heads == [(4, False)] * 2
+    generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    monkeypatch.setattr(architecture, "capability", lambda device: None)
+    again = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(generated, again)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "version", "expand"),
+    [
+        ("sdpa", (7, 5), True),
+        ("sdpa", (7, 0), True),
+        ("sdpa", (8, 0), False),
+        ("sdpa", (9, 0), False),
+        ("sdpa", None, False),
+        ("eager", (7, 5), False),
+    ],
+)
+def test_capability_decides_on_equal_heads(implementation, version, expand):
+    assert needs_equal_heads(implementation, version) is expand
+
+
+# --- weights and configuration
+
+
+def test_state_dict_names_are_minimind_s(tiny):
+    names = set(tiny(num_hidden_layers=1, **THIRD, use_moe=True).state_dict())
+    layer = "model.layers.0"
+    experts = [f"mlp.experts.{e}" for e in range(4)] + ["mlp.shared_experts.0"]
+    expected = {
+        f"{layer}.{e}.{p}_proj" for e in experts for p in ("gate", "up", "down")
+    }
+    expected |= {f"{layer}.self_attn.{p}_proj" for p in "qkvo"}
+    expected |= {f"{layer}.self_attn.{p}_norm" for p in "qk"}
+    expected |= {f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"}
+    expected |= {f"{layer}.mlp.gate", "model.embed_tokens", "model.norm", "lm_head"}
+    assert names == {f"{name}.weight" for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, 27_402_752),
+        ({"intermediate_size": 1408}, 25_829_888),
+        ({"intermediate_size": 1408, "use_moe": True}, 95_052_288),
+        (
+            {"hidden_size": 768, "num_hidden_layers": 16, "intermediate_size": 2048},
+            104_030_976,
+        ),
+        (
+            {"hidden_size": 640, "intermediate_size": 1728, "use_moe": True},
+            145_029_760,
+        ),
+        (
+            {
+                "hidden_size": 768,
+                "intermediate_size": 2432,
+                "num_key_value_heads": 4,
+                "qk_norm": True,
+            },
+            63_912_192,
+        ),
+        (
+            {
+                "hidden_size": 768,
+                "intermediate_size": 2432,
+                "num_key_value_heads": 4,
+                "qk_norm": True,
+                "use_moe": True,
+                "num_experts_per_tok": 1,
+                "n_shared_experts": 0,
+            },
+            198_416_640,
+        ),
+    ],
+)
+def test_parameter_counts_of_the_published_shapes(fields, count):
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(MiniMindConfig(**fields))
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    assert sum(weight.numel() for weight in model.parameters()) == count
+
+
+def test_weights_start_normal_and_norms_start_at_one():
+    torch.manual_seed(0)
+    config = MiniMindConfig(num_hidden_layers=2, use_moe=True, vocab_size=500)
+    model = MiniMindForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            assert weight.eq(1).all(), name
+        else:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert abs(weight.mean().item()) < 2e-3, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *KINDS,
+        {"inference_rope_scaling": True, "rope_scaling": {"factor": 4}},
+        {"tie_word_embeddings": False},
+        {"intermediate_size": 1536, "head_dim": 12, "pad_token_id": None},
+    ],
+)
+def test_saved_model_loads_with_the_same_logits(tiny, ids, fields, tmp_path):
+    model = tiny(**fields)
+    model.save_pretrained(tmp_path)
+    loaded = MiniMindForCausalLM.from_pretrained(tmp_path).eval()
+    # Not bit for bit: the file's tensors lie in memory at other alignments.
+    assert difference(loaded(ids).logits, model(ids).logits) <= 1e-5
+    saved, again = model.config.to_dict(), loaded.config.to_dict()
+    for name in ("architectures", "_name_or_path", "dtype", "torch_dtype"):
+        saved.pop(name, None)
+        again.pop(name, None)
+    assert again == saved
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied is model.config.tie_word_embeddings
+
+
+@torch.no_grad()
+def test_half_precision_copy_keeps_rotary_angles_exact(tiny):
+    model = tiny(max_position_embeddings=32768)
+    far = torch.tensor([[30_001, 30_002]])
+    before = rotary_tables(model.config, far)
+    model.half()
+    assert torch.equal(rotary_tables(model.config, far)[0], before[0])
+
+
+def test_third_generation_config_json_is_understood():
+    published = {
+        "model_type": "minimind",
+        "architectures": ["MiniMindForCausalLM"],
+        "hidden_size": 768,
+        "num_hidden_layers": 8,
+        "use_moe": True,
+        "dropout": 0.0,
+        "vocab_size": 6400,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "flash_attn": True,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "hidden_act": "silu",
+        "intermediate_size": 2432,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "inference_rope_scaling": False,
+        "rope_scaling": None,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 1216,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 5e-4,
+    }
+    config = MiniMindConfig.from_dict(published)
+    assert config.qk_norm and config.use_moe and not config.seq_aux
+    assert (config.n_routed_experts, config.n_shared_experts) == (4, 0)
+    assert (config.intermediate_size, config.aux_loss_alpha) == (1216, 5e-4)
+    assert published["num_experts"] == 4
+
+    dense = MiniMindConfig.from_dict({"num_experts": 4})
+    assert (dense.hidden_size, dense.intermediate_size) == (768, 2432)
+    assert (dense.num_key_value_heads, dense.rms_norm_eps) == (4, 1e-6)
+    assert MiniMindConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_second_generation_config_json_is_understood():
+    config = MiniMindConfig.from_dict({"hidden_size": 640, "intermediate_size": 1728})
+    assert (config.hidden_size, config.num_key_value_heads) == (640, 2)
+    assert not config.qk_norm and config.seq_aux and config.aux_loss_alpha == 0.01
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 500}, "hidden_size 500 is not a multiple of .*set head_dim"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3: use a divisor of 8"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'.*'softmax'"),
+        (
+            {"use_moe": True, "num_experts_per_tok": 5},
+            "num_experts_per_tok is 5 with n_routed_experts 4: use 1 to 4",
+        ),
+        ({"rope_scaling": {"factor": 2}}, "inference_rope_scaling=False"),
+        (
+            {"inference_rope_scaling": True, "rope_scaling": {"faktor": 2}},
+            "'faktor': 2.*it may hold .*'factor'",
+        ),
+        (
+            {"inference_rope_scaling": True, "rope_scaling": {"type": "linear"}},
+            "'linear'.*of type 'yarn'",
+        ),
+    ],
+)
+def test_impossible_shapes_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MiniMindConfig(**fields)
+
+
+# --- parts
+
+
+def test_rms_norm_at_literal_values():
+    norm = RMSNorm(2, eps=0.0)
+    torch.testing.assert_close(
+        norm(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / 12.5**0.5
+    )
+
+
+def test_rotation_turns_a_pair_by_its_angle():
+    config = MiniMindConfig(head_dim=4, rope_theta=1e4)
+    cos, sin = rotary_tables(config, torch.tensor([[0, 2]]))
+    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 1, 2, 4), cos, sin)
+    assert turned[0, 0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+    expected = torch.tensor([2.0, 0.02])
+    torch.testing.assert_close(
+        turned[0, 0, 1, ::2], torch.stack((expected.cos()[0], expected.sin()[0]))
+    )
+    torch.testing.assert_close(
+        turned[0, 0, 1, 1::2], torch.stack((-expected.sin()[1], expected.cos()[1]))
+    )
+
+
+def test_yarn_frequencies_at_literal_points():
+    plain = rotary_frequencies(MiniMindConfig())
+    yarn = rotary_frequencies(MiniMindConfig(inference_rope_scaling=True))
+    assert plain[[0, 16, 31]].tolist() == pytest.approx(
+        [1.0, 1e-3, 1.53993e-6], rel=1e-5
+    )
+    # Of 32 pairs, the 5 fastest stay, from pair 14 on all turn 16 times slower.
+    ratio = (yarn / plain).tolist()
+    assert ratio[:6] == [1.0] * 6
+    assert ratio[14:] == pytest.approx([1 / 16] * 18)
+    assert ratio[10] == pytest.approx(1 - 5 / 9 * 15 / 16)
+
+
+def test_yarn_is_idle_within_the_original_length_and_every_value_counts():
+    idle = MiniMindConfig(inference_rope_scaling=True, max_position_embeddings=2048)
+    assert torch.equal(rotary_frequencies(idle), rotary_frequencies(MiniMindConfig()))
+    position = torch.arange(50)[None]
+    base = MiniMindConfig(inference_rope_scaling=True)
+    tables = {tuple(rotary_tables(base, position)[0].flatten().tolist())}
+    changed = {
+        "beta_fast": 64,
+        "beta_slow": 2,
+        "factor": 8,
+        "original_max_position_embeddings": 4096,
+        "attention_factor": 1.2,
+    }
+    for name, value in changed.items():
+        config = MiniMindConfig(
+            inference_rope_scaling=True, rope_scaling={"type": "yarn", name: value}
+        )
+        assert config.rope_parameters is not None
+        assert config.rope_parameters[name] == value
+        tables.add(tuple(rotary_tables(config, position)[0].flatten().tolist()))
+    assert len(tables) == 6
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only(tiny, ids):
+    model, plain = tiny(dropout=0.3), tiny()
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    model.train()
+    assert difference(model(ids).logits, model(ids).logits) > 1e-3

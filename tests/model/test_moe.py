@@ -1,0 +1,147 @@
+"""Routing, load balancing and the experts' shared path."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from minimind_nb.model.architecture import (
+    MiniMindConfig,
+    MoEFeedForward,
+    MoEGate,
+    balance_loss,
+)
+
+
+def mixture(**fields) -> MoEFeedForward:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    layer = MoEFeedForward(MiniMindConfig(**{**shape, "use_moe": True, **fields}))
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return layer
+
+
+def test_balance_loss_per_sequence_at_literal_values():
+    scores = torch.tensor([[[0.7, 0.3], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]])
+    count = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    # First sequence: f = (2, 0), p = (0.8, 0.2); second: f = (1, 1), p = (0.4, 0.6).
+    assert balance_loss(scores, count, True).item() == pytest.approx((1.6 + 1) / 2)
+
+
+def test_balance_loss_over_the_batch_at_literal_values():
+    scores = torch.tensor([[[0.7, 0.3], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]])
+    count = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    # f = (3, 1) · 2 / 4, p = (0.6, 0.4).
+    assert balance_loss(scores, count, False).item() == pytest.approx(1.5 * 0.6 + 0.2)
+
+
+@pytest.mark.parametrize(("seq_aux", "even"), [(True, 1.0), (False, 2.0)])
+def test_balance_loss_of_an_even_load(seq_aux, even):
+    scores = torch.full((3, 4, 4), 0.25)
+    count = torch.full((3, 4), 2.0)  # 4 tokens to 2 of 4 experts each
+    assert balance_loss(scores, count, seq_aux).item() == pytest.approx(even)
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_gate_weighs_the_loss_in_training_only(seq_aux):
+    gate = mixture(aux_loss_alpha=0.1, seq_aux=seq_aux).gate
+    x = torch.randn(3, 5, 8)
+    expert, weight, count, aux = gate(x)
+    scores = (x @ gate.weight.T).softmax(-1)
+    torch.testing.assert_close(aux, 0.1 * balance_loss(scores, count, seq_aux))
+    assert count.sum(1).tolist() == [10.0] * 3
+    torch.testing.assert_close(weight.sum(-1), torch.ones(3, 5))
+    assert gate.eval()(x)[3].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "total"),
+    [
+        ({"num_experts_per_tok": 1}, None),
+        ({"num_experts_per_tok": 1, "qk_norm": True}, 1.0),
+        ({"num_experts_per_tok": 1, "qk_norm": True, "norm_topk_prob": False}, None),
+        ({"num_experts_per_tok": 2, "norm_topk_prob": False}, None),
+    ],
+)
+def test_a_lone_expert_is_normalised_in_the_third_generation_only(fields, total):
+    gate = mixture(**fields).gate
+    x = torch.randn(1, 6, 8)
+    _, weight, _, _ = gate(x)
+    top = (x @ gate.weight.T).softmax(-1).topk(gate.top_k).values.sum(-1)
+    expected = top if total is None else torch.full((1, 6), total)
+    torch.testing.assert_close(weight.sum(-1), expected)
+
+
+def test_expert_load_counts_the_tokens_of_each_expert():
+    layer = mixture()
+    x = torch.randn(2, 7, 8)
+    layer(x)
+    chosen = layer.gate(x)[0].flatten().tolist()
+    assert layer.expert_load == [chosen.count(e) for e in range(4)]
+
+
+def test_an_expert_without_tokens_gets_zero_gradients():
+    layer = mixture(n_shared_experts=0)
+    with torch.no_grad():
+        layer.gate.weight[2:] = -layer.gate.weight[:2].abs() - 5
+        layer.gate.weight[:2].abs_()
+    y, aux = layer(torch.rand(2, 5, 8))
+    (y.sum() + aux).backward()
+    assert layer.expert_load == [10, 10, 0, 0]
+    for expert, used in zip(layer.experts, (True, True, False, False), strict=True):
+        for weight in expert.parameters():
+            assert weight.grad is not None
+            assert bool(weight.grad.any()) is used
+
+
+def test_gradients_equal_those_of_the_plain_sum():
+    layer = mixture()
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    y, _ = layer(x)
+    upstream = torch.randn_like(y)
+    wanted = [x, *layer.parameters()]
+    grads = torch.autograd.grad((y * upstream).sum(), wanted)
+
+    scores = (x @ layer.gate.weight.T).softmax(-1)
+    top = scores.topk(2).values.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(scores).scatter(-1, scores.topk(2).indices, 1.0)
+    weight = scores * chosen / top
+    plain = sum(weight[..., e, None] * layer.experts[e](x) for e in range(4))
+    plain = plain + layer.shared_experts[0](x)
+    torch.testing.assert_close(y, plain)
+    expected = torch.autograd.grad((plain * upstream).sum(), wanted)
+    for got, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_forward_and_backward_are_repeatable_bit_for_bit():
+    layer = mixture()
+    x = torch.randn(4, 64, 8)
+
+    def gradients():
+        y, aux = layer(x)
+        return torch.autograd.grad(y.square().sum() + aux, list(layer.parameters()))
+
+    first, second = gradients(), gradients()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_routing_uses_no_nonzero_and_no_index_put():
+    layer = mixture()
+    x = torch.randn(2, 16, 8)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        y, aux = layer(x)
+        (y.sum() + aux).backward()
+    calls = {event.key: event.count for event in trace.key_averages()}
+    assert calls["aten::sort"] == 1
+    slow = {"aten::nonzero", "aten::index_put_", "aten::_index_put_impl_"}
+    assert not slow & calls.keys()
+    assert calls.get("aten::_local_scalar_dense", 0) <= 1
+
+
+def test_gate_is_part_of_the_state_dict_as_one_matrix():
+    gate = mixture().gate
+    assert isinstance(gate, MoEGate)
+    assert {k: tuple(v.shape) for k, v in gate.state_dict().items()} == {
+        "weight": (4, 8)
+    }

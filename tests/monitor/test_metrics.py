@@ -1,0 +1,249 @@
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minimind_nb.monitor import metrics
+from minimind_nb.monitor.metrics import History, MetricsLog
+
+
+def write_rows(path, *rows):
+    with MetricsLog(path) as log:
+        for kind, fields in rows:
+            log.append(kind, **fields)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(
+        path,
+        ("event", {"event": "start", "step": 0, "total_steps": 3}),
+        ("train", {"step": 1, "loss": 2.5, "peak_memory_gib": [0.5, 0.25]}),
+        ("train", {"step": 2, "loss": 2.0, "loss_scale": None}),
+        ("eval", {"step": 2, "loss": 1.5}),
+    )
+    history = History.load(tmp_path)
+    assert history.column("train", "loss") == [2.5, 2.0]
+    assert history.select("eval") == [{"kind": "eval", "step": 2, "loss": 1.5}]
+    assert history.last("train") == history.rows[2]
+    assert history.last("sample") is None
+    assert history.horizon["total_steps"] == 3
+    assert history.damaged_lines == 0
+    assert "4 rows, step 2" in repr(history)
+
+
+def test_a_row_is_on_disk_before_append_returns(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append("train", step=1, loss=1.0)
+    assert json.loads(path.read_bytes()) == {"kind": "train", "step": 1, "loss": 1.0}
+    log.close()
+    log.close()
+
+
+def test_non_finite_values_are_strings_on_disk_and_floats_in_history(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    nested = {"loss": math.nan, "norms": [math.inf, 1.0], "experts": {"0": -math.inf}}
+    write_rows(path, ("train", {"step": 1} | nested))
+    on_disk = json.loads(path.read_bytes())
+    assert on_disk["loss"] == "nan"
+    assert on_disk["norms"] == ["inf", 1.0]
+    row = History(path).rows[0]
+    assert math.isnan(row["loss"])
+    assert row["norms"] == [math.inf, 1.0]
+    assert row["experts"] == {"0": -math.inf}
+
+
+def test_a_sampled_answer_that_reads_nan_stays_text(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, ("sample", {"step": 1, "text": "nan"}))
+    assert History(path).rows[0]["text"] == "nan"
+
+
+def test_a_scalar_of_another_library_is_written_as_a_number(tmp_path):
+    class Scalar:
+        def __float__(self):
+            return 0.5
+
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, ("train", {"step": 1, "loss": Scalar()}))
+    assert History(path).column("train", "loss") == [0.5]
+
+
+def test_a_value_json_cannot_hold_is_refused_and_writes_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        with pytest.raises(
+            TypeError, match=r"'where' is a PosixPath; expected numbers"
+        ):
+            log.append("event", where=tmp_path)
+    assert path.read_bytes() == b""
+
+
+def test_a_half_line_is_closed_and_never_rewritten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, ("train", {"step": 1, "loss": 3.0}))
+    before = path.read_bytes() + b'{"kind": "train", "st'
+    path.write_bytes(before)
+    history = History(path)
+    assert (len(history.rows), history.damaged_lines) == (1, 0)
+    write_rows(path, ("train", {"step": 2, "loss": 2.0}))
+    assert path.read_bytes().startswith(before + b"\n{")
+    history.refresh()
+    assert history.column("train", "step") == [1.0, 2.0]
+    assert history.damaged_lines == 1
+
+
+def test_a_failed_write_does_not_spoil_the_next_row(tmp_path, monkeypatch):
+    class FullOnce:
+        """Writes five bytes, then reports a full disk once."""
+
+        def __init__(self, file):
+            self.file, self.calls = file, 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls == 2:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[:5] if self.calls == 1 else data)
+
+        def close(self):
+            self.file.close()
+
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    monkeypatch.setattr(log, "_file", FullOnce(log._file))
+    with pytest.raises(OSError, match="No space left"):
+        log.append("train", step=1, loss=3.0)
+    log.append("train", step=2, loss=2.0)
+    log.close()
+    history = History(path)
+    assert history.column("train", "step") == [2.0]
+    assert history.damaged_lines == 1
+
+
+def test_refresh_reads_only_whole_new_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    history = History(path)
+    assert history.refresh() == 0
+    with open(path, "ab", buffering=0) as file:
+        file.write(b'{"kind": "train", "step": 1, "loss": 3}\n{"kind": "tr')
+        assert history.refresh() == 1
+        assert history.refresh() == 0
+        file.write(b'ain", "step": 2, "loss": 2}\n')
+        assert history.refresh() == 1
+    assert history.column("train", "loss") == [3.0, 2.0]
+
+
+def test_a_replaced_file_is_read_from_its_start(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, *[("train", {"step": step}) for step in range(1, 6)])
+    history = History(path)
+    os.rename(path, tmp_path / "old.jsonl")
+    write_rows(path, *[("train", {"step": step}) for step in range(1, 8)])
+    assert history.refresh() == 7
+    assert len(history.rows) == 7
+
+
+@pytest.mark.parametrize("event", ["resume", "start"])
+def test_starting_again_drops_earlier_rows_of_a_higher_step(tmp_path, event):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(
+        path,
+        ("event", {"event": "start", "step": 0}),
+        *[("train", {"step": step, "loss": step}) for step in (10, 20, 30)],
+        ("eval", {"step": 30, "loss": 1}),
+        ("event", {"event": event, "step": 20}),
+        ("train", {"step": 30, "loss": -30}),
+    )
+    history = History(path)
+    assert history.column("train", "loss") == [10.0, 20.0, -30.0]
+    assert history.select("eval") == []
+    assert [row["event"] for row in history.select("event")] == ["start", event]
+
+
+def test_damaged_lines_inside_are_counted_not_fatal(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"kind": "train", "step": 1, "loss": 3}\n'
+    damaged = [
+        b"\xff\xfe", b"[1, 2]", b"7", b'{"step": 3}', b'{"kind": 5}', b"[" * 100_000,
+        b'{"kind": "train", "step": "x"}', b'{"kind": "train", "step": null}',
+        b'{"kind": "train", "step": 1' + b"0" * 400 + b"}",
+    ]  # fmt: skip
+    path.write_bytes(good + b"\n\n" + b"\n".join(damaged) + b"\n" + good)
+    history = History(path)
+    assert len(history.rows) == 2
+    assert history.damaged_lines == len(damaged)
+    assert f"{len(damaged)} damaged lines" in repr(history)
+
+
+def test_column_is_nan_where_a_row_has_no_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for value in (2, None, "text", [1.0], True):
+        write_rows(path, ("train", {"step": 1, "loss": value}))
+    write_rows(path, ("train", {"step": 1}))
+    first, *others = History(path).column("train", "loss")
+    assert first == 2.0
+    assert len(others) == 5 and all(math.isnan(value) for value in others)
+
+
+def test_a_silent_log_does_nothing():
+    with MetricsLog.silent() as log:
+        log.append("train", step=1, anything=object())
+
+
+def test_load_takes_a_folder_a_file_a_run_and_a_history(tmp_path):
+    class Run:
+        def __fspath__(self):
+            return str(tmp_path)
+
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, ("train", {"step": 1}))
+    for source in (tmp_path, str(path), Run()):
+        assert len(History.load(source).rows) == 1
+    history = History(path)
+    assert History.load(history) is history
+
+
+def test_load_of_what_is_no_run_says_what_is_there_and_what_to_type(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is an empty folder but no metrics"):
+        History.load(tmp_path)
+    for name in "abcdefgh":
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"holds a, b, c, d, e, f and 2 more"):
+        History.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist; expected a run"):
+        History.load(tmp_path / "gone")
+    for name in ("pretrain_512", "sft_512"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        write_rows(tmp_path / "out" / name / "metrics.jsonl", ("train", {"step": 1}))
+    with pytest.raises(
+        FileNotFoundError, match=r'load\(".*/pretrain_512"\) \(also sft_512\)'
+    ):
+        History.load(tmp_path / "out")
+
+
+def test_load_of_a_file_without_rows_is_an_error(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("hello\nworld\n")
+    with pytest.raises(ValueError, match="none of its 2 lines is a metrics row"):
+        History.load(path)
+
+
+def test_a_run_that_has_not_written_yet_is_empty_not_an_error(tmp_path):
+    (tmp_path / metrics.METRICS_NAME).touch()
+    assert History.load(tmp_path).rows == []
+
+
+def test_workers_import_metrics_without_heavy_libraries():
+    code = (
+        "import sys, minimind_nb.monitor.metrics\n"
+        "print({'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,182 @@
+import math
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from minimind_nb.monitor import plots
+from minimind_nb.monitor.metrics import History
+from minimind_nb.monitor.plots import (
+    draw_history,
+    figure_png,
+    plot_history,
+    printable,
+    smooth,
+    suggest_smoothing,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def line(figure, start):
+    """The first curve whose legend entry starts so, as matplotlib has it."""
+    lines = figure.axes[0].get_lines()
+    return next(one for one in lines if str(one.get_label()).startswith(start))
+
+
+def points(figure, start):
+    """Its x and y values."""
+    return line(figure, start).get_xydata().T
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_smoothing_is_corrected_for_its_short_start():
+    assert smooth([4.0, 2.0], 0.5).tolist() == [4.0, pytest.approx(8 / 3)]
+    assert smooth([3.0, 1.0], 0.0).tolist() == [3.0, 1.0]
+    assert smooth([5.0] * 50, 0.99).tolist() == pytest.approx([5.0] * 50)
+
+
+def test_smoothing_never_averages_past_what_is_not_finite():
+    averages = smooth([4.0, 2.0, math.nan, 1.0, math.inf, 7.0], 0.9)
+    assert np.isnan(averages[[2, 4]]).all()
+    assert averages[3] == pytest.approx(1.0) and averages[5] == pytest.approx(7.0)
+
+
+def test_the_suggested_smoothing_grows_with_the_rows():
+    assert [suggest_smoothing(rows) for rows in (0, 89, 120, 600, 10**6)] == [
+        0.0, 0.0, 0.5, 0.9, 0.99
+    ]  # fmt: skip
+
+
+def test_the_chart_shows_training_validation_and_perplexity(make_history):
+    history = make_history([4.0, 3.0, 2.0], [(0, 4.5), (3, 2.5)])
+    figure = plot_history(history)
+    axes: Any = figure.axes[0]
+    assert points(figure, "training").tolist() == [[1, 2, 3], [4, 3, 2]]
+    assert points(figure, "validation").tolist() == [[0, 3], [4.5, 2.5]]
+    assert line(figure, "validation").get_marker() == "o"
+    assert axes.get_xlabel() == "optimizer step"
+    assert axes.get_ylabel() == "loss (nats per token)"
+    assert axes.get_title(loc="left") == "pretrain_64"
+    assert "perplexity" in axes.child_axes[0].get_ylabel()
+    assert any("lowest validation loss 2.500" in text.get_text() for text in axes.texts)
+    assert figure_png(figure).startswith(PNG)
+
+
+def test_each_choice_of_x_and_y_draws_its_own_column(make_history):
+    history = make_history([4.0, 3.0], [(2, 2.5)])
+    tokens = plot_history(history, x="tokens")
+    assert points(tokens, "training")[0].tolist() == [4000, 8000]
+    minutes = plot_history(history, x="minutes", y="perplexity")
+    assert points(minutes, "training")[0].tolist() == [2 / 60, 4 / 60]
+    assert points(minutes, "training")[1] == pytest.approx(np.exp([4, 3]))
+    second: Any = minutes.axes[0].child_axes[0]
+    assert second.get_ylabel() == "loss (nats per token)"
+    for figure in (tokens, minutes):
+        assert figure_png(figure).startswith(PNG)
+
+
+def test_raw_rows_stay_visible_behind_the_smoothed_curve(make_history):
+    history = make_history([4.0, 2.0, 3.0])
+    figure = plot_history(history, smoothing=0.5)
+    raw, smoothed = figure.axes[0].get_lines()
+    assert np.asarray(raw.get_ydata()).tolist() == [4, 2, 3]
+    assert raw.get_linewidth() < smoothed.get_linewidth()
+    assert smoothed.get_label() == "training, smoothed 0.5"
+
+
+def test_rows_that_are_not_finite_are_marked_and_break_the_curve(make_history):
+    figure = plot_history(make_history([4.0, math.nan, 3.0, math.inf]))
+    assert points(figure, "loss not finite")[0].tolist() == [2, 4]
+    assert "(2 rows)" in str(line(figure, "loss not finite").get_label())
+    assert np.isnan(points(figure, "training")[1, [1, 3]]).all()
+    figure_png(figure)
+
+
+def test_a_resume_is_a_faint_line_named_once(make_history):
+    history = make_history([4.0, 3.0, 2.0, 1.0], resume=2)
+    assert points(plot_history(history), "resumed")[0].tolist() == [2, 2]
+    tokens = plot_history(history, x="tokens")
+    assert points(tokens, "resumed")[0].tolist() == [8000, 8000]
+
+
+@pytest.mark.parametrize("losses", [[], [3.0], [math.nan], [0.0], [900.0, 800.0]])
+@pytest.mark.parametrize("y", ["loss", "perplexity"])
+def test_odd_histories_draw_without_a_warning(make_history, losses, y):
+    history = make_history(losses)
+    figure_png(plot_history(history, y=y), dpi=40)
+    figure_png(plot_history(history, y=y, log_x=True, log_y=True), dpi=40)
+
+
+def test_a_history_without_rows_says_so(tmp_path):
+    figure = plot_history(History(tmp_path / "run" / "metrics.jsonl"))
+    assert any(text.get_text() == "no rows yet" for text in figure.axes[0].texts)
+
+
+def test_log_axes_leave_out_step_zero(make_history):
+    figure = plot_history(
+        make_history([4.0, 3.0], [(0, 5.0), (2, 3.0)]), log_x=True, log_y=True
+    )
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    figure_png(figure)
+    assert axes.get_xlim()[0] > 0.5
+
+
+def test_two_runs_share_axes_under_their_labels(make_history):
+    axes = Figure().add_subplot()
+    for name in ("a", "b"):
+        draw_history(axes, make_history([3.0, 2.0], name=name), label=name)
+    assert [one.get_label() for one in axes.get_lines()] == [
+        "a: training",
+        "b: training",
+    ]
+
+
+def test_titles_in_chinese_or_with_dollar_signs_do_not_warn(make_history):
+    history = make_history([3.0, 2.0])
+    for title in ("预训练 512", "a_$_b", "\U0001f600"):
+        figure_png(plot_history(history, title), dpi=40)
+
+
+def test_a_character_without_a_font_becomes_a_box(monkeypatch):
+    monkeypatch.setattr(plots, "CJK_FONTS", ())
+    assert printable("run é 预") == ("run é □", ["DejaVu Sans"])
+    assert printable("plain") == ("plain", ["DejaVu Sans"])
+    monkeypatch.setattr(plots, "CJK_FONTS", ("No Such Font", "STIXGeneral"))
+    assert printable("é")[1] == ["DejaVu Sans", "STIXGeneral"]
+
+
+def test_choices_that_do_not_exist_are_refused(make_history):
+    history = make_history([3.0])
+    with pytest.raises(ValueError, match="x='epoch' is not something a chart shows"):
+        plot_history(history, x="epoch")
+    with pytest.raises(ValueError, match="expected one of 'loss', 'perplexity'"):
+        plot_history(history, y="bits")
+    for smoothing in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="is out of range; expected 0"):
+            plot_history(history, smoothing=smoothing)
+
+
+def test_a_chart_shows_itself_in_a_cell_without_pyplot(make_history):
+    chart = plot_history(make_history([3.0]))
+    assert isinstance(chart, plots.Chart) and chart._repr_png_().startswith(PNG)
+    code = (
+        "import sys; from minimind_nb.monitor import plots, metrics\n"
+        "plots.figure_png(plots.plot_history(metrics.History('none')))\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,350 @@
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from minimind_nb.storage import verified
+from minimind_nb.storage.verified import (
+    MANIFEST,
+    DamagedFolder,
+    canonical_json,
+    hash_file,
+    remove_leftovers,
+    replacing,
+    set_aside,
+    verify,
+    write_bytes,
+    write_text,
+    writing,
+)
+
+FILES = {"weights.bin": bytes(range(256)) * 3, "state.json": b'{"step": 4}'}
+FACTS = {"step": 4, "loss": 1.25, "name": "网络"}
+# Where a writer can be killed: a statement run right before a function's own work.
+POINTS = {
+    "before the first byte": "kill()",
+    "half-way through a file": "(folder / 'a').write_bytes(b'x' * 9); kill()",
+    "before the manifest": "verified._write_manifest = kill",
+    "before it is flushed": "verified._flush = kill",
+    "before the rename": "verified.os.rename = kill",
+}
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from minimind_nb.storage import verified
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+with verified.writing(Path(sys.argv[1]), {"step": 4}) as folder:
+    {point}
+    (folder / "a").write_bytes(b"x" * 9)
+    (folder / "b").write_bytes(b"y" * 9)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    final = tmp_path / "step_00000004"
+    with writing(final, FACTS) as aside:
+        for name, data in FILES.items():
+            (aside / name).write_bytes(data)
+    return final
+
+
+def damage(folder: Path) -> str:
+    with pytest.raises(DamagedFolder) as caught:
+        verify(folder)
+    return str(caught.value)
+
+
+def test_a_written_folder_is_whole_and_gives_back_its_facts(folder):
+    assert verify(folder) == FACTS
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        **FILES,
+        MANIFEST: (folder / MANIFEST).read_bytes(),
+    }
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_facts_are_taken_as_they_are_when_the_block_ends(tmp_path):
+    facts = {"documents": 0}
+    with writing(tmp_path / "deep" / "cache", facts):
+        facts["documents"] = 7
+    assert verify(tmp_path / "deep" / "cache") == {"documents": 7}
+
+
+def test_the_manifest_is_canonical_json_sealed_by_its_own_sha256(folder):
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    digest = manifest.pop("sha256")
+    preceding, _, _ = text.rpartition(',"sha256":')
+    assert preceding + "}" == canonical_json(manifest)
+    assert digest == hashlib.sha256(preceding.encode()).hexdigest()
+    assert manifest == {
+        "facts": FACTS,
+        "files": {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in FILES.items()
+        },
+        "format": 1,
+        "name": "step_00000004",
+    }
+
+
+def test_canonical_json_has_one_spelling_for_one_value():
+    assert canonical_json({"b": [1, 2.5], "a": "中"}) == '{"a":"中","b":[1,2.5]}'
+
+
+def test_the_folder_appears_only_when_the_block_has_ended(tmp_path):
+    final = tmp_path / "cache"
+    with writing(final, {}) as aside:
+        assert aside.name.startswith(".")
+        assert not final.exists()
+    assert final.is_dir()
+
+
+def test_an_error_in_the_block_leaves_nothing_and_goes_on(tmp_path):
+    with pytest.raises(RuntimeError, match="halt"):
+        with writing(tmp_path / "cache", {}) as aside:
+            (aside / "a").write_bytes(b"x")
+            raise RuntimeError("halt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_in_the_block_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with writing(tmp_path / "cache", {}):
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_that_are_no_json_leave_nothing(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        with writing(tmp_path / "cache", {"a": object()}):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_never_written_over(folder):
+    with pytest.raises(OSError, match="not empty"):
+        with writing(folder, {}):
+            pass
+    assert verify(folder) == FACTS
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_writer_leaves_no_folder_under_the_final_name(point, tmp_path):
+    final = tmp_path / "step_00000004"
+    code = WRITER.replace("{point}", POINTS[point])
+    writer = subprocess.run([sys.executable, "-c", code, str(final)], check=False)
+    assert writer.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".half.1.tmp").write_bytes(b"a half-written file")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with writing(final, {}):
+        pass
+    assert verify(final) == {}
+
+
+def test_a_writer_killed_after_the_rename_leaves_a_whole_folder(tmp_path):
+    final = tmp_path / "step_00000004"
+    code = WRITER.replace(
+        "{point}",
+        "rename = os.rename; verified.os.rename = lambda *a: (rename(*a), kill())",
+    )
+    writer = subprocess.run([sys.executable, "-c", code, str(final)], check=False)
+    assert writer.returncode == -signal.SIGKILL
+    assert verify(final) == {"step": 4}
+    assert [path.name for path in tmp_path.iterdir()] == [final.name]
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("kept", ["nothing", "a byte", "half", "all but a byte"])
+def test_a_cut_file_is_found(name, kept, folder):
+    file = folder / name
+    size = file.stat().st_size
+    left = {"nothing": 0, "a byte": 1, "half": size // 2, "all but a byte": size - 1}
+    os.truncate(file, left[kept])
+    said = damage(folder)
+    if name == MANIFEST:
+        assert "manifest.json was edited or cut: its sha256 differs" in said
+    else:
+        assert said == f"{name} has {left[kept]} of {size} bytes"
+
+
+def test_every_one_of_200_flipped_bits_is_found(folder):
+    draw = random.Random(0)
+    files = sorted(folder.iterdir())
+    for number in range(200):
+        file = files[number % len(files)]
+        intact = file.read_bytes()
+        flipped = bytearray(intact)
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
+        file.write_bytes(flipped)
+        said = damage(folder)
+        if file.name != MANIFEST:
+            assert said == f"{file.name} does not have the sha256 it was written with"
+        file.write_bytes(intact)
+    assert verify(folder) == FACTS
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json cannot be read"),
+        (lambda f: (f / "state.json").unlink(), "state.json is missing"),
+        (lambda f: (f / "more").write_bytes(b""), "more is not in manifest.json"),
+        (lambda f: (f / "more").mkdir(), "more is not in manifest.json"),
+        (lambda f: (f / "weights.bin").rename(f / "w"), "w is not in manifest.json"),
+    ],
+    ids=["no manifest", "file gone", "file more", "folder more", "file renamed"],
+)
+def test_a_folder_with_other_files_is_found(edit, text, folder):
+    edit(folder)
+    assert text in damage(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"step":4', '"step":5'), ('"format":1', '"format":2'), ("}\n", "}\r\n")],
+)
+def test_an_edited_manifest_is_found(old, new, folder):
+    manifest = folder / MANIFEST
+    text = manifest.read_text(encoding="utf-8")
+    assert old in text
+    manifest.write_bytes(text.replace(old, new).encode())
+    assert damage(folder) == "manifest.json was edited or cut: its sha256 differs"
+
+
+def test_a_file_that_cannot_be_read_is_found(folder, monkeypatch):
+    def refuse(_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(verified, "hash_file", refuse)
+    assert damage(folder) == (
+        "state.json cannot be read ([Errno 5] Input/output error)"
+    )
+
+
+def test_a_folder_in_place_of_a_file_is_found(folder):
+    (folder / "state.json").unlink()
+    (folder / "state.json").mkdir()
+    assert "state.json cannot be read" in damage(folder)
+
+
+def test_a_manifest_that_is_no_text_is_found(folder):
+    (folder / MANIFEST).write_bytes(b"\xff\xfe")
+    assert "manifest.json cannot be read" in damage(folder)
+
+
+def test_a_renamed_folder_is_found(folder):
+    renamed = folder.rename(folder.with_name("step_00000008"))
+    assert damage(renamed) == "it was written as step_00000004, so it was renamed"
+
+
+def test_a_folder_that_is_not_there_is_found(tmp_path):
+    assert "manifest.json cannot be read" in damage(tmp_path / "nowhere")
+
+
+def test_a_folder_of_another_format_names_both(folder, monkeypatch):
+    monkeypatch.setattr(verified, "FORMAT", 2)
+    assert damage(folder) == (
+        "format 1 is not the format 2 known here; it needs another version of "
+        "minimind_nb"
+    )
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_what_was_written_and_what_is_free(
+    code, folder, tmp_path, monkeypatch
+):
+    def refuse(self, _data):
+        raise OSError(code, os.strerror(code), str(self))
+
+    with pytest.raises(OSError) as caught:
+        with writing(tmp_path / "step_00000008", {}) as aside:
+            (aside / "a").write_bytes(b"x" * 2**20)
+            with monkeypatch.context() as full:
+                full.setattr(Path, "write_bytes", refuse)
+                (aside / "b").write_bytes(b"y")
+    assert caught.value.errno == errno.ENOSPC
+    said = str(caught.value.strerror)
+    assert said.startswith("the disk is full: step_00000008 needs more than 1.0 MiB, ")
+    assert said.endswith("MiB are free; make room, or lower keep_checkpoints")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert verify(folder) == FACTS
+
+
+def test_a_full_disk_is_known_by_what_safetensors_says_of_it(tmp_path):
+    with pytest.raises(OSError, match="the disk is full: step_00000008 needs"):
+        with writing(tmp_path / "step_00000008", {}):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_disk_error_goes_on_as_it_is(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"):
+        with writing(tmp_path / "cache", {}):
+            raise OSError(errno.EIO, "Input/output error")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_after_the_rename_is_the_one_that_is_seen(tmp_path, monkeypatch):
+    flush = verified._flush
+
+    def refuse(path):
+        if path == tmp_path:
+            raise OSError(errno.EINVAL, "this folder cannot be flushed")
+        flush(path)
+
+    monkeypatch.setattr(verified, "_flush", refuse)
+    with pytest.raises(OSError, match="this folder cannot be flushed"):
+        with writing(tmp_path / "cache", {}):
+            pass
+
+
+def test_setting_aside_deletes_nothing_and_keeps_the_reason(folder):
+    (folder / "state.json").write_bytes(b"broken")
+    first = set_aside(folder, "state.json has 6 of 11 bytes")
+    assert first == folder.with_name("step_00000004.corrupt")
+    assert {path.name for path in first.iterdir()} == {*FILES, MANIFEST}
+    assert (first / "state.json").read_bytes() == b"broken"
+    reason = first.with_name("step_00000004.corrupt.txt")
+    assert reason.read_text(encoding="utf-8") == "state.json has 6 of 11 bytes\n"
+    names = []
+    for _ in range(2):
+        folder.mkdir()
+        names.append(set_aside(folder, "empty").name)
+    assert names == ["step_00000004.corrupt2", "step_00000004.corrupt3"]
+    assert (first / "state.json").read_bytes() == b"broken"
+    assert reason.read_text(encoding="utf-8") == "state.json has 6 of 11 bytes\n"
+
+
+def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
+    file = tmp_path / "config.json"
+    write_text(file, "旧")
+    write_bytes(file, b"new")
+    assert file.read_bytes() == b"new"
+    with pytest.raises(RuntimeError, match="halt"):
+        with replacing(file) as aside:
+            aside.write_bytes(b"half")
+            raise RuntimeError("halt")
+    assert file.read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_hash_is_sha256_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hash_file(tmp_path / "a") == digest

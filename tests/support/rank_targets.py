@@ -1,0 +1,63 @@
+"""What the ranks of these tests do; spawned processes import it by name."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_nb.launch.distributed import Group
+from minimind_nb.launch.stopping import StopRequest, count_ballots
+from minimind_nb.launch.verdict import RankRecord
+
+STEPS = 12
+FAILING_STEP = 5
+
+
+def work(
+    rank: int, payload: dict[str, Any], record: RankRecord, stop: StopRequest
+) -> str:
+    """Sum a tensor a step; do what the payload says at step 5 on its rank."""
+    record.update(phase="meeting", total_steps=STEPS)
+    size = payload["size"]
+    group = Group(rank, size, Path(payload["store"]), "cpu", payload.get("timeout", 30))
+    group.meet(torch.device("cpu"))
+    record.update(phase="training")
+    print(f"rank {rank} met the others")
+    for step in range(1, STEPS + 1):
+        if rank in payload.get("ranks", [0]) and step == FAILING_STEP:
+            act(payload.get("action", ""), rank)
+        ballots = torch.tensor(stop.ballot())
+        group.sum(ballots)
+        record.update(step=step)
+        if reason := count_ballots(ballots.tolist()):
+            return reason
+        time.sleep(payload.get("pause", 0.0))
+    group.close()
+    return "finished"
+
+
+def act(action: str, rank: int) -> None:
+    """Fail in one of the ways that ranks fail."""
+    if action == "raise":
+        raise ValueError(f"line {7 + rank} of the data is wrong")
+    if action == "exit":
+        sys.exit(0)
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "sigterm":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if action == "hang":
+        time.sleep(600)
+
+
+def stuck(
+    rank: int, payload: dict[str, Any], record: RankRecord, stop: StopRequest
+) -> str:
+    """Never meet the others."""
+    record.update(phase="meeting")
+    time.sleep(600)
+    return "finished"

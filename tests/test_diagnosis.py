@@ -1,0 +1,122 @@
+import importlib.metadata
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from minimind_nb import diagnosis
+from minimind_nb.diagnosis import doctor
+from minimind_nb.hardware import Gpu, Hardware
+from minimind_nb.session import Session
+
+T4 = Gpu("Tesla T4", (7, 5), 14.6)
+A100 = Gpu("A100", (8, 0), 40.0)
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """A function that sets what the doctor finds."""
+
+    def found(*gpus: Gpu, session: Session | None = None, bf16: bool = False) -> None:
+        hardware = Hardware(gpus, 4, bf16, 30.0)
+        monkeypatch.setattr(diagnosis, "detect_hardware", lambda: hardware)
+        monkeypatch.setattr(
+            diagnosis, "current_session", lambda: session or Session("plain")
+        )
+
+    found()
+    return found
+
+
+def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
+    facts = doctor(tmp_path / "deep" / "out")
+    assert list(facts) == [
+        "place",
+        "system",
+        "python",
+        "versions",
+        "processors",
+        "training uses",
+        "disk",
+        "shared memory",
+        "notebook",
+    ]
+    assert not list(tmp_path.iterdir())
+    assert f"torch {importlib.metadata.version('torch')}" in facts["versions"]
+    assert "GiB free for" in facts["disk"] and "CPU cores" in facts["processors"]
+    lines = repr(facts).splitlines()
+    assert lines[0] == "This machine"
+    assert lines[1].split() == ["place", *facts["place"].split()]
+    assert "<th style='text-align:left'>disk</th>" in facts._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "bf16", "text"),
+    [
+        ((), False, "the CPU in float32; a GPU is some hundred times faster"),
+        ((), True, "the CPU in bfloat16; a GPU is some hundred times faster"),
+        (
+            (T4, T4),
+            True,
+            "2 processes, one a GPU, in float16; bfloat16 is emulated there",
+        ),
+        ((A100,), False, "1 processes, one a GPU, in bfloat16"),
+        (
+            (A100, T4),
+            False,
+            "2 processes, one a GPU, in float16; bfloat16 is emulated there",
+        ),
+    ],
+)
+def test_processors_and_precision_are_those_a_run_takes(gpus, bf16, text, place):
+    place(*gpus, bf16=bf16)
+    assert doctor()["training uses"] == text
+
+
+def test_the_place_says_when_the_session_ends(place, monkeypatch):
+    assert doctor()["place"] == "plain, nothing ends the session"
+    monkeypatch.setattr("minimind_nb.session.process_age_seconds", lambda: 3600.0)
+    place(session=Session("kaggle", batch=True))
+    assert doctor()["place"] == "kaggle (batch run), 10.5 hours left"
+
+
+def test_a_system_other_than_linux_runs_one_process(place, monkeypatch):
+    assert "several processes are supported" in doctor()["system"]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "one process only: several need Linux" in doctor()["system"]
+
+
+def test_what_is_missing_says_how_to_get_it(place, monkeypatch):
+    version = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == "ipywidgets":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert "ipywidgets is missing: pip install ipywidgets" in doctor()["notebook"]
+
+
+def test_little_disk_and_shared_memory_are_said(place, monkeypatch):
+    little = SimpleNamespace(free=2**30, total=2**29)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
+    facts = doctor("out")
+    assert facts["disk"] == (
+        "1.0 GiB free for out; little: a checkpoint of 100 M parameters takes 1.2 GiB"
+    )
+    assert facts["shared memory"] == ("0.50 GiB; small, but no loader processes use it")
+
+
+def test_a_machine_without_shared_memory_says_so(place, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)
+    assert doctor()["shared memory"] == "none"
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_do(place, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert doctor(tmp_path / "out")["disk"].endswith(
+        "; it cannot be written (Not a directory): set another out_dir"
+    )

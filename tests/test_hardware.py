@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import pytest
+
+from minimind_nb import hardware
+from minimind_nb.hardware import (
+    Gpu,
+    Hardware,
+    choose_dtype,
+    choose_threads,
+    count_cores,
+    detect_hardware,
+    peak_memory_gib,
+)
+
+T4 = Gpu("Tesla T4", (7, 5), 14.6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((6, 0), "float16"),
+        ((7, 5), "float16"),
+        ((8, 0), "bfloat16"),
+        ((8, 9), "bfloat16"),
+        ((10, 0), "bfloat16"),
+    ],
+)
+def test_precision_of_a_gpu_follows_its_capability(capability, dtype):
+    assert choose_dtype("cuda", capability) == dtype
+    assert choose_dtype("cuda", capability, cpu_native_bf16=True) == dtype
+
+
+def test_a_cpu_takes_bfloat16_only_where_it_is_native():
+    assert choose_dtype("cpu") == "float32"
+    assert choose_dtype("cpu", cpu_native_bf16=True) == "bfloat16"
+    assert choose_dtype("cpu", (8, 0)) == "float32"
+
+
+def test_precision_of_a_gpu_needs_its_capability():
+    with pytest.raises(ValueError, match="needs the compute capability of a CUDA GPU"):
+        choose_dtype("cuda")
+
+
+@pytest.mark.parametrize(
+    ("processes", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (2, 5, 2), (4, 2, 1)]
+)
+def test_workers_share_the_cores(processes, cores, threads):
+    assert choose_threads(processes, cores) == threads
+
+
+def test_hardware_is_described_in_a_line():
+    two = Hardware((T4, T4), cpu_cores=4, cpu_native_bf16=False, memory_gib=29.4)
+    assert two.describe() == (
+        "2 × Tesla T4 (15 GiB, sm_75), 4 CPU cores, 29 GiB of memory"
+    )
+    none = Hardware((), cpu_cores=2, cpu_native_bf16=False, memory_gib=7.8)
+    assert none.describe() == "2 CPU cores, 8 GiB of memory"
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("max 100000", 8),
+        ("200000 100000", 2),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("9900000 100000", 8),
+        ("nonsense", 8),
+    ],
+)
+def test_cores_are_bounded_by_the_containers_quota(quota, cores, monkeypatch):
+    monkeypatch.setattr(
+        hardware.os, "sched_getaffinity", lambda _: range(8), raising=False
+    )
+    monkeypatch.setattr(Path, "read_text", lambda _: f"{quota}\n")
+    assert count_cores() == cores
+
+
+def test_this_machine_is_detected_without_initialising_cuda(monkeypatch):
+    def refuse():
+        raise AssertionError("CUDA was initialised")
+
+    monkeypatch.setattr("torch.cuda._lazy_init", refuse)
+    found = detect_hardware()
+    assert found.cpu_cores >= 1
+    assert 0.1 < found.memory_gib < 1e5
+
+
+def test_gpus_are_asked_for_in_another_process(monkeypatch):
+    answer = '[{"name": "Tesla T4", "capability": [7, 5], "memory_gib": 14.6}]'
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(hardware, "_ASK_TORCH", f"print('hello'); print('{answer}')")
+    assert detect_hardware().gpus == (T4,)
+
+
+def test_a_gpu_that_does_not_answer_is_named_with_its_error(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(hardware, "_ASK_TORCH", "raise SystemExit('driver too old')")
+    with pytest.raises(RuntimeError) as caught:
+        detect_hardware()
+    assert str(caught.value) == (
+        "CUDA is there but does not answer:\ndriver too old\n"
+        'Train on the CPU with device="cpu", or mend the driver.'
+    )
+
+
+def test_native_bf16_is_what_onednn_reports(monkeypatch):
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for name in names:
+        monkeypatch.setattr(f"torch.cpu.{name}", lambda: False, raising=False)
+    assert not detect_hardware().cpu_native_bf16
+    monkeypatch.setattr(f"torch.cpu.{names[1]}", lambda: True)
+    assert detect_hardware().cpu_native_bf16
+
+
+def test_a_torch_that_reports_nothing_has_no_native_bf16(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(f"torch.cpu.{name}", raising=False)
+    assert not detect_hardware().cpu_native_bf16
+
+
+def test_peak_memory_is_in_gib(monkeypatch):
+    held = peak_memory_gib("cpu")
+    assert 0.01 < held < 100
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**29)
+    assert peak_memory_gib("cuda") == 1.5

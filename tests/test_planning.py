@@ -1,0 +1,141 @@
+import json
+import re
+from typing import Any
+
+import pytest
+
+from minimind_nb import planning
+from minimind_nb.config import TrainConfig, resolve
+from minimind_nb.hardware import Gpu, Hardware
+from minimind_nb.monitor.metrics import MetricsLog
+from minimind_nb.planning import flops_per_token, plan
+from minimind_nb.session import Session
+from minimind_nb.training import preparation
+
+CPU = Hardware((), cpu_cores=2, cpu_native_bf16=False, memory_gib=8.0)
+
+
+def machine_of(*gpus: Gpu) -> Hardware:
+    return Hardware(gpus, cpu_cores=4, cpu_native_bf16=False, memory_gib=30.0)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> dict[str, Any]:
+    """A demo run on sixty short documents, on a CPU of known speed."""
+    rows = ({"text": f"The cat saw {n} birds and {7 * n} mice."} for n in range(60))
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(preparation, "detect_hardware", lambda: CPU)
+    monkeypatch.setattr(preparation, "current_session", lambda: Session("plain"))
+    monkeypatch.setattr(planning, "_GEMM_SECONDS", 0.001)
+    return {
+        "data_path": path,
+        "out_dir": tmp_path / "out",
+        "preset": "demo",
+        "recipe": "demo",
+    }
+
+
+def test_a_plan_counts_without_starting_a_run(settings, tmp_path):
+    facts = plan(TrainConfig(**settings, batch_size=2, epochs=3, max_seq_len=64))
+    assert facts.title == "pretrain_128 on 2 CPU cores, 8 GiB of memory"
+    assert facts["parameters"] == "1,606,784"
+    assert facts["precision"] == "float32 on 1 × cpu"
+    documents = re.fullmatch(r"(\d+) to train on, (\d+) held out", facts["documents"])
+    assert documents and sum(map(int, documents.groups())) == 60
+    epoch = re.fullmatch(
+        r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\)",
+        facts["an epoch"],
+    )
+    assert epoch
+    tokens, rows = (int(text.replace(",", "")) for text in epoch.groups()[:2])
+    assert tokens / (rows * 64) == pytest.approx(float(epoch[3]), abs=1e-3)
+    assert facts["global batch"] == (
+        "2 rows = batch_size 2 × accumulation_steps 1 × 1 processes"
+    )
+    steps = -(-3 * rows // 2)
+    assert facts["steps"] == f"{steps:,} optimizer steps, {3 * tokens:,} text tokens"
+    assert facts["checkpoints"] == "0.02 GiB each, 2 to 3 kept"
+    assert re.fullmatch(
+        r"about 0 minutes at [\d,]+ text tokens/s \(expected at 50% of the rate of "
+        r"matrix products\)",
+        facts["time"],
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["cache"]
+
+
+def test_max_steps_caps_the_plan(settings):
+    facts = plan(TrainConfig(**settings, batch_size=1, max_seq_len=64, max_steps=2))
+    steps, tokens = re.findall(r"\d+", facts["steps"])
+    assert steps == "2"
+    assert 0 < int(tokens) <= 2 * 64
+
+
+def test_a_mixture_says_what_a_token_uses(settings):
+    facts = plan(TrainConfig(**settings, use_moe=True))
+    assert facts.title.startswith("pretrain_128_moe on ")
+    assert facts["parameters"] == "3,968,128, 2,788,480 active for a token"
+
+
+def test_memory_grows_with_the_batch(settings):
+    def gib(batch_size: int) -> float:
+        facts = plan(TrainConfig(**settings, batch_size=batch_size))
+        found = re.fullmatch(r"about ([\d.]+) GiB in each process", facts["memory"])
+        assert found
+        return float(found[1])
+
+    assert gib(16) < gib(64) < 5 * gib(16)
+
+
+def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
+    run = tmp_path / "out" / "pretrain_128"
+    run.mkdir(parents=True)
+    with MetricsLog(run / "metrics.jsonl") as log:
+        log.append("event", event="start", step=0)
+        assert "expected at 50%" in plan(TrainConfig(**settings))["time"]
+        log.append("train", step=1, tokens_per_second=50.0)
+        log.append("train", step=2, tokens_per_second=0.01)
+    assert re.fullmatch(
+        r"about [\d.]+ hours at 0 text tokens/s \(the speed of the run that is there\)",
+        plan(TrainConfig(**settings))["time"],
+    )
+
+
+def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
+    t4 = Gpu("Tesla T4", (7, 5), 14.6)
+    monkeypatch.setattr(preparation, "detect_hardware", lambda: machine_of(t4, t4))
+    facts = plan(TrainConfig(**settings))
+    assert facts["precision"] == "float16 on 2 × cuda"
+    # 2 x 24 TFLOP/s, half of it reached, at 10,427,136 operations a token.
+    assert "at 2,301,687 text tokens/s" in facts["time"]
+
+
+def test_of_an_unknown_gpu_nothing_is_promised(settings, monkeypatch):
+    new = Gpu("Z9000", (12, 0), 96.0)
+    monkeypatch.setattr(preparation, "detect_hardware", lambda: machine_of(new))
+    facts = plan(TrainConfig(**settings))
+    assert facts["precision"] == "bfloat16 on 1 × cuda"
+    assert facts["time"] == "known after the first steps: no figure for this GPU"
+
+
+@pytest.mark.parametrize(
+    ("settings", "operations"),
+    [
+        ({"preset": "demo", "max_seq_len": 256}, 10_427_136),
+        ({"preset": "minimind2-small"}, 167_562_240),
+        ({"preset": "minimind2-small", "use_moe": True}, 375_278_592),
+    ],
+)
+def test_operations_of_a_token_count_parameters_in_use_and_attention(
+    settings, operations
+):
+    assert flops_per_token(resolve(TrainConfig(**settings))) == operations
+
+
+def test_what_train_would_refuse_is_refused(settings, tmp_path):
+    with pytest.raises(ValueError, match='data_path is not set: .* data_path="demo"'):
+        plan(TrainConfig())
+    with pytest.raises(TypeError, match=r"expected a TrainConfig, found dict"):
+        plan({"data_path": "demo"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl does not exist"):
+        plan(TrainConfig(data_path=str(tmp_path / "nowhere.jsonl")))

@@ -1,0 +1,208 @@
+"""The loop: exact resume, invariances of the loss, steps that must be skipped."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import (
+    Settings,
+    metric_rows,
+    state_hashes,
+    train_here,
+)
+
+from minimind_nb.storage.runs import RunFolder
+from minimind_nb.training.loop import Trainer, seed_dropout
+from minimind_nb.training.stages import Stage
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [loss for (loss,) in metric_rows(folder, "train", "loss")]
+
+
+def test_a_run_lowers_the_loss_and_leaves_its_files(settings: Settings) -> None:
+    ending, folder = train_here({**settings, "learning_rate": 1e-2})
+    assert ending == "finished"
+    first, *_, last = losses(folder)
+    assert first == pytest.approx(math.log(6400), abs=0.3)
+    assert last < first - 0.5
+    evals = metric_rows(folder, "eval", "step", "loss", "perplexity")
+    assert [step for step, _, _ in evals] == [0, 4, 8, 12]
+    assert evals[-1][2] == pytest.approx(math.exp(evals[-1][1]))
+    assert (folder.root.parent / "pretrain_32.pth").is_file()
+
+
+def test_the_exported_weights_are_fp16_with_both_tied_keys(settings: Settings) -> None:
+    _, folder = train_here({**settings, "max_steps": 1})
+    file = folder.root.parent / "pretrain_32.pth"
+    state = torch.load(file, weights_only=True)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize("stop_at", [2, 9])
+def test_resumed_run_equals_uninterrupted_run(
+    settings: Settings, tmp_path: Path, stop_at: int, use_moe: bool
+) -> None:
+    settings = {**settings, "dropout": 0.1, "use_moe": use_moe}
+    if use_moe and stop_at == 2:
+        settings["seq_aux"] = False
+    _, straight = train_here(settings)
+    broken = {**settings, "out_dir": str(tmp_path / "broken")}
+    ending, folder = train_here(broken, stop_at=stop_at)
+    assert ending == "interrupted"
+    assert state_hashes(folder)[0] == stop_at
+    ending, folder = train_here(broken)
+    assert ending == "finished"
+    assert state_hashes(folder) == state_hashes(straight)
+    for kind, names in (
+        ("train", ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")),
+        ("eval", ("step", "loss")),
+    ):
+        assert metric_rows(folder, kind, *names) == metric_rows(straight, kind, *names)
+
+
+def test_three_epochs_cross_an_epochs_end_within_a_step(settings: Settings) -> None:
+    rows: list[int] = []
+
+    def look(trainer: Trainer) -> None:
+        rows.append(trainer.stream.rows)
+
+    train_here({**settings, "max_steps": 1}, change=look)
+    assert rows[0] % 8, "the epoch's end must fall into a step for these tests"
+    assert rows[0] < 12 * 8, "and be reached"
+
+
+def test_accumulation_1x8_equals_8x1(settings: Settings, tmp_path: Path) -> None:
+    runs = []
+    for batch_size, steps in ((1, 8), (8, 1)):
+        out_dir = str(tmp_path / f"{batch_size}x{steps}")
+        cut = {"batch_size": batch_size, "accumulation_steps": steps}
+        runs.append(train_here({**settings, **cut, "out_dir": out_dir})[1])
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)
+
+
+def test_the_loss_is_the_mean_over_the_global_targets(settings: Settings) -> None:
+    seen: list[tuple[float, int]] = []
+
+    def spy(trainer: Trainer) -> None:
+        objective = trainer.stage.objective
+
+        def counted(model, batch):
+            total, aux = objective(model, batch)
+            seen.append((float(total.detach()), int((batch.targets >= 0).sum())))
+            return total, aux
+
+        trainer.stage = Stage("pretrain", counted, "pretrain")
+        trainer.validation = None
+
+    _, folder = train_here({**settings, "max_steps": 2, "log_interval": 2}, change=spy)
+    mean = sum(loss for loss, _ in seen) / sum(count for _, count in seen)
+    assert losses(folder) == [pytest.approx(mean, rel=1e-6)]
+    assert metric_rows(folder, "train", "tokens")[-1][0] == sum(n for _, n in seen)
+
+
+def poison(steps: set[int]):
+    """Make the gradient of some steps (1-based) not a number."""
+
+    def change(trainer: Trainer) -> None:
+        objective = trainer.stage.objective
+
+        def poisoned(model, batch):
+            total, aux = objective(model, batch)
+            bad = model.training and trainer.progress.step + 1 in steps
+            return total * (float("nan") if bad else 1.0), aux
+
+        trainer.stage = Stage("pretrain", poisoned, "pretrain")
+
+    return change
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    settings: Settings,
+) -> None:
+    states = []
+
+    def spy(trainer: Trainer) -> None:
+        poison({3})(trainer)
+        real = trainer.record.update
+
+        def update(**changes: object) -> None:
+            real(**changes)
+            weights = [p.detach().clone() for p in trainer.model.parameters()]
+            moments = [
+                value.clone()
+                for state in trainer.optimizer.state.values()
+                for value in state.values()
+            ]
+            states.append((weights, moments))
+
+        trainer.record.update = update  # pyright: ignore[reportAttributeAccessIssue]
+
+    _, folder = train_here({**settings, "max_steps": 4}, change=spy)
+    for before, after in zip(states[1], states[2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(states[2][0][0], states[3][0][0])
+    assert metric_rows(folder, "train", "skipped_steps") == [(0,), (0,), (1,), (1,)]
+    assert [rate for (rate,) in metric_rows(folder, "train", "loss")][2] == "nan"
+
+
+def test_too_many_such_steps_end_the_run_and_name_the_lines(settings: Settings) -> None:
+    settings = {**settings, "max_skipped_steps": 2}
+    with pytest.raises(FloatingPointError) as error:
+        train_here(settings, change=poison({6, 7}))
+    assert "2 steps in a row had a gradient that is not finite" in str(error.value)
+    assert "came from the lines [" in str(error.value)
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert state_hashes(folder)[0] == 4, "the last good checkpoint is kept"
+
+
+def test_an_fp16_overflow_halves_the_scale_and_skips(settings: Settings) -> None:
+    def scale(trainer: Trainer) -> None:
+        objective = trainer.stage.objective
+
+        def steep(model, batch):
+            total, aux = objective(model, batch)
+            return total * 1e6, aux
+
+        trainer.stage = Stage("pretrain", steep, "pretrain")
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+    _, folder = train_here({**settings, "max_steps": 3}, change=scale)
+    rows = metric_rows(folder, "train", "loss_scale", "skipped_steps")
+    assert rows[0] == (2.0**126, 1)
+
+
+def test_a_loss_scale_below_1_ends_the_run(settings: Settings) -> None:
+    def scale(trainer: Trainer) -> None:
+        poison({1})(trainer)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+    with pytest.raises(FloatingPointError, match=r"loss scale 0\.5"):
+        train_here(settings, change=scale)
+
+
+def test_a_deadline_saves_and_stops(settings: Settings, tmp_path: Path) -> None:
+    ending, folder = train_here({**settings, "max_session_hours": 1e-6})
+    assert ending == "time_budget"
+    assert state_hashes(folder)[0] == 1
+    ending, folder = train_here(settings)
+    straight = train_here({**settings, "out_dir": str(tmp_path / "straight")})[1]
+    assert state_hashes(folder) == state_hashes(straight)
+
+
+def test_dropout_differs_between_ranks_and_steps() -> None:
+    draws = set()
+    for seed, rank, step in ((1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)):
+        seed_dropout(seed, rank, step)
+        draws.add(float(torch.rand(1)))
+    seed_dropout(1, 0, 0)
+    assert len(draws) == 4
+    assert float(torch.rand(1)) in draws
+
+
+def test_a_run_without_held_out_text_makes_no_eval_rows(settings: Settings) -> None:
+    _, folder = train_here({**settings, "val_fraction": 0.0, "max_steps": 2})
+    assert metric_rows(folder, "eval", "step") == []

@@ -1,0 +1,200 @@
+"""The parts of training that are functions of their arguments."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from minimind_nb.config import TrainConfig, resolve
+from minimind_nb.data.batches import IGNORED, MicroBatch
+from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.training import clock as clock_module
+from minimind_nb.training.clock import SessionClock
+from minimind_nb.training.objectives import document_mask, next_token_loss
+from minimind_nb.training.optim import (
+    FlatGradients,
+    build_optimizer,
+    moments,
+    restore_moments,
+)
+from minimind_nb.training.schedule import learning_rate
+from minimind_nb.training.worker import is_out_of_memory, smaller_batch
+
+
+def tiny_model() -> MiniMindForCausalLM:
+    torch.manual_seed(0)
+    shape = MiniMindConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+    )
+    return MiniMindForCausalLM(shape).train()
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 2e-4), (4, 1e-3), (5, 1e-3), (52, 5.5e-4), (99, 1e-4), (200, 1e-4)],
+)
+def test_the_rate_warms_up_and_falls_to_its_floor(step: int, rate: float) -> None:
+    found = learning_rate(step, warmup=5, total=100, highest=1e-3, lowest=1e-4)
+    assert found == pytest.approx(rate, rel=1e-9)
+
+
+def test_a_run_shorter_than_its_warm_up_never_reaches_the_peak() -> None:
+    rates = [
+        learning_rate(step, warmup=20, total=5, highest=1.0, lowest=0.1)
+        for step in range(5)
+    ]
+    assert rates == [0.05, 0.1, 0.15, 0.2, 0.25]
+
+
+def test_one_step_without_warm_up_has_the_peak() -> None:
+    assert learning_rate(0, warmup=0, total=1, highest=1.0, lowest=0.1) == 1.0
+
+
+def test_packed_with_a_document_mask_equals_separate_documents() -> None:
+    model = tiny_model()
+    documents = [torch.randint(3, 50, (n,)) for n in (7, 12, 9)]
+    separate = 0.0
+    for ids in documents:
+        alone = MicroBatch(ids[None, :-1], ids[None, 1:], None)
+        separate += float(next_token_loss(model, alone)[0].detach())
+    inputs = torch.cat([ids[:-1] for ids in documents])[None]
+    targets = torch.cat([ids[1:] for ids in documents])[None]
+    numbers = torch.repeat_interleave(
+        torch.arange(3), torch.tensor([len(ids) - 1 for ids in documents])
+    )[None]
+    packed = next_token_loss(model, MicroBatch(inputs, targets, numbers))[0]
+    assert float(packed.detach()) == pytest.approx(separate, abs=1e-5 * separate)
+    unmasked = next_token_loss(model, MicroBatch(inputs, targets, None))[0]
+    assert abs(float(unmasked.detach()) - separate) > 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_is_independent_of_padding(masked: bool) -> None:
+    model = tiny_model()
+    ids = torch.randint(3, 50, (1, 10))
+    numbers = torch.zeros(1, 9, dtype=torch.int32) if masked else None
+    plain = next_token_loss(model, MicroBatch(ids[:, :-1], ids[:, 1:], numbers))[0]
+    pad = torch.zeros(1, 6, dtype=torch.int64)
+    padded = MicroBatch(
+        torch.cat([ids[:, :-1], pad], 1),
+        torch.cat([ids[:, 1:], pad + IGNORED], 1),
+        torch.cat([numbers, pad.int() - 1], 1) if numbers is not None else None,
+    )
+    loss = next_token_loss(model, padded)[0]
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_document_mask_at_literal_positions() -> None:
+    mask = document_mask(torch.tensor([[0, 0, 1, -1]]))
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
+
+
+def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
+    model = tiny_model()
+    gradients = FlatGradients(model, torch.device("cpu"))
+    ids = torch.randint(3, 50, (2, 10))
+    for _ in range(2):
+        next_token_loss(model, MicroBatch(ids[:, :-1], ids[:, 1:], None))[0].backward()
+    begin = 0
+    for parameter in model.parameters():
+        view = gradients.flat[begin : begin + parameter.numel()]
+        assert parameter.grad is not None
+        assert parameter.grad.data_ptr() == view.data_ptr()
+        begin += parameter.numel()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    expected = float(torch.stack(norms).norm())
+    gradients.add_losses(torch.tensor(2.5), torch.tensor(0.5))
+    gradients.vote([0.0, 1.0, 0.0])
+    norm, loss, aux, ballots = gradients.norm_and_slots()
+    assert norm == pytest.approx(expected, rel=1e-5)
+    assert (loss, aux, ballots) == (2.5, 0.5, [0.0, 1.0, 0.0])
+    gradients.clip(norm, 1.0)
+    assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
+    gradients.clip(1.0, 0.0)
+    assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
+    gradients.zero()
+    assert gradients.norm_and_slots() == (0.0, 0.0, 0.0, [0.0, 0.0, 0.0])
+
+
+def test_only_matrices_decay() -> None:
+    model = tiny_model()
+    cfg = resolve(TrainConfig(weight_decay=0.3, learning_rate=0.1))
+    decaying, plain = build_optimizer(model, cfg).param_groups
+    assert (decaying["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim == 2 for p in decaying["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    total = len(decaying["params"]) + len(plain["params"])
+    assert total == len(list(model.parameters()))
+
+
+def test_moments_go_by_parameter_name_and_come_back() -> None:
+    model = tiny_model()
+    cfg = resolve(TrainConfig())
+    optimizer = build_optimizer(model, cfg)
+    assert moments(optimizer, model) == {}
+    ids = torch.randint(3, 50, (2, 10))
+    next_token_loss(model, MicroBatch(ids[:, :-1], ids[:, 1:], None))[0].backward()
+    optimizer.step()
+    saved = {name: tensor.clone() for name, tensor in moments(optimizer, model).items()}
+    assert "model.norm.weight.exp_avg" in saved
+    assert float(saved["model.norm.weight.step"]) == 1.0
+    other = build_optimizer(model, cfg)
+    restore_moments(other, model, saved)
+    again = moments(other, model)
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+
+
+def test_without_a_deadline_a_session_is_never_over() -> None:
+    assert not SessionClock(None).is_over()
+
+
+def test_the_margin_is_a_slow_step_and_two_saves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clock_module.time, "monotonic", lambda: 100.0)
+    clock = SessionClock(deadline=160.0)
+    assert clock.margin_seconds() == 20.0, "ten seconds a save are assumed at first"
+    for seconds in [1.0] * 99 + [30.0]:
+        clock.add_step(seconds)
+    clock.add_save(5.0)
+    clock.add_save(4.0)
+    assert 11.0 <= clock.margin_seconds() < 13.0, "one outlier in 100 does not count"
+    assert not clock.is_over()
+    clock.deadline = 110.0
+    assert clock.is_over()
+
+
+def test_out_of_memory_names_a_batch_of_the_same_global_size() -> None:
+    cfg = resolve(TrainConfig(batch_size=32, accumulation_steps=4))
+    assert "batch_size=16, accumulation_steps=8" in smaller_batch(cfg)
+    odd = resolve(TrainConfig(batch_size=9, accumulation_steps=1))
+    assert "batch_size=3, accumulation_steps=3" in smaller_batch(odd)
+    one = resolve(TrainConfig(batch_size=1, max_seq_len=512))
+    assert "lower max_seq_len=512" in smaller_batch(one)
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_linear_layer_has_no_place_in_a_flat_gradient_of_another_model() -> None:
+    layer = nn.Linear(3, 2)
+    gradients = FlatGradients(layer, torch.device("cpu"))
+    assert gradients.gradients.numel() == 8
+    assert math.isclose(float(gradients.flat.sum()), 0.0)
