@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BF16_CAPABILITY = (8, 0)
+_ASK_SECONDS = 120
 
 # Asked in a process of its own: the parent of the workers never touches CUDA.
 _ASK_TORCH = """
@@ -107,19 +108,19 @@ def count_cores() -> int:
 
 
 def _ask_gpus() -> tuple[Gpu, ...]:
-    answer = subprocess.run(
-        [sys.executable, "-c", _ASK_TORCH],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    if answer.returncode != 0:
-        raise RuntimeError(
-            "CUDA is there but does not answer:\n"
-            f"{answer.stderr.strip()[-600:]}\n"
-            'Train on the CPU with device="cpu", or mend the driver.'
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", _ASK_TORCH],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_ASK_SECONDS,
         )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(
+            f"CUDA is there but does not answer: {error}\n{str(error.stderr)[-600:]}\n"
+            'Train on the CPU with device="cpu", or mend the driver.'
+        ) from error
     return tuple(
         Gpu(gpu["name"], tuple(gpu["capability"]), gpu["memory_gib"])
         for gpu in json.loads(answer.stdout.splitlines()[-1])

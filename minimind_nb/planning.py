@@ -55,7 +55,7 @@ def plan(cfg: TrainConfig) -> Facts:
             f"rows of {stream.width} (fill {stream.fill:.3f})",
             "global batch": f"{stream.global_batch} rows = batch_size "
             f"{resolved.batch_size} × accumulation_steps "
-            f"{resolved.accumulation_steps} × {resolved.num_processes} processes",
+            f"{resolved.accumulation_steps} × {resolved.num_processes} process(es)",
             "steps": f"{steps:,} optimizer steps, {tokens:,} text tokens",
             "memory": f"about {_memory_gib(resolved):.1f} GiB in each process",
             "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
@@ -144,4 +144,4 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     stream = corpus.training_stream(settled.cfg, settled.tokenizer.pad_id)
     tokenizer = load_tokenizer(settled.tokenizer)
     batch = stream.next_step().micro_batches[0]
-    return [tokenizer.decode(row) for row in batch.inputs[:rows]]
+    return [str(tokenizer.decode(row)) for row in batch.inputs[:rows]]

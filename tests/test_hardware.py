@@ -99,10 +99,10 @@ def test_a_gpu_that_does_not_answer_is_named_with_its_error(monkeypatch):
     monkeypatch.setattr(hardware, "_ASK_TORCH", "raise SystemExit('driver too old')")
     with pytest.raises(RuntimeError) as caught:
         detect_hardware()
-    assert str(caught.value) == (
-        "CUDA is there but does not answer:\ndriver too old\n"
-        'Train on the CPU with device="cpu", or mend the driver.'
-    )
+    text = str(caught.value)
+    assert text.startswith("CUDA is there but does not answer:")
+    assert "driver too old" in text
+    assert 'Train on the CPU with device="cpu", or mend the driver.' in text
 
 
 def test_native_bf16_is_what_onednn_reports(monkeypatch):

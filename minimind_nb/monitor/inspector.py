@@ -2,107 +2,72 @@
 
 import base64
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
 from .metrics import History
-from .plots import figure_png, plot_history, suggest_smoothing
-from .progress import describe_end, measure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-X_CHOICES = (("step", "step"), ("text tokens", "tokens"), ("minutes", "minutes"))
-Y_CHOICES = (("loss", "loss"), ("perplexity", "perplexity"))
+from .plots import X_AXES, Y_LABELS, Chart, plot_history, suggest_smoothing
+from .progress import outcome
 
 
 class Inspector:
     """The chart of a run with smoothing, log axes, and a choice of both axes.
 
-    `source` is a run folder, a metrics file, a `Run` or a `History`. The picture is
-    drawn in the kernel at every change. A notebook saved with it holds the widgets
-    and, beside them, the picture as it is when the cell shows it, for readers that
-    know no widgets. Raises what `History.load` raises.
+    `source` is what `History.load` takes. The picture is drawn in the kernel at every
+    change, with what a running training has added. A saved notebook also holds the
+    picture as it was when the cell showed it.
 
-    Attributes: `history`; the controls `smoothing`, `log_x`, `log_y`, `x`, `y` and
-    `reload` (reads what a running training has added); `image`, whose `value` is the
-    PNG; and `panel`, which holds them all.
+    Attributes: `history`; `controls`, the widgets by name (`smoothing`, `log_x`,
+    `log_y`, `x`, `y`); `image`, whose `value` is the PNG; `panel`, which holds all.
     """
 
     def __init__(self, source: "str | os.PathLike[str] | History") -> None:
         self.history = History.load(source)
-        rows = len(self.history.select("train"))
-        self.smoothing = widgets.FloatSlider(
-            value=suggest_smoothing(rows),
-            min=0.0,
-            max=0.99,
-            step=0.01,
-            description="smoothing",
-            continuous_update=False,  # a drawing takes 0.2 s; a drag would queue them
-            layout=widgets.Layout(width="330px"),
-        )
-        self.x = _choice(X_CHOICES)
-        self.y = _choice(Y_CHOICES)
-        self.log_x = _check("log x")
-        self.log_y = _check("log y")
-        self.reload = widgets.Button(
-            description="reload", tooltip="read what the run has added since"
-        )
-        self.image = widgets.Image(
-            format="png", layout=widgets.Layout(max_width="100%", width="840px")
-        )
+        narrow = {"button_width": "auto"}
         self.controls: dict[str, Any] = {
-            "smoothing": self.smoothing,
-            "log_x": self.log_x,
-            "log_y": self.log_y,
-            "x": self.x,
-            "y": self.y,
+            "x": widgets.ToggleButtons(options=list(X_AXES), style=narrow),
+            "y": widgets.ToggleButtons(options=list(Y_LABELS), style=narrow),
+            "smoothing": widgets.FloatSlider(
+                value=suggest_smoothing(len(self.history.select("train"))),
+                max=0.99,
+                step=0.01,
+                description="smoothing",
+                continuous_update=False,  # a drawing takes 0.2 s; a drag would queue
+            ),
+            "log_x": widgets.Checkbox(description="log x", indent=False),
+            "log_y": widgets.Checkbox(description="log y", indent=False),
         }
-        self.panel = widgets.VBox(
-            [
-                widgets.HBox([widgets.Label("x"), self.x, widgets.Label("y"), self.y]),
-                widgets.HBox([self.smoothing, self.log_x, self.log_y, self.reload]),
-                self.image,
-            ]
-        )
+        self.image = widgets.Image(format="png", layout={"max_width": "100%"})
+        x, y, *others = self.controls.values()
+        rows = [widgets.HBox([x, y]), widgets.HBox(others), self.image]
+        self.panel = widgets.VBox(rows)
         for control in self.controls.values():
             control.observe(self._redraw, names="value")
-        self.reload.on_click(self._redraw)
         self._redraw()
 
     def _redraw(self, *_: object) -> None:
         self.history.refresh()
-        self.image.value = figure_png(self.figure())
+        self.image.value = self.figure().png()
 
-    def figure(self) -> "Figure":
+    def figure(self) -> Chart:
         """The chart as the controls stand, to save or to change."""
         choices = {name: control.value for name, control in self.controls.items()}
         return plot_history(self.history, **choices)
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
         """The widgets, and a PNG and a line of text for who cannot show them."""
-        shown: Any = self.panel._repr_mimebundle_()
-        bundle: dict[str, object] = dict(shown)
-        bundle["image/png"] = base64.b64encode(self.image.value).decode("ascii")
-        bundle["text/plain"] = repr(self)
-        return bundle
+        widget: Any = self.panel._repr_mimebundle_()
+        picture = base64.b64encode(self.image.value).decode()
+        return {**widget, "image/png": picture, "text/plain": repr(self)}
 
     def __repr__(self) -> str:
-        words = describe_end(measure(self.history), "")
-        return f"Inspector of {self.history.path.parent.name}: {words}"
+        return f"Inspector of {self.history.path.parent.name}: {outcome(self.history)}"
 
 
 def inspect(source: "str | os.PathLike[str] | History") -> Inspector:
-    """Look at a run's curve with controls: `mm.inspect("out/pretrain_512")`."""
+    """Look at a run's curve with controls: `mm.inspect("out/pretrain_512")`.
+
+    Raises what `History.load` raises.
+    """
     return Inspector(source)
-
-
-def _choice(options: tuple[tuple[str, str], ...]) -> widgets.ToggleButtons:
-    return widgets.ToggleButtons(options=options, style={"button_width": "auto"})
-
-
-def _check(description: str) -> widgets.Checkbox:
-    return widgets.Checkbox(
-        description=description, indent=False, layout=widgets.Layout(width="80px")
-    )

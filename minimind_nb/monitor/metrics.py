@@ -11,9 +11,7 @@ from typing import Any, Self
 
 METRICS_NAME = "metrics.jsonl"
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
 RESTARTS = ("start", "resume")
-NAMES_SHOWN = 6  # in an error about a folder that is no run
 
 Row = dict[str, Any]
 
@@ -21,46 +19,35 @@ Row = dict[str, Any]
 class MetricsLog:
     """Appends rows to a metrics file, each flushed to the system before it returns.
 
-    Use it as a context manager or call `close`. A half line left at the end of the
-    file by a killed writer is closed with a newline and never rewritten. `silent()`
-    gives a log with the same methods that writes nothing, for ranks above 0.
-
-    Raises OSError when the file cannot be opened or written (a full disk).
+    A half line left at the end by a killed writer is closed with a newline and never
+    rewritten. Raises OSError when the file cannot be opened or written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        # Unbuffered and in append mode: a row is one write, so a reader in another
-        # process sees it at once and a kill tears at most the last line.
-        self._file = None if path is None else open(path, "ab", buffering=0)
-        self._torn = self._file is not None and _ends_in_half_line(
-            Path(self._file.name)
-        )
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "a+b")
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
 
     @classmethod
     def silent(cls) -> Self:
-        return cls(None)
+        """A log that keeps nothing, for ranks above 0."""
+        return cls(os.devnull)
 
     def append(self, kind: str, **fields: object) -> None:
         """Write one row. `kind` is "train", "eval", "sample" or "event".
 
-        Values are numbers, strings, booleans, None, lists and dicts of these, and
-        anything `float()` takes, such as a 0-d tensor. NaN and the infinities are
-        written as the strings "nan", "inf" and "-inf", which keeps a line valid JSON.
+        Values are numbers, strings, booleans, None and lists of these. NaN and the
+        infinities become "nan", "inf" and "-inf": JSON has no such numbers.
         """
-        if self._file is None:
-            return
-        row = {"kind": kind} | {name: _plain(name, fields[name]) for name in fields}
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        left = memoryview(b"\n" + line if self._torn else line)
-        self._torn = True
-        while left:
-            left = left[self._file.write(left) :]
-        self._torn = False
+        row = {"kind": kind} | {name: _plain(value) for name, value in fields.items()}
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -72,11 +59,11 @@ class MetricsLog:
 class History:
     """The rows of a metrics file, as they stand after every resume.
 
-    `rows` holds them in order; numbers that were not finite are floats again (in
-    every kind but "sample", whose strings are a model's answers). When a run starts
-    again at step s, earlier rows of a higher step are dropped: they were computed,
-    but the weights they describe were lost. `damaged_lines` counts whole lines that
-    are no metrics row, for example the torn last line of a killed writer.
+    `rows` holds them in order; numbers that were not finite are floats again (not in
+    "sample" rows, whose strings are a model's answers). When a run starts again at
+    step s, earlier rows of a higher step are dropped: the weights they describe were
+    lost. `damaged_lines` counts whole lines that are no metrics row, such as the half
+    line of a killed writer.
 
     `History(path)` takes a file that need not exist yet; `History.load` wants one.
     """
@@ -85,63 +72,50 @@ class History:
         self.path = Path(path)
         self.rows: list[Row] = []
         self.damaged_lines = 0
-        self._offset = 0
-        self._file_id: tuple[int, int] | None = None
+        self._inode = self._offset = 0
         self.refresh()
 
     @classmethod
     def load(cls, source: "str | os.PathLike[str] | History") -> "History":
-        """Read a run folder, its metrics.jsonl, or whatever `os.fspath` makes of a run.
+        """Read a run folder, its metrics.jsonl or a `Run`; a History is handed back.
 
-        A History is handed back as it is. Raises FileNotFoundError for a place that
-        is no run (naming the runs below it) and ValueError for a file without rows.
+        Raises FileNotFoundError for a place that is no run (naming the runs there)
+        and ValueError for a file without rows.
         """
         if isinstance(source, History):
             return source
         history = cls(find_metrics(source))
         if history.damaged_lines and not history.rows:
             raise ValueError(
-                f"{history.path}: none of its {history.damaged_lines} lines is a "
-                f'metrics row (expected JSON objects with a "kind"). Give the run '
-                f'folder, for example History.load("{history.path.parent}").'
+                f"{history.path}: none of its {history.damaged_lines} lines is a metrics "
+                'row, a JSON object with "kind" and "step"; give the folder of a run.'
             )
         return history
 
-    def refresh(self) -> int:
-        """Read what was appended since the last time; returns the number of new rows.
+    def refresh(self) -> None:
+        """Read what was appended since the last time.
 
-        A half line at the end stays unread until its newline comes. A file that was
-        replaced or shortened is read again from its start.
+        A half line at the end waits for its newline. A file that was replaced or
+        shortened is read again from its start.
         """
-        try:
-            with open(self.path, "rb") as file:
-                state = os.fstat(file.fileno())
-                file_id = (state.st_dev, state.st_ino)
-                if file_id != self._file_id or state.st_size < self._offset:
-                    self.rows, self.damaged_lines, self._offset = [], 0, 0
-                    self._file_id = file_id
-                file.seek(self._offset)
-                whole, newline, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            return 0
-        self._offset += len(whole) + len(newline)
-        new_rows = 0
-        for line in whole.split(b"\n"):
-            if line.strip():
-                row = _parse(line)
-                if row is None:
-                    self.damaged_lines += 1
-                else:
-                    self._take(row)
-                    new_rows += 1
-        return new_rows
-
-    def _take(self, row: Row) -> None:
-        restarts = row["kind"] == "event" and row.get("event") in RESTARTS
-        if restarts and "step" in row:
-            step = row["step"]
-            self.rows = [old for old in self.rows if old.get("step", 0) <= step]
-        self.rows.append(row)
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            state = os.fstat(file.fileno())
+            if state.st_ino != self._inode or state.st_size < self._offset:
+                self.rows, self.damaged_lines, self._offset = [], 0, 0
+                self._inode = state.st_ino
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole + newline)
+        for line in filter(bytes.strip, whole.splitlines()):
+            row = _parse(line)
+            if row is None:
+                self.damaged_lines += 1
+                continue
+            if _restarts(row):
+                self.rows = [old for old in self.rows if old["step"] <= row["step"]]
+            self.rows.append(row)
 
     def select(self, kind: str) -> list[Row]:
         """The rows of one kind, oldest first."""
@@ -149,124 +123,72 @@ class History:
 
     def column(self, kind: str, name: str) -> list[float]:
         """One number for each row of a kind; NaN where a row has no such number."""
-        return [_number(row.get(name)) for row in self.select(kind)]
+        values = [row.get(name) for row in self.select(kind)]
+        return [float(v) if isinstance(v, int | float) else math.nan for v in values]
 
     def last(self, kind: str) -> Row | None:
         """The newest row of a kind, or None."""
         return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
 
     @property
-    def horizon(self) -> Row:
-        """The newest start or resume row, which holds the totals of the plan, or {}."""
-        for row in reversed(self.rows):
-            if row["kind"] == "event" and row.get("event") in RESTARTS:
-                return row
-        return {}
+    def session(self) -> list[Row]:
+        """The rows from the newest start or resume on; that one holds the totals."""
+        starts = [index for index, row in enumerate(self.rows) if _restarts(row)]
+        return self.rows[starts[-1] :] if starts else self.rows
 
     def __repr__(self) -> str:
-        last = self.last("train") or {}
+        step = self.rows[-1]["step"] if self.rows else 0
         damage = f", {self.damaged_lines} damaged lines" if self.damaged_lines else ""
         return (
-            f"History({str(self.path)!r}: {len(self.rows)} rows, "
-            f"step {last.get('step', 0)}{damage})"
+            f"History({str(self.path)!r}: {len(self.rows)} rows, step {step}{damage})"
         )
 
 
 def find_metrics(source: str | os.PathLike[str]) -> Path:
     """The metrics file of a run folder or of a path to the file itself.
 
-    Raises FileNotFoundError saying what is there instead and what to type.
+    Raises FileNotFoundError that names the runs that are there, or how to make one.
     """
     path = Path(source)
-    if path.is_file():
-        return path
-    if (path / METRICS_NAME).is_file():
-        return path / METRICS_NAME
-    expected = f"expected a run folder with a {METRICS_NAME}"
-    if not path.exists():
-        near = path.parent if path.parent.is_dir() else Path()
-        raise FileNotFoundError(
-            f"{path} does not exist; {expected}. {_suggest_runs(near)}"
-        )
-    names = sorted(entry.name for entry in path.iterdir())
-    shown, hidden = names[:NAMES_SHOWN], len(names[NAMES_SHOWN:])
-    more = f" and {hidden} more" if hidden else ""
-    holds = f"holds {', '.join(shown)}{more}" if names else "is an empty folder"
+    file = path if path.is_file() else path / METRICS_NAME
+    if file.is_file():
+        return file
+    found = f"has no {METRICS_NAME}" if path.is_dir() else "does not exist"
+    near = path if path.is_dir() else path.parent
+    runs = sorted(str(found.parent) for found in near.glob(f"*/{METRICS_NAME}"))
     raise FileNotFoundError(
-        f"{path} {holds} but no {METRICS_NAME}; {expected}. {_suggest_runs(path)}"
+        f"{path} {found}; expected the folder of a training run, which mm.train(cfg) "
+        f"makes in out_dir. Runs in {near}: {', '.join(runs) or 'none'}."
     )
 
 
-def _suggest_runs(folder: Path) -> str:
-    runs = sorted(found.parent for found in folder.glob(f"*/{METRICS_NAME}"))
-    if not runs:
-        return (
-            "A training run writes it under out_dir: "
-            'mm.train(cfg), then History.load("out/pretrain_512").'
-        )
-    others = (
-        f" (also {', '.join(run.name for run in runs[1:NAMES_SHOWN])})"
-        if runs[1:]
-        else ""
-    )
-    return f'Runs in {folder}: History.load("{runs[0]}"){others}.'
+def _restarts(row: Row) -> bool:
+    return row["kind"] == "event" and row.get("event") in RESTARTS
 
 
-def _ends_in_half_line(path: Path) -> bool:
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
-
-
-def _plain(name: str, value: object) -> object:
+def _plain(value: object) -> object:
     """`value` as JSON can hold it, non-finite floats as strings."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _plain(name, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(name, item) for item in value]
-    try:
-        number = float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"metrics field {name!r} is a {type(value).__name__}; expected numbers, "
-            "strings, booleans, None, or lists and dicts of these. Convert it before "
-            "append, for example with str()."
-        ) from error
-    return number if math.isfinite(number) else str(number)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    lost = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if lost else value
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_restore(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _parse(line: bytes) -> Row | None:
     """The row in a line, or None where the line is no metrics row."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+        kind, step = row["kind"], row["step"]
+    except (ValueError, TypeError, KeyError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+    if not isinstance(kind, str) or not isinstance(step, int):
         return None
-    if row["kind"] != "sample":
-        row = _restore(row)
-    return row if math.isfinite(_number(row.get("step", 0))) else None
-
-
-def _restore(value: Any) -> Any:
-    if isinstance(value, str):
-        return NON_FINITE.get(value, value)
-    if isinstance(value, list):
-        return [_restore(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _restore(item) for name, item in value.items()}
-    return value
-
-
-def _number(value: object) -> float:
-    """`value` as a float, NaN where it is not one number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond 1e308
-        return math.nan
+    if kind == "sample":
+        return row
+    return {name: _restore(value) for name, value in row.items()}

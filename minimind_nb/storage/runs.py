@@ -94,10 +94,11 @@ class RunFolder:
         """
         try:
             record = json.loads(self.record_file(0).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            status = record["status"]
+        except (OSError, ValueError, KeyError, TypeError):
             return "new"
-        if record["status"] != "running":
-            return record["status"]
+        if status != "running":
+            return status
         return "running" if self.is_locked() else "killed"
 
     @contextlib.contextmanager
@@ -109,14 +110,13 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # Whoever only asks `is_locked` holds a shared lock for some microseconds.
+            if not _try_lock(descriptor, fcntl.LOCK_EX, seconds=0.2):
                 holder = os.pread(descriptor, 4096, 0).decode("utf-8", "replace")
                 raise RunLocked(
                     f"{self.root} is in use by {holder.strip() or 'another process'}. "
                     "Wait for that run, stop it, or take another run_name."
-                ) from None
+                )
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             holder = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
             os.ftruncate(descriptor, 0)
@@ -132,12 +132,9 @@ class RunFolder:
         except OSError:
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not _try_lock(descriptor, fcntl.LOCK_SH, seconds=0.0)
         finally:
             os.close(descriptor)
-        return False
 
     def checkpoint_folder(self, step: int) -> Path:
         """Where the checkpoint after `step` optimizer steps lies."""
@@ -205,6 +202,18 @@ class RunFolder:
             number += 1
         self.root.rename(target)
         return target
+
+
+def _try_lock(descriptor: int, kind: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
 
 
 def _manifest_loss(folder: Path) -> float:

@@ -31,9 +31,8 @@ def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
     Every file and the folder are flushed to the disk before the rename, so `final`
     exists either whole or not at all. `facts`, as they are when the block ends, go
-    into the manifest. An exception in
-    the block removes what was written and goes on; a full disk becomes an `OSError`
-    that says how much there is.
+    into the manifest. An exception in the block removes what was written and goes on;
+    a full disk becomes an `OSError` that says how much there is.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")

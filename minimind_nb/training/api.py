@@ -60,8 +60,8 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
         raise
     finally:
         shown.finish(run.history, status)
-        save_chart(run.folder, run.history)
-        write_summary(run.folder, run.history, run.config, status)
+        shown.attempt(save_chart, run)
+        shown.attempt(write_summary, run, status, prepared.weights_file)
     return run
 
 

@@ -18,16 +18,16 @@ from typing import Any
 
 from ..config import TrainConfig, count_parameters, resolve
 from ..data.corpus import Corpus
-from ..data.demo import write_corpus
+from ..data.demo import DEMO, locate
 from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..session import current_session
+from ..storage import verified
 from ..storage.runs import Checkpoint, RunFolder
 from .resuming import choose_folder, compare_hashes, compare_settings
 from .stages import STAGES
 
-DEMO = "demo"
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 _EXPORT_BYTES = 2
 _Note = Callable[[str], None]
@@ -105,14 +105,11 @@ def settle(cfg: TrainConfig) -> Settled:
 
 def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
     """The tokenised documents of a settled configuration."""
-    cfg = settled.cfg
-    if cfg.data_path == DEMO:
-        file = write_corpus(settled.cache_root)
-        cfg = dataclasses.replace(cfg, data_path=str(file))
+    cfg, root = settled.cfg, settled.cache_root
+    assert cfg.data_path
+    cfg = dataclasses.replace(cfg, data_path=str(locate(cfg.data_path, root)))
     cores = settled.hardware.cpu_cores
-    return Corpus.prepare(
-        cfg, settled.tokenizer, settled.cache_root, cores, on_note
-    )  # fmt: skip
+    return Corpus.prepare(cfg, settled.tokenizer, root, cores, on_note)
 
 
 def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
@@ -122,43 +119,64 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     disk too small, `RunLocked`, `NoGoodCheckpoint`, and `RuntimeError` for a run there
     that is a different one.
     """
+    explicit = sorted(cfg.explicit()) if isinstance(cfg, TrainConfig) else []
     settled = settle(cfg)
     _check_writable(Path(settled.cfg.out_dir))
-    _check_disk(settled.cfg, settled.hardware)
+    _check_disk(settled.cfg)
     folder = choose_folder(settled.cfg, on_note)
     if folder.exists() and settled.cfg.resume is not False:
         resumed = compare_settings(folder, settled.cfg, on_note)
         settled = dataclasses.replace(settled, cfg=resumed)
     corpus = open_corpus(settled, on_note)
-    cfg = settled.cfg
-    hashes = {
-        "data": corpus.cache.folder.name,
-        "validation": corpus.val_cache.folder.name,
-        "tokenizer": settled.tokenizer.fingerprint,
+    config = {
+        "settings": dataclasses.asdict(settled.cfg),
+        "explicit": explicit,
+        "hashes": {
+            "data": corpus.cache.folder.name,
+            "validation": corpus.val_cache.folder.name,
+            "tokenizer": settled.tokenizer.fingerprint,
+        },
+        "rejected_rows": corpus.cache.facts["bad_rows"],
+        "versions": _versions(),
     }
+    total_steps = _total_steps(corpus, settled.cfg)
     with folder.lock():
-        checkpoint = None
-        if folder.exists() and cfg.resume is not False:
-            compare_hashes(folder, hashes, cfg.allow_change)
-            checkpoint = folder.newest_good_checkpoint(repair=True)
-        elif folder.exists():
-            on_note(f"the earlier run is kept as {folder.move_aside()}")
-        total_steps = _total_steps(corpus, cfg)
+        checkpoint = _meet(folder, settled.cfg, config["hashes"], on_note)
         done = checkpoint.step if checkpoint else 0
         complete = folder.status() == "finished" and done >= total_steps
-        config = {
-            "settings": dataclasses.asdict(cfg),
-            "explicit": sorted(cfg.explicit()),
-            "hashes": hashes,
-            "versions": _versions(),
-        }
         if not complete:
             _tell_horizon(done, total_steps, folder, on_note)
+            _tell_rejected(corpus, folder, on_note)
             write_tokenizer(settled.tokenizer, folder.tokenizer)
             folder.write_config(config)
     return Prepared(
         settled, folder, corpus, checkpoint, config, total_steps, complete
     )  # fmt: skip
+
+
+def _meet(
+    folder: RunFolder, cfg: TrainConfig, hashes: dict[str, str], on_note: _Note
+) -> Checkpoint | None:
+    """Where the run that is there stands, or None for a new one."""
+    if not folder.exists():
+        return None
+    if cfg.resume is False:
+        on_note(f"the earlier run is kept as {folder.move_aside()}")
+        return None
+    compare_hashes(folder, hashes, cfg.allow_change)
+    return folder.newest_good_checkpoint(repair=True)
+
+
+def _tell_rejected(corpus: Corpus, folder: RunFolder, on_note: _Note) -> None:
+    """Keep the list of rows left out with the run, and say how many they are."""
+    file = corpus.cache.rejected_file
+    if file is None:
+        return
+    folder.root.mkdir(parents=True, exist_ok=True)
+    target = folder.root / file.name
+    verified.write_bytes(target, file.read_bytes())
+    count = sum(corpus.cache.facts["bad_rows"].values())
+    on_note(f"{count:,} malformed rows are left out; {target} lists them")
 
 
 def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
@@ -213,7 +231,7 @@ def _check_writable(out_dir: Path) -> None:
         ) from error
 
 
-def _check_disk(cfg: TrainConfig, hardware: Hardware) -> None:
+def _check_disk(cfg: TrainConfig) -> None:
     parameters = count_parameters(cfg.shape())["total"]
     kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
     needed = parameters * (_CHECKPOINT_BYTES * kept + 2 * _EXPORT_BYTES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..monitor.metrics import MetricsLog
@@ -65,7 +67,7 @@ class Saver:
             )
             self.folder.prune_checkpoints(self.keep)
             export_weights(model, self.weights_file)
-        except (OSError, verified.DamagedFolder) as error:
+        except (OSError, SafetensorError, verified.DamagedFolder) as error:
             self._failed += 1
             self._log(progress, "save_failed", error=str(error))
             print(f"Saving at step {progress.step} failed: {error}", flush=True)
@@ -100,5 +102,6 @@ def export_weights(model: nn.Module, file: Path) -> None:
         name: tensor.detach().to("cpu", torch.float16)
         for name, tensor in model.state_dict().items()
     }
-    with verified.replacing(file) as aside:
-        torch.save(tensors, aside)
+    buffer = io.BytesIO()  # torch turns a full disk into a RuntimeError of no kind
+    torch.save(tensors, buffer)
+    verified.write_bytes(file, buffer.getvalue())

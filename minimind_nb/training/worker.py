@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import TrainConfig
 from ..data.corpus import Corpus
@@ -74,7 +75,8 @@ def build(
     """Make all parts of a run, restored from the checkpoint where there is one."""
     folder = RunFolder(payload["folder"])
     tokenizer = read_tokenizer(folder.tokenizer)
-    model = build_model(cfg, tokenizer).to(device)
+    model = build_model(cfg, tokenizer)
+    nn.Module.to(model, device)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     progress = Progress()

@@ -100,3 +100,10 @@ def test_bad_files_are_refused_with_the_line(tmp_path, byte_spec):
         PretrainDataset(file, byte_spec, cache_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         PretrainDataset(tmp_path / "none.jsonl", byte_spec, cache_dir=tmp_path)
+
+
+def test_demo_names_the_embedded_corpus(tmp_path, monkeypatch, byte_spec):
+    monkeypatch.setattr(demo, "documents", lambda: iter(["a text", "一段文字"]))
+    rows = PretrainDataset("demo", byte_spec, cache_dir=tmp_path)
+    assert len(rows) == 2
+    assert (tmp_path / "demo.jsonl").is_file()

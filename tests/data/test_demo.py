@@ -1,21 +1,30 @@
 """The demo corpus: the same everywhere, nothing twice, and everything in it true."""
 
-import hashlib
 import re
+from pathlib import Path
 
 import pytest
 
-from minimind_nb.data import demo, templates
+from minimind_nb.data import demo
+from minimind_nb.data.faults import DataError
 from minimind_nb.data.jsonl import check_text_row, iter_chunks, read_rows
+from minimind_nb.storage.verified import hash_file
 
-SHA256 = "168df26ef978e58dacab0a6782857acd8b185536ff623633e8230b6829c2f758"
+TEXTS = {language: demo.templates()[language] for language in demo.LANGUAGES}
 EQUATION = re.compile(r"(\d+) ([+×-]) (\d+) = (\d+)")
 TURN = re.compile(r"(?:Q: |问：)(.+)\n(?:A: |答：)(.+)")
 
 
 @pytest.fixture(scope="module")
-def corpus() -> list[str]:
-    return list(demo.documents())
+def corpus_file(tmp_path_factory) -> Path:
+    return demo.write_corpus(tmp_path_factory.mktemp("demo") / "new")
+
+
+@pytest.fixture(scope="module")
+def corpus(corpus_file) -> list[str]:
+    results = [read_rows(chunk, check_text_row) for chunk in iter_chunks(corpus_file)]
+    assert not any(result.problems or result.blank for result in results)
+    return [row["text"] for result in results for _, row in result.rows]
 
 
 def turns(corpus: list[str], question: str, answer: str) -> list[tuple[str, ...]]:
@@ -26,30 +35,33 @@ def turns(corpus: list[str], question: str, answer: str) -> list[tuple[str, ...]
     return found
 
 
-def test_corpus_has_these_bytes_on_every_machine(tmp_path):
-    path = demo.write_corpus(tmp_path / "new")
-    assert path == tmp_path / "new" / "demo.jsonl"
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+def test_corpus_has_these_bytes_on_every_machine(corpus_file):
+    assert corpus_file.name == "demo.jsonl"
+    assert hash_file(corpus_file) == demo.SHA256
 
 
-def test_identical_file_is_left_alone_and_another_is_replaced(tmp_path, monkeypatch):
+def test_corpus_is_left_alone_and_another_file_is_replaced(corpus_file, monkeypatch):
+    before = corpus_file.stat()
+    assert demo.write_corpus(corpus_file.parent) == corpus_file
+    assert corpus_file.stat().st_ino == before.st_ino
+    whole = corpus_file.read_bytes()
+    corpus_file.write_bytes(whole[:-1])
     monkeypatch.setattr(demo, "documents", lambda: iter(["a text", "一段文字"]))
-    path = demo.write_corpus(tmp_path)
-    first = path.stat()
-    demo.write_corpus(tmp_path)
-    assert path.stat().st_mtime_ns == first.st_mtime_ns
-    assert path.stat().st_ino == first.st_ino
-    path.write_text("another")
-    demo.write_corpus(tmp_path)
-    assert path.stat().st_size == first.st_size
-    assert [p.name for p in tmp_path.iterdir()] == ["demo.jsonl"]
+    demo.write_corpus(corpus_file.parent)
+    text = '{"text": "a text"}\n{"text": "一段文字"}\n'
+    assert corpus_file.read_text(encoding="utf-8") == text
+    corpus_file.write_bytes(whole)
+    assert [path.name for path in corpus_file.parent.iterdir()] == ["demo.jsonl"]
 
 
-def test_every_row_passes_validation(tmp_path, corpus):
-    chunks = iter_chunks(demo.write_corpus(tmp_path))
-    results = [read_rows(chunk, check_text_row) for chunk in chunks]
-    assert not any(result.problems or result.blank for result in results)
-    assert [row["text"] for result in results for _, row in result.rows] == corpus
+def test_data_path_is_the_corpus_or_a_file_that_can_be_read(corpus_file, tmp_path):
+    assert demo.locate("demo", corpus_file.parent) == corpus_file
+    assert demo.locate(str(corpus_file), tmp_path) == corpus_file
+    with pytest.raises(FileNotFoundError, match=r"rows\.jsonl does not exist"):
+        demo.locate(tmp_path / "rows.jsonl", tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(DataError, match=r"rows\.jsonl is empty"):
+        demo.locate(tmp_path / "rows.jsonl", tmp_path)
 
 
 def test_no_document_occurs_twice(corpus):
@@ -75,7 +87,7 @@ def test_every_day_of_the_week_is_right(corpus):
     chinese = turns(corpus, r"(\w+)再过 (\d) 天是星期几？", r"是(\w+)。")
     chinese = [(n, day, later) for day, n, later in chinese]
     for language, found in (("en", english), ("zh", chinese)):
-        days = templates.DAYS[language]
+        days = TEXTS[language]["days"]
         for n, day, later in found:
             assert days[(days.index(day) + int(n)) % 7] == later
 
@@ -89,17 +101,17 @@ def test_beans_come_up_on_the_right_day(corpus):
     assert len(found) > 100
     for groups in found:
         day, n, later = groups[:3] if groups[0] else groups[3:]
-        days = templates.DAYS["en" if groups[0] else "zh"]
+        days = TEXTS["en" if groups[0] else "zh"]["days"]
         assert days[(days.index(day) + int(n)) % 7] == later
 
 
 def test_every_unit_is_converted_rightly(corpus):
     english = turns(
-        corpus, r"How many \w+ are \d \w+\?", r"(\d) (\w+) are (\d+) (\w+)\."
+        corpus, r"How many \w+ are \d+ \w+\?", r"(\d+) (\w+) are (\d+) (\w+)\."
     )
-    chinese = turns(corpus, r"\d \w+是多少\w+？", r"(\d) (\w+)是 (\d+) (\w+)。")
+    chinese = turns(corpus, r"\d+ \w+是多少\w+？", r"(\d+) (\w+)是 (\d+) (\w+)。")
     for language, found in (("en", english), ("zh", chinese)):
-        factors = {(big, small): f for big, small, f in templates.UNITS[language]}
+        factors = {(big, small): f for big, small, f in TEXTS[language]["units"]}
         for n, large, many, small in found:
             assert int(n) * factors[large, small] == int(many)
 
@@ -120,13 +132,14 @@ def test_months_follow_each_other(corpus):
         ),
         ("zh", turns(corpus, r".*的下一个月是几月？", r"(\w+)的下一个月是(\w+)。")),
     ):
-        months = templates.MONTHS[language]
+        months = TEXTS[language]["months"]
         for month, after in found:
             assert months[(months.index(month) + 1) % 12] == after
 
 
 def test_held_out_questions_are_in_no_document(corpus):
-    titles = {title for by in templates.TITLES.values() for title in by.values()}
+    titles = {drill["title"] for by in TEXTS.values() for drill in by["drills"].values()}
+    titles |= {by["mixed"] for by in TEXTS.values()}
     drills = [text for text in corpus if text.split("\n")[0] in titles]
     asked = {question for text in drills for question, _ in TURN.findall(text)}
     assert len(asked) > 2000
@@ -134,23 +147,26 @@ def test_held_out_questions_are_in_no_document(corpus):
 
 
 @pytest.mark.parametrize("language", demo.LANGUAGES)
-@pytest.mark.parametrize("kind", demo.KINDS)
+@pytest.mark.parametrize("kind", TEXTS["en"]["drills"])
 def test_each_kind_has_questions_held_out(kind, language):
     draw = demo.Draw(0)
-    asked = {demo.ask(kind, language, draw) for _ in range(2000)}
-    held_out = sum(demo.is_held_out(example.question) for example in asked)
+    asked = {demo.ask(kind, language, draw)[0] for _ in range(1000)}
+    held_out = sum(map(demo.is_held_out, asked))
     assert 0.01 < held_out / len(asked) < 0.15
 
 
-def test_every_kind_has_a_title_and_questions_in_both_languages():
-    assert set(templates.QUESTIONS) == set(demo.KINDS)
-    assert set(templates.TITLES) == {*demo.KINDS, "mixed"}
-    for table in (*templates.QUESTIONS.values(), *templates.TITLES.values()):
-        assert set(table) == set(demo.LANGUAGES)
+def test_both_languages_have_the_same_kinds_and_as_many_forms():
+    english, chinese = TEXTS["en"], TEXTS["zh"]
+    assert list(english["drills"]) == list(chinese["drills"])
+    for one, other in zip(
+        [*english["drills"].values(), *english["stories"]],
+        [*chinese["drills"].values(), *chinese["stories"]],
+        strict=True,
+    ):
+        assert len(one["questions"]) == len(other["questions"])
 
 
-def test_draws_stay_within_their_bounds_and_reach_them():
+def test_draws_differ_and_reach_every_item():
     draw = demo.Draw(0)
-    assert {draw.number(3, 6) for _ in range(200)} == {3, 4, 5, 6}
+    assert {draw.pick(range(3, 7)) for _ in range(200)} == {3, 4, 5, 6}
     assert sorted(draw.some("abc", 3)) == ["a", "b", "c"]
-    assert draw.pick(["only"]) == "only"

@@ -35,53 +35,47 @@ def read_file(path: Path, size: int = 1 << 20):
     return rows, problems
 
 
+# Kind, column (or two, where versions of the parser differ), reason.
 REFUSED = {
-    b'{"text": }': ("broken_json", 10, "broken JSON: Expecting value"),
-    b'{"text" "a"}': ("broken_json", 9, "delimiter"),
+    b'{"text": }': ("broken_json", 10, "broken JSON: Expecting value$"),
     b'{"text": "a\\x"}': ("broken_json", 12, r"Invalid \\escape"),
-    b'{"text": "a long': ("truncated", 10, "ends inside a string"),
-    b'{"text": "a \\ud8': ("truncated", 14, "ends inside a string"),
-    b'{"text": "a"': ("truncated", 13, "ends inside an object"),
-    b"{": ("truncated", 2, "ends inside an object"),
+    b'{"text": "a\tb"}': ("broken_json", 12, "Invalid control character"),
+    b'{"text": "a", "b": ' + b"9" * 5000 + b"}": ("broken_json", 1, "4300 digits"),
+    b'{"text": "a long': ("truncated", 17, "does not end on this line"),
+    b'{"text": "a"': ("truncated", 13, "does not end on this line"),
+    b"{": ("truncated", 2, "does not end on this line"),
+    b'{"text": "' + b"{" * 300: ("truncated", 311, "does not end on this line"),
     b"{'text': 'a'}": ("single_quotes", 2, "JSON wants double"),
-    b'{"text": "a",}': ("trailing_comma", 13, "a comma before '}'"),
-    b'{"text": "a", "b": [1, ]}': ("trailing_comma", 22, "a comma before ']'"),
-    GOOD + b" " + GOOD: ("two_objects", 23, "two objects on one line"),
-    GOOD + b", " + GOOD: ("two_objects", 22, "two objects on one line"),
-    GOOD + b",": ("extra_data", 22, "',' follows the object"),
-    b'[{"text": "a"}]': ("not_object", 1, "the line is a list"),
-    b'"text"': ("not_object", 1, "the line is a string"),
-    b"12.5": ("not_object", 1, "the line is a number"),
-    b"true": ("not_object", 1, "the line is true"),
-    b"null": ("not_object", 1, "the line is null"),
-    "\u3000".encode(): ("not_json", 1, "begins with"),
+    b'{"text": "a",}': ("trailing_comma", (13, 14), "before the closing bracket"),
+    b'{"b": [1, ]}': ("trailing_comma", (9, 11), "before the closing bracket"),
+    GOOD + b" " + GOOD: ("extra_data", 23, "more than one object a line"),
+    GOOD + b", " + GOOD: ("extra_data", 22, "more than one object a line"),
+    b'[{"text": "a"}]': ("not_object", 1, "is a list or a single value"),
+    b'"text"': ("not_object", 1, "is a list or a single value"),
+    b"12.5": ("not_object", 1, "is a list or a single value"),
+    b"null": ("not_object", 1, "is a list or a single value"),
     b"  text,label": ("not_json", 3, "begins with 't'"),
-    b'"a","b"': ("not_json", 1, "begins with '\"'"),
-    "{'text': '中文'}".encode("gbk"): ("not_utf8", 11, "reads as GBK, convert"),
-    b'{"text": "caf\xff"}': ("not_utf8", 14, "byte 0xff is not UTF-8; the text"),
-    b'{"text": "a\0b"}': ("nul", 12, "the file is damaged"),
-    b'{"text": "abc\0\0\0\0': ("nul", 14, "the file was cut off"),
-    b"\0\0\0\0": ("nul", 1, "the file was cut off"),
-    b"\xef\xbb\xbf" + GOOD: ("bom", 1, "joined files"),
-    b'{"text": "a\tb"}': ("control_character", 12, r'write it as "\\t"'),
+    b"\xef\xbb\xbf" + GOOD: ("not_json", 1, "begins with"),
+    "{'text': '中文'}".encode("gbk"): ("not_utf8", 11, "0xd6 is not UTF-8; if .*GBK"),
+    b'{"text": "caf\xff"}': ("not_utf8", 14, "byte 0xff is not UTF-8"),
+    b'{"text": "a\0b"}': ("nul", 12, "cut off or damaged"),
+    b'{"text": "abc\0\0\0\0': ("nul", 14, "cut off or damaged"),
+    GOOD + b"\0\0\0\0": ("nul", 22, "cut off or damaged"),
+    b"\0\0\0\0": ("nul", 1, "cut off or damaged"),
     b'{"text": "\\ud83d"}': ("lone_surrogate", 11, r"\\ud83d is half"),
-    b'{"text": "a", "b": "\\uDE00 \\ud83d\\ude00"}': ("lone_surrogate", 21, "half"),
+    b'{"text": "\\n", "b": ["\\uDE00"]}': ("lone_surrogate", 23, r"\\ude00 is half"),
     b'{"text": "a", "b": NaN}': ("not_finite", 20, "NaN is no JSON number"),
     b'{"text": "NaN", "b": [-Infinity]}': ("not_finite", 23, "-Infinity is no"),
     b'{"text": "a", "text": "b"}': ("duplicate_key", 15, "'text' comes twice"),
-    b'{"text": "a", "b": {"c": 1, "c": 1}}': ("duplicate_key", 29, "'c' comes twice"),
+    b'{"b": {"c": 1, "c": 1}}': ("duplicate_key", 16, "'c' comes twice"),
+    b'{"\\ud800": 1, "\\ud800": 1}': ("duplicate_key", 1, r"'\\ud800' comes twice"),
     b'{"content": "a", "n": 1}': ("missing_text", 1, r'its keys: \["content", "n"\]'),
-    b"{}": ("missing_text", 1, r"its keys: \[\]"),
     b'{"text": null}': ("not_a_string", 2, '"text" is null, not a string'),
-    b'{"n": 1, "text": 5}': ("not_a_string", 10, '"text" is a number'),
-    b'{"text": ["a"]}': ("not_a_string", 2, '"text" is a list'),
-    b'{"text": {}}': ("not_a_string", 2, '"text" is an object'),
-    b'{"text": "a", "b": ' + b"[" * 100 + b"]" * 100 + b"}": (
-        "too_deep",
-        119,
-        "nested more than 100 deep",
-    ),
-    b'{"text": "a", "b": ' + b"9" * 5000 + b"}": ("broken_json", 1, "of digits"),
+    b'{"n": 1, "text": 5}': ("not_a_string", 10, '"text" is 5, not a string'),
+    b'{"text": ["a"]}': ("not_a_string", 2, r'"text" is \["a"\], not'),
+    b'{"b": ' + b"[" * 100 + b"]" * 100 + b"}": ("too_deep", 1, "more than 100 deep"),
+    b'{"a":' * 100_000: ("too_deep", 1, "more than 100 deep"),
+    b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}": ("too_deep", 1, "than 100 deep"),
 }
 
 
@@ -92,7 +86,8 @@ def test_bad_line_is_refused_at_its_place_and_its_neighbours_are_read(line):
     assert [number for number, _ in result.rows] == [7, 10]
     assert result.blank == 1
     (bad,) = result.problems
-    assert (bad.line, bad.kind, bad.column) == (9, kind, column)
+    assert (bad.line, bad.kind) == (9, kind)
+    assert bad.column in (column if isinstance(column, tuple) else (column,))
     assert re.search(reason, bad.reason)
     assert len(bad.excerpt) <= 80
     assert bad.excerpt.isprintable()
@@ -125,19 +120,8 @@ def test_blank_lines_are_counted_and_keep_the_numbers_physical():
     assert result.blank == 4
 
 
-def test_line_of_a_hundred_thousand_levels_is_refused_in_both_shapes():
-    closed = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    kinds = [row.kind for row in read(closed + b"\n" + b'{"a":' * 100_000).problems]
-    assert kinds == ["too_deep", "too_deep"]
-
-
-def test_code_with_many_braces_that_is_cut_off_is_called_truncated():
-    (bad,) = read(b'{"text": "' + b"{" * 300).problems
-    assert bad.kind == "truncated"
-
-
-def test_a_million_keys_are_fine():
-    keys = ", ".join(f'"{n}": 0' for n in range(1_000_000))
+def test_many_keys_are_fine():
+    keys = ", ".join(f'"{n}": 0' for n in range(100_000))
     assert len(read(f'{{"text": "a", {keys}}}'.encode()).rows) == 1
 
 
@@ -210,27 +194,18 @@ def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
 
 
 WHOLE_FILE = {
-    "empty.jsonl": (b"", "is empty; to mend it: write one row a line"),
+    "empty.jsonl": (b"", "is empty: write one row a line"),
     "empty.jsonl.gz": (gzip.compress(b""), "is empty"),
-    "hidden.jsonl": (gzip.compress(GOOD), r"not named \.gz; to mend it: mv"),
-    "plain.jsonl.gz": (
-        GOOD,
-        r"named \.gz but.* mv .*/plain\.jsonl\.gz .*/plain\.jsonl$",
-    ),
-    "zip.jsonl": (b"PK\x03\x04....", "is a zip archive"),
-    "xz.jsonl": (b"\xfd7zXZ\0", "compressed with xz"),
-    "table.jsonl": (b"PAR1....", "is a Parquet file"),
-    "bom16.jsonl": ('{"text": "a"}'.encode("utf-16"), "encoded as UTF-16.*iconv -f"),
-    "le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "iconv -f UTF-16LE"),
-    "be.jsonl": ('{"text": "a"}'.encode("utf-16-be"), "iconv -f UTF-16BE"),
-    "array.jsonl": (
-        b'[\n{"text": "a"},\n{"text": "b"}\n]',
-        "is a JSON array.*json.load",
-    ),
-    "array2.jsonl": (b'[{"text": "a"},\n{"text": "b"}]', "is a JSON array"),
-    "array3.jsonl": (b' [{"text": "a"}, {"text": "b"}]\n', "is a JSON array"),
-    "table.csv": (b"text\nhello\n", "is a table .CSV.*csv.DictReader"),
-    "comma.jsonl": (b"text,label\nhello,1\n", "is a table .CSV"),
+    "hidden.jsonl": (gzip.compress(GOOD), r"compressed with gzip: .*\.gz"),
+    "plain.jsonl.gz": (GOOD, r"cannot be unpacked .*: .*take \.gz off its name"),
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-4], r"cannot be unpacked \(.*copy it again"),
+    "bom16.jsonl": ('{"text": "a"}'.encode("utf-16"), "is UTF-16: use iconv -f UTF-16"),
+    "le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "is UTF-16"),
+    "be.jsonl": ('{"text": "a"}'.encode("utf-16-be"), "is UTF-16"),
+    "array.jsonl": (b'[\n{"text": "a"},\n{"text": "b"}\n]', "is a JSON array: write"),
+    "array2.jsonl": (b' [{"text": "a"}, {"text": "b"}]\n', "is a JSON array"),
+    "table.csv": (b"text\nhello\n", "is CSV or plain text: write one JSON object"),
+    "binary.jsonl": (b"PAR1\1\2\xff\n..", "is CSV or plain text"),
 }
 
 
@@ -243,12 +218,12 @@ def test_other_formats_get_one_line_with_cause_and_fix(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("end", [-40, -4])
-def test_damaged_gzip_says_how_far_it_was_read(tmp_path, end):
+def test_gzip_damaged_far_from_its_beginning_is_named(tmp_path):
     path = tmp_path / "cut.jsonl.gz"
     text = b"".join(GOOD + f"{n}\n".encode() for n in range(50_000))
-    path.write_bytes(gzip.compress(text)[:end])
-    with pytest.raises(DataError, match=r"is damaged after line [1-9]\d*.*gzip -t"):
+    path.write_bytes(gzip.compress(text, 1)[:-40])
+    check_file(path)
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz cannot be unpacked"):
         list(iter_chunks(path, 1 << 16))
 
 
@@ -260,11 +235,8 @@ def test_missing_file_suggests_a_near_name(tmp_path):
         check_file(tmp_path / "nowhere" / "x.jsonl")
 
 
-def test_folder_names_the_files_in_it(tmp_path):
-    with pytest.raises(IsADirectoryError, match=r"it holds no \.jsonl file"):
-        check_file(tmp_path)
-    (tmp_path / "corpus.jsonl").write_bytes(GOOD)
-    with pytest.raises(IsADirectoryError, match=r"name a file in it .corpus\.jsonl"):
+def test_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder: name a \.jsonl file"):
         check_file(tmp_path)
 
 
@@ -290,19 +262,18 @@ def test_default_policy_lists_the_first_five_and_counts_by_kind():
     assert message[0] == (
         "some/corpus.jsonl: 7 of 100 rows cannot be used: 5 truncated, 2 not a string"
     )
-    assert message[1] == '  corpus.jsonl:1:2: "text" is a number, not a string'
+    assert message[1] == '  corpus.jsonl:1:2: "text" is 1, not a string'
     assert message[2] == '      {"text": 1}'
     assert sum(line.startswith("  corpus.jsonl:") for line in message) == 5
     assert message[-2] == "  … and 2 more"
     assert 'set on_bad_line="skip" (up to 1 %)' in message[-1]
-    assert caught.value.kinds == {"truncated": 5, "not_a_string": 2}
     assert len(caught.value.problems) == 7
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_skipping_is_allowed_up_to_the_fraction():
     tally(99, b"{", on_bad_line="skip").judge()
-    with pytest.raises(DataError, match=r"at most 1 % of the rows.* be 1\.010 %"):
+    with pytest.raises(DataError, match=r"at most 1 % of the rows.* be 1\.010%"):
         tally(98, b"{", on_bad_line="skip").judge()
     tally(50, b"{\n" * 50, on_bad_line="skip", max_bad_fraction=0.5).judge()
     with pytest.raises(DataError, match="at most 100 % of the rows"):
@@ -314,19 +285,16 @@ def test_unknown_policy_is_refused():
         Tally("x", on_bad_line="ignore")
 
 
-@pytest.mark.parametrize(
-    ("data", "message"), [(b"\n \n", r"only blank lines \(2\)"), (b"", "no line")]
-)
-def test_file_without_rows_is_refused(data, message):
+def test_file_of_blank_lines_is_refused():
     total = Tally("x.jsonl")
-    result = read(data)
-    total.add(len(result.rows), result.problems, result.blank)
-    with pytest.raises(DataError, match=message):
+    total.add(0, [], read(b"\n \n").blank)
+    with pytest.raises(DataError, match=r"x\.jsonl has only blank lines, 2 of them"):
         total.judge()
 
 
 def test_rejected_rows_are_written_as_json_lines(tmp_path):
-    write_rejected(tmp_path / "rejected.jsonl", read(b"{\n" + GOOD + b"\n[]").problems)
+    problems = read(b"{\n" + GOOD + b'\n{"\\ud800": 1, "\\ud800": 1}').problems
+    write_rejected(tmp_path / "rejected.jsonl", problems)
     written = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["line"] for line in written] == [1, 3]
     assert set(json.loads(written[0])) == {

@@ -1,4 +1,3 @@
-import os
 import re
 import subprocess
 import sys
@@ -11,15 +10,11 @@ from minimind_nb.monitor import live
 from minimind_nb.monitor.live import (
     CallbackView,
     CellView,
-    SilentView,
     TerminalView,
     View,
     choose_view,
-    progress_html,
-    write_to_log,
 )
-from minimind_nb.monitor.metrics import History, MetricsLog
-from minimind_nb.monitor.progress import measure
+from minimind_nb.monitor.metrics import History
 
 
 class Handle:
@@ -58,39 +53,21 @@ def cell(monkeypatch):
     assert len(displays) <= 1
 
 
-def add_rows(history, *steps):
-    with MetricsLog(history.path) as log:
-        for step in steps:
-            log.append("train", step=step, seconds=2.0 * step, loss=3.0)
-    history.refresh()
-
-
 def test_the_view_is_chosen_by_what_is_asked_for(monkeypatch):
-    assert isinstance(choose_view(False), SilentView)
+    assert type(choose_view(False)) is View
     assert isinstance(choose_view(None), TerminalView)
     assert isinstance(choose_view(True), TerminalView)
     assert isinstance(choose_view(print), CallbackView)
-    view = View()
-    assert choose_view(view) is view
     monkeypatch.setattr(live, "_in_kernel", lambda: True)
     assert isinstance(choose_view(None), CellView)
     with pytest.raises(TypeError, match=r"view=3 is a int; expected None"):
         choose_view(3)
 
 
-def test_a_silent_view_says_nothing(make_history, capfd):
-    history, view = make_history([3.0]), choose_view(False)
-    view.start(history, {"total_steps": 3})
-    view.update(history)
-    view.finish(history, "finished")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_callback_gets_the_history_when_it_has_new_rows(make_history):
+def test_a_callback_gets_the_history_when_it_has_new_rows(make_history, add_rows):
     history, got = make_history([3.0]), []
     view = CallbackView(lambda seen: got.append(len(seen.rows)))
     view.start(history)
-    view.update(history)
     view.update(history)
     add_rows(history, 2)
     view.update(history)
@@ -98,7 +75,7 @@ def test_a_callback_gets_the_history_when_it_has_new_rows(make_history):
     assert got == [2, 3]
 
 
-def test_a_failing_view_never_reaches_the_training(make_history, capsys):
+def test_a_failing_view_never_reaches_the_training(make_history, add_rows, capsys):
     history, calls = make_history([3.0]), []
 
     def broken(_):
@@ -109,11 +86,17 @@ def test_a_failing_view_never_reaches_the_training(make_history, capsys):
     for step in range(2, 12):
         add_rows(history, step)
         view.update(history)
-    view.finish(history, "finished")
-    assert view.failures == len(calls) == live.MOST_FAILURES + 1  # and the finish
-    told = capsys.readouterr().err
-    assert told.count("CallbackView failed (ZeroDivisionError: no luck)") == 1
-    assert "training goes on" in told
+    assert len(calls) == live.MOST_FAILURES
+    told = "CallbackView._update failed (ZeroDivisionError: no luck); the training"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_what_follows_a_run_cannot_fail_it(capsys):
+    def save_picture(folder):
+        raise OSError(f"{folder} is full")
+
+    View().attempt(save_picture, "out")
+    assert "save_picture failed (OSError: out is full)" in capsys.readouterr().err
 
 
 def test_an_interrupt_passes_through_a_view(make_history):
@@ -124,28 +107,28 @@ def test_an_interrupt_passes_through_a_view(make_history):
         CallbackView(interrupted).update(make_history([3.0]))
 
 
-def test_a_terminal_without_a_screen_gets_one_line_for_each_row(make_history, capsys):
-    history = make_history([5.0], [(0, 6.0)], total=10)
-    view = TerminalView()
+def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
+    make_history, add_rows, capsys
+):
+    history, view = make_history(total=10), TerminalView()
+    view.note("3 rows were left out")
     view.start(history)
-    view.update(history)
-    assert capsys.readouterr().err == ""
     add_rows(history, 2)
     view.update(history)
     view.update(history)
-    assert capsys.readouterr().err == (
-        "step 2/10 (20 %)  loss 3.000  ppl 20.1  16 s left\n"
-    )
-    with MetricsLog(history.path) as log:
-        log.append("eval", step=2, loss=2.0)
-    history.refresh()
     view.finish(history, "interrupted")
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == "step 2  validation loss 2.000  ppl 7.39"
-    assert second.startswith("stopped: interrupted · step 2 of 10 (20 %) · loss 3.000")
+    assert capsys.readouterr().err.splitlines() == [
+        "3 rows were left out",
+        "step 2/10 (20%)  time left 0:00:16  loss 3.000  perplexity 20.09  "
+        "text tokens/s 2,000",
+        "stopped: interrupted · step 2 of 10 · loss 3.000 · 0.01 M text tokens · "
+        "0:00:04",
+    ]
 
 
-def test_a_terminal_with_a_screen_gets_a_bar(make_history, monkeypatch, capsys):
+def test_a_terminal_with_a_screen_gets_a_bar(
+    make_history, add_rows, monkeypatch, capsys
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     history, view = make_history([5.0], total=10), TerminalView()
     view.start(history)
@@ -153,68 +136,68 @@ def test_a_terminal_with_a_screen_gets_a_bar(make_history, monkeypatch, capsys):
     view.update(history)
     view.finish(history, "finished")
     shown = capsys.readouterr().err
-    assert re.search(r"\r█+ +step 2/10 \(20 %\)  loss 3.000", shown)
-    assert shown.endswith("4 s of training\n") and "finished · step 2 of 10" in shown
-    assert view.failures == 0
+    assert re.search(r"\r█+ +step 2/10 \(20%\)  time left", shown)
+    assert "finished · step 2 of 10" in shown and shown.endswith("0:00:04\n")
+    assert not view.failures
 
 
-def test_a_cell_has_one_output_that_ends_as_a_picture(make_history, cell):
+def test_a_cell_has_one_output_that_ends_as_a_picture(make_history, add_rows, cell):
     view, clock, shown = cell
-    history = make_history([], total=10)
+    history = make_history(total=10)
+    view.note("an <earlier> run")
+    assert set(shown[-1]) == {"text/html", "text/plain"}
     view.start(history, {"total_steps": 10})
     add_rows(history, 1, 2)
-    clock.now += 1
+    clock.now += live.REDRAW_SECONDS
     view.update(history)
-    assert set(shown[-1]) == {"text/html", "text/plain"}
-    assert '<img alt="loss so far"' in shown[-1]["text/html"]
-    assert "step 2/10 (20 %)" in shown[-1]["text/html"]
-    view.finish(history, "finished")
+    page = shown[-1]["text/html"]
+    assert '<img alt="loss so far"' in page and "width:20.0%" in page
+    assert "2/10 (20%)" in page and "an &lt;earlier&gt; run" in page
+    view.finish(history, "interrupted")
     assert set(shown[-1]) == {"image/png", "text/plain"}
-    assert shown[-1]["text/plain"].startswith("finished · step 2 of 10")
+    assert shown[-1]["text/plain"].startswith(
+        "an <earlier> run\nstopped: interrupted · step 2 of 10"
+    )
     assert shown[-1]["image/png"].startswith("iVBORw0KGgo")
-    assert view.failures == 0
+    assert not view.failures
 
 
-def test_a_cell_is_not_redrawn_without_need(make_history, cell, monkeypatch):
+def test_a_cell_is_not_redrawn_without_need(make_history, add_rows, cell, monkeypatch):
     view, clock, shown = cell
-    history, draws = make_history([4.0], total=10), []
+    history, draws = make_history(), []
     monkeypatch.setattr(view, "_draw", lambda *_: draws.append(clock.now))
     view.start(history)
-    for tick in range(201):
-        clock.now = 100.0 + tick / 10
-        if tick == 100:
-            add_rows(history, 2)
+    for tick in range(40):
+        clock.now = 100.0 + tick / 2
+        if tick <= 20:
+            add_rows(history, tick + 1)
         view.update(history)
-    assert draws == [100.0, 110.0]
-    assert len(shown) == 4  # the start, the first row, the second, and ten idle seconds
+    assert draws == [100.0, 105.0, 110.0, 115.0]
+    assert len(shown) == len(draws)
 
 
-def test_updates_of_a_long_run_grow_rarer(make_history, cell, monkeypatch):
-    view, clock, shown = cell
-    history = make_history([4.0], total=10)
+def test_a_batch_run_also_writes_plain_lines_to_the_log(
+    make_history, add_rows, monkeypatch, cell
+):
+    _, clock, _ = cell
+    lines = []
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr("os.write", lambda _, line: lines.append(line.decode()))
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    view, history = CellView(clock), make_history(total=20)
     monkeypatch.setattr(view, "_draw", lambda *_: None)
-    view.start(history)
-    clock.now += 3600
-    for tick in range(100):
-        clock.now += 0.5
-        add_rows(history, tick + 2)
+    for step in range(1, 13):
+        add_rows(history, step)
         view.update(history)
-    assert len(shown) == 1 + 5
-
-
-def test_time_left_counts_down_between_rows(make_history, cell):
-    view, clock, shown = cell
-    history = make_history([4.0, 3.0], total=100)
-    view.start(history)
-    view.update(history)
-    assert ">time left</div>3 min 16 s<" in shown[-1]["text/html"]
-    clock.now += 60
-    view.update(history)
-    assert ">time left</div>2 min 16 s<" in shown[-1]["text/html"]
+        clock.now += 10
+    view.finish(history, "finished")
+    assert [line.partition(" · loss")[0].partition(" (")[0] for line in lines] == [
+        "step 1/20", "step 7/20", "finished · step 12 of 20"
+    ]  # fmt: skip
 
 
 def test_a_cell_goes_on_without_pictures_when_drawing_fails(
-    make_history, cell, monkeypatch, capsys
+    make_history, add_rows, cell, monkeypatch, capsys
 ):
     def broken(*_):
         raise RuntimeError("no fonts")
@@ -227,21 +210,10 @@ def test_a_cell_goes_on_without_pictures_when_drawing_fails(
         clock.now += 10
         add_rows(history, step)
         view.update(history)
-    assert "step 9/10 (90 %)" in shown[-1]["text/html"]
+    assert "9/10 (90%)" in shown[-1]["text/html"]
     view.finish(history, "finished")
     assert set(shown[-1]) == {"text/plain"}
     assert capsys.readouterr().err.count("no fonts") == 1
-
-
-def test_a_stopped_run_says_so_in_its_picture(make_history, cell, monkeypatch):
-    view, _, shown = cell
-    history, titles = make_history([4.0]), []
-    monkeypatch.setattr(view, "_draw", lambda _history, *given: titles.append(given))
-    view.start(history)
-    view.finish(history, "interrupted")
-    assert titles[-1][0] == "pretrain_64 (stopped: interrupted)"
-    view.finish(history, "finished")
-    assert titles[-1][0] == "pretrain_64"
 
 
 def test_a_run_without_rows_ends_as_text(tmp_path, cell):
@@ -251,38 +223,6 @@ def test_a_run_without_rows_ends_as_text(tmp_path, cell):
     view.update(history)
     view.finish(history, "failed")
     assert shown[-1] == {"text/plain": "failed · step 0"}
-
-
-def test_a_batch_run_also_writes_plain_lines_to_the_log(
-    make_history, monkeypatch, cell
-):
-    _, clock, _ = cell
-    lines = []
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    monkeypatch.setattr(live, "write_to_log", lines.append)
-    view, history = CellView(clock), make_history([4.0], total=10)
-    monkeypatch.setattr(view, "_draw", lambda *_: None)
-    view.start(history)
-    for _ in range(13):
-        clock.now += 10
-        view.update(history)
-    view.finish(history, "finished")
-    assert [line.partition(" (")[0] for line in lines] == [
-        "step 1/10", "step 1/10", "finished · step 1 of 10"
-    ]  # fmt: skip
-
-
-def test_the_log_is_the_real_stderr_and_may_be_missing(capfd, monkeypatch):
-    with open(os.dup(2), "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        write_to_log("step 1")
-        assert capfd.readouterr().err == "step 1\n"
-    write_to_log("the stream is closed now")
-
-
-def test_names_are_escaped_in_html(make_history):
-    page = progress_html("<b>&", measure(make_history([3.0])), elapsed=1.0)
-    assert "<b>&lt;b&gt;&amp;</b>" in page
 
 
 def test_the_terminal_view_loads_no_matplotlib():
@@ -305,11 +245,14 @@ view, history = choose_view(), History({path!r})
 view.start(history, {{"total_steps": 3}})
 with MetricsLog({path!r}) as log:
     for step in (1, 2, 3):
-        log.append("train", step=step, seconds=float(step), loss=4.0 - step)
+        log.append(
+            "train", step=step, seconds=float(step), tokens=step, loss=4.0 - step,
+            tokens_per_second=1.0, skipped_steps=0,
+        )
         history.refresh()
         view.update(history)
 view.finish(history, "finished")
-assert (type(view).__name__, view.failures) == ("CellView", 0)
+assert (type(view).__name__, +view.failures) == ("CellView", {{}})
 """
 CHARTS = """
 from minimind_nb.monitor.plots import plot_history

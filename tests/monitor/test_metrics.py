@@ -30,7 +30,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     assert history.select("eval") == [{"kind": "eval", "step": 2, "loss": 1.5}]
     assert history.last("train") == history.rows[2]
     assert history.last("sample") is None
-    assert history.horizon["total_steps"] == 3
+    assert history.session == history.rows
     assert history.damaged_lines == 0
     assert "4 rows, step 2" in repr(history)
 
@@ -46,15 +46,14 @@ def test_a_row_is_on_disk_before_append_returns(tmp_path):
 
 def test_non_finite_values_are_strings_on_disk_and_floats_in_history(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    nested = {"loss": math.nan, "norms": [math.inf, 1.0], "experts": {"0": -math.inf}}
+    nested = {"loss": math.nan, "norms": [math.inf, -math.inf, 1.0]}
     write_rows(path, ("train", {"step": 1} | nested))
     on_disk = json.loads(path.read_bytes())
     assert on_disk["loss"] == "nan"
-    assert on_disk["norms"] == ["inf", 1.0]
+    assert on_disk["norms"] == ["inf", "-inf", 1.0]
     row = History(path).rows[0]
     assert math.isnan(row["loss"])
-    assert row["norms"] == [math.inf, 1.0]
-    assert row["experts"] == {"0": -math.inf}
+    assert row["norms"] == [math.inf, -math.inf, 1.0]
 
 
 def test_a_sampled_answer_that_reads_nan_stays_text(tmp_path):
@@ -63,22 +62,10 @@ def test_a_sampled_answer_that_reads_nan_stays_text(tmp_path):
     assert History(path).rows[0]["text"] == "nan"
 
 
-def test_a_scalar_of_another_library_is_written_as_a_number(tmp_path):
-    class Scalar:
-        def __float__(self):
-            return 0.5
-
-    path = tmp_path / "metrics.jsonl"
-    write_rows(path, ("train", {"step": 1, "loss": Scalar()}))
-    assert History(path).column("train", "loss") == [0.5]
-
-
 def test_a_value_json_cannot_hold_is_refused_and_writes_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
-        with pytest.raises(
-            TypeError, match=r"'where' is a PosixPath; expected numbers"
-        ):
+        with pytest.raises(TypeError, match=r"PosixPath is not JSON serializable"):
             log.append("event", where=tmp_path)
     assert path.read_bytes() == b""
 
@@ -97,44 +84,16 @@ def test_a_half_line_is_closed_and_never_rewritten(tmp_path):
     assert history.damaged_lines == 1
 
 
-def test_a_failed_write_does_not_spoil_the_next_row(tmp_path, monkeypatch):
-    class FullOnce:
-        """Writes five bytes, then reports a full disk once."""
-
-        def __init__(self, file):
-            self.file, self.calls = file, 0
-
-        def write(self, data):
-            self.calls += 1
-            if self.calls == 2:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data[:5] if self.calls == 1 else data)
-
-        def close(self):
-            self.file.close()
-
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    monkeypatch.setattr(log, "_file", FullOnce(log._file))
-    with pytest.raises(OSError, match="No space left"):
-        log.append("train", step=1, loss=3.0)
-    log.append("train", step=2, loss=2.0)
-    log.close()
-    history = History(path)
-    assert history.column("train", "step") == [2.0]
-    assert history.damaged_lines == 1
-
-
 def test_refresh_reads_only_whole_new_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     history = History(path)
-    assert history.refresh() == 0
     with open(path, "ab", buffering=0) as file:
         file.write(b'{"kind": "train", "step": 1, "loss": 3}\n{"kind": "tr')
-        assert history.refresh() == 1
-        assert history.refresh() == 0
+        for _ in range(2):
+            history.refresh()
+            assert history.column("train", "loss") == [3.0]
         file.write(b'ain", "step": 2, "loss": 2}\n')
-        assert history.refresh() == 1
+        history.refresh()
     assert history.column("train", "loss") == [3.0, 2.0]
 
 
@@ -144,7 +103,7 @@ def test_a_replaced_file_is_read_from_its_start(tmp_path):
     history = History(path)
     os.rename(path, tmp_path / "old.jsonl")
     write_rows(path, *[("train", {"step": step}) for step in range(1, 8)])
-    assert history.refresh() == 7
+    history.refresh()
     assert len(history.rows) == 7
 
 
@@ -163,15 +122,15 @@ def test_starting_again_drops_earlier_rows_of_a_higher_step(tmp_path, event):
     assert history.column("train", "loss") == [10.0, 20.0, -30.0]
     assert history.select("eval") == []
     assert [row["event"] for row in history.select("event")] == ["start", event]
+    assert history.session == history.rows[-2:]
 
 
 def test_damaged_lines_inside_are_counted_not_fatal(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = b'{"kind": "train", "step": 1, "loss": 3}\n'
     damaged = [
-        b"\xff\xfe", b"[1, 2]", b"7", b'{"step": 3}', b'{"kind": 5}', b"[" * 100_000,
+        b"\xff\xfe", b"[1, 2]", b"7", b'{"step": 3}', b'{"kind": 5, "step": 1}',
         b'{"kind": "train", "step": "x"}', b'{"kind": "train", "step": null}',
-        b'{"kind": "train", "step": 1' + b"0" * 400 + b"}",
     ]  # fmt: skip
     path.write_bytes(good + b"\n\n" + b"\n".join(damaged) + b"\n" + good)
     history = History(path)
@@ -182,17 +141,17 @@ def test_damaged_lines_inside_are_counted_not_fatal(tmp_path):
 
 def test_column_is_nan_where_a_row_has_no_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for value in (2, None, "text", [1.0], True):
+    for value in (2, None, "text", [1.0]):
         write_rows(path, ("train", {"step": 1, "loss": value}))
     write_rows(path, ("train", {"step": 1}))
     first, *others = History(path).column("train", "loss")
     assert first == 2.0
-    assert len(others) == 5 and all(math.isnan(value) for value in others)
+    assert len(others) == 4 and all(math.isnan(value) for value in others)
 
 
 def test_a_silent_log_does_nothing():
     with MetricsLog.silent() as log:
-        log.append("train", step=1, anything=object())
+        log.append("train", step=1, loss=2.0)
 
 
 def test_load_takes_a_folder_a_file_a_run_and_a_history(tmp_path):
@@ -208,22 +167,19 @@ def test_load_takes_a_folder_a_file_a_run_and_a_history(tmp_path):
     assert History.load(history) is history
 
 
-def test_load_of_what_is_no_run_says_what_is_there_and_what_to_type(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is an empty folder but no metrics"):
+def test_load_of_what_is_no_run_says_which_runs_are_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics.jsonl; expected"):
         History.load(tmp_path)
-    for name in "abcdefgh":
-        (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match=r"holds a, b, c, d, e, f and 2 more"):
-        History.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"gone does not exist; expected a run"):
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist; .*: none\."):
         History.load(tmp_path / "gone")
     for name in ("pretrain_512", "sft_512"):
-        (tmp_path / "out" / name).mkdir(parents=True)
-        write_rows(tmp_path / "out" / name / "metrics.jsonl", ("train", {"step": 1}))
-    with pytest.raises(
-        FileNotFoundError, match=r'load\(".*/pretrain_512"\) \(also sft_512\)'
-    ):
-        History.load(tmp_path / "out")
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "metrics.jsonl", ("train", {"step": 1}))
+    for source in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(
+            FileNotFoundError, match=r"Runs in .*/pretrain_512, .*/sft_512\."
+        ):
+            History.load(source)
 
 
 def test_load_of_a_file_without_rows_is_an_error(tmp_path):

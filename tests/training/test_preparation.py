@@ -1,0 +1,189 @@
+"""What is refused before anything dear runs, and leaves what was there untouched."""
+
+import errno
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import Settings, tree
+
+from minimind_nb.config import TrainConfig
+from minimind_nb.data.faults import DataError
+from minimind_nb.hardware import Gpu, Hardware
+from minimind_nb.training import preparation
+from minimind_nb.training.preparation import prepare, settle
+
+
+def refuse(settings: Settings, error: type[Exception], text: str) -> None:
+    """Preparing raises that error, and leaves no run behind."""
+    with pytest.raises(error, match=text):
+        prepare(TrainConfig(**settings), lambda _: None)
+    assert not list(Path(settings["out_dir"]).glob("pretrain*"))
+
+
+def test_what_is_no_configuration_is_refused() -> None:
+    config: Any = {"data_path": "demo"}
+    with pytest.raises(TypeError, match="expected a TrainConfig, found dict"):
+        settle(config)
+
+
+def test_data_must_be_named(settings: Settings) -> None:
+    refuse({**settings, "data_path": None}, ValueError, "data_path is not set")
+
+
+def test_a_missing_file_is_named(settings: Settings) -> None:
+    missing = settings["data_path"] + "x"
+    refuse({**settings, "data_path": missing}, FileNotFoundError, "did you mean")
+    del settings["val_fraction"]
+    refuse({**settings, "val_path": missing}, FileNotFoundError, "does not exist")
+
+
+def test_a_malformed_row_is_named_by_line(settings: Settings, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "good"}\n{"text": 3}\n')
+    refuse({**settings, "data_path": str(data)}, DataError, r"bad\.jsonl:2:")
+
+
+def test_a_file_of_empty_texts_has_nothing_to_train_on(
+    settings: Settings, tmp_path: Path
+) -> None:
+    data = tmp_path / "empty.jsonl"
+    data.write_text('{"text": ""}\n')
+    refuse({**settings, "data_path": str(data)}, ValueError, "has no text to train on")
+
+
+def test_one_document_trains_without_validation(
+    settings: Settings, tmp_path: Path
+) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"text": "only one document"}) + "\n")
+    prepared = prepare(
+        TrainConfig(**{**settings, "data_path": str(data)}), lambda _: None
+    )
+    assert prepared.total_steps == 1
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(settings: Settings) -> None:
+    refuse({**settings, "vocab_size": 100}, ValueError, "too small for the tokenizer")
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(settings: Settings) -> None:
+    refuse({**settings, "tokenizer": "nowhere"}, FileNotFoundError, "no tokenizer at")
+
+
+def test_a_file_in_the_place_of_out_dir(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(OSError, match="out_dir cannot be written"):
+        prepare(TrainConfig(**{**settings, "out_dir": str(file)}), lambda _: None)
+    assert file.read_text() == "mine"
+
+
+def test_a_read_only_out_dir(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    refuse(settings, OSError, r"cannot be written \(Read-only file system\)")
+
+
+def test_a_disk_too_small_is_refused_before_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: Usage)
+    refuse(settings, OSError, "GiB free; 4 checkpoints of")
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
+    hardware = Hardware(gpus, cpu_cores=4, cpu_native_bf16=False, memory_gib=29.0)
+    monkeypatch.setattr(preparation, "detect_hardware", lambda: hardware)
+
+
+T4 = Gpu("Tesla T4", (7, 5), 14.6)
+
+
+def test_two_t4_become_two_processes_in_fp16(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, T4, T4)
+    for name in ("device", "num_processes", "dtype"):
+        settings.pop(name)
+    cfg = settle(TrainConfig(**settings)).cfg
+    assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cuda", 2, "float16")
+
+
+def test_the_cpu_can_be_chosen_where_there_are_gpus(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, T4, T4)
+    for name in ("num_processes", "dtype"):
+        settings.pop(name)
+    cfg = settle(TrainConfig(**settings)).cfg
+    assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cpu", 1, "float32")
+
+
+def test_gpus_that_are_not_there_are_refused(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch)
+    refuse({**settings, "device": "cuda"}, ValueError, "no GPU was found")
+    machine(monkeypatch, T4)
+    two = {**settings, "device": "cuda", "num_processes": 2, "dtype": None}
+    refuse(two, ValueError, "num_processes=2, and there are 1 GPUs")
+
+
+def test_elsewhere_than_on_linux_one_process_trains(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation.sys, "platform", "darwin")
+    assert settle(TrainConfig(**settings)).cfg.num_processes == 1
+    refuse({**settings, "num_processes": 2}, ValueError, "several processes need Linux")
+
+
+def test_a_refused_run_leaves_the_run_that_is_there_untouched(
+    settings: Settings, tmp_path: Path
+) -> None:
+    prepare(TrainConfig(**settings), lambda _: None)
+    before = tree(Path(settings["out_dir"]))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("[]\n{}\n")
+    with pytest.raises(DataError):
+        prepare(TrainConfig(**{**settings, "data_path": str(bad)}), lambda _: None)
+    after = tree(Path(settings["out_dir"]))
+    assert {k: v for k, v in after.items() if not k.startswith("cache")} == {
+        k: v for k, v in before.items() if not k.startswith("cache")
+    }
+
+
+def test_rows_left_out_are_listed_in_the_run_folder_and_counted(
+    settings: Settings, tmp_path: Path
+) -> None:
+    data = tmp_path / "some.jsonl"
+    good = [json.dumps({"text": f"document {n} is good"}) for n in range(9)]
+    data.write_text("\n".join([*good, '{"text": 3}']) + "\n")
+    skip = {"on_bad_line": "skip", "max_bad_fraction": 0.2, "data_path": str(data)}
+    notes: list[str] = []
+    prepared = prepare(TrainConfig(**{**settings, **skip}), notes.append)
+    rejected = (prepared.folder.root / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in rejected] == [10]
+    assert "1 malformed rows are left out" in notes[0]
+    assert sum(prepared.folder.read_config()["rejected_rows"].values()) == 1
+
+
+def test_the_configuration_tells_what_was_set_from_what_was_resolved(
+    settings: Settings,
+) -> None:
+    prepared = prepare(TrainConfig(**settings), lambda _: None)
+    config = prepared.folder.read_config()
+    assert "hidden_size" in config["explicit"]
+    assert "rope_theta" not in config["explicit"]
+    assert config["settings"]["rope_theta"] == 1e6
+    again = TrainConfig(**config["settings"])
+    assert again == prepared.cfg

@@ -1,0 +1,184 @@
+"""Meeting a run that is there: what goes on, what is refused, what is never touched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.runs import Settings, metric_rows, state_hashes, train_here, tree
+
+from minimind_nb.config import TrainConfig
+from minimind_nb.storage.runs import RunFolder
+from minimind_nb.training.preparation import prepare
+
+
+def notes_of(settings: Settings) -> tuple[list[str], bool]:
+    notes: list[str] = []
+    prepared = prepare(TrainConfig(**settings), notes.append)
+    return notes, prepared.complete
+
+
+def test_a_finished_run_is_complete(settings: Settings) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    before = tree(folder.root)
+    assert notes_of({**settings, "max_steps": 2}) == ([], True)
+    after = tree(folder.root)
+    del before["lock"], after["lock"]
+    assert after == before
+
+
+def test_another_setting_is_refused_with_three_ways_on(settings: Settings) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    before = tree(folder.root)
+    with pytest.raises(RuntimeError) as error:
+        notes_of({**settings, "learning_rate": 1e-3, "batch_size": 8})
+    text = str(error.value)
+    assert "batch_size: 4 there, 8 now" in text
+    assert "learning_rate: 0.003 there, 0.001 now" in text
+    assert 'run_name="…"' in text
+    assert "resume=False" in text
+    assert 'allow_change=["batch_size", "learning_rate", "min_learning_rate"]' in text
+    assert tree(folder.root) == before
+
+
+def test_allow_change_goes_on_with_the_new_value(settings: Settings) -> None:
+    train_here({**settings, "max_steps": 4})
+    changed = {
+        "batch_size": 2,
+        "allow_change": ("batch_size",),
+        "max_steps": 8,
+    }
+    ending, folder = train_here({**settings, **changed})
+    assert ending == "finished"
+    samples = [row[0] for row in metric_rows(folder, "train", "samples")]
+    assert samples == [8, 16, 24, 32, 36, 40, 44, 48], "none repeated, none skipped"
+
+
+def test_more_steps_continue_a_finished_run_and_say_so(settings: Settings) -> None:
+    train_here({**settings, "max_steps": 4})
+    notes, complete = notes_of({**settings, "max_steps": 8})
+    assert not complete
+    assert "goes on from step 4 of 8" in notes[0]
+    assert "differs from a run planned that long" in notes[1]
+    _, folder = train_here({**settings, "max_steps": 8})
+    steps = [row[0] for row in metric_rows(folder, "train", "step")]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_resume_false_keeps_the_old_folder_under_another_name(
+    settings: Settings,
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    before = tree(folder.root)
+    del before["lock"]
+    train_here({**settings, "max_steps": 1, "resume": False})
+    kept = tree(folder.root.with_name("pretrain_32.old1"))
+    assert before.items() <= kept.items()
+    assert state_hashes(folder)[0] == 1
+
+
+def test_a_read_only_run_is_copied_and_goes_on(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, source = train_here(settings, stop_at=3)
+    straight = train_here({**settings, "out_dir": str(tmp_path / "straight")})[1]
+    before = tree(source.root)
+    elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "resume": str(source.root)}
+    _, folder = train_here({**settings, **elsewhere})
+    assert state_hashes(folder) == state_hashes(straight)
+    assert tree(source.root) == before
+    notes, complete = notes_of({**settings, **elsewhere})
+    assert complete, "the copy stands further than the source and is left as it is"
+    assert "was copied before" in notes[0]
+
+
+def test_a_copy_never_lands_on_a_run_that_stands_behind(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, source = train_here({**settings, "max_steps": 4})
+    there = {"out_dir": str(tmp_path / "there"), "max_steps": 1}
+    train_here({**settings, **there})
+    with pytest.raises(FileExistsError, match="stands at step 1, .* at step 4"):
+        notes_of({**settings, **there, "resume": str(source.root)})
+
+
+def test_resume_from_a_path_that_is_no_run(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        notes_of({**settings, "resume": str(tmp_path)})
+
+
+def test_other_data_under_the_same_name_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    shutil.copy(settings["data_path"], data)
+    settings["data_path"] = str(data)
+    train_here({**settings, "max_steps": 2})
+    with data.open("a") as file:
+        file.write(json.dumps({"text": "one more document"}) + "\n")
+    with pytest.raises(RuntimeError, match="the content of data_path is another"):
+        notes_of(settings)
+    data.rename(tmp_path / "moved.jsonl")
+    shutil.copy(tmp_path / "moved.jsonl", data)
+    settings["allow_change"] = ("data_path", "val_path")
+    assert notes_of(settings)[0]
+
+
+def test_the_same_content_under_another_name_goes_on(
+    settings: Settings, tmp_path: Path
+) -> None:
+    train_here({**settings, "max_steps": 2})
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(settings["data_path"], moved)
+    settings["data_path"] = str(moved)
+    assert "goes on from step 2 of 12" in notes_of(settings)[0][0]
+
+
+def test_more_processes_keep_the_global_batch(settings: Settings) -> None:
+    train_here({**settings, "max_steps": 2})
+    two = {**settings, "num_processes": 2, "accumulation_steps": 2}
+    prepared = prepare(TrainConfig(**two), lambda _: None)
+    assert prepared.cfg.accumulation_steps == 1
+    assert prepared.cfg.global_batch == 8
+
+
+def test_processes_that_cannot_keep_the_global_batch_are_refused(
+    settings: Settings,
+) -> None:
+    train_here({**settings, "max_steps": 2})
+    with pytest.raises(
+        RuntimeError, match="a global batch of 8 rows, which 3 processes"
+    ):
+        notes_of({**settings, "num_processes": 3})
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, straight = train_here({**settings, "out_dir": str(tmp_path / "straight")})
+    _, folder = train_here(settings, stop_at=9)
+    weights = folder.checkpoint_folder(9) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    train_here(settings)
+    assert "step_00000009 is damaged" in capsys.readouterr().out
+    assert (folder.checkpoints / "step_00000009.corrupt").is_dir()
+    assert state_hashes(folder) == state_hashes(straight)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(settings: Settings) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    other = {**settings, "hidden_size": 48, "run_name": "pretrain_32"}
+    other["allow_change"] = ("hidden_size", "intermediate_size", "head_dim")
+    weights = state_hashes(folder)
+    with pytest.raises(ValueError, match="are of another shape") as error:
+        train_here(other)
+    assert "model.embed_tokens.weight: 6400×32 there, 6400×48 in" in str(error.value)
+    assert state_hashes(folder) == weights
+
+
+def test_a_run_in_use_is_refused(settings: Settings) -> None:
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    with folder.lock(), pytest.raises(RuntimeError, match="is in use by pid"):
+        notes_of(settings)

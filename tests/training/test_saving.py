@@ -1,0 +1,69 @@
+"""Saves that fail: told, tried again, and at last the end of the run."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import Settings, metric_rows, state_hashes, train_here
+
+from minimind_nb.storage.runs import RunFolder
+from minimind_nb.training import checkpoint
+
+
+class FailingWriter:
+    """Stands for `save_file` on a disk that is full at some calls."""
+
+    def __init__(self, fails: set[int]) -> None:
+        self.real = checkpoint.save_file
+        self.fails = fails
+        self.calls = 0
+
+    def __call__(self, tensors: Any, path: Path) -> None:
+        self.calls += 1
+        if self.calls in self.fails:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.real(tensors, path)
+
+
+def test_a_save_that_fails_is_tried_again_at_the_next_interval(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", FailingWriter({1}))
+    ending, folder = train_here(settings)
+    assert ending == "finished"
+    events = metric_rows(folder, "event", "event", "step")
+    assert ("save_failed", 4) in events
+    assert ("save", 8) in events
+    names = [path.name for path in folder.checkpoints.iterdir()]
+    assert sorted(names) == ["step_00000008", "step_00000012"], "no half folder is left"
+
+
+def test_three_in_a_row_end_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", FailingWriter({3, 4, 5}))
+    with pytest.raises(OSError, match=r"failed \(3 in a row\): .* the disk is full"):
+        train_here({**settings, "save_interval": 2})
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert state_hashes(folder)[0] == 2, "the last good one is kept"
+
+
+def test_the_save_at_the_end_must_succeed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", FailingWriter({1}))
+    with pytest.raises(OSError, match="saving at step 2 failed"):
+        train_here({**settings, "max_steps": 2})
+
+
+def test_two_newest_checkpoints_and_the_best_are_kept(settings: Settings) -> None:
+    _, folder = train_here({**settings, "save_interval": 1, "eval_interval": 1})
+    kept = {path.name for path in folder.checkpoints.iterdir()}
+    assert {"step_00000012", "step_00000011"} <= kept
+    assert len(kept) <= 3
+    best = folder.best_checkpoint()
+    assert best is not None
+    scores = metric_rows(folder, "eval", "loss", "step")
+    assert best.facts["val_loss"] == pytest.approx(min(scores[1:])[0])
