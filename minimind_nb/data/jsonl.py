@@ -174,11 +174,10 @@ def _parse(raw: bytes) -> dict[str, Any]:
     try:
         row = _DECODER.decode(text)
         brackets = raw.count(b"{") + raw.count(b"[")
-        too_deep = brackets > MAX_DEPTH and _depth(row) > MAX_DEPTH
+        if brackets > MAX_DEPTH and _depth(row) > MAX_DEPTH:
+            raise RecursionError
     except RecursionError:
-        too_deep = True
-    if too_deep:
-        raise Fault("too_deep", f"nested more than {MAX_DEPTH} deep")
+        raise Fault("too_deep", f"nested more than {MAX_DEPTH} deep") from None
     if not isinstance(row, dict):
         reason = "the line is a list or a single value, a row is one object: {…}"
         raise Fault("not_object", reason)

@@ -62,10 +62,8 @@ class History:
     `rows` holds them in order; numbers that were not finite are floats again (not in
     "sample" rows, whose strings are a model's answers). When a run starts again at
     step s, earlier rows of a higher step are dropped: the weights they describe were
-    lost. `damaged_lines` counts whole lines that are no metrics row, such as the half
-    line of a killed writer.
-
-    `History(path)` takes a file that need not exist yet; `History.load` wants one.
+    lost. `damaged_lines` counts whole lines that are no metrics row. `History(path)`
+    takes a file that need not exist yet; `History.load` wants one.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -93,11 +91,7 @@ class History:
         return history
 
     def refresh(self) -> None:
-        """Read what was appended since the last time.
-
-        A half line at the end waits for its newline. A file that was replaced or
-        shortened is read again from its start.
-        """
+        """Read what was appended since, a replaced or shortened file from its start."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:

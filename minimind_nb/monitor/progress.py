@@ -32,18 +32,14 @@ def position(history: History, plan: Plan | None = None) -> tuple[int, int | Non
 
 
 def seconds_left(history: History) -> float | None:
-    """Training time to the last step, None before two rows of this session are there.
-
-    The start row counts as one, as it says the seconds trained so far.
-    """
+    """Training time to the last step at this session's speed, None until it is known."""
     _, total = position(history)
     rows = [row for row in history.session if row["kind"] == "train"]
     rows = [*history.session[:1], *rows][-RECENT_ROWS:]
     if not total or not rows or rows[-1]["step"] <= rows[0]["step"]:
         return None
-    first, last = rows[0], rows[-1]
-    speed = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    return (total - last["step"]) * speed
+    seconds, steps = (rows[-1][name] - rows[0][name] for name in ("seconds", "step"))
+    return (total - rows[-1]["step"]) * seconds / steps
 
 
 def figures(history: History, plan: Plan | None = None) -> dict[str, str]:

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
+from minimind_nb.data import demo
 from minimind_nb.data.datasets import PretrainDataset
 from minimind_nb.data.faults import DataError
 from minimind_nb.data.tokenizer import read_tokenizer

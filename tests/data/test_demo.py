@@ -138,7 +138,9 @@ def test_months_follow_each_other(corpus):
 
 
 def test_held_out_questions_are_in_no_document(corpus):
-    titles = {drill["title"] for by in TEXTS.values() for drill in by["drills"].values()}
+    titles = {
+        drill["title"] for by in TEXTS.values() for drill in by["drills"].values()
+    }
     titles |= {by["mixed"] for by in TEXTS.values()}
     drills = [text for text in corpus if text.split("\n")[0] in titles]
     asked = {question for text in drills for question, _ in TURN.findall(text)}
