@@ -97,10 +97,10 @@ def show_packing(targets: np.ndarray) -> None:
     rows = pack_epoch(np.arange(len(targets)), targets, WIDTH, seed=42, epoch=0)
     ends = np.cumsum(targets)
     cut = ((ends - targets) // WIDTH < (ends - 1) // WIDTH).sum()
-    print(
-        f"fill {rows.fill:.4f} at {WIDTH}: {len(targets)} documents, {len(rows)} rows"
-    )
-    print(f"split {rows.split_documents}, by plain concatenation {cut}")
+    fill = rows.targets.sum() / (len(rows) * WIDTH)
+    print(f"fill {fill:.4f} at {WIDTH}: {len(targets)} documents, {len(rows)} rows")
+    split = (np.unique(rows.pieces[:, 0], return_counts=True)[1] > 1).sum()
+    print(f"split {split}, by plain concatenation {cut}")
 
 
 if __name__ == "__main__":

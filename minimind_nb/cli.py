@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import inspect
+import itertools
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import __version__
 from .config import TrainConfig, describe_unknown, kinds
 
 _EXIT_CODES = {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM}
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         code = options.run(options)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"minimind-nb: {error}", file=sys.stderr)
         code = 1 if type(error).__name__ == "TrainingFailed" else _USAGE_ERROR
     except KeyboardInterrupt:
@@ -43,29 +43,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minimind-nb", description="MiniMind models on any processor."
     )
+    parser.add_argument("-V", "--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            usage=f"minimind-nb {name} [--OPTION VALUE ...]",
-            allow_abbrev=False,
+    added = {}
+    for name, run, text in (
+        ("pretrain", _pretrain, "Train a model on plain text."),
+        ("plan", _plan, "Say what a run would take."),
+        ("tokenizer", _tokenizer, "Train a vocabulary from JSONL files."),
+        ("doctor", _doctor, "Say what this machine is and what will go wrong on it."),
+    ):
+        usage = f"minimind-nb {name} [--OPTION VALUE ...]"
+        added[name] = commands.add_parser(
+            name, help=text, description=text, usage=usage, allow_abbrev=False
         )
-        command.set_defaults(run=run, command=command)
-        return command
-
-    _add_fields(add("pretrain", _pretrain, "Train a model on plain text."))
-    _add_fields(add("plan", _plan, "Say what a run would take."))
-    tokenizer = add("tokenizer", _tokenizer, "Train a vocabulary from JSONL files.")
-    tokenizer.add_argument("--data_path", required=True, help="JSONL files, by commas")
-    tokenizer.add_argument("--out_dir", required=True, help="folder for tokenizer.json")
-    tokenizer.add_argument(
-        "--vocab_size", type=int, default=6400, help="entries (6400)"
+        added[name].set_defaults(run=run, command=added[name])
+    _add_fields(added["pretrain"])
+    _add_fields(added["plan"])
+    option = added["tokenizer"].add_argument
+    option("--data_path", required=True, help="JSONL files, separated by commas")
+    option("--out_dir", required=True, help="folder for tokenizer.json")
+    option("--vocab_size", type=int, default=6400, help="entries (6400)")
+    added["doctor"].add_argument(
+        "--out_dir", default="out", help="where runs would go (out)"
     )
-    doctor = add("doctor", _doctor, "Say what this machine is and what will go wrong.")
-    doctor.add_argument("--out_dir", default="out", help="where runs would go (out)")
     return parser
 
 
@@ -81,28 +81,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
     """One option for each field of `TrainConfig`, with its docstring as help."""
-    helps = field_docstrings()
-    for field in dataclasses.fields(TrainConfig):
-        if field.name == "stage":
-            continue  # the command says it
-        parser.add_argument(
-            f"--{field.name}",
-            type=_converter(kinds()[field.name]),
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=helps[field.name].replace("%", "%%"),
-        )
+    for name, text in field_docstrings().items():
+        if name != "stage":  # the command says it
+            parser.add_argument(
+                f"--{name}",
+                type=_converter(kinds()[name]),
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=text.replace("%", "%%"),
+            )
 
 
 def field_docstrings() -> dict[str, str]:
     """The string below each field of `TrainConfig`, on one line."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(TrainConfig)))
-    body = tree.body[0].body  # pyright: ignore[reportAttributeAccessIssue]
+    body: Any = ast.parse(inspect.getsource(TrainConfig)).body[0]
+    pairs = itertools.pairwise(body.body)
     return {
-        field.target.id: " ".join(str(text.value.value).split())
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        ast.unparse(field.target): " ".join(text.value.value.split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign)
     }
 
 
@@ -124,8 +121,7 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    given = {name: value for name, value in vars(options).items() if name in kinds()}
     return TrainConfig(stage="pretrain", **given)
 
 

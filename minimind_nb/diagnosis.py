@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
 from .monitor.facts import Facts
-from .session import Session, current_session
+from .session import current_session
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
@@ -25,44 +25,39 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
     Starts no run and writes nothing that stays.
     """
     hardware, session = detect_hardware(), current_session()
+    left = session.seconds_left(None)
+    ends = (
+        f"{left / 3600:.1f} hours left"
+        if left is not None
+        else "nothing ends the session"
+    )
+    linux = sys.platform.startswith("linux")
+    several = "several processes are supported"
+    several = several if linux else "one process only: several need Linux"
     return Facts(
         "This machine",
         {
-            "place": _place(session),
-            "system": f"{platform.system()} {platform.release()}, {_linux_only()}",
+            "place": f"{session.kind}{' (batch run)' if session.batch else ''}, {ends}",
+            "system": f"{platform.system()} {platform.release()}, {several}",
             "python": f"{platform.python_version()} in {sys.prefix}",
-            "versions": ", ".join(
-                map(_version, ("torch", "transformers", "tokenizers"))
-            ),
+            "versions": _versions("torch", "transformers", "tokenizers"),
             "processors": hardware.describe(),
             "training uses": _training(hardware),
             "disk": _disk(Path(out_dir)),
             "shared memory": _shared_memory(),
-            "notebook": _notebook(),
+            "notebook": _versions("ipykernel", "ipywidgets", "papermill", "matplotlib"),
         },
     )
 
 
-def _place(session: Session) -> str:
-    left = session.seconds_left(None)
-    ends = (
-        "nothing ends the session" if left is None else f"{left / 3600:.1f} hours left"
-    )
-    batch = " (batch run)" if session.batch else ""
-    return f"{session.kind}{batch}, {ends}"
-
-
-def _linux_only() -> str:
-    if sys.platform.startswith("linux"):
-        return "several processes are supported"
-    return "one process only: several need Linux"
-
-
-def _version(name: str) -> str:
-    try:
-        return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{name} is missing: pip install {name}"
+def _versions(*names: str) -> str:
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is missing: pip install {name}")
+    return ", ".join(found)
 
 
 def _training(hardware: Hardware) -> str:
@@ -72,7 +67,9 @@ def _training(hardware: Hardware) -> str:
     capability = min(gpu.capability for gpu in hardware.gpus)
     dtype = choose_dtype("cuda", capability)
     emulated = "; bfloat16 is emulated there" if capability < BF16_CAPABILITY else ""
-    return f"{len(hardware.gpus)} processes, one a GPU, in {dtype}{emulated}"
+    count = len(hardware.gpus)
+    processes = "1 process on 1 GPU" if count == 1 else f"{count} processes, one a GPU"
+    return f"{processes}, in {dtype}{emulated}"
 
 
 def _disk(out_dir: Path) -> str:
@@ -95,8 +92,3 @@ def _shared_memory() -> str:
     size = shutil.disk_usage(folder).total / _GIB
     small = "; small, but no loader processes use it" if size < _LITTLE_SHM_GIB else ""
     return f"{size:.2f} GiB{small}"
-
-
-def _notebook() -> str:
-    parts = map(_version, ("ipykernel", "ipywidgets", "papermill", "matplotlib"))
-    return ", ".join(parts)

@@ -7,10 +7,12 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 BF16_CAPABILITY = (8, 0)
+_NATIVE_BF16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _ASK_SECONDS = 120
 
 # Asked in a process of its own: the parent of the workers never touches CUDA.
@@ -44,15 +46,13 @@ class Hardware:
 
     def describe(self) -> str:
         """One line for people, such as "2 × Tesla T4 (15 GiB, sm_75), 4 cores"."""
-        cores = f"{self.cpu_cores} CPU cores, {self.memory_gib:.0f} GiB of memory"
-        if not self.gpus:
-            return cores
-        gpu = self.gpus[0]
-        major, minor = gpu.capability
-        return (
-            f"{len(self.gpus)} × {gpu.name} ({gpu.memory_gib:.0f} GiB, "
-            f"sm_{major}{minor}), {cores}"
-        )
+        cores = f"{self.cpu_cores} CPU core{'' if self.cpu_cores == 1 else 's'}"
+        parts = [
+            f"{count} × {gpu.name} ({gpu.memory_gib:.0f} GiB, "
+            f"sm_{gpu.capability[0]}{gpu.capability[1]})"
+            for gpu, count in Counter(self.gpus).items()
+        ]
+        return ", ".join([*parts, cores, f"{self.memory_gib:.0f} GiB of memory"])
 
 
 def choose_dtype(
@@ -89,7 +89,8 @@ def detect_hardware() -> Hardware:
     return Hardware(
         gpus=_ask_gpus() if torch.cuda.device_count() > 0 else (),
         cpu_cores=count_cores(),
-        cpu_native_bf16=_cpu_native_bf16(),
+        # What oneDNN says of multiplying bf16 in hardware (AVX512-BF16 or AMX).
+        cpu_native_bf16=any(getattr(torch.cpu, name, bool)() for name in _NATIVE_BF16),
         memory_gib=pages / 2**30,
     )
 
@@ -99,22 +100,18 @@ def count_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     cores = cores or os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        # "max 100000" where nothing bounds them.
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
     except (OSError, ValueError):
         return cores
-    if quota == "max":
-        return cores
-    return max(1, min(cores, int(quota) // int(period)))
+    return max(1, min(cores, quota // period))
 
 
 def _ask_gpus() -> tuple[Gpu, ...]:
     try:
-        answer = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_ASK_SECONDS,
+        command = [sys.executable, "-c", _ASK_TORCH]
+        answer = subprocess.check_output(
+            command, stderr=subprocess.PIPE, text=True, timeout=_ASK_SECONDS
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(
@@ -123,25 +120,14 @@ def _ask_gpus() -> tuple[Gpu, ...]:
         ) from error
     return tuple(
         Gpu(gpu["name"], tuple(gpu["capability"]), gpu["memory_gib"])
-        for gpu in json.loads(answer.stdout.splitlines()[-1])
+        for gpu in json.loads(answer.splitlines()[-1])
     )
 
 
-def _cpu_native_bf16() -> bool:
-    """Whether oneDNN multiplies bf16 in hardware here (AVX512-BF16 or AMX)."""
-    import torch
-
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
-
-
 def peak_memory_gib(device: str) -> float:
-    """The most memory this process has held, in GiB: the GPU's on CUDA, else resident.
-
-    Linux counts `ru_maxrss` in KiB.
-    """
+    """The most memory this process has held, in GiB: the GPU's on CUDA, else resident."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

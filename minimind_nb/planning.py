@@ -16,6 +16,7 @@ from .training.preparation import open_corpus, settle
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
 # Share of the machine's own rate of matrix products that training is expected to reach.
 _EXPECTED_SHARE = 0.5
+_HOURS_FROM_MINUTES = 120
 _GEMM_SECONDS = 0.3
 _GEMM_SIZE = 1024
 # fp32 weights, gradients and two moments; logits and their gradients in fp32.
@@ -35,34 +36,39 @@ def plan(cfg: TrainConfig) -> Facts:
     """
     settled = settle(cfg)
     corpus = open_corpus(settled, lambda _: None)
-    resolved = settled.cfg
-    assert resolved.num_processes and resolved.epochs and resolved.batch_size
-    stream = corpus.training_stream(resolved, 0, size=resolved.num_processes)
-    steps = min(stream.total_steps, resolved.max_steps or stream.total_steps)
+    cfg = settled.cfg
+    assert cfg.num_processes and cfg.batch_size
+    stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
+    steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
     samples = min(stream.total_samples, steps * stream.global_batch)
     tokens = round(samples * stream.width * stream.fill)
-    count = count_parameters(resolved.shape())
-    active = f", {count['active']:,} active for a token" if resolved.use_moe else ""
+    count = count_parameters(cfg.shape())
+    active = f", {count['active']:,} active for a token" if cfg.use_moe else ""
+    processes = _several(cfg.num_processes, "process", "es")
     return Facts(
-        f"{resolved.run_name} on {settled.hardware.describe()}",
+        f"{cfg.run_name} on {settled.hardware.describe()}",
         {
             "parameters": f"{count['total']:,}{active}",
-            "precision": f"{resolved.dtype} on {resolved.num_processes} × "
-            f"{resolved.device}",
+            "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
             "documents": f"{len(corpus.documents):,} to train on, "
             f"{len(corpus.val_documents):,} held out",
-            "an epoch": f"{int(stream.targets.sum()):,} text tokens in {stream.rows:,} "
-            f"rows of {stream.width} (fill {stream.fill:.3f})",
-            "global batch": f"{stream.global_batch} rows = batch_size "
-            f"{resolved.batch_size} × accumulation_steps "
-            f"{resolved.accumulation_steps} × {resolved.num_processes} process(es)",
-            "steps": f"{steps:,} optimizer steps, {tokens:,} text tokens",
-            "memory": f"about {_memory_gib(resolved):.1f} GiB in each process",
+            "an epoch": f"{_several(int(stream.targets.sum()), 'text token')} in "
+            f"{_several(stream.rows, 'row')} of {stream.width} (fill {stream.fill:.3f})",
+            "global batch": f"{_several(stream.global_batch, 'row')} = batch_size "
+            f"{cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
+            f"{processes}",
+            "steps": f"{_several(steps, 'optimizer step')}, "
+            f"{_several(tokens, 'text token')}",
+            "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
             "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
-            f"{resolved.keep_checkpoints} to {resolved.keep_checkpoints + 1} kept",
-            "time": _time(resolved, settled.hardware, tokens),
+            f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
+            "time": _time(cfg, settled.hardware, tokens),
         },
     )
+
+
+def _several(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def flops_per_token(cfg: TrainConfig) -> float:
@@ -90,25 +96,20 @@ def _memory_gib(cfg: TrainConfig) -> float:
 
 
 def _time(cfg: TrainConfig, hardware: Hardware, tokens: int) -> str:
-    speed = _earlier_speed(cfg)
-    source = "the speed of the run that is there"
-    if speed is None:
-        flops = _product_rate(cfg, hardware)
-        if flops is None:
-            return "known after the first steps: no figure for this GPU"
+    metrics = Path(cfg.out_dir) / (cfg.run_name or "") / "metrics.jsonl"
+    last = History.load(metrics).last("train") if metrics.is_file() else None
+    if last:
+        speed, source = last["tokens_per_second"], "the speed of the run that is there"
+    elif flops := _product_rate(cfg, hardware):
         speed = _EXPECTED_SHARE * flops / flops_per_token(cfg)
         source = f"expected at {_EXPECTED_SHARE:.0%} of the rate of matrix products"
+    else:
+        return "known after the first steps: no figure for this GPU"
     minutes = tokens / speed / 60
-    span = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"  # noqa: PLR2004
+    span = _several(round(minutes), "minute")
+    if minutes >= _HOURS_FROM_MINUTES:
+        span = f"{minutes / 60:.1f} hours"
     return f"about {span} at {speed:,.0f} text tokens/s ({source})"
-
-
-def _earlier_speed(cfg: TrainConfig) -> float | None:
-    folder = Path(cfg.out_dir) / (cfg.run_name or "")
-    if not (folder / "metrics.jsonl").is_file():
-        return None
-    last = History.load(folder).last("train")
-    return last["tokens_per_second"] if last else None
 
 
 def _product_rate(cfg: TrainConfig, hardware: Hardware) -> float | None:
@@ -137,11 +138,14 @@ def _product_rate(cfg: TrainConfig, hardware: Hardware) -> float | None:
 def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     """The first packed rows of the first epoch as text, as the model will meet them.
 
-    Documents follow each other within a row; special tokens are shown.
+    Documents follow each other within a row, each with its end; special tokens are
+    shown. A document that is cut goes on in another row.
     """
     settled = settle(cfg)
     corpus = open_corpus(settled, lambda _: None)
     stream = corpus.training_stream(settled.cfg, settled.tokenizer.pad_id)
-    tokenizer = load_tokenizer(settled.tokenizer)
-    batch = stream.next_step().micro_batches[0]
-    return [str(tokenizer.decode(row)) for row in batch.inputs[:rows]]
+    decode = load_tokenizer(settled.tokenizer).decode
+    return [
+        "".join(str(decode(ids)) for ids in stream.pieces(sample))
+        for sample in range(min(rows, stream.rows))
+    ]

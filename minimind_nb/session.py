@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,11 +20,10 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Session:
-    """The place a notebook or script runs in.
+    """The place a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `kind` is "kaggle", "colab" or "plain"; `batch` tells a Kaggle commit from an
-    interactive session; `scratch` is a folder that the place throws away at the end
-    (None: there is none, keep such things beside the run).
+    `batch` tells a Kaggle commit from an interactive session; `scratch` is a folder
+    that is thrown away at the end, where there is one.
     """
 
     kind: str
@@ -35,17 +35,13 @@ class Session:
 
         Kaggle saves `/kaggle/working` with every version, so it goes to scratch there.
         """
-        if self.scratch is not None:
-            return self.scratch / "minimind_nb"
-        return Path(out_dir) / "cache"
+        return self.scratch / "minimind_nb" if self.scratch else Path(out_dir) / "cache"
 
     def hours(self, max_session_hours: float | None) -> float | None:
         """The length of the session in hours, or None where nothing ends it."""
-        if max_session_hours is not None:
-            return max_session_hours
-        if self.kind == "kaggle":
+        if max_session_hours is None and self.kind == "kaggle":
             return KAGGLE_SESSION_HOURS - KAGGLE_MARGIN_HOURS
-        return None
+        return max_session_hours
 
     def seconds_left(self, max_session_hours: float | None) -> float | None:
         """Seconds until the session ends, or None where nothing ends it.
@@ -67,12 +63,9 @@ def current_session(environ: Mapping[str, str] | None = None) -> Session:
     variables that start with KAGGLE.
     """
     environ = os.environ if environ is None else environ
-    run_type = environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
-    if run_type:
+    if run_type := environ.get("KAGGLE_KERNEL_RUN_TYPE"):
         return Session("kaggle", run_type == "Batch", Path("/kaggle/temp"))
-    if "COLAB_RELEASE_TAG" in environ:
-        return Session("colab")
-    return Session("plain")
+    return Session("colab" if "COLAB_RELEASE_TAG" in environ else "plain")
 
 
 def process_age_seconds() -> float:
@@ -92,11 +85,9 @@ def die_with_parent(parent_pid: int) -> None:
     The kernel's parent-death signal acts within milliseconds but belongs to the
     *thread* that created this process, so a thread also looks once a second.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass  # not Linux: the thread below is all there is
+    # Elsewhere than on Linux the thread below is all there is.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent_pid:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import minimind_nb
 from minimind_nb import diagnosis
 from minimind_nb.cli import field_docstrings, main
 from minimind_nb.config import TrainConfig
@@ -85,6 +86,11 @@ def test_the_main_help_lists_the_commands(capsys):
     shown = capsys.readouterr().out
     for command in ("pretrain", "plan", "tokenizer", "doctor"):
         assert command in shown
+
+
+def test_the_version_is_the_packages(capsys):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"{minimind_nb.__version__}\n"
 
 
 def test_options_become_the_configuration(train):
@@ -173,9 +179,10 @@ def test_the_exit_code_tells_how_a_run_ended(ending, code, train, capsys):
 
 
 def test_an_error_of_ours_is_not_hidden(train):
-    train.ending = AssertionError("ours")
-    with pytest.raises(AssertionError, match="ours"):
-        main(["pretrain"])
+    for error in (AssertionError, TypeError):
+        train.ending = error("ours")
+        with pytest.raises(error, match="ours"):
+            main(["pretrain"])
 
 
 def test_all_problems_of_a_configuration_are_shown(train, capsys):

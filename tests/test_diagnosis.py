@@ -62,7 +62,7 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
             True,
             "2 processes, one a GPU, in float16; bfloat16 is emulated there",
         ),
-        ((A100,), False, "1 processes, one a GPU, in bfloat16"),
+        ((A100,), False, "1 process on 1 GPU, in bfloat16"),
         (
             (A100, T4),
             False,

@@ -54,6 +54,12 @@ def test_hardware_is_described_in_a_line():
     assert two.describe() == (
         "2 × Tesla T4 (15 GiB, sm_75), 4 CPU cores, 29 GiB of memory"
     )
+    other = Gpu("A100", (8, 0), 40.0)
+    mixed = Hardware((T4, other), cpu_cores=1, cpu_native_bf16=False, memory_gib=9.0)
+    assert mixed.describe() == (
+        "1 × Tesla T4 (15 GiB, sm_75), 1 × A100 (40 GiB, sm_80), 1 CPU core, "
+        "9 GiB of memory"
+    )
     none = Hardware((), cpu_cores=2, cpu_native_bf16=False, memory_gib=7.8)
     assert none.describe() == "2 CPU cores, 8 GiB of memory"
 

@@ -51,7 +51,7 @@ def test_a_plan_counts_without_starting_a_run(settings, tmp_path):
     tokens, rows = (int(text.replace(",", "")) for text in epoch.groups()[:2])
     assert tokens / (rows * 64) == pytest.approx(float(epoch[3]), abs=1e-3)
     assert facts["global batch"] == (
-        "2 rows = batch_size 2 × accumulation_steps 1 × 1 processes"
+        "2 rows = batch_size 2 × accumulation_steps 1 × 1 process"
     )
     steps = -(-3 * rows // 2)
     assert facts["steps"] == f"{steps:,} optimizer steps, {3 * tokens:,} text tokens"
@@ -138,7 +138,8 @@ def test_a_preview_shows_packed_documents_as_the_model_meets_them(settings):
     assert preview(cfg) == [first, second]
     assert first != second
     for row in (first, second):
-        assert "mice.<|im_start|>The cat saw " in row
+        assert "mice.<|im_end|><|im_start|>The cat saw " in row
+        assert row.startswith("<|im_start|>")
     assert preview(cfg, rows=1) == [first]
 
 

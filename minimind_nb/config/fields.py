@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 import os
 import types
 import typing
@@ -154,20 +153,15 @@ class TrainConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            object.__setattr__(self, field.name, _plain(value))
-        problems = find_problems(self.explicit(), kinds())
-        if problems:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _plain(value))
+        if problems := find_problems(self.explicit(), kinds()):
             raise ValueError(list_problems(problems))
 
     def explicit(self) -> dict[str, Any]:
         """The settings that differ from the dataclass's defaults."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {n: v for n, v in vars(self).items() if v != defaults[n]}
 
     @property
     def global_batch(self) -> int:
@@ -188,11 +182,11 @@ class TrainConfig:
 @functools.cache
 def kinds() -> Kinds:
     """The types each field of `TrainConfig` may have, None among them."""
-    hints = typing.get_type_hints(TrainConfig)
-    return {
-        field.name: _members(hints[field.name])
-        for field in dataclasses.fields(TrainConfig)
-    }
+    found = {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found[name] = tuple(typing.get_origin(part) or part for part in parts)
+    return found
 
 
 def resolve(cfg: TrainConfig, **machine: Any) -> TrainConfig:
@@ -204,26 +198,20 @@ def resolve(cfg: TrainConfig, **machine: Any) -> TrainConfig:
     return TrainConfig(**fill_defaults(cfg.explicit(), machine))
 
 
-def _members(hint: Any) -> tuple[type, ...]:
-    """The plain types in an annotation such as `str | bool` or `tuple[str, ...]`."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return tuple(typing.get_origin(part) or part for part in parts)
-
-
 def _plain(value: Any) -> Any:
-    """Turn paths, NumPy numbers and lists into what JSON and a shell can hold.
+    """Turn paths, NumPy scalars and lists into what JSON and a shell can hold.
 
     A string of a class of its own becomes a plain one: where that class was defined in
     a cell, no worker process could read it.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, int):
-        return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(value) if isinstance(value, int) else float(value)
     return value

@@ -13,37 +13,16 @@ from .resolution import fill_defaults
 Kinds = Mapping[str, tuple[type, ...]]
 """The types that each setting may have."""
 
-_AT_LEAST: dict[str, float] = {
-    "hidden_size": 1,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 2,
-    "intermediate_size": 1,
-    "vocab_size": 1,
-    "max_position_embeddings": 2,
-    "n_routed_experts": 1,
-    "num_experts_per_tok": 1,
-    "n_shared_experts": 0,
-    "aux_loss_alpha": 0,
-    "max_seq_len": 2,
-    "epochs": 1,
-    "batch_size": 1,
-    "accumulation_steps": 1,
-    "min_learning_rate": 0,
-    "warmup_iters": 0,
-    "weight_decay": 0,
-    "grad_clip": 0,
-    "max_steps": 1,
-    "seed": 0,
-    "eval_tokens": 1,
-    "eval_interval": 1,
-    "log_interval": 1,
-    "save_interval": 1,
-    "keep_checkpoints": 2,
-    "num_processes": 1,
-    "max_skipped_steps": 1,
+_AT_LEAST = {
+    0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
+    "grad_clip seed",
+    1: "hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "intermediate_size vocab_size n_routed_experts num_experts_per_tok epochs "
+    "batch_size accumulation_steps max_steps eval_tokens eval_interval log_interval "
+    "save_interval num_processes max_skipped_steps",
+    2: "head_dim max_position_embeddings max_seq_len keep_checkpoints",
 }
+_LEAST = {name: least for least, names in _AT_LEAST.items() for name in names.split()}
 _ABOVE_ZERO = (
     "learning_rate rope_theta rms_norm_eps max_session_hours hang_timeout_seconds"
 ).split()
@@ -62,143 +41,109 @@ def find_problems(settings: Mapping[str, Any], kinds: Kinds) -> list[str]:
     """Everything wrong with explicit settings, one sentence each."""
     sound, problems = {}, []
     for name, value in settings.items():
-        problem = _kind_problem(name, value, kinds[name]) or _choice_problem(
-            name, value
-        )
-        if problem:
+        if problem := _value_problem(name, value, kinds[name]):
             problems.append(problem)
         else:
             sound[name] = value
     values = fill_defaults(sound)
-    problems += _range_problems(values) + _shape_problems(values)
-    return problems + _contradictions(sound, values, kinds)
+    unknown = [n for n in sound.get("allow_change", ()) if n not in kinds]
+    return [
+        *problems,
+        *filter(None, map(_range_problem, values, values.values())),
+        *_contradictions(sound, values),
+        *(f"allow_change: {describe_unknown(name, kinds)}" for name in unknown),
+    ]
 
 
 def describe_unknown(name: str, known: Iterable[str], what: str = "setting") -> str:
     """Say that `name` does not exist, and what was probably meant."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{name!r} is no {what}{hint}"
+    return f"{name!r} is no {what}{_hint(name, known)}"
 
 
 def list_problems(problems: list[str]) -> str:
     """The text of the one error that carries all problems."""
-    head = "the configuration has a problem" if len(problems) == 1 else ""
-    head = head or f"the configuration has {len(problems)} problems"
-    return "\n  - ".join([f"{head}:", *problems])
+    many = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n  - ".join([f"the configuration has {many}:", *problems])
 
 
-def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if isinstance(value, tuple):
-        return tuple in kinds and all(isinstance(part, str) for part in value)
-    return isinstance(value, kinds)
+def _hint(name: str, known: Iterable[str], quote: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
 
 
-def _kind_problem(name: str, value: Any, kinds: tuple[type, ...]) -> str | None:
-    if _fits(value, kinds):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
+def _value_problem(name: str, value: Any, kinds: tuple[type, ...]) -> str | None:
+    kind = type(value)
+    if kind is float and not math.isfinite(value):
         return f"{name}={value} is not a finite number"
-    special = {type(None): "None", tuple: "tuple of names"}
-    names = [special.get(kind, kind.__name__) for kind in kinds]
-    found = type(value).__name__
-    return f"{name}={value!r} is {found}, expected {' or '.join(names)}"
-
-
-def _choice_problem(name: str, value: Any) -> str | None:
+    names_only = kind is not tuple or all(isinstance(part, str) for part in value)
+    if not (names_only and (kind in kinds or (kind is int and float in kinds))):
+        special = {type(None): "None", tuple: "tuple of names"}
+        expected = " or ".join(special.get(kind, kind.__name__) for kind in kinds)
+        return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _ONE_OF.get(name)
-    if choices is None or value is None or value in choices:
+    if choices and value is not None and value not in choices:
+        hint = _hint(value, choices, quote="'")
+        return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
+    return None
+
+
+def _range_problem(name: str, value: Any) -> str | None:
+    if value is None:
         return None
-    close = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
-
-
-def _range_problems(values: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name, least in _AT_LEAST.items():
-        value = values.get(name)
-        if value is not None and value < least:
-            problems.append(f"{name}={value} is too small, at least {least} is needed")
-    for name in _ABOVE_ZERO:
-        value = values.get(name)
-        if value is not None and value <= 0:
-            problems.append(f"{name}={value} must be above 0")
-    for name in _FRACTIONS:
-        value = values.get(name)
-        if value is not None and not 0 <= value < 1:
-            problems.append(f"{name}={value} must be from 0 up to, but not, 1")
-    return problems
-
-
-def _shape_problems(values: Mapping[str, Any]) -> list[str]:
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    kv_heads, head_dim = values["num_key_value_heads"], values["head_dim"]
-    problems = []
-    if heads > 0 and head_dim == width // heads and width % heads:
-        problems.append(
-            f"hidden_size={width} cannot be shared out among "
-            f"num_attention_heads={heads}; take a multiple, or set head_dim"
-        )
-    if kv_heads > 0 and heads % kv_heads:
-        problems.append(
-            f"num_attention_heads={heads} is no multiple of "
-            f"num_key_value_heads={kv_heads}"
-        )
-    if head_dim % 2:
-        problems.append(f"head_dim={head_dim} is odd; rotary embeddings need pairs")
-    if values["use_moe"] and values["num_experts_per_tok"] > values["n_routed_experts"]:
-        problems.append(
-            f"num_experts_per_tok={values['num_experts_per_tok']} is more than "
-            f"n_routed_experts={values['n_routed_experts']}"
-        )
-    if values["max_seq_len"] > values["max_position_embeddings"]:
-        problems.append(
-            f"max_seq_len={values['max_seq_len']} is more than "
-            f"max_position_embeddings={values['max_position_embeddings']}"
-        )
-    return problems
+    if name in _LEAST and value < _LEAST[name]:
+        return f"{name}={value} is too small, at least {_LEAST[name]} is needed"
+    if name in _ABOVE_ZERO and value <= 0:
+        return f"{name}={value} must be above 0"
+    if name in _FRACTIONS and not 0 <= value < 1:
+        return f"{name}={value} must be from 0 up to, but not, 1"
+    return None
 
 
 def _contradictions(
-    settings: Mapping[str, Any], values: Mapping[str, Any], kinds: Kinds
+    settings: Mapping[str, Any], values: Mapping[str, Any]
 ) -> list[str]:
-    problems = []
-    if values["min_learning_rate"] > values["learning_rate"]:
-        problems.append(
-            f"min_learning_rate={values['min_learning_rate']} is above "
-            f"learning_rate={values['learning_rate']}"
+    """What does not go together, in the explicit settings or with the defaults."""
+    v = values
+    width, heads, head_dim = v["hidden_size"], v["num_attention_heads"], v["head_dim"]
+    kv_heads, top_k = v["num_key_value_heads"], v["num_experts_per_tok"]
+    undivided = heads > 0 and head_dim == width // heads and width % heads
+    name = v["run_name"]
+    checks: dict[str, Any] = {
+        f"hidden_size={width} cannot be shared out among num_attention_heads={heads}; "
+        "take a multiple, or set head_dim": undivided,
+        f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}": (
+            kv_heads > 0 and heads % kv_heads
+        ),
+        f"head_dim={head_dim} is odd; rotary embeddings need pairs": head_dim % 2,
+        f"num_experts_per_tok={top_k} is more than "
+        f"n_routed_experts={v['n_routed_experts']}": (
+            v["use_moe"] and top_k > v["n_routed_experts"]
+        ),
+        f"max_seq_len={v['max_seq_len']} is more than "
+        f"max_position_embeddings={v['max_position_embeddings']}": (
+            v["max_seq_len"] > v["max_position_embeddings"]
+        ),
+        f"min_learning_rate={v['min_learning_rate']} is above "
+        f"learning_rate={v['learning_rate']}": (
+            v["min_learning_rate"] > v["learning_rate"]
+        ),
+        "val_path and val_fraction exclude each other: a validation file replaces the "
+        "held-out part; leave one of them out": (
+            {"val_path", "val_fraction"} <= settings.keys()
+        ),
+        'max_bad_fraction needs on_bad_line="skip"': (
+            "max_bad_fraction" in settings and v.get("on_bad_line") != "skip"
+        ),
+        'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"': (
+            v["device"] == "cpu" and v["dtype"] == "float16"
+        ),
+        f"run_name={name!r} is not the name of a folder in out_dir": (
+            not name or name.startswith(".") or "/" in name or "\\" in name
+        ),
+    }
+    for field in MIXTURE_FIELDS:
+        text = (
+            f"{field} is a setting of mixtures of experts; set use_moe=True or leave "
         )
-    if "val_path" in settings and "val_fraction" in settings:
-        problems.append(
-            "val_path and val_fraction exclude each other: a validation file replaces "
-            "the held-out part; leave one of them out"
-        )
-    if "max_bad_fraction" in settings and values.get("on_bad_line") != "skip":
-        problems.append('max_bad_fraction needs on_bad_line="skip"')
-    if not values["use_moe"]:
-        problems += [
-            f"{name} is a setting of mixtures of experts; set use_moe=True or leave "
-            "it out"
-            for name in MIXTURE_FIELDS
-            if name in settings
-        ]
-    if values.get("device") == "cpu" and values.get("dtype") == "float16":
-        problems.append(
-            'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"'
-        )
-    name = values["run_name"]
-    if not name or name.startswith(".") or "/" in name or "\\" in name:
-        problems.append(f"run_name={name!r} is not the name of a folder in out_dir")
-    problems += [
-        f"allow_change: {describe_unknown(change, kinds)}"
-        for change in settings.get("allow_change", ())
-        if change not in kinds
-    ]
-    return problems
+        checks[f"{text}it out"] = field in settings and not v["use_moe"]
+    return [problem for problem, wrong in checks.items() if wrong]

@@ -6,12 +6,14 @@ means the same for any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..config import TrainConfig
 from .packing import PackedRows, pack, pack_epoch
 from .shards import TokenCache
 
@@ -56,40 +58,33 @@ class StepBatch:
     targets: int
 
 
-class RowReader:
-    """Reads packed rows of a token cache into tensors."""
+def collate(rows: Sequence[list[np.ndarray]], cfg: TrainConfig, pad: int) -> MicroBatch:
+    """Rows, each a list of pieces of ids, as one micro-batch of `max_seq_len`.
 
-    def __init__(self, cache: TokenCache, pad_id: int, document_mask: bool) -> None:
-        self.cache = cache
-        self.pad_id = pad_id
-        self.document_mask = document_mask
-
-    def read(self, rows: PackedRows, numbers: range | list[int]) -> MicroBatch:
-        """The rows of those numbers as one micro-batch."""
-        shape = (len(numbers), rows.width)
-        inputs = np.full(shape, self.pad_id, np.int64)
-        targets = np.full(shape, IGNORED, np.int64)
-        documents = np.full(shape, -1, np.int32)
-        for b, number in enumerate(numbers):
-            at = 0
-            pieces = range(rows.bounds[number], rows.bounds[number + 1])
-            for p in pieces:
-                count = int(rows.count[p])
-                begin = self.cache.offsets[rows.document[p]] + rows.start[p]
-                ids = self.cache.tokens[begin : begin + count + 1]
-                inputs[b, at : at + count] = ids[:-1]
-                targets[b, at : at + count] = ids[1:]
-                documents[b, at : at + count] = p - pieces.start
-                at += count
-        return MicroBatch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(targets),
-            torch.from_numpy(documents) if self.document_mask else None,
-        )
+    The last id of a piece is a target only.
+    """
+    assert cfg.max_seq_len
+    shape = (len(rows), cfg.max_seq_len)
+    inputs = np.full(shape, pad, np.int64)
+    targets = np.full(shape, IGNORED, np.int64)
+    documents = np.full(shape, -1, np.int32)
+    for b, pieces in enumerate(rows):
+        begin = 0
+        for number, ids in enumerate(pieces):
+            end = begin + len(ids) - 1
+            inputs[b, begin:end] = ids[:-1]
+            targets[b, begin:end] = ids[1:]
+            documents[b, begin:end] = number
+            begin = end
+    return MicroBatch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        torch.from_numpy(documents) if cfg.document_mask else None,
+    )
 
 
 class TrainingStream:
-    """All samples of a run, `epochs × rows`, cut into steps.
+    """All samples of a resolved configuration, `epochs × rows`, cut into steps.
 
     A step takes the next global batch, across an epoch's end too; the last takes what
     is left. Within a step, micro-batch m of rank r takes the rows from
@@ -98,41 +93,36 @@ class TrainingStream:
 
     def __init__(
         self,
-        reader: RowReader,
+        cache: TokenCache,
         documents: np.ndarray,
+        cfg: TrainConfig,
+        pad_id: int,
         *,
-        width: int,
-        seed: int,
-        epochs: int,
-        batch_size: int,
-        accumulation_steps: int,
         rank: int = 0,
         size: int = 1,
         samples: int = 0,
     ) -> None:
-        self.reader = reader
-        self.documents = documents
-        self.targets = reader.cache.targets[documents]
-        self.width = width
-        self.seed = seed
-        self.batch_size = batch_size
-        self.accumulation_steps = accumulation_steps
+        assert cfg.max_seq_len and cfg.epochs
+        assert cfg.batch_size and cfg.accumulation_steps
+        self.cache = cache
+        self.cfg = cfg
+        self.pad_id = pad_id
         self.rank = rank
         self.size = size
         self.samples = samples
-        self.rows = -(-int(self.targets.sum()) // width)
-        self.total_samples = epochs * self.rows
-        self._epochs: dict[int, PackedRows] = {}
+        self.width = width = cfg.max_seq_len
+        self.batch_size = cfg.batch_size
+        self.global_batch = cfg.batch_size * cfg.accumulation_steps * size
+        self.targets = targets = cache.targets[documents]
+        self.rows = -(-int(targets.sum()) // width)
+        self.total_samples = cfg.epochs * self.rows
+        self.total_steps = -(-self.total_samples // self.global_batch)
 
-    @property
-    def global_batch(self) -> int:
-        """Rows of a full step over all ranks."""
-        return self.batch_size * self.accumulation_steps * self.size
+        @functools.lru_cache(maxsize=2)  # a step may reach across an epoch's end
+        def rows_of(epoch: int) -> PackedRows:
+            return pack_epoch(documents, targets, width, cfg.seed, epoch)
 
-    @property
-    def total_steps(self) -> int:
-        """Steps until all samples are consumed."""
-        return -(-self.total_samples // self.global_batch)
+        self._rows_of = rows_of
 
     @property
     def fill(self) -> float:
@@ -144,59 +134,53 @@ class TrainingStream:
         begin = self.samples
         end = min(begin + self.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
-        targets = sum(
-            int(rows.targets[numbers].sum()) for rows, numbers in self._runs(begin, end)
-        )
+        targets = sum(count for n in range(begin, end) for _, _, count in self._row(n))
         micro_batches = []
-        for m in range(self.accumulation_steps):
-            first = begin + (m * self.size + self.rank) * self.batch_size
-            last = min(first + self.batch_size, end)
-            micro_batches += [
-                self.reader.read(rows, range(numbers.start, numbers.stop))
-                for rows, numbers in self._runs(first, last)
-            ]
+        stride = self.size * self.batch_size
+        for first in range(begin + self.rank * self.batch_size, end, stride):
+            samples = range(first, min(first + self.batch_size, end))
+            rows = [self.pieces(sample) for sample in samples]
+            micro_batches.append(collate(rows, self.cfg, self.pad_id))
         self.samples = end
         return StepBatch(micro_batches, end - begin, targets)
 
+    def pieces(self, sample: int) -> list[np.ndarray]:
+        """The ids of each piece of a document in a sample's row, last targets too."""
+        return [self.cache.piece(*piece) for piece in self._row(sample)]
+
     def lines(self, begin: int, end: int) -> list[int]:
         """The physical lines of the file that samples begin to end come from."""
-        numbers = [
-            rows.document[rows.bounds[run.start] : rows.bounds[run.stop]]
-            for rows, run in self._runs(begin, end)
-        ]
-        documents = np.unique(np.concatenate(numbers)) if numbers else []
-        return self.reader.cache.lines[documents].tolist()
+        documents = {piece[0] for n in range(begin, end) for piece in self._row(n)}
+        return self.cache.lines[sorted(documents)].tolist()
 
-    def _runs(self, begin: int, end: int) -> Iterator[tuple[PackedRows, slice]]:
-        """The samples from begin to end, cut at the ends of epochs."""
-        while begin < end:
-            epoch, row = divmod(begin, self.rows)
-            stop = min(self.rows, row + end - begin)
-            yield self._epoch(epoch), slice(row, stop)
-            begin += stop - row
-
-    def _epoch(self, epoch: int) -> PackedRows:
-        if epoch not in self._epochs:
-            # Two at a time: a step may reach across an epoch's end.
-            self._epochs = {e: r for e, r in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = pack_epoch(
-                self.documents, self.targets, self.width, self.seed, epoch
-            )
-        return self._epochs[epoch]
+    def _row(self, sample: int) -> list[tuple[int, int, int]]:
+        epoch, row = divmod(sample, self.rows)
+        return self._rows_of(epoch).row(row)
 
 
 class ValidationRows:
-    """The held-out documents, packed once in the file's order."""
+    """The held-out documents, packed once into rows; their order means nothing.
+
+    Whole documents are taken in the file's order, those left out that have more targets
+    than remain of `eval_tokens`; where none has as few, the shortest is taken.
+    """
 
     def __init__(
-        self, reader: RowReader, documents: np.ndarray, width: int, most_tokens: int
+        self, cache: TokenCache, documents: np.ndarray, cfg: TrainConfig, pad_id: int
     ) -> None:
-        self.reader = reader
-        targets = reader.cache.targets[documents]
-        before = np.cumsum(targets) - targets
-        kept = before < most_tokens
-        self.rows = pack(documents[kept], targets[kept], width)
-        self.text_bytes = int(reader.cache.sizes[documents[kept]].sum())
+        assert cfg.max_seq_len and cfg.eval_tokens
+        self.cache = cache
+        self.cfg = cfg
+        self.pad_id = pad_id
+        targets = cache.targets[documents]
+        left = max(cfg.eval_tokens, int(targets.min()))
+        kept = []
+        for index, count in enumerate(targets.tolist()):
+            if count <= left:
+                kept.append(index)
+                left -= count
+        self.rows = pack(documents[kept], targets[kept], cfg.max_seq_len)
+        self.text_bytes = int(cache.sizes[documents[kept]].sum())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -205,6 +189,10 @@ class ValidationRows:
         self, batch_size: int, rank: int, size: int
     ) -> Iterator[MicroBatch]:
         """This rank's share of the rows, `batch_size` at a time."""
-        mine = list(range(rank, len(self.rows), size))
+        mine = range(rank, len(self.rows), size)
         for begin in range(0, len(mine), batch_size):
-            yield self.reader.read(self.rows, mine[begin : begin + batch_size])
+            rows = [
+                [self.cache.piece(*piece) for piece in self.rows.row(number)]
+                for number in mine[begin : begin + batch_size]
+            ]
+            yield collate(rows, self.cfg, self.pad_id)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import TrainConfig
-from .batches import RowReader, TrainingStream, ValidationRows
+from .batches import TrainingStream, ValidationRows
 from .packing import split_by_hash
 from .shards import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
@@ -27,14 +27,11 @@ class Corpus:
     ) -> None:
         self.cache = cache
         self.val_cache = cache if val_cache is None else val_cache
-        self._has_own_file = val_cache is not None
         if val_cache is None:
-            self.documents, self.val_documents = split_by_hash(
-                cache.hashes, val_fraction
-            )
+            split = split_by_hash(cache.hashes, val_fraction)
         else:
-            self.documents = np.arange(len(cache))
-            self.val_documents = np.arange(len(val_cache))
+            split = np.arange(len(cache)), np.arange(len(val_cache))
+        self.documents, self.val_documents = split
 
     @classmethod
     def prepare(
@@ -72,24 +69,20 @@ class Corpus:
             )
         return corpus
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> list[dict[str, Any]]:
         """Where the caches lie, as plain data for `reopen`."""
-        places = {"cache": self.cache}
-        if self._has_own_file:
-            places["val_cache"] = self.val_cache
-        return {
-            name: {"folder": str(cache.folder), "facts": cache.facts}
-            for name, cache in places.items()
-        }
+        caches = [self.cache]
+        if self.val_cache is not self.cache:
+            caches.append(self.val_cache)
+        return [{"folder": str(one.folder), "facts": one.facts} for one in caches]
 
     @classmethod
-    def reopen(cls, description: Mapping[str, Any], val_fraction: float) -> Corpus:
+    def reopen(
+        cls, description: Sequence[Mapping[str, Any]], val_fraction: float
+    ) -> Corpus:
         """Open caches that the process which described them has verified."""
-        caches = {
-            name: TokenCache(Path(place["folder"]), place["facts"])
-            for name, place in description.items()
-        }
-        return cls(caches["cache"], caches.get("val_cache"), val_fraction)
+        caches = [TokenCache(Path(one["folder"]), one["facts"]) for one in description]
+        return cls(caches[0], caches[1] if caches[1:] else None, val_fraction)
 
     def training_stream(
         self,
@@ -100,27 +93,11 @@ class Corpus:
         samples: int = 0,
     ) -> TrainingStream:
         """The samples of a resolved configuration for one rank, from `samples` on."""
-        assert cfg.max_seq_len and cfg.epochs
-        assert cfg.batch_size and cfg.accumulation_steps
-        return TrainingStream(
-            RowReader(self.cache, pad_id, bool(cfg.document_mask)),
-            self.documents,
-            width=cfg.max_seq_len,
-            seed=cfg.seed,
-            epochs=cfg.epochs,
-            batch_size=cfg.batch_size,
-            accumulation_steps=cfg.accumulation_steps,
-            rank=rank,
-            size=size,
-            samples=samples,
-        )
+        ranks = {"rank": rank, "size": size, "samples": samples}
+        return TrainingStream(self.cache, self.documents, cfg, pad_id, **ranks)
 
     def validation_rows(self, cfg: TrainConfig, pad_id: int) -> ValidationRows | None:
         """The held-out rows, at most `eval_tokens`; None where nothing is held out."""
-        assert cfg.max_seq_len and cfg.eval_tokens
         if not len(self.val_documents):
             return None
-        reader = RowReader(self.val_cache, pad_id, bool(cfg.document_mask))
-        return ValidationRows(
-            reader, self.val_documents, cfg.max_seq_len, cfg.eval_tokens
-        )
+        return ValidationRows(self.val_cache, self.val_documents, cfg, pad_id)

@@ -6,9 +6,10 @@ its merges, and by encoding probes both ways. Every other vocabulary, and every 
 that tiktoken cannot take, goes to ``tokenizers``.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -33,20 +34,15 @@ _SPLIT = (
 # expressions keeping a place to go back to for each; 400,000 pass. Letters, digits and
 # signs were taken by the million.
 _LONGEST_BLANK = 100_000
-_BLANKS = re.compile(r"\s+")
+_LONG_BLANK = re.compile(rf"(?<!\s)\s{{{_LONGEST_BLANK}}}")
 _TEXTS_PER_TASK = 256
 
-_PLAIN_MODEL = {
-    "type": "BPE",
-    "dropout": (None, 0.0),
-    "unk_token": None,
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "byte_fallback": False,
-    "ignore_merges": False,
-}
-_PLAIN_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_PLAIN_ADDED = {"single_word": False, "lstrip": False, "rstrip": False}
+# Settings of a BPE, its split and its added tokens that tiktoken has no word for.
+_NOT_IN_MODEL = (
+    "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback "
+    "ignore_merges"
+).split()
+_NOT_IN_ADDED = ("single_word", "lstrip", "rstrip")
 
 _PROBES = (
     "",
@@ -78,17 +74,18 @@ class BulkEncoder:
         self._with_special = _plain_tokenizer(spec)
         self._ordinary = _plain_tokenizer(spec)
         self._ordinary.encode_special_tokens = True
-        content = json.loads(spec.json)
-        added = content.get("added_tokens") or []
+        # As tokenizers writes it down, so that no setting is missing.
+        content = json.loads(self._ordinary.to_str())
+        added = content["added_tokens"]
         self._added = frozenset(one["content"] for one in added)
         self._never_ordinary = frozenset(
             one["content"] for one in added if not one["special"]
         )
         self._tiktoken: tiktoken.Encoding | None = None
-        self.reason = _obstacle(content) or _unreachable(self._ordinary, content)
+        self.reason = next(_obstacles(content, self._ordinary), "")
         if not self.reason:
             self._tiktoken = _build_tiktoken(content)
-            self.reason = self._differing_probe(self._tiktoken)
+            self.reason = next(self._differing_probes(), "")
         self.backend: Literal["tiktoken", "tokenizers"] = (
             "tokenizers" if self.reason else "tiktoken"
         )
@@ -115,7 +112,7 @@ class BulkEncoder:
         def encode_from(start: int) -> list[Ids]:
             return [
                 _encode_slowly(tokenizer, [text])[0]
-                if len(text) > _LONGEST_BLANK and _has_long_blank(text)
+                if len(text) > _LONGEST_BLANK and _LONG_BLANK.search(text)
                 else encode(text, allowed_special=allowed, disallowed_special=())
                 for text in texts[start : start + _TEXTS_PER_TASK]
             ]
@@ -126,22 +123,17 @@ class BulkEncoder:
         with ThreadPoolExecutor(self._threads) as pool:
             return [ids for part in pool.map(encode_from, starts) for ids in part]
 
-    def _differing_probe(self, encoding: tiktoken.Encoding) -> str:
+    def _differing_probes(self) -> Iterator[str]:
         added = sorted(self._added)
         probes = [*_PROBES, "".join(added), " a ".join(["", *added, ""])]
-        for tokenizer, allowed in (
-            (self._with_special, self._added),
-            (self._ordinary, self._never_ordinary),
+        for tokenizer, encode in (
+            (self._with_special, self.encode),
+            (self._ordinary, self.encode_ordinary),
         ):
-            for probe, slow in zip(
-                probes, _encode_slowly(tokenizer, probes), strict=True
-            ):
-                fast = encoding.encode(
-                    probe, allowed_special=allowed, disallowed_special=()
-                )
-                if fast != slow.tolist():
-                    return f"tiktoken gives other ids for {probe[:40]!r}"
-        return ""
+            slow = _encode_slowly(tokenizer, probes)
+            for probe, a, b in zip(probes, encode(probes), slow, strict=True):
+                if a.tolist() != b.tolist():
+                    yield f"tiktoken gives other ids for {probe[:40]!r}"
 
 
 def _plain_tokenizer(spec: TokenizerSpec) -> Tokenizer:
@@ -156,57 +148,36 @@ def _encode_slowly(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
-def _has_long_blank(text: str) -> bool:
-    return any(
-        run.end() - run.start() > _LONGEST_BLANK for run in _BLANKS.finditer(text)
-    )
-
-
-def _obstacle(content: dict[str, Any]) -> str:
-    """Say what in a ``tokenizer.json`` tiktoken cannot express; "" if nothing."""
-    model = content["model"]
-    normalizer = content.get("normalizer") or {}
-    splitter = content.get("pre_tokenizer") or {}
-    added = content.get("added_tokens") or []
-    checks = (
-        (not normalizer, f"it has a normalizer ({normalizer.get('type')})"),
-        (_is_plain(splitter, _PLAIN_SPLIT), "it does not split as GPT-2 does"),
-        (_is_plain(model, _PLAIN_MODEL), "its model is not a plain byte-level BPE"),
-        (added, "it has no special tokens"),
-        (
-            all(_is_plain(one, _PLAIN_ADDED) for one in added),
-            "an added token strips blanks or wants to be a single word",
+def _obstacles(content: dict[str, Any], ordinary: Tokenizer) -> Iterator[str]:
+    """Say what in a ``tokenizer.json`` tiktoken cannot express, one after the other."""
+    model, added = content["model"], content["added_tokens"]
+    split = {"type": None, **(content["pre_tokenizer"] or {})}
+    names = sorted(one["content"] for one in added)
+    beginnings = {name[0] for name in names}
+    prefix = any(b.startswith(a) for a, b in itertools.pairwise(names))
+    passes = {one["normalized"] for one in added}
+    checks = {
+        "it has a normalizer": content["normalizer"],
+        "it does not split as GPT-2 does": split["type"] != "ByteLevel"
+        or (split["add_prefix_space"], split["use_regex"]) != (False, True),
+        "its model is not a plain byte-level BPE": model["type"] != "BPE"
+        or any(model[name] for name in _NOT_IN_MODEL),
+        "it has no special tokens": not added,
+        "an added token strips blanks or wants to be a single word": any(
+            one[name] for one in added for name in _NOT_IN_ADDED
         ),
-        (
-            len({one["normalized"] for one in added}) <= 1,
-            "its added tokens are looked for in two passes",
-        ),
-    )
-    failed = next((reason for passed, reason in checks if not passed), "")
-    names = [one["content"] for one in added]
-    return failed or _ambiguous(names) or _unranked(model, added)
+        "its added tokens are looked for in two passes": len(passes) > 1,
+        # They can compete for a place, and each side has its own way to decide.
+        "its added tokens overlap": prefix
+        or any(beginnings & set(name[1:]) for name in names),
+    }
+    yield from (reason for reason, holds in checks.items() if holds)
+    yield from _obstacles_in_merges(model, added, ordinary)
 
 
-def _is_plain(settings: dict[str, Any], plain: dict[str, Any]) -> bool:
-    """Whether each setting has its plain value, or one of several; absent is plain."""
-    for name, value in plain.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        if settings.get(name, allowed[0] if name != "type" else None) not in allowed:
-            return False
-    return True
-
-
-def _ambiguous(added: list[str]) -> str:
-    """Say if two added tokens can compete for a place: the two then differ."""
-    added = sorted(added)
-    beginnings = {name[0] for name in added}
-    prefix = any(b.startswith(a) for a, b in zip(added, added[1:], strict=False))
-    if prefix or any(beginnings & set(name[1:]) for name in added):
-        return "its added tokens overlap"
-    return ""
-
-
-def _unranked(model: dict[str, Any], added: list[dict[str, Any]]) -> str:
+def _obstacles_in_merges(
+    model: dict[str, Any], added: list[dict[str, Any]], ordinary: Tokenizer
+) -> Iterator[str]:
     """Say why tiktoken's merging by rank would differ from merging by the list.
 
     tiktoken merges any two neighbours that make an entry, lowest id first; the list
@@ -215,39 +186,31 @@ def _unranked(model: dict[str, Any], added: list[dict[str, Any]]) -> str:
     encoded alone, comes out as itself.
     """
     vocab: dict[str, int] = model["vocab"]
-    merged = ["".join(_pair(merge)) for merge in model["merges"]]
-    ids = [vocab[entry] for entry in merged]
-    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
-        return "its ids do not grow in the order of its merges"
+    merged = ["".join(pair) for pair in model["merges"]]
+    if any(vocab[a] >= vocab[b] for a, b in itertools.pairwise(merged)):
+        yield "its ids do not grow in the order of its merges"
     letters = set(pre_tokenizers.ByteLevel.alphabet())
     if not letters <= vocab.keys():
-        return "it lacks an entry for some byte"
+        yield "it lacks an entry for some byte"
     names = {one["content"] for one in added}
     if vocab.keys() - letters - names != set(merged) - names:
-        return "some of its entries come from no merge"
+        yield "some of its entries come from no merge"
     if any(vocab.get(one["content"], one["id"]) != one["id"] for one in added):
-        return "an added token has another id as an entry"
-    return ""
-
-
-def _pair(merge: str | Sequence[str]) -> Sequence[str]:
-    # A list of two since tokenizers 0.20, before that one string with a blank.
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _unreachable(tokenizer: Tokenizer, content: dict[str, Any]) -> str:
-    """Name an entry that its own merges do not arrive at, as ``_unranked`` needs."""
-    for merge in content["model"]["merges"]:
-        entry = "".join(_pair(merge))
-        if [token.value for token in tokenizer.model.tokenize(entry)] != [entry]:
-            return f"its merges never arrive at its entry {entry!r}"
-    return ""
+        yield "an added token has another id as an entry"
+    for entry in merged:
+        if [token.value for token in ordinary.model.tokenize(entry)] != [entry]:
+            yield f"its merges never arrive at its entry {entry!r}"
 
 
 def _build_tiktoken(content: dict[str, Any]) -> tiktoken.Encoding:
-    byte_of = _bytes_by_letter()
+    # GPT-2's alphabet (Radford et al., 2019, and its released encoder): printable
+    # Latin-1 bytes are themselves, the rest follow from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = sorted(set(range(256)) - set(printable))
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(rest)}
     vocab = content["model"]["vocab"]
-    merged = ["".join(_pair(merge)) for merge in content["model"]["merges"]]
+    merged = ["".join(pair) for pair in content["model"]["merges"]]
     return tiktoken.Encoding(
         "minimind_nb",
         pat_str=_SPLIT,
@@ -257,15 +220,3 @@ def _build_tiktoken(content: dict[str, Any]) -> tiktoken.Encoding:
         },
         special_tokens={one["content"]: one["id"] for one in content["added_tokens"]},
     )
-
-
-def _bytes_by_letter() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes are themselves, the rest from U+0100.
-
-    See "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019)
-    and its released encoder.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + n): byte for n, byte in enumerate(rest)}

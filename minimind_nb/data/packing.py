@@ -6,7 +6,7 @@ tokens is n - 1 *targets*: each token but its first is predicted from those befo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,34 +17,25 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Which pieces of which documents make up each row.
+    """Which pieces of which documents make up each row; all int64.
 
-    Row r holds the pieces `bounds[r]:bounds[r + 1]`; piece p is the targets
-    `start[p]` to `start[p] + count[p]` of document `document[p]`, so its inputs begin
-    with the token at `start[p]`: a piece that goes on repeats the last token of the one
-    before. All int64; `targets[r]` is the number of targets in row r.
+    A piece is (document, start, count): `count` targets of a document, of which the
+    first is predicted from the token at `start`, so a piece that goes on repeats the
+    last token of the one before. `spans` [rows, 2] says from where to where in `pieces`
+    each row lies, `targets` [rows] how many targets it has.
     """
 
-    width: int
-    document: np.ndarray
-    start: np.ndarray
-    count: np.ndarray
-    bounds: np.ndarray
+    pieces: np.ndarray
+    spans: np.ndarray
     targets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    @property
-    def fill(self) -> float:
-        """Share of the positions that hold a target."""
-        return float(self.targets.sum()) / max(1, len(self) * self.width)
-
-    @property
-    def split_documents(self) -> int:
-        """Documents that lie in more than one piece."""
-        _, pieces = np.unique(self.document, return_counts=True)
-        return int((pieces > 1).sum())
+    def row(self, number: int) -> list[tuple[int, int, int]]:
+        """The pieces of one row, as (document, start, count)."""
+        begin, end = self.spans[number]
+        return [(d, start, n) for d, start, n in self.pieces[begin:end].tolist()]
 
 
 def pack(documents: np.ndarray, targets: np.ndarray, width: int) -> PackedRows:
@@ -58,85 +49,45 @@ def pack(documents: np.ndarray, targets: np.ndarray, width: int) -> PackedRows:
     is 1 but for the last row. Not covered: the order of the rows follows the lengths;
     shuffle them.
     """
-    whole = _whole_rows(documents, targets, width)
-    pieces, row_sizes = _best_fit(documents, targets, width)
-    rest = np.array(pieces, dtype=np.int64).reshape(-1, 3)
-    table = np.concatenate([whole, rest])
-    sizes = np.concatenate([np.ones(len(whole), np.int64), np.array(row_sizes, int)])
-    bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    cumulative = np.concatenate([[0], np.cumsum(table[:, 2])])
-    return PackedRows(
-        width=width,
-        document=table[:, 0],
-        start=table[:, 1],
-        count=table[:, 2],
-        bounds=bounds,
-        targets=np.diff(cumulative[bounds]),
-    )
-
-
-def _whole_rows(documents: np.ndarray, targets: np.ndarray, width: int) -> np.ndarray:
-    """The rows that long documents fill alone: (document, start, width) each."""
     rows = targets // width
-    first = np.concatenate([[0], np.cumsum(rows)[:-1]]) if len(rows) else rows
-    number = np.arange(rows.sum()) - np.repeat(first, rows)
+    number = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
     document = np.repeat(documents, rows)
-    return np.stack([document, number * width, np.full_like(document, width)], axis=1)
-
-
-def _best_fit(
-    documents: np.ndarray, targets: np.ndarray, width: int
-) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """Pack what is left of each document; returns pieces and pieces a row."""
+    whole = [document, number * width, np.full_like(document, width)]
     left = targets % width
-    starts = targets - left
+    rest, ends = _best_fit(np.stack([documents, targets - left, left], 1), width)
+    pieces = np.concatenate([np.stack(whole, 1), rest])
+    bounds = np.concatenate([np.arange(len(number) + 1), len(number) + ends])
+    cumulative = np.concatenate([[0], np.cumsum(pieces[:, 2])])
+    spans = np.stack([bounds[:-1], bounds[1:]], 1)
+    return PackedRows(pieces, spans, np.diff(cumulative[bounds]))
+
+
+def _best_fit(rest: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack pieces shorter than a row; returns them, and where each row of them ends."""
     buckets: list[list[tuple[int, int]]] = [[] for _ in range(width)]
-    for document, start, count in zip(
-        documents[::-1].tolist(),
-        starts[::-1].tolist(),
-        left[::-1].tolist(),
-        strict=True,
-    ):
+    for document, start, count in rest[::-1].tolist():
         buckets[count].append((document, start))
-    # Bit n says that a document with n targets left is there: the longest that fits
-    # is then one shift of a 512-bit integer away.
+    # Bit n says that a piece of n targets is there: the longest that fits is then one
+    # shift of a 512-bit integer away.
     there = sum(1 << count for count in range(1, width) if buckets[count])
     pieces: list[tuple[int, int, int]] = []
-    row_sizes: list[int] = []
+    ends: list[int] = []
     while there:
-        room, pieces_before = width, len(pieces)
+        room = width
         while room and there:
-            count = (there & ((2 << room) - 1)).bit_length() - 1
-            fits = count > 0
-            if not fits:
-                count = there.bit_length() - 1
+            fitting = there & ((2 << room) - 1)
+            count = (fitting or there).bit_length() - 1
             document, start = buckets[count].pop()
             if not buckets[count]:
                 there ^= 1 << count
-            taken = count if fits else room
+            taken = min(count, room)
             pieces.append((document, start, taken))
             room -= taken
-            if not fits:
+            if taken < count:
                 buckets[count - taken].append((document, start + taken))
                 there |= 1 << (count - taken)
-        row_sizes.append(len(pieces) - pieces_before)
-    return pieces, row_sizes
-
-
-def shuffle_rows(rows: PackedRows, order: np.ndarray) -> PackedRows:
-    """The same rows in another order (`order[i]` is the old number of row i)."""
-    sizes = np.diff(rows.bounds)[order]
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    within = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
-    piece = np.repeat(rows.bounds[:-1][order], sizes) + within
-    return PackedRows(
-        width=rows.width,
-        document=rows.document[piece],
-        start=rows.start[piece],
-        count=rows.count[piece],
-        bounds=bounds,
-        targets=rows.targets[order],
-    )
+        ends.append(len(pieces))
+    return np.array(pieces, np.int64).reshape(-1, 3), np.array(ends, np.int64)
 
 
 def pack_epoch(
@@ -145,7 +96,8 @@ def pack_epoch(
     """The rows of one epoch: shuffled documents, packed, and the rows shuffled."""
     order = shuffled(len(documents), seed, epoch, 0)
     rows = pack(documents[order], targets[order], width)
-    return shuffle_rows(rows, shuffled(len(rows), seed, epoch, 1))
+    order = shuffled(len(rows), seed, epoch, 1)
+    return replace(rows, spans=rows.spans[order], targets=rows.targets[order])
 
 
 def shuffled(n: int, *keys: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
@@ -13,17 +12,19 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..session import die_with_parent
 from ..storage import verified
 from .encoding import BulkEncoder
-from .faults import BadRow, Tally, write_rejected
+from .faults import BadRow, DataError, Tally, write_rejected
 from .jsonl import Chunk, check_file, iter_chunks, read_rows
 from .records import RECORD_FORMATS, VERSION
 from .tokenizer import TokenizerSpec
@@ -34,12 +35,6 @@ CHUNK_BYTES = 2 << 20
 _ALONE_BYTES = 16 << 20
 _REPORT_SECONDS = 5.0
 _REJECTED = "rejected.jsonl"
-_ARRAYS = {
-    "offsets": np.dtype(np.int64),
-    "lines": np.dtype(np.int64),
-    "sizes": np.dtype(np.int64),
-    "hashes": np.dtype(np.uint64),
-}
 
 
 @dataclass(frozen=True)
@@ -54,16 +49,10 @@ class Source:
 
     def key(self) -> str:
         """Names the cache: equal for equal content, whatever the file is called."""
-        parts = [
-            verified.hash_file(Path(self.path)),
-            self.path.endswith(".gz"),
-            self.tokenizer.fingerprint,
-            self.record_format,
-            VERSION,
-            self.on_bad_line,
-        ]
-        text = verified.canonical_json(parts)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+        content = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
+        reading = [self.record_format, VERSION, self.on_bad_line]
+        parts = [*content, self.tokenizer.fingerprint, *reading]
+        return hashlib.sha256(verified.canonical_json(parts).encode()).hexdigest()
 
 
 class TokenCache:
@@ -77,11 +66,11 @@ class TokenCache:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
-        self.tokens = _map(folder / "tokens", np.dtype(facts["token_type"]))
-        self.offsets = _map(folder / "offsets", _ARRAYS["offsets"])
-        self.lines = _map(folder / "lines", _ARRAYS["lines"])
-        self.sizes = _map(folder / "sizes", _ARRAYS["sizes"])
-        self.hashes = _map(folder / "hashes", _ARRAYS["hashes"])
+        self.tokens = _map(folder / "tokens", facts["token_type"])
+        self.offsets = _map(folder / "offsets", np.int64)
+        self.lines = _map(folder / "lines", np.int64)
+        self.sizes = _map(folder / "sizes", np.int64)
+        self.hashes = _map(folder / "hashes", np.uint64)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -89,6 +78,11 @@ class TokenCache:
     def document(self, number: int) -> np.ndarray:
         """The ids of one document."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def piece(self, number: int, start: int, count: int) -> np.ndarray:
+        """The ids of `count` targets of a document, and the one before the first."""
+        begin = int(self.offsets[number]) + start
+        return self.tokens[begin : begin + count + 1]
 
     @property
     def targets(self) -> np.ndarray:
@@ -111,14 +105,15 @@ def open_cache(
     """The token cache of a file, built if it is not there or not intact.
 
     Memory does not grow with the file: a few chunks of 2 MiB are in flight. Whoever
-    comes second waits for the first. Raises `FileNotFoundError`, `DataError` or
-    `OSError`.
+    comes second waits for the first. Raises `FileNotFoundError`, `DataError` (also
+    where the file changes meanwhile) or `OSError`.
     """
     check_file(source.path)
-    key = source.key()
-    folder = root / f"tokens-{key[:24]}"
+    before = Path(source.path).stat()
+    folder = root / f"tokens-{source.key()[:24]}"
     root.mkdir(parents=True, exist_ok=True)
-    with _one_builder(root / f".{folder.name}.lock"):
+    with (root / f".{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             try:
                 facts = verified.verify(folder)
@@ -129,18 +124,8 @@ def open_cache(
                 shutil.rmtree(folder)
         for leftover in root.glob(f".{folder.name}.*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-        _build(source, folder, processes, on_progress)
+        _build(source, before, folder, processes, on_progress)
         return TokenCache(folder, verified.verify(folder))
-
-
-@contextlib.contextmanager
-def _one_builder(lock: Path) -> Iterator[None]:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _judge_again(source: Source, facts: dict[str, Any], rejected: Path) -> None:
@@ -154,19 +139,13 @@ def _judge_again(source: Source, facts: dict[str, Any], rejected: Path) -> None:
     tally.judge()
 
 
-@dataclass
-class _Encoded:
-    """What a helper made of a chunk."""
+class _Encoded(NamedTuple):
+    """What became of a chunk; `arrays` by the name of the file they go to."""
 
-    tokens: bytes
-    counts: np.ndarray
-    lines: np.ndarray
-    sizes: np.ndarray
-    hashes: np.ndarray
+    arrays: dict[str, np.ndarray]
     rows: int
-    empty: int
-    blank: int
     problems: list[BadRow]
+    blank: int
 
 
 class _ChunkEncoder:
@@ -176,33 +155,28 @@ class _ChunkEncoder:
         self.format = RECORD_FORMATS[record_format]
         self.spec = spec
         self.encoder = BulkEncoder(spec, threads=1)
-        self.token_type = token_type(spec.vocab_size)
 
     def __call__(self, chunk: Chunk) -> _Encoded:
         rows, problems, blank = read_rows(chunk, self.format.check)
         pairs = [(line, self.format.text(row)) for line, row in rows]
-        pairs = [(line, text) for line, text in pairs if text]
-        texts = [text for _, text in pairs]
+        lines = [line for line, text in pairs if text]
+        texts = [text for _, text in pairs if text]
         raw = [text.encode("utf-8") for text in texts]
         ids = self.format.encode(texts, self.encoder, self.spec)
-        tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-        if len(tokens) and tokens.max() >= self.spec.vocab_size:
+        tokens = np.concatenate([np.zeros(0, np.uint32), *ids])
+        if tokens.max(initial=0) >= self.spec.vocab_size:
             raise ValueError(
-                f"the tokenizer gave the id {tokens.max()} but states {self.spec.vocab_size} "
-                "entries, so a model would have no row for it; its tokenizer.json is "
-                "inconsistent: use another tokenizer"
+                f"the tokenizer gave the id {tokens.max()} but states "
+                f"{self.spec.vocab_size} entries: use another tokenizer"
             )
-        return _Encoded(
-            tokens=tokens.astype(self.token_type).tobytes(),
-            counts=np.array([len(each) for each in ids], np.int64),
-            lines=np.array([line for line, _ in pairs], np.int64),
-            sizes=np.array([len(each) for each in raw], np.int64),
-            hashes=np.array([_content_hash(each) for each in raw], np.uint64),
-            rows=len(rows),
-            empty=len(rows) - len(pairs),
-            blank=blank,
-            problems=problems,
-        )
+        arrays = {
+            "tokens": tokens.astype(token_type(self.spec.vocab_size)),
+            "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
+            "lines": np.array(lines, np.int64),
+            "sizes": np.array([len(each) for each in raw], np.int64),
+            "hashes": np.frombuffer(b"".join(map(_content_hash, raw)), "<u8"),
+        }
+        return _Encoded(arrays, len(rows), problems, blank)
 
 
 def token_type(vocab_size: int) -> str:
@@ -210,76 +184,73 @@ def token_type(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _content_hash(raw: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+def _content_hash(raw: bytes) -> bytes:
+    return hashlib.blake2b(raw, digest_size=8).digest()
 
 
 def _build(
-    source: Source, folder: Path, processes: int, on_progress: Callable[[str], None]
+    source: Source,
+    before: os.stat_result,
+    folder: Path,
+    processes: int,
+    on_progress: Callable[[str], None],
 ) -> None:
+    """Write the cache; `before` is the state of the file when its key was taken."""
     tally = Tally(source.path, source.on_bad_line, source.max_bad_fraction)
     facts: dict[str, Any] = {"token_type": token_type(source.tokenizer.vocab_size)}
-    size = Path(source.path).stat().st_size
-    if size < _ALONE_BYTES and not source.path.endswith(".gz"):
+    if before.st_size < _ALONE_BYTES and not source.path.endswith(".gz"):
         processes = 1
-    with verified.writing(folder, facts) as aside, contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context((aside / name).open("wb"))
-            for name in ("tokens", *_ARRAYS)
-        }
+    with verified.writing(folder, facts) as aside:
         chunks = iter_chunks(source.path, CHUNK_BYTES)
-        parts = stack.enter_context(_encoding(source, chunks, processes))
-        totals = _write_parts(parts, files, tally, on_progress, size)
+        with contextlib.closing(_encode_chunks(source, chunks, processes)) as parts:
+            facts |= _write_parts(parts, aside, tally, on_progress, before.st_size)
+        after = Path(source.path).stat()
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise DataError(
+                f"{source.path} changed while it was read: start again when nothing "
+                "writes to it any more"
+            )
         tally.judge()
         if tally.problems:
             write_rejected(aside / _REJECTED, tally.problems)
-        facts.update(
-            totals,
-            blank=tally.blank,
-            bad_rows=dict(tally.kinds),
-            rows=tally.good,
-            tokenizer=source.tokenizer.fingerprint,
-        )
-        for file in files.values():
-            file.flush()
+        facts |= {"bad_rows": dict(tally.kinds), "rows": tally.good}
+        facts |= {"blank": tally.blank, "empty": tally.good - facts["documents"]}
 
 
 def _write_parts(
     parts: Iterator[_Encoded],
-    files: Mapping[str, BinaryIO],
+    folder: Path,
     tally: Tally,
     on_progress: Callable[[str], None],
     size: int,
 ) -> dict[str, int]:
-    totals: collections.Counter[str] = collections.Counter()
+    tokens = documents = text_bytes = 0
     next_report = time.monotonic() + _REPORT_SECONDS
-    files["offsets"].write(np.zeros(1, np.int64).tobytes())
-    for part in parts:
-        tally.add(part.rows, part.problems, part.blank)
-        offsets = totals["tokens"] + np.cumsum(part.counts)
-        files["tokens"].write(part.tokens)
-        files["offsets"].write(offsets.tobytes())
-        for name in ("lines", "sizes", "hashes"):
-            files[name].write(getattr(part, name).tobytes())
-        totals["tokens"] += int(part.counts.sum())
-        totals["documents"] += len(part.counts)
-        totals["text_bytes"] += int(part.sizes.sum())
-        totals["empty"] += part.empty
-        if time.monotonic() > next_report:
-            next_report = time.monotonic() + _REPORT_SECONDS
-            done = f"tokenised {totals['text_bytes'] / 1e6:,.0f} MB of text"
-            on_progress(f"{done} (the file has {size / 1e6:,.0f} MB)")
-    return dict(totals)
+    with contextlib.ExitStack() as stack:
+        names = ("tokens", "offsets", "lines", "sizes", "hashes")
+        files = [stack.enter_context((folder / name).open("wb")) for name in names]
+        files[1].write(bytes(8))  # the first document begins at 0
+        for part in parts:
+            tally.add(part.rows, part.problems, part.blank)
+            part.arrays["offsets"] += tokens
+            for name, file in zip(names, files, strict=True):
+                file.write(part.arrays[name].tobytes())
+            tokens += len(part.arrays["tokens"])
+            documents += len(part.arrays["lines"])
+            text_bytes += int(part.arrays["sizes"].sum())
+            if time.monotonic() > next_report:
+                next_report = time.monotonic() + _REPORT_SECONDS
+                done = f"tokenised {text_bytes / 1e6:,.0f} MB of text"
+                on_progress(f"{done} (the file has {size / 1e6:,.0f} MB)")
+    return {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
 
 
-@contextlib.contextmanager
-def _encoding(
+def _encode_chunks(
     source: Source, chunks: Iterator[Chunk], processes: int
-) -> Iterator[Iterator[_Encoded]]:
+) -> Generator[_Encoded, None, None]:
     """Encode chunks in this process or in helpers; results come in order."""
     if processes == 1:
-        encoder = _ChunkEncoder(source.record_format, source.tokenizer)
-        yield map(encoder, chunks)
+        yield from map(_ChunkEncoder(source.record_format, source.tokenizer), chunks)
         return
     with concurrent.futures.ProcessPoolExecutor(
         processes,
@@ -287,26 +258,19 @@ def _encoding(
         initializer=_start_helper,
         initargs=(os.getpid(), source.record_format, source.tokenizer),
     ) as pool:
+        waiting: deque[concurrent.futures.Future[_Encoded]] = deque()
         try:
-            yield _in_order(pool, chunks, 2 * processes)
+            for chunk in chunks:
+                waiting.append(pool.submit(_encode_in_helper, chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise RuntimeError(
                 "a helper process that tokenises was killed; when nobody did, the "
                 "machine ran out of memory: close what else runs, and start again"
             ) from error
-
-
-def _in_order(
-    pool: concurrent.futures.Executor, chunks: Iterator[Chunk], in_flight: int
-) -> Iterator[_Encoded]:
-    waiting: collections.deque[concurrent.futures.Future[_Encoded]]
-    waiting = collections.deque()
-    for chunk in chunks:
-        waiting.append(pool.submit(_encode_in_helper, chunk))
-        if len(waiting) > in_flight:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 _helper: _ChunkEncoder | None = None
@@ -323,7 +287,7 @@ def _encode_in_helper(chunk: Chunk) -> _Encoded:
     return _helper(chunk)
 
 
-def _map(file: Path, dtype: np.dtype) -> np.ndarray:
+def _map(file: Path, dtype: npt.DTypeLike) -> np.ndarray:
     if file.stat().st_size == 0:
         return np.zeros(0, dtype)  # an empty file cannot be mapped
     return np.memmap(file, dtype, mode="r")

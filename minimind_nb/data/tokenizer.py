@@ -8,11 +8,10 @@ tokenizer object. Only ``load_tokenizer`` imports transformers.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -23,22 +22,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-# Where nothing says which token is which: the contents used by known families, ChatML
-# first (an end of turn before an end of text, which serves to pad).
+# Where nothing says which token is which: ChatML's, else the commonest.
 _WELL_KNOWN = {
-    "eos": (
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<end_of_turn>",
-        "</s>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<eos>",
-        "[EOS]",
-    ),
-    "bos": ("<|im_start|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]"),
-    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|endoftext|>"),
+    "pad": ("<pad>", "<|endoftext|>"),
+    "bos": ("<|im_start|>", "<s>"),
+    "eos": ("<|im_end|>", "</s>", "<|endoftext|>"),
 }
+_CHATML = {"<|im_start|>", "<|im_end|>"}
 _MODEL_MAX_LENGTH = 32_768
 _LISTED_TOKENS = 12
 
@@ -77,15 +67,6 @@ class TokenizerSpec:
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-class _Source(NamedTuple):
-    """What was found: the vocabulary, and what is said about it beside."""
-
-    name: str
-    json: str
-    tokens: dict[str, str]
-    chat_template: str | None
-
-
 def read_tokenizer(source: Any = None) -> TokenizerSpec:
     """Read a tokenizer from wherever it is; ids and special tokens are checked.
 
@@ -94,8 +75,8 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     of transformers or tokenizers, or a ``TokenizerSpec``, given back as it is.
 
     Padding, begin and end are those named by ``tokenizer_config.json`` or
-    ``special_tokens_map.json`` beside it, else found by well-known contents; begin and
-    padding fall back to the end token. A vocabulary with ChatML's two tokens and no
+    ``special_tokens_map.json`` beside it, else ChatML's or ``</s>`` and its like; begin
+    and padding fall back to the end token. A vocabulary with ChatML's two tokens and no
     chat template of its own gets the package's.
 
     Raises FileNotFoundError, TypeError or ValueError saying what was found instead.
@@ -103,20 +84,31 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     """
     if isinstance(source, TokenizerSpec):
         return source
-    if source is None:
-        found = _shipped()
-    elif isinstance(source, str | os.PathLike):
-        found = _from_path(Path(source))
+    shipped = resources.files("minimind_nb.data") / "vocabulary"
+    if source is None or isinstance(source, str | os.PathLike):
+        place = shipped if source is None else Path(source)
+        name, (data, described) = str(place), _read_files(place)
     else:
-        found = _from_object(source)
-    backend = _parse(found.json, found.name)
+        name, (data, described) = type(source).__name__, _read_object(source)
+    try:
+        backend = Tokenizer.from_buffer(data)
+    # The binding raises plain Exception, whatever is wrong with the text.
+    except Exception as error:
+        raise ValueError(
+            f"{name} is not a tokenizer.json that tokenizers can read ({error}): give"
+            " a file written by Tokenizer.save or save_pretrained"
+        ) from error
     vocab = backend.get_vocab(with_added_tokens=True)
-    pad, bos, eos = _special_tokens(found, backend, vocab)
-    template = found.chat_template
-    if template is None and {"<|im_start|>", "<|im_end|>"} <= vocab.keys():
-        template = _shipped().chat_template
+    pad, bos, eos = _special_tokens(name, backend, described, vocab)
+    template = described.get("chat_template")
+    if isinstance(template, list):  # several, as a folder names them
+        template = {one["name"]: one["template"] for one in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None and vocab.keys() >= _CHATML:
+        template = _read_files(shipped)[1]["chat_template"]
     return TokenizerSpec(
-        json=found.json,
+        json=data.decode(),
         chat_template=template,
         pad_token=pad,
         bos_token=bos,
@@ -142,23 +134,21 @@ def load_tokenizer(source: Any = None) -> "PreTrainedTokenizerFast":
     if (backend.get("post_processor") or {}).get("type") != "ByteLevel":
         backend["post_processor"] = None
     backend["truncation"] = backend["padding"] = None
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        pad_token=spec.pad_token,
-        bos_token=spec.bos_token,
-        eos_token=spec.eos_token,
-        model_max_length=_MODEL_MAX_LENGTH,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = spec.chat_template
-    return tokenizer
+    bare = Tokenizer.from_str(json.dumps(backend))
+    return PreTrainedTokenizerFast(tokenizer_object=bare, **_settings(spec))
 
 
 def write_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
     """Write the files of a Hugging Face tokenizer folder; `read_tokenizer` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **_settings(spec)}
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    verified.write_text(folder / "tokenizer.json", spec.json)
+    verified.write_text(folder / "tokenizer_config.json", text + "\n")
+
+
+def _settings(spec: TokenizerSpec) -> dict[str, Any]:
+    return {
         "pad_token": spec.pad_token,
         "bos_token": spec.bos_token,
         "eos_token": spec.eos_token,
@@ -166,59 +156,33 @@ def write_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": spec.chat_template,
     }
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    verified.write_text(folder / "tokenizer.json", spec.json)
-    verified.write_text(folder / "tokenizer_config.json", text + "\n")
 
 
-def _shipped() -> _Source:
-    return _from_folder(resources.files("minimind_nb.data") / "vocabulary")
-
-
-def _from_path(path: Path) -> _Source:
-    if path.is_dir():
-        return _from_folder(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no tokenizer at {path}: give a tokenizer.json, a folder that holds one,"
-            " or None for the vocabulary of this package. Names on a hub are not"
-            " downloaded: save_pretrained(FOLDER) there first, then give FOLDER"
-        )
-    if path.name == "tokenizer.json":
-        return _from_folder(path.parent)
-    return _Source(str(path), _read_text(path), {}, None)
-
-
-def _from_folder(folder: "Traversable") -> _Source:
-    """Read a Hugging Face folder: ``tokenizer.json`` and what describes it."""
+def _read_files(place: "Traversable") -> tuple[bytes, dict[str, Any]]:
+    """The bytes of a ``tokenizer.json``, and what lies beside it that describes it."""
+    if place.is_file() and place.name != "tokenizer.json":
+        return place.read_bytes(), {}
+    folder = place if place.is_dir() else Path(str(place)).parent
     file = folder / "tokenizer.json"
     if not file.is_file():
-        names = sorted(entry.name for entry in folder.iterdir())
-        shown = ", ".join(names[:_LISTED_TOKENS]) or "nothing"
+        held = [one.name for one in folder.iterdir()] if place.is_dir() else []
         raise FileNotFoundError(
-            f"{folder} holds no tokenizer.json (it holds {shown}). Where it is a"
-            " tokenizer of another kind, open it with transformers'"
-            " AutoTokenizer.from_pretrained and give that object, or save it with"
-            " save_pretrained and give the new folder"
+            f"no tokenizer at {place}{f' (it holds {sorted(held)[:9]})' if held else ''}: "
+            "give a tokenizer.json, a folder that holds one, or None for the vocabulary "
+            "of this package. A tokenizer of another kind, or on a hub: open it with "
+            "transformers, save_pretrained(FOLDER) there, then give FOLDER"
         )
-    config = _read_object(folder / "tokenizer_config.json")
-    described = _read_object(folder / "special_tokens_map.json") | config
-    tokens = {}
-    for role in _WELL_KNOWN:
-        token = described.get(f"{role}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            tokens[role] = token
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {one["name"]: one["template"] for one in template}.get("default")
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        template = _read_text(template_file)
-    return _Source(str(folder), _read_text(file), tokens, template)
+    described = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            described |= _read_json(folder / name)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        described["chat_template"] = template
+    return file.read_bytes(), described
 
 
-def _from_object(source: Any) -> _Source:
+def _read_object(source: Any) -> tuple[bytes, dict[str, Any]]:
     backend = getattr(source, "backend_tokenizer", source)
     if not isinstance(backend, Tokenizer):
         raise TypeError(
@@ -226,27 +190,15 @@ def _from_object(source: Any) -> _Source:
             " path, a TokenizerSpec, or a tokenizer of transformers that is backed by"
             " tokenizers (is_fast is True)"
         )
-    named = {role: getattr(source, f"{role}_token", None) for role in _WELL_KNOWN}
-    tokens = {role: token for role, token in named.items() if isinstance(token, str)}
-    template = getattr(source, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    return _Source(type(source).__name__, backend.to_str(), tokens, template)
+    names = (*(f"{role}_token" for role in _WELL_KNOWN), "chat_template")
+    described = {name: getattr(source, name, None) for name in names}
+    return backend.to_str().encode(), described
 
 
-def _read_text(file: "Traversable") -> str:
+def _read_json(file: "Traversable") -> dict[str, Any]:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-
-
-def _read_object(file: "Traversable") -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); save it again") from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -256,45 +208,31 @@ def _read_object(file: "Traversable") -> dict[str, Any]:
     return content
 
 
-def _parse(text: str, name: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    # The binding raises plain Exception, whatever is wrong with the text.
-    except Exception as error:
-        raise ValueError(
-            f"{name} is not a tokenizer.json that tokenizers can read ({error}): give"
-            " a file written by Tokenizer.save or save_pretrained"
-        ) from error
-
-
 def _special_tokens(
-    found: _Source, backend: Tokenizer, vocab: dict[str, int]
+    name: str, backend: Tokenizer, described: dict[str, Any], vocab: dict[str, int]
 ) -> tuple[str, str, str]:
     """Name the pad, begin and end tokens, each of them an entry of the vocabulary."""
-    for role, token in found.tokens.items():
-        if token not in vocab:
+    found: dict[str, str] = {}
+    for role, known in _WELL_KNOWN.items():
+        token = described.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token not in vocab:
             raise ValueError(
-                f"{found.name} names {token!r} as its {role}_token, but the vocabulary"
-                f" has no such entry: correct {role}_token in tokenizer_config.json"
+                f"{name} names {token!r} as its {role}_token, but the vocabulary has"
+                f" no such entry: correct {role}_token in tokenizer_config.json"
             )
-
-    def choose(role: str) -> str | None:
-        known = (token for token in _WELL_KNOWN[role] if token in vocab)
-        return found.tokens.get(role) or next(known, None)
-
-    eos = choose("eos")
-    if eos is None:
-        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        candidates = [token] if isinstance(token, str) else known
+        if token := next((one for one in candidates if one in vocab), None):
+            found[role] = token
+    if "eos" not in found:
+        tokens = backend.get_added_tokens_decoder().values()
+        added = [repr(token.content) for token in tokens]
+        more = len(added) - _LISTED_TOKENS
         raise ValueError(
-            f"{found.name} has no end token that is known: its special tokens are"
-            f" {_listed(added)}. Put a tokenizer_config.json beside it that names one,"
-            ' {"eos_token": "…"}'
+            f"{name} has no end token that is known: its special tokens are"
+            f" {', '.join(added[:_LISTED_TOKENS]) or 'none'}"
+            f"{f' and {more} more' if more > 0 else ''}. Put a tokenizer_config.json"
+            ' beside it that names one, {"eos_token": "…"}'
         )
-    return choose("pad") or eos, choose("bos") or eos, eos
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(repr(name) for name in names[:_LISTED_TOKENS])
-    more = len(names) - _LISTED_TOKENS
-    return (shown or "none") + (f" and {more} more" if more > 0 else "")
+    eos = found["eos"]
+    return found.get("pad", eos), found.get("bos", eos), eos

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minimind_nb.data.faults import Fault, Tally
-from minimind_nb.data.jsonl import check_file, check_text_row, iter_chunks, read_rows
+from minimind_nb.data.jsonl import check_text_row, iter_chunks, read_rows
 from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -19,12 +19,12 @@ _SMALLEST = 256 + len(_SPECIAL) + 1
 
 
 def train_tokenizer(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out_dir: str | os.PathLike[str],
     vocab_size: int = 6400,
     max_bytes: int = 64 << 20,
 ) -> Path:
-    """Train a vocabulary on JSONL files, write it to ``out_dir`` and return that.
+    """Train a vocabulary on JSONL files (or one), write it to ``out_dir``, return that.
 
     Rows hold ``text``, or ``conversations`` of which the contents are read. The result
     is a folder with ``tokenizer.json`` and ``tokenizer_config.json``: all 256 bytes,
@@ -43,6 +43,8 @@ def train_tokenizer(
     too small, or too large for the text.
     """
     out_dir = Path(out_dir)
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
     if vocab_size < _SMALLEST:
         raise ValueError(
             f"vocab_size is {vocab_size}, at least {_SMALLEST} are needed: 256 bytes,"
@@ -55,8 +57,6 @@ def train_tokenizer(
             f"{out_dir} holds a tokenizer.json already, and models may depend on it:"
             " choose another out_dir, or move it away"
         )
-    for path in paths:
-        check_file(path)
     total = sum(_count_bytes(Path(path)) for path in paths)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -105,12 +105,11 @@ def _sample(paths: Sequence[str | os.PathLike[str]], share: float) -> Iterator[s
 def _check_row(row: dict[str, Any]) -> Fault | None:
     if "conversations" not in row:
         return check_text_row(row)
-    turns = row["conversations"]
-    if isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str)
-        for turn in turns
-    ):
-        return None
+    try:
+        if all(isinstance(text, str) for text in _texts(row)):
+            return None
+    except (TypeError, KeyError):  # no list, no objects in it, or no content in them
+        pass
     reason = '"conversations" is not a list of {"role": "…", "content": "…"}'
     return Fault("not_turns", reason, "conversations")
 

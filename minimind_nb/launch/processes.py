@@ -1,34 +1,41 @@
-"""Worker processes: spawned from a cell, watched, reaped; none outlives its parent."""
+"""Worker processes: spawned from a cell, watched, reaped; none outlives its parent.
+
+Imports no torch: a worker must watch its parent before that long import.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import faulthandler
 import importlib
+import math
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 from ..session import die_with_parent
 from ..storage.runs import RunFolder
-from .stopping import StopRequest
+from .stopping import SIGNALS, StopRequest
 from .verdict import Exit, RankRecord, judge
 
 POLL_SECONDS = 0.5
 MEETING_SECONDS = 60.0
 IMPORT_SECONDS = 300.0
 GRACE_SECONDS = 5.0
+_SPAWN = multiprocessing.get_context("spawn")  # a fork is lost once CUDA was touched
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Job:
     """What to run in each process.
 
     `target` names a function, "package.module:function", that takes (rank, payload,
-    record, stop) and returns how it ended; `payload` is plain data.
+    record, stop) and returns how it ended; `payload` is plain data. `environment` is
+    set in each process before `target` is imported.
     """
 
     target: str
@@ -51,24 +59,26 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
 
     An interrupt or SIGTERM of this process is passed on, and the ranks stop at the
     end of a step; a second one kills them and raises `KeyboardInterrupt`. Raises
-    `TrainingFailed` when a rank failed, died or hung, and `RuntimeError` for a script
-    without its `__main__` guard.
+    `TrainingFailed` when a rank failed, died or hung.
     """
-    refuse_unguarded_script()
     for rank in range(job.num_processes):
         job.folder.record_file(rank).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="minimind_nb_") as meeting:
-        with _relayed_signals() as signals:
-            processes = _start(job, {**job.payload, "store": f"{meeting}/store"})
-            try:
-                exits = _watch(job, processes, signals, on_poll)
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.join()
-    if signals.impatient:
+    processes: list[BaseProcess] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="minimind_nb_") as meeting,
+        _relayed_signals() as signals,
+    ):
+        try:
+            _start(job, f"{meeting}/store", processes)
+            exits = _watch(job, processes, signals, on_poll)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+                process.close()
+    if signals.count > 1:
         raise KeyboardInterrupt
-    return judge(job.folder, exits, signals.reason)
+    return judge(job.folder, exits, SIGNALS.get(signals.number, ""))
 
 
 def refuse_unguarded_script() -> None:
@@ -87,8 +97,12 @@ def refuse_unguarded_script() -> None:
             f"the main script {file} cannot be read again by worker processes; save "
             "it as a file and run that, or use a notebook or the command line"
         )
-    line = _line_in(main.__dict__)
-    if line is not None and not _is_guarded(path, line):
+    frame: FrameType | None = sys._getframe()
+    while frame and not (
+        frame.f_globals is main.__dict__ and frame.f_code.co_name == "<module>"
+    ):
+        frame = frame.f_back
+    if frame and not _is_guarded(path, line := frame.f_lineno):
         raise RuntimeError(
             f"{path}:{line} calls train at the top level of a script, and every worker "
             "process would run that line again. Put it under a guard:\n\n"
@@ -97,36 +111,11 @@ def refuse_unguarded_script() -> None:
         )
 
 
-@contextlib.contextmanager
-def environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside the block."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 class _Signals:
     """Interrupts and SIGTERMs that came to this process while a job ran."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        self.count = 0
-
-    @property
-    def reason(self) -> str:
-        names = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-        return names.get(signal.Signals(self.number), "") if self.number else ""
-
-    @property
-    def impatient(self) -> bool:
-        return self.count > 1
+    number = 0
+    count = 0
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         self.number = self.number or number
@@ -137,10 +126,8 @@ class _Signals:
 def _relayed_signals() -> Iterator[_Signals]:
     """Count signals instead of raising, so that no line of ours is cut in two."""
     signals = _Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals  # only the main thread may set handlers, and only it gets them
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    # Only the main thread may set handlers, and only it gets the signals.
+    numbers = SIGNALS if _on_main_thread() else ()
     before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
@@ -149,27 +136,29 @@ def _relayed_signals() -> Iterator[_Signals]:
             signal.signal(number, handler)
 
 
-def _start(job: Job, payload: dict[str, Any]) -> list[BaseProcess]:
-    from torch.multiprocessing.spawn import start_processes
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
-    on_main = threading.current_thread() is threading.main_thread()
+
+def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
+    """Start the ranks, each added to `processes` as soon as it runs.
+
+    Without torch's wrapper, which leaves a file in the temporary folder for each rank
+    that fails.
+    """
     # A kernel interrupt reaches the whole process group. A worker that still imports
     # would die of it, so children inherit SIG_IGN until they can listen.
+    on_main = _on_main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if on_main else None
+    job = dataclasses.replace(job, payload={**job.payload, "store": store})
     try:
-        with environment(job.environment):
-            context = start_processes(
-                _enter,
-                args=(job.target, payload, str(job.folder.root), os.getpid()),
-                nprocs=job.num_processes,
-                join=False,
-                start_method="spawn",
-            )
+        for rank in range(job.num_processes):
+            process = _SPAWN.Process(target=_enter, args=(rank, job, os.getpid()))
+            process.start()
+            processes.append(process)
     finally:
         if on_main:
             signal.signal(signal.SIGINT, handler)
-    assert context is not None
-    return list(cast("list[BaseProcess]", context.processes))
 
 
 def _watch(
@@ -181,7 +170,7 @@ def _watch(
     """Wait until all processes have left; end the rest when one failed or hung."""
     exits: dict[int, Exit] = {}
     started = time.monotonic()
-    give_up_at: float | None = None
+    give_up_at = math.inf
     reason = ""
     while len(exits) < len(processes):
         living = [p for rank, p in enumerate(processes) if rank not in exits]
@@ -190,74 +179,70 @@ def _watch(
         for rank, process in enumerate(processes):
             if rank not in exits and not process.is_alive():
                 exits[rank] = Exit(process.exitcode, time.time(), reason)
-        _relay(job, signals, processes)
-        if signals.impatient:
+        ranks = range(len(processes))
+        records = [RankRecord.read(job.folder.record_file(rank)) for rank in ranks]
+        _relay(signals, processes, records)
+        if signals.count > 1:
             give_up_at, reason = 0.0, "a second interrupt"
-        elif give_up_at is None and _someone_failed(job, exits):
+        elif give_up_at == math.inf and _is_decided(records, exits):
             give_up_at = time.monotonic() + GRACE_SECONDS
-        elif give_up_at is None and _stuck_in_startup(job, started):
+        elif give_up_at == math.inf and _is_stuck(records, time.monotonic() - started):
             give_up_at, reason = 0.0, "the ranks did not meet in time"
-        if give_up_at is not None and time.monotonic() > give_up_at:
+        if time.monotonic() > give_up_at:
             reason = reason or "another rank failed"
             for process in living:
                 process.kill()
     return [exits[rank] for rank in range(len(processes))]
 
 
-def _relay(job: Job, signals: _Signals, processes: list[BaseProcess]) -> None:
+def _relay(
+    signals: _Signals,
+    processes: list[BaseProcess],
+    records: Sequence[RankRecord | None],
+) -> None:
     """Pass a signal on, at every poll again, to the ranks that listen by now."""
-    if not signals.number:
-        return
-    for rank, process in enumerate(processes):
-        listens = job.folder.record_file(rank).exists()
-        if listens and process.is_alive() and process.pid:
+    for process, record in zip(processes, records, strict=True):
+        if signals.number and record and process.is_alive() and process.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signals.number)
 
 
-def _someone_failed(job: Job, exits: Mapping[int, Exit]) -> bool:
-    for rank in exits:
-        record = RankRecord.read(job.folder.record_file(rank))
-        if record is None or record.status in ("running", "failed"):
-            return True
-    return False
+def _is_decided(
+    records: Sequence[RankRecord | None], exits: Mapping[int, Exit]
+) -> bool:
+    """Whether a rank failed, or all said how they ended; some may hang in leaving."""
+    statuses = [record.status if record else "running" for record in records]
+    died = any(statuses[rank] == "running" for rank in exits)
+    return died or "failed" in statuses or "running" not in statuses
 
 
-def _stuck_in_startup(job: Job, started: float) -> bool:
+def _is_stuck(records: Sequence[RankRecord | None], waited: float) -> bool:
     """Whether some rank waits for the others longer than a meeting may take."""
-    if job.num_processes == 1:
+    if len(records) == 1:
         return False
-    waited = time.monotonic() - started
-    ranks = range(job.num_processes)
-    records = [RankRecord.read(job.folder.record_file(rank)) for rank in ranks]
-    if any(record is None for record in records):
+    if any(record is None or record.phase == "startup" for record in records):
         return waited > IMPORT_SECONDS
-    meeting = [r for r in records if r and r.phase == "meeting"]
-    return bool(meeting) and all(
-        time.time() - record.time > MEETING_SECONDS for record in meeting
-    )
+    meeting = [r.time for r in records if r and r.phase == "meeting"]
+    return bool(meeting) and time.time() - max(meeting) > MEETING_SECONDS
 
 
-def _enter(
-    rank: int, target: str, payload: dict[str, Any], root: str, parent_pid: int
-) -> None:
+def _enter(rank: int, job: Job, parent_pid: int) -> None:
     """The first lines of every worker process."""
     die_with_parent(parent_pid)
     if os.getppid() != parent_pid:
         return
-    folder = RunFolder(root)
-    _redirect_output(folder.log_file(rank))
+    os.environ.update(job.environment)
+    _redirect_output(job.folder.log_file(rank))
     faulthandler.enable()
     stop = StopRequest()
-    record = RankRecord(folder.record_file(rank), rank)
+    record = RankRecord(job.folder.record_file(rank), rank)
     record.update()
-    module, _, name = target.partition(":")
+    module, _, name = job.target.partition(":")
     try:
         run = getattr(importlib.import_module(module), name)
-        status = run(rank, payload, record, stop)
+        status = run(rank, job.payload, record, stop)
     except BaseException as error:
         record.fail(error)
-        print(record.traceback, flush=True)
         raise
     record.update(status=status)
 
@@ -271,16 +256,6 @@ def _redirect_output(log: Path) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
     print(f"--- pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
-
-
-def _line_in(namespace: Mapping[str, Any]) -> int | None:
-    """The line of the main script's own body that is being executed, if any."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_globals is namespace and frame.f_code.co_name == "<module>":
-            return frame.f_lineno
-        frame = frame.f_back
-    return None
 
 
 def _is_guarded(path: Path, line: int) -> bool:

@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 STOP_REASONS = ("terminated", "interrupted", "time_budget")
+SIGNALS: dict[int, str] = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 
 class StopRequest:
@@ -16,23 +17,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._listen(signal.SIGTERM, "terminated")
-        self._listen(signal.SIGINT, "interrupted")
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
 
     def ballot(self) -> list[float]:
         """One number for each of `STOP_REASONS`, 1.0 for this rank's reason."""
         return [float(reason == self.reason) for reason in STOP_REASONS]
 
-    def _listen(self, number: int, reason: str) -> None:
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            self.reason = self.reason or reason
-
-        signal.signal(number, handle)
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.reason = self.reason or SIGNALS[number]
 
 
 def count_ballots(sums: list[float]) -> str | None:
     """The reason most urgent of those any rank gave, or None."""
-    for reason, votes in zip(STOP_REASONS, sums, strict=True):
-        if votes > 0:
-            return reason
-    return None
+    given = (r for r, votes in zip(STOP_REASONS, sums, strict=True) if votes > 0)
+    return next(given, None)

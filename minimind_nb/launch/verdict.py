@@ -20,7 +20,7 @@ from ..storage.runs import RunFolder
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 _LOG_TAIL_LINES = 15
-_HINTS = {
+_HINTS: dict[int, str] = {
     signal.SIGKILL: "Something outside killed it; when nobody did, the machine ran out "
     "of memory: take a smaller batch_size or fewer processes.",
     signal.SIGBUS: "/dev/shm or the disk is full: make room and start again.",
@@ -114,8 +114,7 @@ def judge(folder: RunFolder, exits: list[Exit], asked_to_stop: str = "") -> str:
     if asked_to_stop and not any(r and r.phase == "training" for r in records):
         return asked_to_stop
     rank = _first_failure(records, exits)
-    record = records[rank]
-    phase = record.phase if record else "startup"
+    phase = record.phase if (record := records[rank]) else "startup"
     raise TrainingFailed(_explain(folder, rank, records, exits[rank]), rank, phase)
 
 
@@ -139,30 +138,31 @@ def _explain(
     folder: RunFolder, rank: int, records: list[RankRecord | None], end: Exit
 ) -> str:
     record = records[rank]
-    hint = "The last checkpoint is intact: the same call goes on from there."
+    hint = "No checkpoint was written yet: the same call starts anew."
+    if folder.checkpoint_folders():
+        hint = "The last checkpoint is intact: the same call goes on from there."
     where = "before its first step"
     if record and record.step:
         where = f"at step {record.step} of {record.total_steps}"
+    body = ""
     if record and record.status == "failed":
         head = f"rank {rank} failed {where}: {record.error}"
-        body = record.traceback
+        body = record.traceback.rstrip()
     elif end.reason:
-        head, body = f"rank {rank} was ended {where}: {end.reason}", ""
+        head = f"rank {rank} was ended {where}: {end.reason}"
     elif end.code is not None and end.code < 0:
-        number = signal.Signals(-end.code)
-        head, body = f"rank {rank} was killed by {number.name} {where}", ""
-        hint = f"{_HINTS.get(number, '')} {hint}".strip()
+        names = {int(known): known.name for known in signal.Signals}
+        name = names.get(-end.code, f"signal {-end.code}")
+        head = f"rank {rank} was killed by {name} {where}"
+        hint = f"{_HINTS.get(-end.code, '')} {hint}".strip()
     else:
-        head, body = f"rank {rank} left {where} (exit code {end.code})", ""
+        head = f"rank {rank} left {where} (exit code {end.code})"
     others = [
         f"rank {r.rank} failed too: {r.error}"
         for r in records
         if r and r.rank != rank and r.status == "failed"
     ]
-    if records[0] is None or records[0].step == 0:
-        hint = hint.replace("The last checkpoint is intact: t", "T")
-    log = folder.log_file(rank)
-    parts = [head, body.rstrip(), *others, _tail(log), hint]
+    parts = [head, body, *others, _tail(folder.log_file(rank)), hint]
     return "\n".join(part for part in parts if part)
 
 

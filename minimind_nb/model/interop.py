@@ -1,4 +1,4 @@
-"""Weights from outside: run folders, checkpoints, MiniMind's `.pth`, saved folders."""
+"""Weights from elsewhere: run folders, checkpoints, MiniMind's `.pth`, saved folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from ..config import SHAPE_FIELDS
+from ..config import SHAPE_FIELDS, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SHOWN_KEYS = 5
 _HEADS = 8
+_EMBEDDING = "model.embed_tokens.weight"
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -41,28 +42,25 @@ def load(
     one). Nothing is downloaded and no code from the source is run.
 
     Raises `FileNotFoundError` where there are no weights, `ValueError` where they do
-    not fit, hold a value that is not finite, or come with another tokenizer's size.
+    not fit, hold a value that is not finite, or come with another tokenizer's size,
+    `NoGoodCheckpoint` where every checkpoint of the run is damaged.
     """
     path = Path(source)
     if which not in ("last", "best"):
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
+    for name in shape.keys() - set(SHAPE_FIELDS):
+        raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
+    if shape and not path.is_file():
+        raise ValueError(
+            f"{', '.join(shape)} cannot be set: only a .pth leaves its shape open, and "
+            f"{path} is none"
+        )
     if path.is_file():
         tensors = read_pth(path)
-        config = MiniMindConfig(**{**infer_shape(tensors), **shape})
+        config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
         spec = read_tokenizer(tokenizer)
-    elif (path / STATE).is_file():
-        tensors, config, spec = _from_checkpoint(path, path.parent.parent)
-    elif RunFolder(path).exists() and "settings" in RunFolder(path).read_config():
-        tensors, config, spec = _from_checkpoint(_newest(path, which), path)
-    elif (path / "config.json").is_file() and (path / WEIGHTS).is_file():
-        tensors, config, spec = _from_saved(path, tokenizer)
     else:
-        raise FileNotFoundError(
-            f"{path} holds no weights: a run folder, a checkpoint folder, a .pth file or "
-            "a folder written by save_pretrained is expected"
-        )
-    if tokenizer is not None:
-        spec = read_tokenizer(tokenizer)
+        tensors, config, spec = _from_folder(path, which, tokenizer)
     if spec.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {spec.vocab_size} entries and the weights in {path} "
@@ -94,30 +92,29 @@ def put_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> No
     Raises `ValueError` naming what is missing, too much, of another shape or not
     finite; the model is not changed then.
     """
-    found = dict(tensors)
-    expected = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source} holds values that are not finite, in {name}")
+    found, expected = dict(tensors), dict(model.named_parameters())
     tied = found.pop("lm_head.weight", None)
-    embedding = found.get("model.embed_tokens.weight")
-    if tied is not None and embedding is not None and not torch.equal(tied, embedding):
-        raise ValueError(
-            f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
-        )
+    if tied is not None and _EMBEDDING in found:
+        if not torch.equal(tied, found[_EMBEDDING]):
+            raise ValueError(
+                f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
+            )
     differences = [
         f"{name}: {_shape(found, name)} there, {_shape(expected, name)} in this model"
         for name in sorted(found.keys() | expected.keys())
         if _shape(found, name) != _shape(expected, name)
     ]
     if differences:
-        more = len(differences) - _SHOWN_KEYS
-        shown = differences[:_SHOWN_KEYS] + ([f"and {more} more"] if more > 0 else [])
+        if (more := len(differences) - _SHOWN_KEYS) > 0:
+            differences[_SHOWN_KEYS:] = [f"and {more} more"]
         raise ValueError(
             f"the weights in {source} are of another shape:\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(differences)
             + "\nSet the shape they have, or train under another run_name."
         )
-    broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(f"{source} holds values that are not finite, in {broken[0]}")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(found[name])
@@ -133,7 +130,8 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises a different type for each damage
         raise ValueError(f"{path} is no file of weights: {error}") from error
     if not isinstance(state, dict) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for name, value in state.items()
     ):
         raise ValueError(
             f"{path} is no bare state dict: names with tensors are expected"
@@ -141,83 +139,89 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def infer_shape(tensors: Tensors) -> dict[str, Any]:
-    """What the names and shapes of a MiniMind state dict tell of its configuration."""
+def infer_shape(
+    tensors: Tensors, *, num_attention_heads: int = 0, head_dim: int = 0, **_: Any
+) -> dict[str, Any]:
+    """What the names and shapes of a MiniMind state dict tell of its configuration.
+
+    The number of heads or their width, where known, goes before MiniMind's 8 heads.
+    """
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    qk_norm = f"{attention}.q_norm.weight" in tensors
+    use_moe = f"{mlp}.gate.weight" in tensors
     try:
-        vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
-        attention = "model.layers.0.self_attn"
-        queries = tensors[f"{attention}.q_proj.weight"].shape[0]
-        keys = tensors[f"{attention}.k_proj.weight"].shape[0]
-    except KeyError as error:
+        vocab_size, hidden_size = tensors[_EMBEDDING].shape
+        queries = len(tensors[f"{attention}.q_proj.weight"])
+        keys = len(tensors[f"{attention}.k_proj.weight"])
+        expert = f"{mlp}.experts.0" if use_moe else mlp
+        inner = len(tensors[f"{expert}.gate_proj.weight"])
+        if qk_norm:
+            head_dim = len(tensors[f"{attention}.q_norm.weight"])
+    except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
-            f"this is no MiniMind state dict: it has no {error}, but "
+            f"this is no MiniMind state dict ({error}): it holds "
             f"{', '.join(list(tensors)[:3]) or 'nothing'}"
         ) from None
-    qk_norm = f"{attention}.q_norm.weight" in tensors
-    head_dim = queries // _HEADS
-    if qk_norm:
-        head_dim = tensors[f"{attention}.q_norm.weight"].shape[0]
-    use_moe = "model.layers.0.mlp.gate.weight" in tensors
-    expert = "mlp.experts.0.gate_proj" if use_moe else "mlp.gate_proj"
-    shared = _count(tensors, "model.layers.0.mlp.shared_experts.")
-    mixture = {
-        "n_routed_experts": _count(tensors, "model.layers.0.mlp.experts."),
-        "n_shared_experts": shared,
-        "num_experts_per_tok": 1 if qk_norm else 2,
-        "seq_aux": not qk_norm,
-    }
-    return {
+    head_dim = head_dim or max(1, queries // (num_attention_heads or _HEADS))
+    shape = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(tensors, "model.layers."),
         "num_attention_heads": queries // head_dim,
         "num_key_value_heads": keys // head_dim,
         "head_dim": head_dim,
-        "intermediate_size": tensors[f"model.layers.0.{expert}.weight"].shape[0],
+        "intermediate_size": inner,
         "qk_norm": qk_norm,
+        "rms_norm_eps": 1e-6 if qk_norm else 1e-5,
         "use_moe": use_moe,
-        **(mixture if use_moe else {}),
+    }
+    if not use_moe:
+        return shape
+    return shape | {
+        "n_routed_experts": _count(tensors, f"{mlp}.experts."),
+        "n_shared_experts": _count(tensors, f"{mlp}.shared_experts."),
+        "num_experts_per_tok": 1 if qk_norm else 2,
+        "aux_loss_alpha": 5e-4 if qk_norm else 0.01,
+        "seq_aux": not qk_norm,
     }
 
 
-def _newest(path: Path, which: str) -> Path:
-    folder = RunFolder(path)
-    best = which == "best"
-    found = folder.best_checkpoint() if best else folder.newest_good_checkpoint()
-    if found is None:
+def _from_folder(
+    path: Path, which: str, tokenizer: Any
+) -> tuple[Tensors, MiniMindConfig, TokenizerSpec]:
+    run, fields = RunFolder(path), {}
+    checkpoint = None
+    if (path / STATE).is_file():
+        checkpoint, run = path, RunFolder(path.absolute().parents[1])
+        try:
+            verified.verify(path.absolute())
+        except verified.DamagedFolder as damage:
+            raise ValueError(f"the checkpoint {path} is damaged: {damage}") from None
+    elif run.exists() and "settings" in (fields := run.read_config()):
+        best = run.best_checkpoint() if which == "best" else None
+        found = best or run.newest_good_checkpoint()
+        if found is None:
+            raise FileNotFoundError(
+                f"the run {path} has no checkpoint yet; it writes one every "
+                "save_interval steps and at its end"
+            )
+        checkpoint = found.folder
+    if checkpoint is not None:
+        settings = json.loads((checkpoint / STATE).read_bytes())["config"]["settings"]
+        spec = read_tokenizer(run.tokenizer if tokenizer is None else tokenizer)
+        return load_file(checkpoint / WEIGHTS), model_config(settings, spec), spec
+    kind, expected = fields.get("model_type"), MiniMindConfig.model_type
+    if fields and kind != expected:
+        raise ValueError(f"{path} holds a {kind!r} model, {expected!r} is expected")
+    if not fields or not (path / WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"the run {path} has no checkpoint yet; it writes one every save_interval "
-            "steps and at its end"
+            f"{path} holds no weights: a run folder, a checkpoint folder, a .pth file or "
+            "a folder written by save_pretrained is expected"
         )
-    return found.folder
-
-
-def _from_checkpoint(
-    folder: Path, run: Path
-) -> tuple[Tensors, MiniMindConfig, TokenizerSpec]:
-    try:
-        verified.verify(folder)
-    except verified.DamagedFolder as damage:
-        raise ValueError(f"the checkpoint {folder} is damaged: {damage}") from None
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    spec = read_tokenizer(RunFolder(run).tokenizer)
-    config = model_config(state["config"]["settings"], spec)
-    return load_file(folder / WEIGHTS), config, spec
-
-
-def _from_saved(
-    path: Path, tokenizer: Any
-) -> tuple[Tensors, MiniMindConfig, TokenizerSpec]:
-    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if fields.get("model_type") != MiniMindConfig.model_type:
-        raise ValueError(
-            f"{path} holds a {fields.get('model_type')!r} model, "
-            f"{MiniMindConfig.model_type!r} is expected"
-        )
+    if tokenizer is None and (path / "tokenizer.json").is_file():
+        tokenizer = path
     config = MiniMindConfig.from_dict(fields)
-    has_own = (path / "tokenizer.json").is_file()
-    source = path if has_own and tokenizer is None else tokenizer
-    return load_file(path / WEIGHTS), config, read_tokenizer(source)
+    return load_file(path / WEIGHTS), config, read_tokenizer(tokenizer)
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
@@ -227,5 +231,5 @@ def _count(tensors: Tensors, prefix: str) -> int:
     )
 
 
-def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
+def _shape(tensors: Tensors, name: str) -> str:
     return "×".join(map(str, tensors[name].shape)) if name in tensors else "missing"

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import verified
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-_STEP = re.compile(r"step_(\d{8})")
+_STEPS = "step_" + "[0-9]" * 8
 
 
 class RunLocked(RuntimeError):
@@ -69,32 +69,29 @@ class RunFolder:
         return self.config_file.is_file()
 
     def read_config(self) -> dict[str, Any]:
-        """`config.json`: {"settings": …, "explicit": […], "hashes": {…}}.
+        """`config.json`: {"settings": …, "explicit": […], "hashes": {…}, …}.
 
-        Raises `FileNotFoundError` where there is none, `ValueError` where it is
-        not JSON.
+        Raises `FileNotFoundError` without one, `ValueError` where it is not JSON.
         """
         try:
-            return json.loads(self.config_file.read_text(encoding="utf-8"))
+            return json.loads(self.config_file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config_file} is not JSON: {error}") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Replace `config.json`, making the folder if need be."""
         self.root.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        verified.write_text(self.config_file, text + "\n")
+        text = f"{json.dumps(config, indent=2, ensure_ascii=False)}\n"
+        verified.write_text(self.config_file, text)
 
     def status(self) -> str:
-        """What became of the run.
+        """What became of the run, by rank 0's record.
 
-        "finished", "time_budget", "interrupted" and "terminated" are endings that
-        rank 0 recorded; "failed" is an error; "running" holds its lock; "killed" was
-        ended from outside; "new" never began.
+        "finished", "time_budget", "interrupted", "terminated" or "failed"; "running"
+        holds its lock; "killed" was ended from outside; "new" never began.
         """
         try:
-            record = json.loads(self.record_file(0).read_text(encoding="utf-8"))
-            status = record["status"]
+            status = json.loads(self.record_file(0).read_bytes())["status"]
         except (OSError, ValueError, KeyError, TypeError):
             return "new"
         if status != "running":
@@ -108,33 +105,27 @@ class RunFolder:
         The kernel frees the lock when its holder ends, however that happens.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with self.lock_file.open("a+", encoding="utf-8", errors="replace") as file:
             # Whoever only asks `is_locked` holds a shared lock for some microseconds.
-            if not _try_lock(descriptor, fcntl.LOCK_EX, seconds=0.2):
-                holder = os.pread(descriptor, 4096, 0).decode("utf-8", "replace")
+            if not _try_lock(file, fcntl.LOCK_EX, attempts=10):
+                file.seek(0)
                 raise RunLocked(
-                    f"{self.root} is in use by {holder.strip() or 'another process'}. "
-                    "Wait for that run, stop it, or take another run_name."
+                    f"{self.root} is in use by {file.read().strip() or 'another process'}"
+                    ". Wait for that run, stop it, or take another run_name."
                 )
             started = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder.encode("utf-8"), 0)
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}\n")
+            file.flush()
             yield
-        finally:
-            os.close(descriptor)
 
     def is_locked(self) -> bool:
         """Whether a living process holds the lock."""
         try:
-            descriptor = os.open(self.lock_file, os.O_RDONLY)
+            with self.lock_file.open("rb") as file:
+                return not _try_lock(file, fcntl.LOCK_SH, attempts=1)
         except OSError:
             return False
-        try:
-            return not _try_lock(descriptor, fcntl.LOCK_SH, seconds=0.0)
-        finally:
-            os.close(descriptor)
 
     def checkpoint_folder(self, step: int) -> Path:
         """Where the checkpoint after `step` optimizer steps lies."""
@@ -142,42 +133,32 @@ class RunFolder:
 
     def checkpoint_folders(self) -> list[Path]:
         """All checkpoint folders, newest first, not yet verified."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = [p for p in self.checkpoints.iterdir() if _STEP.fullmatch(p.name)]
-        return sorted(found, key=lambda path: path.name, reverse=True)
+        return sorted(self.checkpoints.glob(_STEPS), reverse=True)
 
     def newest_good_checkpoint(self, repair: bool = False) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None where none was written.
 
-        With `repair` (for the holder of the lock) damaged ones are set aside under
-        another name. Raises `NoGoodCheckpoint` where there are candidates and none
-        verifies: a run must not silently start again.
+        With `repair` (for the holder of the lock) damaged ones newer than it are set
+        aside under another name. Raises `NoGoodCheckpoint` where there are candidates
+        and none verifies: a run must not silently start again, the next time neither.
         """
-        reasons = []
-        for folder in self.checkpoint_folders():
-            try:
-                return Checkpoint(folder, verified.verify(folder))
-            except verified.DamagedFolder as damage:
-                reasons.append(f"{folder.name}: {damage}")
-                print(f"Checkpoint {folder} is damaged and not used: {damage}")
-                if repair:
-                    verified.set_aside(folder, str(damage))
-        if not reasons:
-            return None
-        listing = "\n  ".join(reasons)
-        raise NoGoodCheckpoint(
-            f"no checkpoint in {self.checkpoints} is intact:\n  {listing}\n"
-            "Put a copy of one back, or start anew with resume=False, which keeps this "
-            "folder under another name."
-        )
+        damaged: dict[Path, str] = {}
+        found = _first_good(self.checkpoint_folders(), damaged)
+        if found is None and damaged:
+            lines = [f"\n  {folder.name}: {damaged[folder]}" for folder in damaged]
+            raise NoGoodCheckpoint(
+                f"no checkpoint in {self.checkpoints} is intact:{''.join(lines)}\n"
+                "Put a copy of one back, or start anew with resume=False, which keeps "
+                "this folder under another name."
+            )
+        if repair:
+            for folder, damage in damaged.items():
+                verified.set_aside(folder, damage)
+        return found
 
     def best_checkpoint(self) -> Checkpoint | None:
         """The good checkpoint of lowest validation loss, or None."""
-        for folder in sorted(self.checkpoint_folders(), key=_manifest_loss):
-            with contextlib.suppress(verified.DamagedFolder):
-                return Checkpoint(folder, verified.verify(folder))
-        return None
+        return _first_good(sorted(self.checkpoint_folders(), key=_manifest_loss), {})
 
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest and the best one.
@@ -188,7 +169,7 @@ class RunFolder:
         folders = self.checkpoint_folders()
         best = min(folders, key=_manifest_loss, default=None)
         for folder in folders[keep:]:
-            if folder == best and math.isfinite(_manifest_loss(folder)):
+            if folder == best and _manifest_loss(folder) < math.inf:
                 continue
             try:
                 shutil.rmtree(folder)
@@ -197,29 +178,34 @@ class RunFolder:
 
     def move_aside(self) -> Path:
         """Rename the run folder to `{name}.old{n}`; nothing is deleted."""
-        number = 1
-        while (target := self.root.with_name(f"{self.root.name}.old{number}")).exists():
-            number += 1
-        self.root.rename(target)
-        return target
+        names = (f"{self.root.name}.old{n}" for n in itertools.count(1))
+        return self.root.rename(verified.first_free(self.root, names))
 
 
-def _try_lock(descriptor: int, kind: int, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while True:
+def _first_good(folders: list[Path], damaged: dict[Path, str]) -> Checkpoint | None:
+    """The first that verifies; how those before it are damaged goes into `damaged`."""
+    for folder in folders:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return Checkpoint(folder, verified.verify(folder))
+        except verified.DamagedFolder as damage:
+            damaged[folder] = str(damage)
+            print(f"Checkpoint {folder} is damaged and not used: {damage}")
+    return None
+
+
+def _try_lock(file: IO[Any], kind: int, attempts: int) -> bool:
+    for attempt in range(attempts):
+        time.sleep(0.02 if attempt else 0)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
             return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.02)
+    return False
 
 
 def _manifest_loss(folder: Path) -> float:
     """The validation loss a checkpoint states, infinite where it states no number."""
     try:
-        manifest = json.loads((folder / verified.MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / verified.MANIFEST).read_bytes())
         loss = float(manifest["facts"]["val_loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf

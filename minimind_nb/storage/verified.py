@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,22 @@ def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        _write_manifest(aside, facts)
+        _write_manifest(aside, final.name, facts)
         _flush(aside)
         os.rename(aside, final)
         _flush(final.parent)
     except BaseException as error:
-        written = _size(aside)
+        written = sum(path.stat().st_size for path in aside.glob("*"))
         shutil.rmtree(aside, ignore_errors=True)
-        if _is_full_disk(error):
-            raise _no_space(final, written) from error
-        raise
+        if not _is_full_disk(error):
+            raise
+        free = shutil.disk_usage(final.parent).free
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {final.name} needs more than {written / 2**20:.1f} MiB, "
+            f"and {free / 2**20:.1f} MiB are free; make room, or lower keep_checkpoints",
+            str(final),
+        ) from error
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -85,14 +92,16 @@ def set_aside(folder: Path, reason: str) -> Path:
 
     A file `{name}.corrupt.txt` beside it keeps the reason. Nothing is deleted.
     """
-    target = folder.with_name(f"{folder.name}.corrupt")
-    number = 1
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"{folder.name}.corrupt{number}")
-    folder.rename(target)
+    numbers = itertools.chain([""], itertools.count(2))
+    names = (f"{folder.name}.corrupt{number}" for number in numbers)
+    target = folder.rename(first_free(folder, names))
     target.with_name(f"{target.name}.txt").write_text(f"{reason}\n", encoding="utf-8")
     return target
+
+
+def first_free(path: Path, names: Iterable[str]) -> Path:
+    """The first of the names beside `path` under which nothing lies."""
+    return next(p for p in map(path.with_name, names) if not p.exists())
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -114,16 +123,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file's bytes at once: readers see the old bytes or the new ones."""
-    with replacing(path) as aside:
-        aside.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file to, and make it `path` when the block ends well."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield aside
+        aside.write_bytes(data)
         _flush(aside)
         os.replace(aside, path)
     finally:
@@ -141,16 +143,13 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     files = {
         path.name: {"size": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(folder.iterdir())
+        for path in folder.iterdir()
     }
-    name = folder.name.removeprefix(".").rsplit(".", 2)[0]
-    body = canonical_json(
-        {"facts": dict(facts), "files": files, "format": FORMAT, "name": name}
-    )
-    (folder / MANIFEST).write_text(_seal(body), encoding="utf-8")
+    body = {"facts": dict(facts), "files": files, "format": FORMAT, "name": name}
+    (folder / MANIFEST).write_text(_seal(canonical_json(body)), encoding="utf-8")
 
 
 def _seal(body: str) -> str:
@@ -179,10 +178,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _flush(path: Path) -> None:
     """fsync a file, or a folder with the files in it."""
-    paths = [*path.iterdir(), path] if path.is_dir() else [path]
-    for each in paths:
-        if each.is_dir() and each != path:
-            continue
+    within = path.iterdir() if path.is_dir() else ()
+    for each in (*(file for file in within if file.is_file()), path):
         descriptor = os.open(each, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -190,22 +187,8 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-
-
 def _is_full_disk(error: BaseException) -> bool:
     """safetensors raises an error of its own, with the number in its text only."""
     number = error.errno if isinstance(error, OSError) else None
     codes = (errno.ENOSPC, errno.EDQUOT)
     return any(number == n or f"(os error {n})" in str(error) for n in codes)
-
-
-def _no_space(final: Path, written: int) -> OSError:
-    free = shutil.disk_usage(final.parent).free
-    return OSError(
-        errno.ENOSPC,
-        f"the disk is full: {final.name} needs more than {written / 2**20:.1f} MiB, and "
-        f"{free / 2**20:.1f} MiB are free; make room, or lower keep_checkpoints",
-        str(final),
-    )

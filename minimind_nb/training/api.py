@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 
@@ -69,17 +70,16 @@ def _launch(
     prepared: Prepared, on_poll: Callable[[], None], on_note: Callable[[str], None]
 ) -> str:
     """Start the workers; again under other conditions where they did not meet."""
-    cfg = prepared.cfg
-    environments = _ENVIRONMENTS[cfg.device or "cpu"]
-    for attempt, environment in enumerate(environments, 1):
+    environments = _ENVIRONMENTS[prepared.cfg.device or "cpu"]
+    for environment, following in itertools.pairwise(environments):
         try:
             return run_processes(_job(prepared, environment), on_poll)
         except TrainingFailed as failure:
-            if failure.phase != "meeting" or attempt == len(environments):
+            if failure.phase != "meeting":
                 raise
-            changes = " ".join(f"{k}={v}" for k, v in environments[attempt].items())
+            changes = " ".join(f"{k}={v}" for k, v in following.items())
             on_note(f"the processes did not meet; once more {changes}".rstrip())
-    raise AssertionError("unreachable")
+    return run_processes(_job(prepared, environments[-1]), on_poll)
 
 
 def _job(prepared: Prepared, environment: dict[str, str]) -> Job:
@@ -94,19 +94,17 @@ def _job(prepared: Prepared, environment: dict[str, str]) -> Job:
         "folder": str(prepared.folder.root),
         "weights_file": str(prepared.weights_file),
         "corpus": prepared.corpus.describe(),
+        "total_steps": prepared.total_steps,
         "checkpoint": str(checkpoint.folder) if checkpoint else None,
         "threads": threads,
         # The monotonic clock of Linux is one for all processes.
         "deadline": None if left is None else time.monotonic() + left,
     }
+    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return Job(
         target="minimind_nb.training.worker:run",
         payload=payload,
         num_processes=cfg.num_processes,
         folder=prepared.folder,
-        environment={
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            **environment,
-        },
+        environment={**threading, **environment},
     )

@@ -6,8 +6,9 @@ step says it all, for any number of processes.
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +19,31 @@ from torch import nn
 from ..model.architecture import MiniMindForCausalLM
 from ..model.interop import put_weights
 from ..storage import verified
-from ..storage.runs import OPTIMIZER, STATE, WEIGHTS, RunFolder
+from ..storage.runs import OPTIMIZER, STATE, WEIGHTS
 from .optim import moments, restore_moments
+from .trainer import Progress, Trainer
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what changes from step to step beside the tensors.
-
-    `samples` and `tokens` count rows and predicted text tokens of all ranks;
-    `seconds` is training time over all sessions, without validation and saving.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    val_loss: float | None = None
-
-
-def save_checkpoint(
-    folder: RunFolder,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    config: dict[str, Any],
-) -> Path:
-    """Write a checkpoint of the state after `progress.step` steps, and verify it.
+def save_checkpoint(t: Trainer) -> Path:
+    """Write a checkpoint of the state after `t.progress.step` steps, and verify it.
 
     fp32 weights (tied ones once), AdamW's moments by parameter name, and the rest as
     JSON. An intact checkpoint of this step is left as it is. Raises `OSError`.
     """
-    target = folder.checkpoint_folder(progress.step)
-    facts = {"step": progress.step, "val_loss": progress.val_loss}
-    if target.exists():
-        verified.verify(target)
-        return target
-    with verified.writing(target, facts) as aside:
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        save_file(weights, aside / WEIGHTS)
-        save_file(moments(optimizer, model), aside / OPTIMIZER)
+    target = t.folder.checkpoint_folder(t.progress.step)
+    if not target.exists():
         state = {
-            "progress": asdict(progress),
-            "scaler": scaler.state_dict(),
-            "config": config,
+            "progress": asdict(t.progress),
+            "scaler": t.scaler.state_dict(),
+            "config": t.config,
         }
         text = json.dumps(state, indent=2, ensure_ascii=False)
-        (aside / STATE).write_text(text, encoding="utf-8")
+        facts = {"step": t.progress.step, "val_loss": t.progress.val_loss}
+        with verified.writing(target, facts) as aside:
+            weights = {name: p.detach() for name, p in t.model.named_parameters()}
+            save_file(weights, aside / WEIGHTS)
+            save_file(moments(t.optimizer, t.model), aside / OPTIMIZER)
+            (aside / STATE).write_text(text, encoding="utf-8")
     verified.verify(target)
     return target
 
@@ -86,7 +61,30 @@ def load_checkpoint(
     """
     put_weights(model, load_file(folder / WEIGHTS), str(folder))
     restore_moments(optimizer, model, load_file(folder / OPTIMIZER))
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = _read_state(folder)
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood when a checkpoint was written."""
+    return Progress(**_read_state(folder)["progress"])
+
+
+def export_weights(model: nn.Module, file: Path) -> None:
+    """Write MiniMind's `.pth`: a bare fp16 state dict with both tied keys.
+
+    For other programs; rounded to fp16, so no run is resumed from it.
+    """
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float16)
+        for name, tensor in model.state_dict().items()
+    }
+    buffer = io.BytesIO()  # torch turns a full disk into a RuntimeError of no kind
+    torch.save(tensors, buffer)
+    verified.write_bytes(file, buffer.getvalue())
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
 
-from ..data.batches import MicroBatch, ValidationRows
-from ..launch.distributed import Group
-
-Objective = Callable[[nn.Module, MicroBatch], tuple[Tensor, Tensor]]
+from ..data.batches import ValidationRows
+from .trainer import Trainer
 
 
-def evaluate_rows(
-    model: nn.Module,
-    objective: Objective,
-    rows: ValidationRows,
-    *,
-    batch_size: int,
-    group: Group,
-    device: torch.device,
-    autocast: torch.autocast,
-) -> dict[str, float]:
+def evaluate_rows(t: Trainer, rows: ValidationRows) -> dict[str, float]:
     """Loss a token, perplexity and bits per byte of text over all rows.
 
     Weighted by tokens; consumes no randomness. Bits per byte count what it costs to
     predict each document with its end, per UTF-8 byte of its text, so they can be
     compared across tokenizers.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    model.eval()
+    assert t.cfg.batch_size
+    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
+    t.model.eval()
     with torch.no_grad():
-        for batch in rows.micro_batches(batch_size, group.rank, group.size):
-            moved = batch.to(device)
-            with autocast:
-                loss, _ = objective(model, moved)
+        for batch in rows.micro_batches(t.cfg.batch_size, t.group.rank, t.group.size):
+            moved = batch.to(t.device)
+            with t.autocast:
+                loss, _ = t.stage.objective(t.model, moved)
             sums[0] += loss
             sums[1] += (moved.targets >= 0).sum()
-    model.train()
-    group.sum(sums)
+    t.model.train()
+    t.group.sum(sums)
     total, tokens = sums.tolist()
     loss = total / tokens
     return {

@@ -5,70 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
 
-from ..config import TrainConfig
-from ..data.batches import StepBatch, TrainingStream, ValidationRows
+from ..data.batches import StepBatch
 from ..hardware import peak_memory_gib
-from ..launch.distributed import Group
-from ..launch.stopping import StopRequest, count_ballots
-from ..launch.verdict import RankRecord
-from ..monitor.metrics import MetricsLog
-from .checkpoint import Progress
-from .clock import SessionClock
+from ..launch.stopping import count_ballots
+from ..storage.verified import DamagedFolder
+from .checkpoint import export_weights, save_checkpoint
 from .evaluation import evaluate_rows
-from .optim import FlatGradients
-from .saving import Saver
-from .schedule import learning_rate
-from .stages import Stage
+from .optim import learning_rate
+from .trainer import SinceLog, Trainer
 
-
-@dataclass
-class SinceLog:
-    """Sums since the last row of metrics; losses are means over a step's targets."""
-
-    loss: float = 0.0
-    aux_loss: float = 0.0
-    targets: int = 0
-    samples: int = 0
-    grad_norm: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, batch: StepBatch, loss: float, aux: float, norm: float) -> None:
-        """Count one step."""
-        self.loss += loss * batch.targets
-        self.aux_loss += aux * batch.targets
-        self.targets += batch.targets
-        self.samples += batch.samples
-        self.grad_norm = norm
-
-
-@dataclass
-class Trainer:
-    """The parts of a run in one process."""
-
-    cfg: TrainConfig
-    stage: Stage
-    group: Group
-    device: torch.device
-    model: nn.Module
-    gradients: FlatGradients
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
-    stream: TrainingStream
-    validation: ValidationRows | None
-    total_steps: int
-    progress: Progress
-    metrics: MetricsLog
-    saver: Saver
-    clock: SessionClock
-    record: RankRecord
-    stop: StopRequest
-    since_log: SinceLog = field(default_factory=SinceLog)
+_MOST_FAILED_SAVES = 3
 
 
 def fit(t: Trainer) -> str:
@@ -77,10 +27,10 @@ def fit(t: Trainer) -> str:
     assert cfg.log_interval and cfg.eval_interval and cfg.save_interval
     if progress.step == 0:
         validate(t)
+    if progress.step >= t.total_steps:
+        save(t, final=True)  # an earlier call may have failed behind its checkpoint
     while progress.step < t.total_steps:
-        began = time.monotonic()
         ending = train_step(t)
-        count_seconds(t, time.monotonic() - began)
         last = progress.step == t.total_steps
         stopping = last or ending is not None
         if stopping or progress.step % cfg.log_interval == 0:
@@ -100,9 +50,10 @@ def train_step(t: Trainer) -> str | None:
     The loss is the sum over target tokens divided by their global number, so that
     accumulation, padding and the number of ranks cannot change it.
     """
+    began = time.monotonic()
     batch = t.stream.next_step()
     seed_dropout(t.cfg.seed, t.group.rank, t.progress.step)
-    t.gradients.zero()
+    t.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
         rows = micro_batch.to(t.device)
         with t.autocast:
@@ -118,7 +69,9 @@ def train_step(t: Trainer) -> str | None:
     t.scaler.unscale_(t.optimizer)
     norm, loss, aux_loss, ballots = t.gradients.norm_and_slots()
     update_weights(t, norm)
-    count_step(t, batch, loss, aux_loss, norm)
+    t.clock.add_step(seconds := time.monotonic() - began)
+    t.since_log.add(batch, loss, aux_loss, norm, seconds)
+    count_step(t, batch, loss, seconds)
     return count_ballots(ballots)
 
 
@@ -150,9 +103,7 @@ def update_weights(t: Trainer, norm: float) -> None:
     t.scaler.update()
 
 
-def count_step(
-    t: Trainer, batch: StepBatch, loss: float, aux_loss: float, norm: float
-) -> None:
+def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> None:
     """Move the run on by one step; too many skipped ones end it.
 
     Skipped steps count, so that schedule and data never depend on them. Raises
@@ -162,7 +113,8 @@ def count_step(
     progress.step += 1
     progress.samples = t.stream.samples
     progress.tokens += batch.targets
-    t.since_log.add(batch, loss, aux_loss, norm)
+    progress.seconds += seconds
+    progress.val_loss = None
     t.record.update(step=progress.step)
     scale_too_small = t.scaler.is_enabled() and t.scaler.get_scale() < 1.0
     if scale_too_small or progress.skipped_in_a_row >= t.cfg.max_skipped_steps:
@@ -181,35 +133,41 @@ def seed_dropout(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def count_seconds(t: Trainer, seconds: float) -> None:
-    """Add to the training time, which leaves out validation and saving."""
-    t.progress.seconds += seconds
-    t.since_log.seconds += seconds
-    t.clock.add_step(seconds)
-
-
 def validate(t: Trainer) -> None:
     """Measure the loss on the held-out rows, where there are any, and log it."""
     if t.validation is None:
         return
-    assert t.cfg.batch_size
-    scores = evaluate_rows(
-        t.model,
-        t.stage.objective,
-        t.validation,
-        batch_size=t.cfg.batch_size,
-        group=t.group,
-        device=t.device,
-        autocast=t.autocast,
-    )
+    scores = evaluate_rows(t, t.validation)
     t.progress.val_loss = scores["loss"]
-    t.metrics.append("eval", **position(t), **scores)
+    t.metrics.append("eval", **t.progress.position(), **scores)
 
 
 def save(t: Trainer, final: bool) -> None:
-    """Write a checkpoint and the weights file, on rank 0."""
-    seconds = t.saver.save(t.model, t.optimizer, t.scaler, t.progress, final)
-    t.clock.add_save(seconds)
+    """On rank 0, write a checkpoint and the weights file, and prune.
+
+    A save that fails is tried again at the next interval; three in a row, or the one
+    at the end, raise `OSError`.
+    """
+    if t.group.rank != 0:
+        return
+    began, where = time.monotonic(), t.progress.position()
+    try:
+        folder = save_checkpoint(t)
+        t.folder.prune_checkpoints(t.cfg.keep_checkpoints)
+        export_weights(t.model, t.weights_file)
+    except (OSError, SafetensorError, DamagedFolder) as error:
+        t.failed_saves += 1
+        t.metrics.append("event", **where, event="save_failed", error=str(error))
+        print(f"Saving at step {t.progress.step} failed: {error}", flush=True)
+        if final or t.failed_saves == _MOST_FAILED_SAVES:
+            raise OSError(
+                f"saving at step {t.progress.step} failed ({t.failed_saves} in a row): "
+                f"{error}"
+            ) from error
+    else:
+        t.failed_saves = 0
+        t.metrics.append("event", **where, event="save", folder=folder.name)
+    t.clock.add_save(time.monotonic() - began)
 
 
 def log_progress(t: Trainer) -> None:
@@ -220,7 +178,7 @@ def log_progress(t: Trainer) -> None:
     t.group.sum(memory)
     t.metrics.append(
         "train",
-        **position(t),
+        **t.progress.position(),
         loss=sums.loss / sums.targets,
         aux_loss=sums.aux_loss / sums.targets,
         learning_rate=t.optimizer.param_groups[0]["lr"],
@@ -232,14 +190,3 @@ def log_progress(t: Trainer) -> None:
         skipped_steps=t.progress.skipped_steps,
     )
     t.since_log = SinceLog()
-
-
-def position(t: Trainer) -> dict[str, float]:
-    """Where the run stands, for every row of metrics."""
-    at = t.progress
-    return {
-        "step": at.step,
-        "samples": at.samples,
-        "tokens": at.tokens,
-        "seconds": at.seconds,
-    }

@@ -1,7 +1,8 @@
-"""The optimizer, and the gradients it reads as one flat tensor."""
+"""The optimizer, its learning rate, and the gradients it reads as one flat tensor."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,8 +11,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..launch.stopping import STOP_REASONS
 
-_LOSS, _AUX = 0, 1
-_SLOTS = 2 + len(STOP_REASONS)
+_BALLOTS = 2  # behind the loss and the auxiliary loss
 
 
 class FlatGradients:
@@ -27,28 +27,21 @@ class FlatGradients:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in parameters)
-        self.flat = torch.zeros(count + _SLOTS, dtype=torch.float32, device=device)
-        self.gradients = self.flat[:count]
-        self._slots = self.flat[count:]
-        begin = 0
-        for parameter in parameters:
-            end = begin + parameter.numel()
-            parameter.grad = self.flat[begin:end].view_as(parameter)
-            begin = end
+        size = count + _BALLOTS + len(STOP_REASONS)
+        self.flat = torch.zeros(size, dtype=torch.float32, device=device)
+        self.gradients, self._slots = self.flat[:count], self.flat[count:]
+        pieces = self.gradients.split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
 
-    def zero(self) -> None:
-        """Forget the last step's gradients and numbers."""
-        self.flat.zero_()
-
-    def add_losses(self, loss: torch.Tensor, aux_loss: torch.Tensor | float) -> None:
+    def add_losses(self, loss: torch.Tensor, aux_loss: torch.Tensor) -> None:
         """Add this micro-batch's part of the step's loss, without waiting for it."""
-        self._slots[_LOSS] += loss.detach()
-        self._slots[_AUX] += aux_loss
+        self._slots[:_BALLOTS] += torch.stack([loss, aux_loss]).detach()
 
     def vote(self, ballot: list[float]) -> None:
         """Add this rank's wish to stop, one number for each of `STOP_REASONS`."""
         if any(ballot):
-            self._slots[2:] += torch.tensor(ballot, device=self.flat.device)
+            self._slots[_BALLOTS:] += torch.tensor(ballot, device=self.flat.device)
 
     def norm_and_slots(self) -> tuple[float, float, float, list[float]]:
         """Gradient norm, loss, auxiliary loss, ballots.
@@ -71,15 +64,29 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     assert cfg.beta1 is not None and cfg.beta2 is not None
     assert cfg.weight_decay is not None and cfg.learning_rate is not None
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
     groups = [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": cfg.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     betas = (cfg.beta1, cfg.beta2)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+
+
+def learning_rate(
+    step: int, *, warmup: int, total: int, highest: float, lowest: float
+) -> float:
+    """Linear warm-up, then a cosine from `highest` to `lowest`, at 0-based `step`.
+
+    `highest · (step + 1) / warmup` while `step < warmup`; the last step of `total`
+    gets `lowest`.
+    """
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return lowest + (highest - lowest) * cosine
 
 
 def moments(

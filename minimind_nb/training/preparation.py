@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import shutil
 import sys
 import tempfile
@@ -25,11 +26,14 @@ from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..session import current_session
 from ..storage import verified
 from ..storage.runs import Checkpoint, RunFolder
-from .resuming import choose_folder, compare_hashes, compare_settings
+from .checkpoint import read_progress
+from .resuming import compare_hashes, meet_run
 from .stages import STAGES
+from .trainer import Progress
 
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 _EXPORT_BYTES = 2
+_VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 _Note = Callable[[str], None]
 
 
@@ -119,52 +123,41 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     disk too small, `RunLocked`, `NoGoodCheckpoint`, and `RuntimeError` for a run there
     that is a different one.
     """
-    explicit = sorted(cfg.explicit()) if isinstance(cfg, TrainConfig) else []
     settled = settle(cfg)
+    accumulation_asked = settled.cfg.accumulation_steps
     _check_writable(Path(settled.cfg.out_dir))
     _check_disk(settled.cfg)
-    folder = choose_folder(settled.cfg, on_note)
-    if folder.exists() and settled.cfg.resume is not False:
-        resumed = compare_settings(folder, settled.cfg, on_note)
-        settled = dataclasses.replace(settled, cfg=resumed)
+    folder, resolved = meet_run(settled.cfg, on_note)
+    settled = dataclasses.replace(settled, cfg=resolved)
     corpus = open_corpus(settled, on_note)
     config = {
-        "settings": dataclasses.asdict(settled.cfg),
-        "explicit": explicit,
+        "settings": dataclasses.asdict(resolved),
+        "explicit": sorted(cfg.explicit()),
+        "accumulation_asked": accumulation_asked,
         "hashes": {
             "data": corpus.cache.folder.name,
             "validation": corpus.val_cache.folder.name,
             "tokenizer": settled.tokenizer.fingerprint,
         },
         "rejected_rows": corpus.cache.facts["bad_rows"],
-        "versions": _versions(),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-    total_steps = _total_steps(corpus, settled.cfg)
     with folder.lock():
-        checkpoint = _meet(folder, settled.cfg, config["hashes"], on_note)
+        checkpoint = None
+        if folder.exists() and resolved.resume is False:
+            on_note(f"the earlier run is kept as {folder.move_aside()}")
+        elif folder.exists():
+            compare_hashes(folder, config["hashes"], resolved.allow_change)
+            checkpoint = folder.newest_good_checkpoint(repair=True)
         done = checkpoint.step if checkpoint else 0
+        total_steps = _total_steps(corpus, resolved, checkpoint)
         complete = folder.status() == "finished" and done >= total_steps
         if not complete:
             _tell_horizon(done, total_steps, folder, on_note)
             _tell_rejected(corpus, folder, on_note)
             write_tokenizer(settled.tokenizer, folder.tokenizer)
             folder.write_config(config)
-    return Prepared(
-        settled, folder, corpus, checkpoint, config, total_steps, complete
-    )  # fmt: skip
-
-
-def _meet(
-    folder: RunFolder, cfg: TrainConfig, hashes: dict[str, str], on_note: _Note
-) -> Checkpoint | None:
-    """Where the run that is there stands, or None for a new one."""
-    if not folder.exists():
-        return None
-    if cfg.resume is False:
-        on_note(f"the earlier run is kept as {folder.move_aside()}")
-        return None
-    compare_hashes(folder, hashes, cfg.allow_change)
-    return folder.newest_good_checkpoint(repair=True)
+    return Prepared(settled, folder, corpus, checkpoint, config, total_steps, complete)
 
 
 def _tell_rejected(corpus: Corpus, folder: RunFolder, on_note: _Note) -> None:
@@ -197,19 +190,26 @@ def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
     return {"device": device, "num_processes": count, "dtype": dtype}
 
 
-def _total_steps(corpus: Corpus, cfg: TrainConfig) -> int:
-    steps = corpus.training_stream(cfg, 0, size=cfg.num_processes or 1).total_steps
-    return min(steps, cfg.max_steps or steps)
+def _total_steps(
+    corpus: Corpus, cfg: TrainConfig, checkpoint: Checkpoint | None
+) -> int:
+    """Steps made, and those that the samples left make; `max_steps` caps them.
+
+    The steps made may have been of another global batch, and the last of them short.
+    """
+    progress = read_progress(checkpoint.folder) if checkpoint else Progress()
+    stream = corpus.training_stream(cfg, 0, size=cfg.num_processes or 1)
+    left = max(0, stream.total_samples - progress.samples)
+    total = progress.step + math.ceil(left / stream.global_batch)
+    return min(total, cfg.max_steps or total)
 
 
-def _tell_horizon(
-    done: int, total_steps: int, folder: RunFolder, on_note: _Note
-) -> None:
+def _tell_horizon(done: int, total: int, folder: RunFolder, on_note: _Note) -> None:
     if not done:
         return
-    on_note(f"{folder.root} goes on from step {done:,} of {total_steps:,}")
+    on_note(f"{folder.root} goes on from step {done:,} of {total:,}")
     before = folder.read_config()["settings"]
-    if folder.status() == "finished" and done < total_steps:
+    if folder.status() == "finished" and done < total:
         on_note(
             f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
             "schedule is recomputed for the new total, which differs from a run planned "
@@ -234,16 +234,15 @@ def _check_writable(out_dir: Path) -> None:
 def _check_disk(cfg: TrainConfig) -> None:
     parameters = count_parameters(cfg.shape())["total"]
     kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
-    needed = parameters * (_CHECKPOINT_BYTES * kept + 2 * _EXPORT_BYTES)
+    assert cfg.run_name
+    run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    there = 0 if cfg.resume is False else len(run.checkpoint_folders())
+    missing = max(1, kept - there)
+    needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
     free = shutil.disk_usage(cfg.out_dir).free
     if needed > free:
         raise OSError(
-            f"{cfg.out_dir} has {free / 2**30:.1f} GiB free; {kept} checkpoints of "
+            f"{cfg.out_dir} has {free / 2**30:.1f} GiB free; {missing} checkpoints of "
             f"{parameters / 1e6:.0f} M parameters and the weights file need "
             f"{needed / 2**30:.1f} GiB. Make room, or choose another out_dir."
         )
-
-
-def _versions() -> dict[str, str]:
-    names = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}

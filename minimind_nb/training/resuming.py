@@ -6,33 +6,37 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..config import CHANGEABLE_ON_RESUME, TrainConfig
 from ..storage import verified
 from ..storage.runs import RunFolder
 
+_Note = Callable[[str], None]
 
-def choose_folder(cfg: TrainConfig, on_note: Callable[[str], None]) -> RunFolder:
+
+def meet_run(cfg: TrainConfig, on_note: _Note) -> tuple[RunFolder, TrainConfig]:
     """The run folder of a resolved configuration, copied from `resume` if that is a path.
 
     A copy is made once: where the run folder is there already and stands at least as
-    far, it goes on. Raises `FileNotFoundError` where the path is no run,
+    far, it goes on. Where a run goes on, the configuration comes back as
+    `compare_settings` returns it. Raises `FileNotFoundError` where the path is no run,
     `FileExistsError` where another run is in the way.
     """
     assert cfg.run_name
-    folder = RunFolder(Path(cfg.out_dir) / cfg.run_name)
-    if isinstance(cfg.resume, bool) or cfg.resume == "auto":
-        return folder
-    source = RunFolder(cfg.resume)
-    if not source.exists():
-        raise FileNotFoundError(
-            f"resume={cfg.resume!r} is no run folder (there is no "
-            f'{source.config_file}); name one, or take resume="auto"'
+    folder = source = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    if not folder.exists() and folder.checkpoint_folders():
+        raise FileExistsError(
+            f"{folder.root} holds checkpoints, and no {folder.config_file.name} that "
+            "says of which run; put that file back, or take another run_name"
         )
-    if source.root.resolve() == folder.root.resolve():
-        return folder
-    if folder.exists():
+    if isinstance(cfg.resume, str) and cfg.resume != "auto":
+        source = RunFolder(cfg.resume)
+        if not source.exists():
+            raise FileNotFoundError(
+                f"resume={cfg.resume!r} is no run folder (there is no "
+                f'{source.config_file}); name one, or take resume="auto"'
+            )
+    if source.root.resolve() != folder.root.resolve() and folder.exists():
         if _steps(folder) < _steps(source):
             raise FileExistsError(
                 f"{folder.root} is there already and stands at step {_steps(folder)}, "
@@ -40,14 +44,17 @@ def choose_folder(cfg: TrainConfig, on_note: Callable[[str], None]) -> RunFolder
                 "move that folder away"
             )
         on_note(f"{folder.root} was copied before and goes on")
-        return folder
-    _copy_run(source, folder)
-    on_note(f"copied {source.root} to {folder.root}")
-    return folder
+        source = folder
+    if source.exists() and cfg.resume is not False:
+        cfg = compare_settings(source, cfg, on_note)
+    if source.exists() and not folder.exists():
+        _copy_run(source, folder)
+        on_note(f"copied {source.root} to {folder.root}")
+    return folder, cfg
 
 
 def compare_settings(
-    folder: RunFolder, cfg: TrainConfig, on_note: Callable[[str], None]
+    folder: RunFolder, cfg: TrainConfig, on_note: _Note
 ) -> TrainConfig:
     """Check that a resolved configuration goes on with the run in `folder`.
 
@@ -55,14 +62,17 @@ def compare_settings(
     the number of processes is another one. Raises `RuntimeError` with every difference
     and three ways on.
     """
-    settings = folder.read_config()["settings"]
+    config = folder.read_config()
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    before = TrainConfig(**{k: v for k, v in settings.items() if k in known})
-    if before.num_processes != cfg.num_processes:
-        cfg = _keep_global_batch(before, cfg, on_note)
+    settings = {k: v for k, v in config["settings"].items() if k in known}
+    before = TrainConfig(**settings)
     allowed = CHANGEABLE_ON_RESUME | set(cfg.allow_change)
     if before.num_processes != cfg.num_processes:
-        allowed = allowed | {"accumulation_steps"}
+        cfg = _keep_global_batch(before, cfg, on_note)
+        allowed |= {"accumulation_steps"}
+    elif cfg.accumulation_steps == config.get("accumulation_asked"):
+        steps = before.accumulation_steps
+        cfg = dataclasses.replace(cfg, accumulation_steps=steps)
     differences = [
         f"{name}: {getattr(before, name)!r} there, {getattr(cfg, name)!r} now"
         for name in sorted(known - allowed)
@@ -93,7 +103,7 @@ def compare_hashes(
 
 
 def _keep_global_batch(
-    before: TrainConfig, cfg: TrainConfig, on_note: Callable[[str], None]
+    before: TrainConfig, cfg: TrainConfig, on_note: _Note
 ) -> TrainConfig:
     assert cfg.batch_size and cfg.num_processes
     rows = cfg.batch_size * cfg.num_processes
@@ -147,5 +157,5 @@ def _copy_run(source: RunFolder, folder: RunFolder) -> None:
 
 
 def _steps(folder: RunFolder) -> int:
-    newest: Any = folder.newest_good_checkpoint()
+    newest = folder.newest_good_checkpoint()
     return newest.step if newest else 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from ..model.architecture import MiniMindForCausalLM
 from ..model.interop import model_config
 from ..monitor.metrics import MetricsLog
 from ..storage.runs import RunFolder
-from .checkpoint import Progress, load_checkpoint
-from .clock import SessionClock
-from .loop import Trainer, fit
+from .checkpoint import load_checkpoint
+from .loop import fit
 from .optim import FlatGradients, build_optimizer
-from .saving import Saver
 from .stages import STAGES
+from .trainer import Progress, SessionClock, Trainer
 
 
 def run(
@@ -34,76 +33,59 @@ def run(
 ) -> str:
     """Train as `payload` says, from wherever its checkpoint stands; how it ended.
 
-    Rank 0 holds the run folder's lock as long as it lives.
+    Rank 0 holds the run folder's lock as long as it lives. Raises `MemoryError` naming
+    the batch and accumulation that keep the global batch in less memory.
     """
     cfg = TrainConfig(**payload["settings"])
-    folder = RunFolder(payload["folder"])
+    assert cfg.num_processes and cfg.device
     torch.set_num_threads(payload["threads"])
     device = torch.device(f"cuda:{rank}" if cfg.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with folder.lock() if rank == 0 else contextlib.nullcontext():
+    lock = RunFolder(payload["folder"]).lock() if rank == 0 else nullcontext()
+    with lock:
         record.update(phase="meeting")
-        group = join(rank, cfg, payload)
+        timeout = cfg.hang_timeout_seconds
+        store = Path(payload["store"])
+        group = Group(rank, cfg.num_processes, store, cfg.device, timeout)
         group.meet(device)
         record.update(phase="training")
-        trainer = build(
-            cfg, payload, group=group, device=device, record=record, stop=stop
-        )
-        with trainer.metrics:
-            ending = explain_memory_errors(trainer)
+        try:
+            trainer = build(payload, group, device, record, stop)
+            with trainer.metrics:
+                log_start(trainer, "resume" if payload["checkpoint"] else "start")
+                ending = fit(trainer)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(smaller_batch(cfg)) from error
         group.close()
     return ending
 
 
-def join(rank: int, cfg: TrainConfig, payload: Mapping[str, Any]) -> Group:
-    """Meet the other ranks of the run."""
-    assert cfg.num_processes and cfg.device
-    store = Path(payload["store"])
-    return Group(rank, cfg.num_processes, store, cfg.device, cfg.hang_timeout_seconds)
-
-
 def build(
-    cfg: TrainConfig,
     payload: Mapping[str, Any],
-    *,
     group: Group,
     device: torch.device,
     record: RankRecord,
     stop: StopRequest,
 ) -> Trainer:
     """Make all parts of a run, restored from the checkpoint where there is one."""
-    folder = RunFolder(payload["folder"])
+    cfg = TrainConfig(**payload["settings"])
+    folder, checkpoint = RunFolder(payload["folder"]), payload["checkpoint"]
     tokenizer = read_tokenizer(folder.tokenizer)
     model = build_model(cfg, tokenizer)
     nn.Module.to(model, device)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     progress = Progress()
-    if payload["checkpoint"]:
-        progress = load_checkpoint(
-            Path(payload["checkpoint"]), model, optimizer, scaler
-        )
+    if checkpoint:
+        progress = load_checkpoint(Path(checkpoint), model, optimizer, scaler)
     corpus = Corpus.reopen(payload["corpus"], cfg.val_fraction)
     stream = corpus.training_stream(
         cfg, tokenizer.pad_id, group.rank, group.size, progress.samples
     )
-    total_steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
-    record.update(step=progress.step, total_steps=total_steps)
     is_first = group.rank == 0
-    metrics = MetricsLog(folder.metrics_file) if is_first else MetricsLog.silent()
-    metrics.append(
-        "event",
-        event="resume" if payload["checkpoint"] else "start",
-        step=progress.step,
-        samples=progress.samples,
-        tokens=progress.tokens,
-        seconds=progress.seconds,
-        total_steps=total_steps,
-        total_samples=min(stream.total_samples, total_steps * stream.global_batch),
-        num_processes=group.size,
-        global_batch=stream.global_batch,
-    )
     return Trainer(
         cfg=cfg,
         stage=STAGES[cfg.stage],
@@ -120,20 +102,31 @@ def build(
         ),
         stream=stream,
         validation=corpus.validation_rows(cfg, tokenizer.pad_id),
-        total_steps=total_steps,
+        total_steps=payload["total_steps"],
         progress=progress,
-        metrics=metrics,
-        saver=Saver(
-            folder=folder,
-            weights_file=Path(payload["weights_file"]),
-            keep=cfg.keep_checkpoints,
-            config=payload["config"],
-            metrics=metrics,
-            saves=is_first,
-        ),
+        folder=folder,
+        weights_file=Path(payload["weights_file"]),
+        config=payload["config"],
+        metrics=MetricsLog(folder.metrics_file) if is_first else MetricsLog.silent(),
         clock=SessionClock(payload["deadline"] if is_first else None),
         record=record,
         stop=stop,
+    )
+
+
+def log_start(t: Trainer, event: str) -> None:
+    """Say where the run stands and how far it is to go."""
+    at, stream = t.progress, t.stream
+    t.record.update(step=at.step, total_steps=t.total_steps)
+    samples_left = max(0, t.total_steps - at.step) * stream.global_batch
+    t.metrics.append(
+        "event",
+        event=event,
+        **at.position(),
+        total_steps=t.total_steps,
+        total_samples=min(stream.total_samples, at.samples + samples_left),
+        num_processes=t.group.size,
+        global_batch=stream.global_batch,
     )
 
 
@@ -141,19 +134,6 @@ def build_model(cfg: TrainConfig, tokenizer: TokenizerSpec) -> MiniMindForCausal
     """A freshly initialised model: the same weights for the same seed, on any rank."""
     torch.manual_seed(cfg.seed)
     return MiniMindForCausalLM(model_config(dataclasses.asdict(cfg), tokenizer)).train()
-
-
-def explain_memory_errors(trainer: Trainer) -> str:
-    """Train, and say after an out-of-memory error what would fit.
-
-    Raises `MemoryError` naming the batch and accumulation that keep the global batch.
-    """
-    try:
-        return fit(trainer)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(smaller_batch(trainer.cfg)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -167,17 +147,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def smaller_batch(cfg: TrainConfig) -> str:
     """What to set so that less memory does for the same global batch."""
     assert cfg.batch_size and cfg.accumulation_steps
-    divisors = [n for n in range(2, cfg.batch_size + 1) if cfg.batch_size % n == 0]
-    found = f"out of memory with batch_size={cfg.batch_size}, "
-    found += f"accumulation_steps={cfg.accumulation_steps}"
-    if not divisors:
+    rows, steps = cfg.batch_size, cfg.accumulation_steps
+    found = f"out of memory with batch_size={rows}, accumulation_steps={steps}"
+    if rows == 1:
         return (
             f"{found}; a row cannot be halved: lower max_seq_len={cfg.max_seq_len} or "
             "the model's size"
         )
-    batch_size = cfg.batch_size // divisors[0]
+    divisor = next(n for n in range(2, rows + 1) if rows % n == 0)
     return (
-        f"{found}; the same global batch in less memory: batch_size={batch_size}, "
-        f"accumulation_steps={cfg.accumulation_steps * divisors[0]}, with "
+        f"{found}; the same global batch in less memory: batch_size={rows // divisor}, "
+        f"accumulation_steps={steps * divisor}, with "
         'allow_change=["batch_size", "accumulation_steps"] to go on with this run'
     )

@@ -54,10 +54,12 @@ def test_numpy_numbers_paths_and_lists_become_plain(tmp_path):
         epochs=np.int64(3),
         learning_rate=np.float32(0.5),
         dropout=np.float64(0.25),
+        use_moe=np.True_,
         allow_change=["epochs", "dtype"],
     )
-    plain = [str(tmp_path / "text.jsonl"), "runs", 3, 0.5, 0.25, ("epochs", "dtype")]
-    names = ("data_path", "out_dir", "epochs", "learning_rate", "dropout")
+    plain = [str(tmp_path / "text.jsonl"), "runs", 3, 0.5, 0.25, True]
+    plain.append(("epochs", "dtype"))
+    names = ("data_path", "out_dir", "epochs", "learning_rate", "dropout", "use_moe")
     found = [getattr(cfg, name) for name in (*names, "allow_change")]
     assert found == plain
     assert [type(value) for value in found] == [type(value) for value in plain]

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from minimind_nb.config import TrainConfig
 from minimind_nb.data.batches import (
     IGNORED,
     MicroBatch,
-    RowReader,
     StepBatch,
     TrainingStream,
     ValidationRows,
+    collate,
 )
 from minimind_nb.data.packing import pack
 from minimind_nb.data.shards import TokenCache
@@ -43,11 +44,14 @@ def cache(make_cache):
 def unique_tokens(targets: list[int]) -> TokenCache:
     """Documents whose tokens are all different: 0, 1, 2, … through the cache."""
     counts = np.array(targets, np.int64) + 1
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    tokens = np.arange(counts.sum(), dtype=np.uint32)
     return cast(
         TokenCache,
         SimpleNamespace(
-            tokens=np.arange(counts.sum(), dtype=np.uint32),
-            offsets=np.concatenate([[0], np.cumsum(counts)]),
+            tokens=tokens,
+            offsets=offsets,
+            piece=lambda d, at, n: tokens[offsets[d] + at :][: n + 1],
             lines=np.arange(len(counts)) + 1,
             targets=counts - 1,
             sizes=counts,
@@ -56,20 +60,27 @@ def unique_tokens(targets: list[int]) -> TokenCache:
 
 
 def make_stream(
-    cache: TokenCache, size: int = 1, *, mask: bool = False, **other: Any
+    cache: TokenCache, size: int = 1, *, rank: int = 0, samples: int = 0, **other: Any
 ) -> TrainingStream:
     batch_size, accumulation_steps = LAYOUTS[size]
     given = {
-        "width": WIDTH,
-        "seed": 42,
+        "max_seq_len": WIDTH,
         "epochs": 2,
         "batch_size": batch_size,
         "accumulation_steps": accumulation_steps,
-        "size": size,
     }
+    cfg = TrainConfig(**{**given, **other})
     documents = np.arange(len(cache.lines))
-    reader = RowReader(cache, PAD, mask)
-    return TrainingStream(reader, documents, **{**given, **other})
+    place = {"rank": rank, "size": size, "samples": samples}
+    return TrainingStream(cache, documents, cfg, PAD, **place)
+
+
+def read_all(cache: TokenCache, width: int, mask: bool) -> MicroBatch:
+    """All documents packed in their order, as one micro-batch."""
+    rows = pack(np.arange(len(cache)), cache.targets, width)
+    cfg = TrainConfig(max_seq_len=width, document_mask=mask)
+    pieces = [[cache.piece(*p) for p in rows.row(n)] for n in range(len(rows))]
+    return collate(pieces, cfg, PAD)
 
 
 def steps(stream: TrainingStream) -> list[StepBatch]:
@@ -112,8 +123,7 @@ def equal(a: StepBatch, b: StepBatch) -> bool:
 
 def test_a_row_at_literal_points(make_cache):
     cache = make_cache(["abc", "d", "eeee"])
-    rows = pack(np.arange(3), cache.targets, 6)
-    batch = RowReader(cache, PAD, document_mask=True).read(rows, range(len(rows)))
+    batch = read_all(cache, width=6, mask=True)
     assert batch.inputs.tolist() == [[1, 71, 71, 71, 71, 1], [67, 68, 69, 1, 70, 0]]
     assert batch.targets.tolist() == [
         [71, 71, 71, 71, 2, 67],
@@ -127,15 +137,14 @@ def test_a_row_at_literal_points(make_cache):
 
 def test_a_piece_that_goes_on_repeats_the_last_token_of_the_one_before(make_cache):
     cache = make_cache(["abcdefg"])
-    rows = pack(np.arange(1), cache.targets, 3)
-    batch = RowReader(cache, PAD, document_mask=False).read(rows, range(len(rows)))
+    batch = read_all(cache, width=3, mask=False)
     assert batch.inputs.tolist() == [[1, 67, 68], [69, 70, 71], [72, 73, 0]]
     assert batch.targets.tolist() == [[67, 68, 69], [70, 71, 72], [73, 2, IGNORED]]
 
 
 def test_documents_are_numbered_only_where_they_are_hidden_from_each_other(cache):
     step = make_stream(cache).next_step()
-    masked = make_stream(cache, mask=True).next_step()
+    masked = make_stream(cache, document_mask=True).next_step()
     assert all(batch.documents is None for batch in step.micro_batches)
     assert equal(step, masked)
     for batch in masked.micro_batches:
@@ -239,11 +248,11 @@ def test_targets_of_a_step_are_those_of_all_ranks(cache):
 
 def test_lines_are_those_the_samples_come_from(make_cache):
     cache = make_cache(["", "aaaaaa", "", "bb", "c", ""])
-    stream = make_stream(cache, width=4)
+    stream = make_stream(cache, max_seq_len=4)
     assert stream.rows == 3
     assert stream.lines(0, 3) == stream.lines(3, 6) == stream.lines(1, 5) == [2, 4, 5]
     assert stream.lines(2, 2) == []
-    read = stream.reader.read(stream._epoch(0), range(3)).inputs.tolist()
+    read = [np.concatenate(stream.pieces(sample)).tolist() for sample in range(3)]
     letters = {2: 67, 4: 68, 5: 69}
     for row in range(3):
         there = [n for n, letter in letters.items() if letter in read[row]]
@@ -257,7 +266,7 @@ def test_every_token_of_real_documents_is_a_target_once_an_epoch(make_cache):
     picked = [draw.choice(WORDS, n).tolist() for n in draw.integers(1, 90, 60)]
     texts = [f"{n}: {' '.join(words)}" for n, words in enumerate(picked)]
     cache = make_cache(texts, spec)
-    stream = make_stream(cache, mask=True, epochs=3, batch_size=1)
+    stream = make_stream(cache, document_mask=True, epochs=3, batch_size=1)
     expected = Counter(
         pair
         for n in range(len(cache))
@@ -289,7 +298,7 @@ def pieces_of(batch: MicroBatch) -> list[list[int]]:
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any),
-    st.integers(1, 9),
+    st.integers(2, 9),
     st.sampled_from([1, 2, 3]),
 )
 def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, size):
@@ -297,7 +306,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, siz
     firsts = set(cache.offsets[:-1].tolist())
     pairs = {(t - 1, t) for t in range(len(cache.tokens)) if t not in firsts}
     ranks = [
-        steps(make_stream(cache, size, rank=rank, epochs=2, width=width))
+        steps(make_stream(cache, size, rank=rank, epochs=2, max_seq_len=width))
         for rank in range(size)
     ]
     batches = [b for taken in ranks for step in taken for b in step.micro_batches]
@@ -305,27 +314,34 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, siz
 
 
 def validation_rows(cache: TokenCache, width: int, most: int) -> ValidationRows:
-    documents = np.arange(len(cache.lines))
-    return ValidationRows(RowReader(cache, PAD, False), documents, width, most)
+    cfg = TrainConfig(max_seq_len=width, eval_tokens=most)
+    return ValidationRows(cache, np.arange(len(cache.lines)), cfg, PAD)
 
 
-def test_validation_takes_documents_in_the_order_of_the_file(make_cache):
+def test_validation_takes_each_document_once(make_cache):
     rows = validation_rows(make_cache(["ab", "cd", "ef"]), width=3, most=1000)
     (batch,) = rows.micro_batches(batch_size=8, rank=0, size=1)
     assert batch.inputs.tolist() == [[1, 67, 68], [1, 69, 70], [1, 71, 72]]
     assert rows.text_bytes == 6
 
 
-def test_validation_stops_at_the_document_that_reaches_the_cap(make_cache):
+def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
     cache = make_cache(["ab", "cd", "ef"])  # 3 targets each
-    assert [len(validation_rows(cache, 3, most)) for most in (1, 3, 4, 6, 7)] == [
-        1,
-        1,
-        2,
-        2,
-        3,
-    ]
-    assert validation_rows(cache, 3, 4).text_bytes == 4
+    lengths = [len(validation_rows(cache, 3, most)) for most in (3, 5, 6, 8, 9)]
+    assert lengths == [1, 1, 2, 2, 3]
+    assert validation_rows(cache, 3, 6).text_bytes == 4
+
+
+def test_a_document_above_what_is_left_of_the_cap_is_left_out(make_cache):
+    cache = make_cache(["a" * 99, "ab", "b" * 30, "c"])  # 100, 3, 31 and 2 targets
+    assert validation_rows(cache, 4, most=30).text_bytes == 2 + 1
+    assert validation_rows(cache, 4, most=36).text_bytes == 2 + 30 + 1
+    assert validation_rows(cache, 4, most=105).text_bytes == 99 + 2 + 1
+
+
+def test_where_all_are_above_the_cap_the_shortest_is_taken(make_cache):
+    rows = validation_rows(make_cache(["abcdef", "abc", "abcd"]), width=2, most=1)
+    assert (len(rows), rows.text_bytes) == (2, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -339,5 +355,5 @@ def test_ranks_share_the_validation_rows(cache, batch_size, size):
     (alone,) = rows.micro_batches(1000, 0, 1)
     assert sorted(taken) == sorted(map(tuple, alone.inputs.tolist()))
     assert pairs_of(batches) == pairs_of([alone])
-    assert 1500 <= sum(pairs_of(batches).values()) < 1500 + 61
+    assert 1500 - 61 < sum(pairs_of(batches).values()) <= 1500
     assert max(len(batch.inputs) for batch in batches) <= batch_size

@@ -128,7 +128,7 @@ def test_a_stream_is_as_the_configuration_says(prepare):
         document_mask=True,
     )
     stream = corpus.training_stream(cfg, pad_id=0, rank=1, size=2, samples=16)
-    assert (stream.width, stream.seed, stream.samples) == (24, 7, 16)
+    assert (stream.width, stream.cfg.seed, stream.samples) == (24, 7, 16)
     assert (stream.rank, stream.size, stream.global_batch) == (1, 2, 16)
     assert stream.total_samples == 3 * stream.rows
     assert int(stream.targets.sum()) == corpus.cache.targets[corpus.documents].sum()
@@ -145,4 +145,4 @@ def test_validation_is_as_the_configuration_says(prepare):
     (batch,) = rows.micro_batches(100, rank=0, size=1)
     assert batch.inputs.shape[1] == 24
     assert batch.documents is not None
-    assert 100 <= int((batch.targets != IGNORED).sum()) < 120
+    assert 80 < int((batch.targets != IGNORED).sum()) <= 100

@@ -189,7 +189,7 @@ def bytes_and(*entries: str, merges: list[tuple[str, str]]) -> dict[str, Any]:
 
 END = added("<|im_end|>", 2)
 OBSTACLES = [
-    ({"normalizer": {"type": "NFC"}}, "has a normalizer (NFC)"),
+    ({"normalizer": {"type": "NFC"}}, "has a normalizer"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "does not split as GPT-2 does"),
     ({"pre_tokenizer": None}, "does not split as GPT-2 does"),
     ({"model": {"ignore_merges": True}}, "not a plain byte-level BPE"),

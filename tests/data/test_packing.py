@@ -12,7 +12,6 @@ from minimind_nb.data.packing import (
     PackedRows,
     pack,
     pack_epoch,
-    shuffle_rows,
     shuffled,
     split_by_hash,
 )
@@ -27,11 +26,13 @@ def pack_lengths(targets: list[int], width: int) -> PackedRows:
 
 def pieces(rows: PackedRows) -> list[list[tuple[int, int, int]]]:
     """Each row's (document, start, count)."""
-    table = zip(
-        rows.document.tolist(), rows.start.tolist(), rows.count.tolist(), strict=True
-    )
-    flat = list(table)
-    return [flat[a:b] for a, b in itertools.pairwise(rows.bounds.tolist())]
+    return [rows.row(number) for number in range(len(rows))]
+
+
+def split_documents(rows: PackedRows) -> int:
+    """Documents that lie in more than one piece."""
+    found = Counter(document for document, _, _ in itertools.chain(*pieces(rows)))
+    return sum(n > 1 for n in found.values())
 
 
 def covered(rows: PackedRows) -> list[tuple[int, int]]:
@@ -65,8 +66,7 @@ def test_long_documents_fill_rows_and_the_rest_is_packed_best_fit():
     ]
     assert rows.targets.tolist() == [4, 4, 4, 4, 2]
     assert len(rows) == 5
-    assert rows.fill == 18 / 20
-    assert rows.split_documents == 2
+    assert split_documents(rows) == 2
 
 
 def test_where_none_fits_the_longest_document_left_is_split():
@@ -88,8 +88,7 @@ def test_documents_of_equal_length_keep_their_order():
 def test_nothing_to_learn_makes_no_rows(targets):
     rows = pack_lengths(targets, width=8)
     assert len(rows) == 0
-    assert rows.fill == 0.0
-    assert rows.split_documents == 0
+    assert len(rows.pieces) == 0
     numbers, none = np.arange(len(targets)), np.zeros(len(targets), np.int64)
     assert len(pack_epoch(numbers, none, 8, seed=1, epoch=1)) == 0
 
@@ -128,7 +127,7 @@ def test_a_row_splits_one_document_at_most(targets, width):
     rows = pack_lengths(targets, width)
     n = np.array(targets, np.int64)
     needed = -(-n // width)  # pieces of a document that is split no more than it must
-    found = Counter(rows.document.tolist())
+    found = Counter(rows.pieces[:, 0].tolist())
     spare = sum(found[d] - k for d, k in enumerate(needed.tolist()))
     assert 0 <= spare <= len(rows) - int((n // width).sum())
 
@@ -139,8 +138,8 @@ def test_hardly_a_document_is_split_that_fits_in_a_row():
     draw = np.random.default_rng(0).lognormal(np.log(162), 1.13, 20_000)
     targets = np.minimum(draw, 512).astype(np.int64)
     rows = pack_epoch(np.arange(20_000), targets, 512, seed=42, epoch=0)
-    assert rows.fill > 0.999
-    assert rows.split_documents < 200
+    assert rows.targets.sum() == targets.sum() > 0.999 * 512 * len(rows)
+    assert split_documents(rows) < 200
     assert split_by_concatenation(targets, 512) > 8000
 
 
@@ -167,7 +166,7 @@ def test_epochs_and_seeds_order_differently_and_repeat_exactly():
 def test_rows_of_an_epoch_do_not_follow_the_lengths():
     targets = np.arange(2000) % 64
     rows = pack_epoch(np.arange(2000), targets, 64, seed=3, epoch=0)
-    pieces_in_row = np.diff(rows.bounds)
+    pieces_in_row = np.diff(rows.spans).ravel()
     half = len(rows) // 2
     first, second = pieces_in_row[:half].mean(), pieces_in_row[half:].mean()
     assert abs(first - second) < 0.5
@@ -182,12 +181,15 @@ def test_document_numbers_stay_those_of_the_cache():
     ]
 
 
-def test_shuffled_rows_are_the_same_rows_in_the_order_given():
-    rows = pack_lengths([5, 3, 2, 8, 0, 7], width=4)
-    order = np.array([3, 0, 6, 1, 5, 2, 4])
-    moved = shuffle_rows(rows, order)
-    assert pieces(moved) == [pieces(rows)[i] for i in order]
-    assert moved.targets.tolist() == rows.targets[order].tolist()
+def test_an_epoch_is_the_packed_rows_in_another_order():
+    numbers, targets = np.arange(6), np.array([5, 3, 2, 8, 0, 7])
+    first = shuffled(6, 9, 2, 0)
+    packed = pack(numbers[first], targets[first], 4)
+    order = shuffled(len(packed), 9, 2, 1)
+    rows = pack_epoch(numbers, targets, 4, seed=9, epoch=2)
+    assert sorted(order) != list(order)
+    assert pieces(rows) == [pieces(packed)[i] for i in order]
+    assert rows.targets.tolist() == packed.targets[order].tolist()
 
 
 def test_shuffling_never_changes_between_versions():

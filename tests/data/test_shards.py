@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -354,6 +355,24 @@ def test_limit_of_bad_rows_holds_for_a_cache_that_is_there(source_of_bytes, root
     assert len(open_cache(lax, root)) == 1
 
 
+def test_a_file_that_changes_while_it_is_read_makes_no_cache(
+    make_source, root, monkeypatch
+):
+    source = make_source(["aa"])
+    build = shards._build
+
+    def change_and_build(*arguments):
+        Path(source.path).write_text('{"text": "other"}\n')
+        build(*arguments)
+
+    monkeypatch.setattr(shards, "_build", change_and_build)
+    with pytest.raises(DataError, match=r"rows\.jsonl changed while it was read"):
+        open_cache(source, root)
+    assert [path for path in root.iterdir() if path.is_dir()] == []
+    monkeypatch.undo()
+    assert texts_of(open_cache(source, root)) == [b"other"]
+
+
 def test_missing_file_is_named_and_nothing_is_made(tmp_path, byte_spec, root):
     source = Source(str(tmp_path / "no.jsonl"), "pretrain", byte_spec)
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl does not exist"):
@@ -402,6 +421,26 @@ def test_death_during_a_build_leaves_nothing_that_is_used(tmp_path, make_source,
     assert [path for path in root.iterdir() if path.is_dir()] == [rebuilt.folder]
     elsewhere = open_cache(source, root / "elsewhere")
     assert contents(rebuilt.folder) == contents(elsewhere.folder)
+
+
+def test_killed_helper_is_told_in_plain_words(make_source, root, monkeypatch):
+    monkeypatch.setattr(shards, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 2000)
+    write_parts = shards._write_parts
+
+    def kill_and_write(parts, *arguments):
+        def dying():
+            yield next(parts)
+            for helper in multiprocessing.active_children():
+                helper.kill()
+            yield from parts
+
+        return write_parts(dying(), *arguments)
+
+    monkeypatch.setattr(shards, "_write_parts", kill_and_write)
+    source = make_source([f"{n} {ENGLISH}" for n in range(900)])
+    with pytest.raises(RuntimeError, match="a helper process that tokenises was kill"):
+        open_cache(source, root, processes=2)
 
 
 def test_memory_does_not_grow_with_the_file(make_source, root, monkeypatch):

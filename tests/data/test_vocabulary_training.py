@@ -43,7 +43,7 @@ def test_trained_folder_is_a_whole_tokenizer(file: Path, tmp_path: Path):
 
 def test_same_rows_give_the_same_file(file: Path, tmp_path: Path):
     one = train_tokenizer([file], tmp_path / "one", vocab_size=320)
-    two = train_tokenizer([str(file)], str(tmp_path / "two"), vocab_size=320)
+    two = train_tokenizer(str(file), str(tmp_path / "two"), vocab_size=320)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
 

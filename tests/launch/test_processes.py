@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from minimind_nb.launch import processes
 from minimind_nb.launch.processes import Job, run_processes
-from minimind_nb.launch.verdict import RankRecord, TrainingFailed
+from minimind_nb.launch.verdict import Exit, RankRecord, TrainingFailed
 from minimind_nb.storage.runs import RunFolder
 
 HERE = Path(__file__).parent
@@ -77,8 +78,12 @@ def test_two_ranks_finish_and_each_has_its_own_log(tmp_path: Path) -> None:
     ],
 )
 def test_the_rank_that_failed_first_is_named_and_none_is_left(
-    tmp_path: Path, action: str, text: str
+    tmp_path: Path, action: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     job = make_job(tmp_path, 2, action=action, ranks=[1])
     with pytest.raises(TrainingFailed) as failure:
         run_processes(job, lambda: None)
@@ -86,7 +91,35 @@ def test_the_rank_that_failed_first_is_named_and_none_is_left(
     assert failure.value.rank == 1
     assert failure.value.phase == "training"
     assert "The end of" in str(failure.value)
+    assert not list(temporary.iterdir()), "no temporary file is left"
     assert not any(map(is_alive, pids(tmp_path, 2)))
+
+
+def record(status: str = "running", phase: str = "training", age: float = 0.0) -> Any:
+    at = time.time() - age
+    return RankRecord(Path("nowhere"), 0, phase=phase, status=status, time=at)
+
+
+def test_a_rank_that_failed_or_left_silently_decides_a_run() -> None:
+    left = {0: Exit(0, 0.0)}
+    assert not processes._is_decided([record(), None], {})
+    assert processes._is_decided([record(), record()], left)
+    assert processes._is_decided([None, record()], left)
+    assert not processes._is_decided([record("finished"), record()], left)
+    failed = [record(), record("failed")]
+    assert processes._is_decided(failed, {}), "it may hang while it leaves"
+    assert processes._is_decided([record("finished"), record("finished")], left)
+
+
+def test_a_rank_that_imports_is_given_longer_than_one_that_meets() -> None:
+    waiting = record(phase="meeting", age=90.0)
+    importing = record(phase="startup", age=90.0)
+    assert processes._is_stuck([waiting, record()], 95.0)
+    assert not processes._is_stuck([waiting, importing], 95.0)
+    assert not processes._is_stuck([waiting, None], 95.0)
+    assert processes._is_stuck([waiting, importing], 301.0)
+    assert not processes._is_stuck([record(), record()], 9999.0)
+    assert not processes._is_stuck([waiting], 9999.0), "one process meets nobody"
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:

@@ -80,10 +80,17 @@ def test_a_rank_that_the_parent_ended_is_not_the_root(tmp_path: Path) -> None:
 )
 def test_the_signal_says_what_to_do(tmp_path: Path, number: int, hint: str) -> None:
     write(tmp_path, 0, step=5)
-    with pytest.raises(TrainingFailed) as failure:
+    with pytest.raises(TrainingFailed, match="the same call starts anew") as failure:
         judge(RunFolder(tmp_path), ended(-number))
     assert hint in str(failure.value)
-    assert "the same call goes on from there" in str(failure.value)
+    RunFolder(tmp_path).checkpoint_folder(4).mkdir(parents=True)
+    with pytest.raises(TrainingFailed, match="the same call goes on from there"):
+        judge(RunFolder(tmp_path), ended(-number))
+
+
+def test_a_signal_without_a_name_is_shown_by_its_number(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="was killed by signal 40 before"):
+        judge(RunFolder(tmp_path), ended(-40))
 
 
 def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_each_prompt_of_a_batch_is_continued_as_it_is_alone(counter, tokenizer):
     assert texts[1:] == [" five six", "one two three four five six"]
 
 
+def test_a_begin_token_in_the_prompt_is_not_doubled(counter, tokenizer):
+    begun = generate(counter, tokenizer, "<|im_start|>one two", temperature=0, seed=1)
+    assert begun == " three four five six"
+    room = counter.config.max_position_embeddings
+    with pytest.raises(ValueError, match="The longest prompt has 1 tokens"):
+        generate(counter, tokenizer, "<|im_start|>", max_new_tokens=room)
+
+
 def test_no_prompts_give_no_texts(counter, tokenizer):
     assert generate(counter, tokenizer, []) == []
 

@@ -214,6 +214,8 @@ def test_no_run_starts_anew_where_no_checkpoint_is_good(repair, run):
         "Put a copy of one back, or start anew with resume=False, which keeps this "
         "folder under another name."
     )
+    with pytest.raises(NoGoodCheckpoint, match="no checkpoint in .* is intact"):
+        run.newest_good_checkpoint(repair)
 
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(run):

@@ -18,7 +18,6 @@ from minimind_nb.storage.verified import (
     canonical_json,
     hash_file,
     remove_leftovers,
-    replacing,
     set_aside,
     verify,
     write_bytes,
@@ -331,15 +330,17 @@ def test_setting_aside_deletes_nothing_and_keeps_the_reason(folder):
     assert reason.read_text(encoding="utf-8") == "state.json has 6 of 11 bytes\n"
 
 
-def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
+    def halt(_path):
+        raise RuntimeError("halt")
+
     file = tmp_path / "config.json"
     write_text(file, "旧")
     write_bytes(file, b"new")
     assert file.read_bytes() == b"new"
+    monkeypatch.setattr(verified, "_flush", halt)
     with pytest.raises(RuntimeError, match="halt"):
-        with replacing(file) as aside:
-            aside.write_bytes(b"half")
-            raise RuntimeError("halt")
+        write_bytes(file, b"half")
     assert file.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -9,16 +9,16 @@ from torch import nn
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import IGNORED, MicroBatch
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.training import clock as clock_module
-from minimind_nb.training.clock import SessionClock
-from minimind_nb.training.objectives import document_mask, next_token_loss
+from minimind_nb.training import trainer as trainer_module
 from minimind_nb.training.optim import (
     FlatGradients,
     build_optimizer,
+    learning_rate,
     moments,
     restore_moments,
 )
-from minimind_nb.training.schedule import learning_rate
+from minimind_nb.training.stages import document_mask, next_token_loss
+from minimind_nb.training.trainer import SessionClock
 from minimind_nb.training.worker import is_out_of_memory, smaller_batch
 
 
@@ -115,7 +115,9 @@ def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
         begin += parameter.numel()
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     expected = float(torch.stack(norms).norm())
-    gradients.add_losses(torch.tensor(2.5), torch.tensor(0.5))
+    aux_loss = torch.tensor(0.5, requires_grad=True)
+    gradients.add_losses(torch.tensor(2.5), aux_loss)
+    assert not gradients.flat.requires_grad, "no graph grows from step to step"
     gradients.vote([0.0, 1.0, 0.0])
     norm, loss, aux, ballots = gradients.norm_and_slots()
     assert norm == pytest.approx(expected, rel=1e-5)
@@ -124,7 +126,7 @@ def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
     assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
     gradients.clip(1.0, 0.0)
     assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
-    gradients.zero()
+    gradients.flat.zero_()
     assert gradients.norm_and_slots() == (0.0, 0.0, 0.0, [0.0, 0.0, 0.0])
 
 
@@ -164,7 +166,7 @@ def test_without_a_deadline_a_session_is_never_over() -> None:
 def test_the_margin_is_a_slow_step_and_two_saves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(clock_module.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 100.0)
     clock = SessionClock(deadline=160.0)
     assert clock.margin_seconds() == 20.0, "ten seconds a save are assumed at first"
     for seconds in [1.0] * 99 + [30.0]:

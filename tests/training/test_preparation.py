@@ -101,6 +101,21 @@ def test_a_disk_too_small_is_refused_before_the_run(
     refuse(settings, OSError, "GiB free; 4 checkpoints of")
 
 
+def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare(TrainConfig(**settings), lambda _: None).folder
+    for step in (1, 2, 3):
+        folder.checkpoint_folder(step).mkdir(parents=True)
+
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(OSError, match="GiB free; 1 checkpoints of"):
+        prepare(TrainConfig(**settings), lambda _: None)
+
+
 def machine(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
     hardware = Hardware(gpus, cpu_cores=4, cpu_native_bf16=False, memory_gib=29.0)
     monkeypatch.setattr(preparation, "detect_hardware", lambda: hardware)

@@ -8,6 +8,7 @@ import pytest
 from support.runs import Settings, metric_rows, state_hashes, train_here, tree
 
 from minimind_nb.config import TrainConfig
+from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.storage.runs import RunFolder
 from minimind_nb.training.preparation import prepare
 
@@ -182,3 +183,68 @@ def test_a_run_in_use_is_refused(settings: Settings) -> None:
     folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
     with folder.lock(), pytest.raises(RuntimeError, match="is in use by pid"):
         notes_of(settings)
+
+
+def test_the_same_call_goes_on_after_the_accumulation_was_adjusted(
+    settings: Settings,
+) -> None:
+    train_here({**settings, "max_steps": 2})
+    two = {**settings, "num_processes": 2, "accumulation_steps": 2}
+    for _ in range(3):
+        prepared = prepare(TrainConfig(**two), lambda _: None)
+        assert prepared.cfg.accumulation_steps == 1
+    with pytest.raises(RuntimeError, match="accumulation_steps: 1 there, 4 now"):
+        notes_of({**two, "accumulation_steps": 4})
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_another_global_batch_takes_every_sample_once(
+    settings: Settings, batch_size: int
+) -> None:
+    settings = {**settings, "max_steps": None, "epochs": 1, "log_interval": 100}
+    train_here({**settings, "max_steps": 2})
+    other = {"batch_size": batch_size, "allow_change": ("batch_size",)}
+    ending, folder = train_here({**settings, **other})
+    assert ending == "finished"
+    straight = train_here({**settings, "run_name": "straight"})[1]
+    columns = ("train", "samples", "tokens")
+    assert metric_rows(folder, *columns)[-1] == metric_rows(straight, *columns)[-1]
+
+
+def test_more_epochs_take_every_sample_of_them(settings: Settings) -> None:
+    settings = {**settings, "max_steps": None, "log_interval": 100}
+    _, folder = train_here({**settings, "epochs": 1})
+    (rows,) = metric_rows(folder, "train", "samples")[-1]
+    assert rows % 8, "the first epoch must end within a step for this test"
+    train_here({**settings, "epochs": 2})
+    assert metric_rows(folder, "train", "samples")[-1] == (2 * rows,)
+
+
+def test_weights_that_were_not_written_at_the_end_are_written_by_the_next_call(
+    settings: Settings,
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    weights = folder.root.parent / "pretrain_32.pth"
+    weights.unlink()
+    RankRecord(folder.record_file(0), 0).fail(OSError("the disk is full"))
+    assert train_here({**settings, "max_steps": 2})[0] == "finished"
+    assert weights.is_file()
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(settings: Settings) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    folder.config_file.unlink()
+    with pytest.raises(
+        FileExistsError, match=r"holds checkpoints, and no config\.json"
+    ):
+        notes_of(settings)
+
+
+def test_a_run_with_other_settings_is_not_copied(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, source = train_here({**settings, "max_steps": 1})
+    elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "resume": str(source.root)}
+    with pytest.raises(RuntimeError, match="seed: 7 there, 8 now"):
+        notes_of({**settings, **elsewhere, "seed": 8})
+    assert not (tmp_path / "elsewhere" / "pretrain_32").exists()

@@ -8,6 +8,7 @@ import pytest
 from support.runs import Settings, metric_rows, state_hashes, train_here
 
 from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.verified import verify
 from minimind_nb.training import checkpoint
 
 
@@ -67,3 +68,12 @@ def test_two_newest_checkpoints_and_the_best_are_kept(settings: Settings) -> Non
     assert best is not None
     scores = metric_rows(folder, "eval", "loss", "step")
     assert best.facts["val_loss"] == pytest.approx(min(scores[1:])[0])
+
+
+def test_a_checkpoint_states_the_loss_of_its_own_weights_only(
+    settings: Settings,
+) -> None:
+    every = {"save_interval": 1, "eval_interval": 2, "max_steps": 4}
+    _, folder = train_here({**settings, **every, "keep_checkpoints": 4})
+    facts = [verify(path) for path in folder.checkpoint_folders()]
+    assert [f["step"] for f in facts if f["val_loss"] is not None] == [4, 2]

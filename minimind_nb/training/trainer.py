@@ -1,0 +1,135 @@
+"""The parts of a run in one process, which every step of the loop works on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..data.batches import StepBatch, TrainingStream, ValidationRows
+from ..launch.distributed import Group
+from ..launch.stopping import StopRequest
+from ..launch.verdict import RankRecord
+from ..model.architecture import MiniMindForCausalLM
+from ..monitor.metrics import MetricsLog
+from ..storage.runs import RunFolder
+from .optim import FlatGradients
+from .stages import Stage
+
+_REMEMBERED_STEPS = 200
+_FIRST_SAVE_SECONDS = 10.0  # assumed until one was measured
+_PERCENTILES = 20
+
+
+class SessionClock:
+    """Knows a deadline on the monotonic clock (None: there is none).
+
+    The margin is the 95th percentile of the step times plus two saves, so that the
+    last save fits in even when it is slow.
+    """
+
+    def __init__(self, deadline: float | None) -> None:
+        self.deadline = deadline
+        self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._longest_save = 0.0
+
+    def add_step(self, seconds: float) -> None:
+        """Remember how long a step took."""
+        self._steps.append(seconds)
+
+    def add_save(self, seconds: float) -> None:
+        """Remember how long a save took."""
+        self._longest_save = max(self._longest_save, seconds)
+
+    def margin_seconds(self) -> float:
+        """The time that one more step and the save after it may take."""
+        slow = max(self._steps, default=0.0)
+        if len(self._steps) > _PERCENTILES:
+            slow = statistics.quantiles(self._steps, n=_PERCENTILES)[-1]
+        return slow + 2 * (self._longest_save or _FIRST_SAVE_SECONDS)
+
+    def is_over(self) -> bool:
+        """Whether another step could miss the deadline."""
+        if self.deadline is None:
+            return False
+        return time.monotonic() + self.margin_seconds() > self.deadline
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what changes from step to step beside the tensors.
+
+    `samples` and `tokens` count rows and predicted text tokens of all ranks;
+    `seconds` is training time over all sessions, without validation and saving;
+    `val_loss` was measured with the weights of this very step, or is None.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None
+
+    def position(self) -> dict[str, float]:
+        """What every row of metrics begins with."""
+        names = ("step", "samples", "tokens", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class SinceLog:
+    """Sums since the last row of metrics; losses are means over a step's targets."""
+
+    loss: float = 0.0
+    aux_loss: float = 0.0
+    targets: int = 0
+    samples: int = 0
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+
+    def add(
+        self, batch: StepBatch, loss: float, aux: float, norm: float, seconds: float
+    ) -> None:
+        """Count one step."""
+        self.loss += loss * batch.targets
+        self.aux_loss += aux * batch.targets
+        self.targets += batch.targets
+        self.samples += batch.samples
+        self.grad_norm = norm
+        self.seconds += seconds
+
+
+@dataclass
+class Trainer:
+    """What `worker.build` makes and the loop changes; `config` is config.json's."""
+
+    cfg: TrainConfig
+    stage: Stage
+    group: Group
+    device: torch.device
+    model: MiniMindForCausalLM
+    gradients: FlatGradients
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    stream: TrainingStream
+    validation: ValidationRows | None
+    total_steps: int
+    progress: Progress
+    folder: RunFolder
+    weights_file: Path
+    config: dict[str, Any]
+    metrics: MetricsLog
+    clock: SessionClock
+    record: RankRecord
+    stop: StopRequest
+    since_log: SinceLog = field(default_factory=SinceLog)
+    failed_saves: int = 0

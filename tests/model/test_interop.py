@@ -1,0 +1,313 @@
+"""Weights from elsewhere: what is read, what is inferred, and what is refused."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimind_nb.config import PRESETS, TrainConfig, resolve
+from minimind_nb.data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
+from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.model.interop import infer_shape, load, model_config, put_weights
+from minimind_nb.storage import verified
+from minimind_nb.storage.runs import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
+THIRD: dict[str, Any] = {"qk_norm": True, "rms_norm_eps": 1e-6}
+LOSSES = {4: 2.0, 8: 1.0, 12: 1.5}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def spec() -> TokenizerSpec:
+    return read_tokenizer()
+
+
+def model_of(**fields: Any) -> MiniMindForCausalLM:
+    torch.manual_seed(0)
+    return MiniMindForCausalLM(MiniMindConfig(**{**SHAPE, **fields})).eval()
+
+
+@pytest.fixture
+def model() -> MiniMindForCausalLM:
+    return model_of()
+
+
+@pytest.fixture
+def run(tmp_path, model, spec) -> RunFolder:
+    """A run of three checkpoints; the embedding tells them apart."""
+    folder = RunFolder(tmp_path / "out" / "pretrain_32")
+    cfg = resolve(TrainConfig(**SHAPE))
+    config = {"settings": dataclasses.asdict(cfg)}
+    folder.write_config(config)
+    write_tokenizer(spec, folder.tokenizer)
+    for step, loss in LOSSES.items():
+        facts = {"step": step, "val_loss": loss}
+        with verified.writing(folder.checkpoint_folder(step), facts) as aside:
+            weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+            weights[EMBEDDING][0, 0] = step
+            save_file(weights, aside / WEIGHTS)
+            (aside / STATE).write_text(json.dumps({"config": config}))
+    return folder
+
+
+def save(state: Any, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def same(model: MiniMindForCausalLM, state: dict[str, Tensor]) -> bool:
+    found = model.state_dict()
+    return found.keys() == state.keys() and all(
+        torch.equal(found[name], state[name].float()) for name in found
+    )
+
+
+def step_of(model: MiniMindForCausalLM) -> float:
+    return model.state_dict()[EMBEDDING][0, 0].item()
+
+
+@pytest.mark.parametrize(("which", "step"), [("last", 12), ("best", 8)])
+def test_a_run_folder_gives_its_last_or_best_checkpoint(which, step, run, spec):
+    model, tokenizer = load(run.root, which)
+    assert step_of(model) == step
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (tokenizer.bos_token_id, len(tokenizer)) == (spec.bos_id, 6400)
+    assert model.config.eos_token_id == spec.eos_id
+
+
+def test_a_checkpoint_folder_finds_its_runs_tokenizer(run, monkeypatch):
+    model, tokenizer = load(run.checkpoint_folder(4))
+    assert step_of(model) == 4 and len(tokenizer) == 6400
+    monkeypatch.chdir(run.checkpoint_folder(8))
+    assert step_of(load(".")[0]) == 8
+
+
+def test_a_checkpoint_alone_opens_with_a_tokenizer_named(run, tmp_path, spec):
+    alone = run.checkpoint_folder(4).rename(tmp_path / "step_00000004")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at "):
+        load(alone)
+    assert step_of(load(alone, tokenizer=spec)[0]) == 4
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_a_run_goes_one_back(run):
+    last = run.checkpoint_folder(12)
+    (last / STATE).write_text("{}")
+    with pytest.raises(ValueError, match=r"step_00000012 is damaged: state\.json has"):
+        load(last)
+    assert step_of(load(run.root)[0]) == 8
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(which, run):
+    for step in LOSSES:
+        (run.checkpoint_folder(step) / STATE).unlink()
+    with pytest.raises(
+        NoGoodCheckpoint, match=r"step_00000008: state\.json is missing"
+    ):
+        load(run.root, which)
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_run_without_checkpoints_says_when_it_writes_one(which, tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_config({"settings": {}})
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet; it writes one"):
+        load(tmp_path, which)
+
+
+def test_which_is_last_or_best(run):
+    with pytest.raises(ValueError, match=r'which=\'first\': "last" or "best" is exp'):
+        load(run.root, "first")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_pth_opens_however_it_was_written(dtype, with_head, prefix, model, tmp_path):
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    kept = {
+        f"{prefix}{name}": tensor
+        for name, tensor in state.items()
+        if with_head or name != "lm_head.weight"
+    }
+    loaded, tokenizer = load(save(kept, tmp_path / "pretrain_32.pth"))
+    assert same(loaded, state)
+    assert len(tokenizer) == 6400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_moe": True},
+        {"use_moe": True, "n_routed_experts": 3, "n_shared_experts": 2},
+        {**THIRD, "num_key_value_heads": 4},
+        {**THIRD, "num_attention_heads": 4, "head_dim": 16},
+        PRESETS["minimind-3-moe"] | SHAPE | {"num_hidden_layers": 1},
+    ],
+)
+def test_a_pth_of_either_generation_computes_what_it_did(fields, tmp_path):
+    model = model_of(**fields)
+    file = save(model.state_dict(), tmp_path / "weights.pth")
+    loaded, _ = load(file)
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    for name in ("rms_norm_eps", "seq_aux", "aux_loss_alpha"):
+        assert getattr(loaded.config, name) == getattr(model.config, name)
+
+
+def test_heads_that_are_given_go_before_minimind_s_eight(tmp_path):
+    model = model_of(num_attention_heads=4)
+    file = save(model.state_dict(), tmp_path / "weights.pth")
+    ids = torch.arange(5, 15).reshape(1, 10)
+    choices: list[dict[str, Any]] = [{"num_attention_heads": 4}, {"head_dim": 8}]
+    for known in choices:
+        loaded, _ = load(file, **known)
+        assert loaded.config.num_key_value_heads == 2
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert load(file, rope_theta=1e4)[0].config.rope_theta == 1e4
+
+
+def test_a_shape_that_cannot_be_is_refused(run, model, tmp_path):
+    file = save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="part of a shape; did you mean rope_theta"):
+        load(file, rope_teta=1e4)
+    with pytest.raises(ValueError, match=r"rope_theta cannot be set: only a \.pth"):
+        load(run.root, rope_theta=1e4)
+
+
+def test_a_folder_by_save_pretrained_opens(model, tmp_path, spec):
+    folder = tmp_path / "saved"
+    model.half().save_pretrained(folder)
+    loaded, tokenizer = load(folder)
+    assert same(loaded, model.state_dict())
+    assert len(tokenizer) == 6400
+    write_tokenizer(spec, folder)
+    assert load(folder)[1].eos_token == spec.eos_token
+
+
+def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    with pytest.raises(ValueError, match="holds a 'llama' model, 'minimind' is expect"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", ".", "saved"])
+def test_a_place_without_weights_is_named(name, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "minimind"}')
+    with pytest.raises(FileNotFoundError, match="holds no weights: a run folder, a ch"):
+        load(tmp_path / name)
+
+
+def test_a_tokenizer_too_large_for_the_weights_is_refused(tmp_path):
+    file = save(model_of(vocab_size=100).state_dict(), tmp_path / "small.pth")
+    with pytest.raises(
+        ValueError, match="has 6400 entries and the weights in .* 100: "
+    ):
+        load(file)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", EMBEDDING])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named(value, name, model, tmp_path):
+    state = model.state_dict()
+    state[name].view(-1)[3] = value
+    file = save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=f"not finite, in {name}"):
+        load(file)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = model_of(num_hidden_layers=1, hidden_size=16).state_dict()
+    del state["model.norm.weight"]
+    state["extra"] = torch.ones(2, 3)
+    with pytest.raises(ValueError) as caught:
+        put_weights(model, state, "elsewhere")
+    head, *lines, more, advice = str(caught.value).splitlines()
+    assert head == "the weights in elsewhere are of another shape:"
+    assert lines[0] == "  extra: 2×3 there, missing in this model"
+    assert lines[1] == f"  {EMBEDDING}: 6400×16 there, 6400×32 in this model"
+    assert len(lines) == 5 and more.startswith("  and ")
+    assert advice == "Set the shape they have, or train under another run_name."
+    assert same(model, before)
+    small = {n: t for n, t in before.items() if n != "model.norm.weight"}
+    with pytest.raises(
+        ValueError, match="norm.weight: missing there, 32 in this model"
+    ):
+        put_weights(model, small, "elsewhere")
+
+
+def test_a_head_of_its_own_is_refused(model, tmp_path):
+    state = {**model.state_dict(), "lm_head.weight": torch.zeros(6400, 32)}
+    with pytest.raises(ValueError, match="lm_head and embed_tokens differ in "):
+        load(save(state, tmp_path / "weights.pth"))
+
+
+class Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(model, tmp_path):
+    mark = tmp_path / "ran"
+    state = {**model.state_dict(), "x": Hostile(mark)}
+    with pytest.raises(ValueError, match="hostile.pth is no file of weights: "):
+        load(save(state, tmp_path / "hostile.pth"))
+    assert not mark.exists()
+
+
+def test_a_file_that_is_no_pickle_is_refused(tmp_path):
+    (tmp_path / "a.pth").write_text("text")
+    with pytest.raises(ValueError, match="a.pth is no file of weights: "):
+        load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "state", [{"model": {}, "step": 1}, [torch.ones(2)], {1: torch.ones(2)}]
+)
+def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
+    with pytest.raises(ValueError, match="is no bare state dict: names with tensors"):
+        load(save(state, tmp_path / "resume.pth"))
+
+
+@pytest.mark.parametrize("gone", ["embed_tokens", "q_proj", "mlp", ""])
+def test_a_state_dict_of_another_model_is_told_by_what_it_lacks(gone, model):
+    state = {n: t for n, t in model.state_dict().items() if gone not in n}
+    with pytest.raises(
+        ValueError, match=f"no MiniMind state dict .*{gone}.* it holds "
+    ):
+        infer_shape(state)
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_a_misshapen_embedding_is_no_minimind(shape, model):
+    state = {**model.state_dict(), EMBEDDING: torch.ones(shape)}
+    with pytest.raises(ValueError, match="this is no MiniMind state dict "):
+        infer_shape(state)
+
+
+def test_a_models_configuration_comes_from_the_settings(spec):
+    settings = dataclasses.asdict(resolve(TrainConfig(preset="minimind-3-moe")))
+    config = model_config(settings, spec)
+    assert (config.hidden_size, config.n_shared_experts) == (768, 0)
+    assert (config.pad_token_id, config.eos_token_id) == (spec.pad_id, spec.eos_id)

@@ -1,0 +1,68 @@
+"""What the README tells to type exists, and the tree it shows is the tree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from minimind_nb import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^minimind-nb .*$", README, re.MULTILINE)
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_is_understood(command: str) -> None:
+    options = cli._parse(shlex.split(command)[1:])
+    assert callable(options.run)
+
+
+def test_every_target_of_make_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_every_linked_file_exists(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    shown = set(re.findall(r"^[├└]── (\w+(?:\.py|/))", README, re.MULTILINE))
+    package = ROOT / "minimind_nb"
+    there = {f"{path.name}/" for path in package.iterdir() if path.is_dir()}
+    there |= {path.name for path in package.glob("[a-z]*.py")}
+    assert shown == there - {"__pycache__/"}
+    for folder in re.findall(r"^(\w+)/  ", README, re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+def test_the_notebooks_parameters_are_fields_of_the_configuration() -> None:
+    import ast
+    import dataclasses
+
+    import nbformat
+
+    from minimind_nb.config import TrainConfig
+
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    for file in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(file, as_version=4)
+        cells = [
+            c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])
+        ]
+        assert len(cells) == 1
+        for line in ast.parse(cells[0].source).body:
+            assert isinstance(line, ast.Assign)
+            assert isinstance(line.targets[0], ast.Name)
+            assert line.targets[0].id in fields
+            ast.literal_eval(line.value)
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+        assert notebook.metadata.kernelspec.name == "python3"
