@@ -11,9 +11,11 @@ import pytest
 from support.runs import Settings, metric_rows, state_hashes
 
 import minimind_nb as mm
+from minimind_nb.launch.processes import Job
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.runs import RunFolder
+from minimind_nb.training import api
 
 REPORTED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
 
@@ -109,3 +111,29 @@ def test_sigterm_saves_and_the_command_line_exits_with_143(settings: Settings) -
     assert record is not None
     assert record.status == "terminated"
     assert state_hashes(folder)[0] == record.step, "no step was lost"
+
+
+@pytest.mark.parametrize(
+    ("phase", "starts"), [("meeting", 2), ("training", 1), ("startup", 1)]
+)
+def test_only_ranks_that_did_not_meet_are_started_once_more(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, phase: str, starts: int
+) -> None:
+    jobs: list[Job] = []
+
+    def fail(job: Job, on_poll: object) -> str:
+        jobs.append(job)
+        raise mm.TrainingFailed("no answer", 0, phase)
+
+    monkeypatch.setattr(api, "run_processes", fail)
+    with pytest.raises(mm.TrainingFailed, match="no answer"):
+        mm.train(mm.TrainConfig(**settings), view=False)
+    assert len(jobs) == starts
+
+
+def test_gpus_that_do_not_meet_are_tried_without_p2p_and_then_without_shm() -> None:
+    assert api._ENVIRONMENTS["cuda"] == [
+        {},
+        {"NCCL_P2P_DISABLE": "1"},
+        {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+    ]
