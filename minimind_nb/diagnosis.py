@@ -24,7 +24,12 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
 
     Starts no run and writes nothing that stays.
     """
-    hardware, session = detect_hardware(), current_session()
+    try:
+        hardware = detect_hardware()
+        processors, uses = hardware.describe(), _training(hardware)
+    except RuntimeError as error:  # a GPU that does not answer
+        processors, uses = str(error), "unknown until that is mended"
+    session = current_session()
     left = session.seconds_left(None)
     ends = (
         f"{left / 3600:.1f} hours left"
@@ -41,8 +46,8 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
             "system": f"{platform.system()} {platform.release()}, {several}",
             "python": f"{platform.python_version()} in {sys.prefix}",
             "versions": _versions("torch", "transformers", "tokenizers"),
-            "processors": hardware.describe(),
-            "training uses": _training(hardware),
+            "processors": processors,
+            "training uses": uses,
             "disk": _disk(Path(out_dir)),
             "shared memory": _shared_memory(),
             "notebook": _versions("ipykernel", "ipywidgets", "papermill", "matplotlib"),

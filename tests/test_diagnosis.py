@@ -120,3 +120,13 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(place, tmp_path):
     assert doctor(tmp_path / "out")["disk"].endswith(
         "; it cannot be written (Not a directory): set another out_dir"
     )
+
+
+def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch):
+    def silent() -> Hardware:
+        raise RuntimeError("CUDA is there but does not answer: driver too old")
+
+    monkeypatch.setattr(diagnosis, "detect_hardware", silent)
+    facts = doctor(tmp_path)
+    assert "driver too old" in facts["processors"]
+    assert facts["training uses"] == "unknown until that is mended"
