@@ -137,8 +137,14 @@ def _contradictions(
         'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"': (
             v["device"] == "cpu" and v["dtype"] == "float16"
         ),
-        f"run_name={name!r} is not the name of a folder in out_dir": (
-            not name or name.startswith(".") or "/" in name or "\\" in name
+        f"run_name={name!r} cannot be the name of a run folder in out_dir": (
+            name in ("", "cache")  # token caches lie there
+            or not name.isprintable()
+            or name.startswith(".")
+            or not {"/", "\\"}.isdisjoint(name)
+        ),
+        "seed is too large, at most 2**63 - 1 is possible": (
+            v.get("seed", 0) >= 1 << 63  # torch takes 64 bits with a sign
         ),
     }
     for field in MIXTURE_FIELDS:

@@ -185,6 +185,12 @@ def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
         raise ValueError(
             f"num_processes={cfg.num_processes}, and there are {count} GPUs"
         )
+    most = 4 * hardware.cpu_cores
+    if (cfg.num_processes or 1) > most:
+        raise ValueError(
+            f"num_processes={cfg.num_processes} is too many for "
+            f"{hardware.cpu_cores} CPU cores; take at most {most}"
+        )
     capability = min((gpu.capability for gpu in hardware.gpus), default=None)
     dtype = choose_dtype(device, capability, hardware.cpu_native_bf16)
     return {"device": device, "num_processes": count, "dtype": dtype}
@@ -239,7 +245,7 @@ def _check_disk(cfg: TrainConfig) -> None:
     there = 0 if cfg.resume is False else len(run.checkpoint_folders())
     missing = max(1, kept - there)
     needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
-    free = shutil.disk_usage(cfg.out_dir).free
+    free = shutil.disk_usage(Path(cfg.out_dir)).free
     if needed > free:
         raise OSError(
             f"{cfg.out_dir} has {free / 2**30:.1f} GiB free; {missing} checkpoints of "

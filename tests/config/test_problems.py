@@ -155,6 +155,7 @@ def test_a_number_out_of_range_says_the_range(name, value, text):
             {"device": "cpu", "dtype": "float16"},
             'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"',
         ),
+        ({"seed": 1 << 63}, "seed is too large, at most 2**63 - 1 is possible"),
         ({"allow_change": ("epoch",)}, "allow_change: 'epoch' is no setting; did you"),
     ],
 )
@@ -163,10 +164,12 @@ def test_settings_that_contradict_each_other_are_refused(settings, text):
     assert text in line
 
 
-@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["", "..", ".hidden", "a/b", "a\\b", "a\0b", "\udc80", "cache"]
+)
 def test_a_run_name_must_name_a_folder_in_out_dir(name):
     assert problems(run_name=name) == [
-        f"run_name={name!r} is not the name of a folder in out_dir"
+        f"run_name={name!r} cannot be the name of a run folder in out_dir"
     ]
 
 

@@ -154,6 +154,22 @@ def test_gpus_that_are_not_there_are_refused(
     refuse(two, ValueError, "num_processes=2, and there are 1 GPUs")
 
 
+def test_processes_without_number_are_refused(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch)
+    many = {**settings, "num_processes": 17}
+    refuse(many, ValueError, "num_processes=17 is too many for 4 CPU cores; take at")
+
+
+def test_an_empty_out_dir_is_the_working_folder(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare(TrainConfig(**{**settings, "out_dir": ""}), lambda _: None)
+    assert prepared.folder.exists()
+
+
 def test_elsewhere_than_on_linux_one_process_trains(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
