@@ -14,6 +14,8 @@ from .presets import SHAPE_FIELDS
 from .problems import Kinds, describe_unknown, find_problems, list_problems
 from .resolution import fill_defaults
 
+_PATHS = ("data_path", "val_path", "tokenizer", "out_dir", "resume")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -154,7 +156,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
-            object.__setattr__(self, name, _plain(value))
+            plain = _plain(value)
+            if name in _PATHS and isinstance(plain, str):
+                plain = os.path.expanduser(plain)  # noqa: PTH111 - a Path drops "./"
+            object.__setattr__(self, name, plain)
         if problems := find_problems(self.explicit(), kinds()):
             raise ValueError(list_problems(problems))
 

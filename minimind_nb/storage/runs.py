@@ -139,8 +139,9 @@ class RunFolder:
         """The newest checkpoint that verifies, or None where none was written.
 
         With `repair` (for the holder of the lock) damaged ones newer than it are set
-        aside under another name. Raises `NoGoodCheckpoint` where there are candidates
-        and none verifies: a run must not silently start again, the next time neither.
+        aside under another name and half-written ones removed. Raises
+        `NoGoodCheckpoint` where there are candidates and none verifies: a run must not
+        silently start again, the next time neither.
         """
         damaged: dict[Path, str] = {}
         found = _first_good(self.checkpoint_folders(), damaged)
@@ -152,6 +153,7 @@ class RunFolder:
                 "this folder under another name."
             )
         if repair:
+            verified.remove_leftovers(self.checkpoints)
             for folder, damage in damaged.items():
                 verified.set_aside(folder, damage)
         return found

@@ -47,6 +47,13 @@ def test_only_what_differs_from_the_defaults_is_explicit():
     assert cfg.explicit() == {"epochs": 2}
 
 
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = config(data_path="~/a.jsonl", out_dir="~/out", run_name="~", resume="~/r")
+    found = (cfg.data_path, cfg.out_dir, cfg.run_name, cfg.resume)
+    assert found == ("/home/me/a.jsonl", "/home/me/out", "~", "/home/me/r")
+
+
 def test_numpy_numbers_paths_and_lists_become_plain(tmp_path):
     cfg = config(
         data_path=tmp_path / "text.jsonl",

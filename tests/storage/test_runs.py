@@ -290,3 +290,12 @@ def test_moving_aside_keeps_every_earlier_run(run):
     assert not run.root.exists()
     kept = [RunFolder(run.root.with_name(name)).read_config() for name in names]
     assert kept == [{"number": 0}, {"number": 1}, {"number": 2}]
+
+
+def test_what_a_killed_save_left_is_removed_by_the_holder_of_the_lock(run):
+    leftover = run.checkpoints / ".step_00000020.1.tmp"
+    leftover.mkdir(parents=True)
+    run.newest_good_checkpoint()
+    assert leftover.exists()
+    run.newest_good_checkpoint(repair=True)
+    assert not leftover.exists()
