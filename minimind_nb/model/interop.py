@@ -128,7 +128,10 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each damage
-        raise ValueError(f"{path} is no file of weights: {error}") from error
+        # Its own text is not passed on: it advises to load without weights_only.
+        raise ValueError(
+            f"{path} is no file of weights: a .pth with a bare state dict is expected"
+        ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor)
         for name, value in state.items()
