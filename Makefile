@@ -19,7 +19,7 @@ demo: setup
 	@mkdir -p $(OUT)
 	$(BIN)/papermill notebooks/pretrain.ipynb $(OUT)/pretrain.ipynb --kernel python3 \
 		--log-output --no-progress-bar \
-		-p out_dir $(OUT) -p max_steps None -p num_processes 2 -p batch_size 4
+		-p out_dir $(OUT) -p max_steps None -p device cpu -p num_processes 2 -p batch_size 4
 	@echo "Open $(OUT)/pretrain.ipynb for the curve; the run is in $(OUT)/pretrain_128."
 
 # The notebooks run as committed, as copies: a run beside the originals may be somebody's.
