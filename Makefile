@@ -14,13 +14,16 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' ruff basedpyright
 	@touch $@
 
-# The notebook with the demo corpus, at the size that learns something.
+# The notebooks with the demo corpus, at the size that learns something.
+RUN = $(BIN)/papermill --kernel python3 --log-output --no-progress-bar
+ON = -p out_dir $(OUT) -p max_steps None -p device cpu -p num_processes 2 -p batch_size 4
+
 demo: setup
 	@mkdir -p $(OUT)
-	$(BIN)/papermill notebooks/pretrain.ipynb $(OUT)/pretrain.ipynb --kernel python3 \
-		--log-output --no-progress-bar \
-		-p out_dir $(OUT) -p max_steps None -p device cpu -p num_processes 2 -p batch_size 4
-	@echo "Open $(OUT)/pretrain.ipynb for the curve; the run is in $(OUT)/pretrain_128."
+	$(RUN) notebooks/pretrain.ipynb $(OUT)/pretrain.ipynb $(ON)
+	$(RUN) notebooks/sft.ipynb $(OUT)/sft.ipynb $(ON) -p questions 20
+	$(RUN) notebooks/curves.ipynb $(OUT)/curves.ipynb -p out_dir $(OUT)
+	@echo "Open the notebooks in $(OUT) for curves and answers; the runs are there too."
 
 # The notebooks run as committed, as copies: a run beside the originals may be somebody's.
 test: setup

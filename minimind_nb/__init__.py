@@ -1,4 +1,4 @@
-"""Pretrain and inspect MiniMind language models from inside a notebook.
+"""Pretrain, fine-tune and inspect MiniMind language models from inside a notebook.
 
 `import minimind_nb as mm`, then `mm.train(mm.TrainConfig(data_path="demo"))`. Importing
 the package loads none of torch, matplotlib and ipywidgets; what is used does.
@@ -11,59 +11,78 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .data.datasets import PretrainDataset
+    from .data.datasets import DPODataset, PretrainDataset, RLAIFDataset, SFTDataset
     from .data.faults import DataError
     from .data.tokenizer import load_tokenizer
     from .data.vocabulary_training import train_tokenizer
     from .diagnosis import doctor
+    from .examination import examine
     from .launch.verdict import TrainingFailed
     from .model.architecture import MiniMindConfig, MiniMindForCausalLM
     from .model.generation import generate
     from .model.interop import load
+    from .monitor.comparison import compare
+    from .monitor.dialogue import chat
     from .monitor.inspector import inspect
     from .monitor.metrics import History
-    from .monitor.report import Run
+    from .monitor.report import Run, runs
     from .planning import plan, preview
-    from .training.api import train
+    from .training.api import evaluate, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DPODataset": "data.datasets",
     "DataError": "data.faults",
     "History": "monitor.metrics",
     "MiniMindConfig": "model.architecture",
     "MiniMindForCausalLM": "model.architecture",
     "PretrainDataset": "data.datasets",
+    "RLAIFDataset": "data.datasets",
     "Run": "monitor.report",
+    "SFTDataset": "data.datasets",
     "TrainConfig": "config",
     "TrainingFailed": "launch.verdict",
+    "chat": "monitor.dialogue",
+    "compare": "monitor.comparison",
     "doctor": "diagnosis",
+    "evaluate": "training.api",
+    "examine": "examination",
     "generate": "model.generation",
     "inspect": "monitor.inspector",
     "load": "model.interop",
     "load_tokenizer": "data.tokenizer",
     "plan": "planning",
     "preview": "planning",
+    "runs": "monitor.report",
     "train": "training.api",
     "train_tokenizer": "data.vocabulary_training",
 }
 
 __all__ = [
+    "DPODataset",
     "DataError",
     "History",
     "MiniMindConfig",
     "MiniMindForCausalLM",
     "PretrainDataset",
+    "RLAIFDataset",
     "Run",
+    "SFTDataset",
     "TrainConfig",
     "TrainingFailed",
+    "chat",
+    "compare",
     "doctor",
+    "evaluate",
+    "examine",
     "generate",
     "inspect",
     "load",
     "load_tokenizer",
     "plan",
     "preview",
+    "runs",
     "train",
     "train_tokenizer",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `minimind-nb pretrain | tokenizer | plan | doctor`.
+"""The command line: `minimind-nb pretrain | sft | dpo | tokenizer | plan | doctor`.
 
 Options are generated from `TrainConfig`: its field names, types and docstrings.
 """
@@ -9,13 +9,14 @@ import argparse
 import ast
 import inspect
 import itertools
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
-from .config import TrainConfig, describe_unknown, kinds
+from .config import STAGES, TrainConfig, describe_unknown, kinds
 
 _EXIT_CODES = {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM}
 _USAGE_ERROR = 2
@@ -47,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     added = {}
     for name, run, text in (
-        ("pretrain", _pretrain, "Train a model on plain text."),
+        ("pretrain", _train, "Train a model on plain text."),
+        ("sft", _train, "Fine-tune a model on conversations."),
+        ("dpo", _train, "Train a model on preferences between answers."),
         ("plan", _plan, "Say what a run would take."),
         ("tokenizer", _tokenizer, "Train a vocabulary from JSONL files."),
         ("doctor", _doctor, "Say what this machine is and what will go wrong on it."),
@@ -57,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=text, usage=usage, allow_abbrev=False
         )
         added[name].set_defaults(run=run, command=added[name])
-    _add_fields(added["pretrain"])
-    _add_fields(added["plan"])
+        if name in STAGES:
+            added[name].set_defaults(stage=name)
+    for name in (*STAGES, "plan"):
+        _add_fields(added[name])
+    added["plan"].add_argument("--stage", default="pretrain", choices=STAGES)
     option = added["tokenizer"].add_argument
     option("--data_path", required=True, help="JSONL files, separated by commas")
     option("--out_dir", required=True, help="folder for tokenizer.json")
@@ -110,6 +116,8 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
         if bool in types and text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
         if tuple in types:
+            if text.startswith("["):
+                return tuple(json.loads(text))
             return tuple(part.strip() for part in text.split(",") if part.strip())
         for kind in (int, float, str):
             if kind in types:
@@ -122,10 +130,10 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
 
 def _config(options: argparse.Namespace) -> TrainConfig:
     given = {name: value for name, value in vars(options).items() if name in kinds()}
-    return TrainConfig(stage="pretrain", **given)
+    return TrainConfig(**given)
 
 
-def _pretrain(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> int:
     from .training.api import train
 
     run = train(_config(options))

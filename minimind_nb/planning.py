@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
+
 from .config import TrainConfig, count_parameters
+from .data.batches import TrainingStream
+from .data.corpus import Corpus
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, choose_threads
 from .monitor.facts import Facts
 from .monitor.metrics import History
-from .training.preparation import open_corpus, settle
+from .training.preparation import describe_cuts, open_corpus, settle
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
@@ -41,7 +45,7 @@ def plan(cfg: TrainConfig) -> Facts:
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
     samples = min(stream.total_samples, steps * stream.global_batch)
-    tokens = round(samples * stream.width * stream.fill)
+    tokens = round(samples * stream.tokens / stream.rows)
     count = count_parameters(cfg.shape())
     active = f", {count['active']:,} active for a token" if cfg.use_moe else ""
     processes = _several(cfg.num_processes, "process", "es")
@@ -50,11 +54,18 @@ def plan(cfg: TrainConfig) -> Facts:
         {
             "parameters": f"{count['total']:,}{active}",
             "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
-            "documents": f"{len(corpus.documents):,} to train on, "
-            f"{len(corpus.val_documents):,} held out",
-            "an epoch": f"{_several(int(stream.targets.sum()), 'text token')} in "
-            f"{_several(stream.rows, 'row')} of {stream.width} (fill {stream.fill:.3f})",
-            "global batch": f"{_several(stream.global_batch, 'row')} = batch_size "
+            **({"begins from": settled.initial.source} if settled.initial else {}),
+            _noun(stream, "document") + "s": _split(
+                corpus, 2 if stream.reader.pairs else 1
+            ),
+            **(
+                {"too long": told}
+                if (told := describe_cuts(stream.excerpts, cfg))
+                else {}
+            ),
+            "an epoch": _epoch(stream),
+            "global batch": f"{_several(stream.global_batch, _noun(stream, 'row'))} = "
+            f"batch_size "
             f"{cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
             f"{processes}",
             "steps": f"{_several(steps, 'optimizer step')}, "
@@ -65,6 +76,24 @@ def plan(cfg: TrainConfig) -> Facts:
             "time": _time(cfg, settled.hardware, tokens),
         },
     )
+
+
+def _noun(stream: TrainingStream, otherwise: str) -> str:
+    return "pair" if stream.reader.pairs else otherwise
+
+
+def _split(corpus: Corpus, together: int) -> str:
+    counts = len(corpus.documents) // together, len(corpus.val_documents) // together
+    return f"{counts[0]:,} to train on, {counts[1]:,} held out"
+
+
+def _epoch(stream: TrainingStream) -> str:
+    tokens = _several(stream.tokens, "text token")
+    rows = f"{tokens} in {_several(stream.rows, _noun(stream, 'row'))}"
+    if not stream.reader.pairs:
+        rows = f"{rows} of {stream.width} (fill {stream.fill:.3f})"
+    trained = int(stream.excerpts.trained.sum())
+    return f"{rows}, {trained:,} learned from" if trained < stream.tokens else rows
 
 
 def _several(number: int, noun: str, ending: str = "s") -> str:
@@ -136,16 +165,30 @@ def _product_rate(cfg: TrainConfig, hardware: Hardware) -> float | None:
 
 
 def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
-    """The first packed rows of the first epoch as text, as the model will meet them.
+    """The first samples of the first epoch as text, as the model will meet them.
 
     Documents follow each other within a row, each with its end; special tokens are
-    shown. A document that is cut goes on in another row.
+    shown. A document that is cut goes on in another row. Where conversations are
+    trained on, what is learned from stands between ⟦ and ⟧; of a pair the chosen answer
+    comes first.
     """
     settled = settle(cfg)
     corpus = open_corpus(settled, lambda _: None)
     stream = corpus.training_stream(settled.cfg, settled.tokenizer.pad_id)
     decode = load_tokenizer(settled.tokenizer).decode
+    plain = settled.cfg.stage == "pretrain"
+
+    def text(ids: np.ndarray, learned: np.ndarray) -> str:
+        if plain:
+            return str(decode(ids))
+        cuts = np.flatnonzero(np.diff(learned)) + 1
+        parts = zip(np.split(ids, cuts), np.split(learned, cuts), strict=True)
+        return "".join(
+            f"⟦{decode(part)}⟧" if which[0] else str(decode(part))
+            for part, which in parts
+        )
+
     return [
-        "".join(str(decode(ids)) for ids in stream.pieces(sample))
+        "".join(text(*piece) for piece in stream.pieces(sample))
         for sample in range(min(rows, stream.rows))
     ]

@@ -9,21 +9,22 @@ import pytest
 import minimind_nb
 from minimind_nb import diagnosis
 from minimind_nb.cli import field_docstrings, main
-from minimind_nb.config import TrainConfig
+from minimind_nb.config import STAGES, TrainConfig
 from minimind_nb.launch.verdict import TrainingFailed
 from minimind_nb.storage.runs import RunLocked
 from minimind_nb.training import api
 
 # Frozen: a script that starts runs depends on these names.
 OPTIONS = """
-    data_path val_path tokenizer out_dir run_name resume allow_change preset recipe
+    data_path val_path tokenizer out_dir run_name resume allow_change init_from preset
+    recipe
     hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout
     qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha
     seq_aux norm_topk_prob inference_rope_scaling max_seq_len document_mask epochs
     batch_size accumulation_steps learning_rate min_learning_rate warmup_iters
-    weight_decay beta1 beta2 grad_clip max_steps seed val_fraction eval_tokens
-    eval_interval log_interval save_interval keep_checkpoints max_session_hours device
+    weight_decay beta1 beta2 grad_clip dpo_beta max_steps seed val_fraction eval_tokens
+    eval_interval sample_prompts sample_tokens log_interval save_interval keep_checkpoints max_session_hours device
     num_processes dtype max_skipped_steps hang_timeout_seconds on_bad_line
     max_bad_fraction
 """.split()
@@ -64,10 +65,11 @@ def exit_code(*arguments: str) -> Any:
 def test_options_are_the_settings_but_the_stage(capsys):
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     assert names == ["stage", *OPTIONS]
-    for command in ("pretrain", "plan"):
+    for command in ("pretrain", "sft", "dpo", "plan"):
         assert exit_code(command, "--help") == 0
-        shown = capsys.readouterr().out.split()
-        assert [word[2:] for word in shown if word[2:] in names] == OPTIONS
+        shown = capsys.readouterr().out.partition("options:")[2].split()
+        found = [word[2:] for word in shown if word[2:] in names]
+        assert found == [*OPTIONS, *(["stage"] if command == "plan" else [])]
 
 
 def test_the_help_is_the_settings_docstrings(capsys):
@@ -84,7 +86,7 @@ def test_the_help_is_the_settings_docstrings(capsys):
 def test_the_main_help_lists_the_commands(capsys):
     assert exit_code("--help") == 0
     shown = capsys.readouterr().out
-    for command in ("pretrain", "plan", "tokenizer", "doctor"):
+    for command in ("pretrain", "sft", "dpo", "plan", "tokenizer", "doctor"):
         assert command in shown
 
 
@@ -112,9 +114,32 @@ def test_options_become_the_configuration(train):
     ]
 
 
-def test_what_is_not_given_is_left_to_the_defaults(train):
-    exit_code("pretrain")
-    assert train.configs == [TrainConfig()]
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_not_given_is_left_to_the_defaults(stage, train):
+    exit_code(stage)
+    assert train.configs == [TrainConfig(stage=stage)]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("Once upon, 猫", ("Once upon", "猫")),
+        ('["a, b", "c"]', ("a, b", "c")),
+        ('["a, b"]', ("a, b",)),
+    ],
+)
+def test_texts_with_commas_are_given_as_a_list(text, prompts, train):
+    exit_code("sft", "--sample_prompts", text, "--init_from", "runs/a")
+    expected = TrainConfig(stage="sft", sample_prompts=prompts, init_from="runs/a")
+    assert train.configs == [expected]
+
+
+def test_a_list_that_is_none_is_explained(train, capsys):
+    assert exit_code("sft", "--sample_prompts", '["a, b') == 2
+    assert "argument --sample_prompts: invalid" in capsys.readouterr().err
+    assert exit_code("sft", "--sample_prompts", "[1, 2]") == 2
+    assert "expected tuple of strings or None" in capsys.readouterr().err
+    assert not train.configs
 
 
 @pytest.mark.parametrize(
@@ -211,6 +236,33 @@ def test_plan_prints_what_a_run_would_take(corpus, tmp_path, monkeypatch, capsys
     shown = capsys.readouterr().out
     assert shown.startswith("pretrain_128 on ")
     assert "1,606,784" in shown and "text tokens" in shown
+
+
+def test_plan_takes_a_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    path = tmp_path / "chats.jsonl"
+    rows = (
+        {"chosen": [question(n), answer("yes")], "rejected": [question(n), answer("no")]}
+        for n in range(60)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = str(tmp_path / "out")
+    options = ("--preset", "demo", "--recipe", "demo-dpo", "--out_dir", out)
+    new = ("--stage", "dpo", "--init_from", "none", "--data_path", str(path))
+    assert exit_code("plan", *new, *options) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("dpo_128 on ")
+    assert "8 pairs = batch_size 8" in shown
+    assert exit_code("plan", "--stage", "spt") == 2
+    assert "invalid choice: 'spt'" in capsys.readouterr().err
+
+
+def question(number: int) -> dict[str, str]:
+    return {"role": "user", "content": f"Is {number} a number?"}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def test_plan_names_a_file_that_is_not_there(capsys):

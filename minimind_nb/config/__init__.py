@@ -5,16 +5,26 @@ configuration without loading torch.
 """
 
 from .fields import TrainConfig, kinds, resolve
-from .presets import CHANGEABLE_ON_RESUME, PRESETS, RECIPES, SHAPE_FIELDS, STAGES
+from .presets import (
+    CHANGEABLE_ON_RESUME,
+    MIXTURE_FIELDS,
+    PRESETS,
+    RECIPES,
+    SHAPE_FIELDS,
+    STAGES,
+    TRAINING_SHAPE_FIELDS,
+)
 from .problems import describe_unknown
 from .resolution import count_parameters
 
 __all__ = [
     "CHANGEABLE_ON_RESUME",
+    "MIXTURE_FIELDS",
     "PRESETS",
     "RECIPES",
     "SHAPE_FIELDS",
     "STAGES",
+    "TRAINING_SHAPE_FIELDS",
     "TrainConfig",
     "count_parameters",
     "describe_unknown",

@@ -14,7 +14,7 @@ from .presets import SHAPE_FIELDS
 from .problems import Kinds, describe_unknown, find_problems, list_problems
 from .resolution import fill_defaults
 
-_PATHS = ("data_path", "val_path", "tokenizer", "out_dir", "resume")
+_PATHS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,11 @@ class TrainConfig:
     """
 
     stage: str = "pretrain"
-    """What is trained for: "pretrain"."""
+    """What is trained: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
     data_path: str | None = None
-    """JSON Lines file with one {"text": "…"} a line; "demo" for the embedded corpus."""
+    """JSON Lines file; a line is {"text": "…"} for pretrain, {"conversations":
+    [{"role": "user", "content": "…"}, …]} for sft, {"chosen": […], "rejected": […]} for
+    dpo; "demo" for the embedded corpus."""
     val_path: str | None = None
     """Validation file in the same format, instead of a held-out part of data_path."""
     tokenizer: str | None = None
@@ -42,11 +44,15 @@ class TrainConfig:
     a path copies that run into out_dir and goes on with it."""
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from the run that is resumed."""
+    init_from: str | None = None
+    """Weights to begin from: a run, a checkpoint, a .pth or a saved folder; "none" for
+    new ones (pretrain's default); "auto" (sft and dpo) takes the newest finished run of
+    the stage before in out_dir: pretrain before sft, sft before dpo."""
     preset: str | None = None
     """Model shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3 or
     minimind-3-moe."""
     recipe: str | None = None
-    """Optimisation settings: demo or minimind."""
+    """Optimisation settings: demo, demo-sft, demo-dpo, minimind or minimind-sft."""
     hidden_size: int | None = None
     """Width of the residual stream."""
     num_hidden_layers: int | None = None
@@ -88,9 +94,11 @@ class TrainConfig:
     inference_rope_scaling: bool | None = None
     """Whether YaRN stretches the rotary frequencies."""
     max_seq_len: int | None = None
-    """Tokens a packed row holds, and so the length of context trained on."""
+    """Tokens a packed row holds, and so the length of context trained on. A longer text
+    is split, a longer conversation cut at a turn; a pair's prompt loses its oldest."""
     document_mask: bool | None = None
-    """Whether the documents in a packed row are hidden from each other."""
+    """Whether the documents in a packed row are hidden from each other; always, where
+    conversations are trained on."""
     epochs: int | None = None
     """Passes over the training documents."""
     batch_size: int | None = None
@@ -112,6 +120,9 @@ class TrainConfig:
     """AdamW's decay rate of the second moment."""
     grad_clip: float | None = None
     """Largest norm of the gradient; 0 never clips."""
+    dpo_beta: float | None = None
+    """DPO's β: how dear it is to leave the reference model, which are the weights that
+    the run begins from; 0.1 unless set."""
     max_steps: int | None = None
     """Cap on optimizer steps, and then the horizon of the schedule."""
     seed: int = 42
@@ -122,6 +133,11 @@ class TrainConfig:
     """Most text tokens a validation looks at."""
     eval_interval: int | None = None
     """Optimizer steps between validations; one is made at step 0 and at the end too."""
+    sample_prompts: tuple[str, ...] | None = None
+    """What the model is asked at every validation, to see its answers change: beginnings
+    of texts, or questions; two held-out ones unless set."""
+    sample_tokens: int | None = None
+    """Longest such answer in tokens; 0 asks nothing."""
     log_interval: int | None = None
     """Optimizer steps between rows of metrics."""
     save_interval: int | None = None
@@ -197,8 +213,9 @@ def kinds() -> Kinds:
 def resolve(cfg: TrainConfig, **machine: Any) -> TrainConfig:
     """Fill in every default that stands for stage, shape or machine.
 
-    `machine` is what was found here: device, num_processes, dtype, vocab_size. An
-    explicit value, the recipe and the preset go before it. Raises `ValueError`.
+    `machine` is what was found here: device, num_processes, dtype, vocab_size, and the
+    shape of the weights to begin from. An explicit value, the recipe and the preset go
+    before it. Raises `ValueError`.
     """
     return TrainConfig(**fill_defaults(cfg.explicit(), machine))
 

@@ -35,6 +35,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Model shapes by name; what a preset leaves out is the stage's default."""
 
+# MiniMind's own settings, in this project's units.
+_MINIMIND: dict[str, Any] = dict(
+    batch_size=32,
+    accumulation_steps=8,
+    learning_rate=5e-4,
+    warmup_iters=0,
+    weight_decay=0.01,
+    beta2=0.999,
+    grad_clip=1.0,
+)
+
 RECIPES: dict[str, dict[str, Any]] = {
     # Small steps: at this stage their number lowers the loss, more than their tokens.
     "demo": dict(
@@ -49,67 +60,97 @@ RECIPES: dict[str, dict[str, Any]] = {
         save_interval=80,
         eval_tokens=16_384,
     ),
-    # MiniMind's own pretraining settings, in this project's units.
-    "minimind": dict(
-        batch_size=32,
-        accumulation_steps=8,
-        learning_rate=5e-4,
-        warmup_iters=0,
-        weight_decay=0.01,
-        beta2=0.999,
-        grad_clip=1.0,
+    "demo-sft": dict(
+        max_steps=300,
+        max_seq_len=256,
+        batch_size=8,
+        learning_rate=1e-3,
+        log_interval=10,
+        eval_interval=50,
+        save_interval=100,
+        eval_tokens=16_384,
     ),
+    "demo-dpo": dict(
+        max_steps=60,
+        max_seq_len=256,
+        batch_size=8,
+        learning_rate=1e-4,
+        log_interval=5,
+        eval_interval=20,
+        save_interval=60,
+        eval_tokens=16_384,
+    ),
+    "minimind": _MINIMIND,
+    "minimind-sft": _MINIMIND
+    | dict(batch_size=16, accumulation_steps=1, learning_rate=5e-7, epochs=2),
 }
 """Optimisation settings by name; what a recipe leaves out is the stage's default."""
 
+_PRETRAIN: dict[str, Any] = dict(
+    hidden_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=6400,
+    max_position_embeddings=32_768,
+    rope_theta=1e6,
+    rms_norm_eps=1e-5,
+    dropout=0.0,
+    qk_norm=False,
+    use_moe=False,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    aux_loss_alpha=0.01,
+    seq_aux=True,
+    norm_topk_prob=True,
+    inference_rope_scaling=False,
+    init_from="none",
+    max_seq_len=512,
+    document_mask=False,
+    epochs=1,
+    batch_size=32,
+    accumulation_steps=4,
+    learning_rate=5e-4,
+    warmup_iters=20,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    grad_clip=1.0,
+    log_interval=10,
+    eval_interval=250,
+    save_interval=500,
+    eval_tokens=65_536,
+    sample_tokens=48,
+    device="cpu",
+    num_processes=1,
+    dtype="float32",
+)
+
+# What training on conversations has in common.
+_CHAT: dict[str, Any] = _PRETRAIN | dict(
+    init_from="auto",
+    max_seq_len=1024,
+    document_mask=True,
+    accumulation_steps=1,
+    eval_interval=50,
+    save_interval=100,
+)
+
 STAGES: dict[str, dict[str, Any]] = {
-    "pretrain": dict(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=6400,
-        max_position_embeddings=32_768,
-        rope_theta=1e6,
-        rms_norm_eps=1e-5,
-        dropout=0.0,
-        qk_norm=False,
-        use_moe=False,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        aux_loss_alpha=0.01,
-        seq_aux=True,
-        norm_topk_prob=True,
-        inference_rope_scaling=False,
-        max_seq_len=512,
-        document_mask=False,
-        epochs=1,
-        batch_size=32,
-        accumulation_steps=4,
-        learning_rate=5e-4,
-        warmup_iters=20,
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        grad_clip=1.0,
-        log_interval=10,
-        eval_interval=250,
-        save_interval=500,
-        eval_tokens=65_536,
-        device="cpu",
-        num_processes=1,
-        dtype="float32",
-    ),
+    "pretrain": _PRETRAIN,
+    "sft": _CHAT | dict(epochs=2, batch_size=16, learning_rate=5e-4),
+    "dpo": _CHAT | dict(epochs=1, batch_size=4, learning_rate=1e-5, dpo_beta=0.1),
 }
 """Defaults by stage; the machine's own device, processes and precision go before."""
 
 # A run may go on with other values of these; every other difference is refused.
 CHANGEABLE_ON_RESUME = frozenset(
     "epochs max_steps save_interval log_interval eval_interval keep_checkpoints "
-    "max_session_hours max_skipped_steps hang_timeout_seconds out_dir run_name resume "
-    "allow_change data_path val_path tokenizer on_bad_line max_bad_fraction device "
-    "num_processes dtype preset recipe".split()
+    "sample_prompts sample_tokens max_session_hours max_skipped_steps "
+    "hang_timeout_seconds out_dir run_name resume allow_change data_path val_path "
+    "init_from tokenizer on_bad_line max_bad_fraction device num_processes dtype "
+    "preset recipe".split()
 )
 
 SHAPE_FIELDS = (
@@ -124,3 +165,8 @@ MIXTURE_FIELDS = (
     "norm_topk_prob"
 ).split()
 """Settings that mean something for a mixture of experts only."""
+
+TRAINING_SHAPE_FIELDS = (
+    "max_position_embeddings dropout aux_loss_alpha seq_aux inference_rope_scaling"
+).split()
+"""Settings of the shape that may be others than those the weights were trained with."""

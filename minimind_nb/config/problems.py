@@ -15,7 +15,7 @@ Kinds = Mapping[str, tuple[type, ...]]
 
 _AT_LEAST = {
     0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
-    "grad_clip seed",
+    "grad_clip seed sample_tokens",
     1: "hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
     "intermediate_size vocab_size n_routed_experts num_experts_per_tok epochs "
     "batch_size accumulation_steps max_steps eval_tokens eval_interval log_interval "
@@ -24,7 +24,8 @@ _AT_LEAST = {
 }
 _LEAST = {name: least for least, names in _AT_LEAST.items() for name in names.split()}
 _ABOVE_ZERO = (
-    "learning_rate rope_theta rms_norm_eps max_session_hours hang_timeout_seconds"
+    "learning_rate rope_theta rms_norm_eps max_session_hours hang_timeout_seconds "
+    "dpo_beta"
 ).split()
 _FRACTIONS = "dropout beta1 beta2 val_fraction max_bad_fraction".split()
 _ONE_OF: dict[str, Iterable[str]] = {
@@ -77,7 +78,7 @@ def _value_problem(name: str, value: Any, kinds: tuple[type, ...]) -> str | None
         return f"{name}={value} is not a finite number"
     names_only = kind is not tuple or all(isinstance(part, str) for part in value)
     if not (names_only and (kind in kinds or (kind is int and float in kinds))):
-        special = {type(None): "None", tuple: "tuple of names"}
+        special = {type(None): "None", tuple: "tuple of strings"}
         expected = " or ".join(special.get(kind, kind.__name__) for kind in kinds)
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _ONE_OF.get(name)
@@ -142,6 +143,16 @@ def _contradictions(
             or not name.isprintable()
             or name.startswith(".")
             or not {"/", "\\"}.isdisjoint(name)
+        ),
+        'init_from="auto" looks for the stage before, and pretrain is the first; name '
+        "the weights, or leave it out to begin with new ones": (
+            v["stage"] == "pretrain" and v["init_from"] == "auto"
+        ),
+        "document_mask=False would let conversations see each other; leave it out": (
+            v["stage"] != "pretrain" and v["document_mask"] is False
+        ),
+        'dpo_beta is a setting of stage="dpo"; leave it out': (
+            v["stage"] != "dpo" and "dpo_beta" in settings
         ),
         "seed is too large, at most 2**63 - 1 is possible": (
             v.get("seed", 0) >= 1 << 63  # torch takes 64 bits with a sign

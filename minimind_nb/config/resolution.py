@@ -14,13 +14,21 @@ def fill_defaults(
     """Every setting that has a default, by the order of who goes before whom.
 
     An explicit value goes before the recipe's, that before the preset's, that before
-    what the machine offers, and last comes the stage's default.
+    what the machine offers and the weights that training begins from have, and last
+    comes the stage's default.
     """
     stage = settings.get("stage", "pretrain")
     preset = PRESETS.get(settings.get("preset") or "", {})
     recipe = RECIPES.get(settings.get("recipe") or "", {})
     explicit = {k: v for k, v in settings.items() if v is not None}
-    values = {**STAGES[stage], **(machine or {}), **preset, **recipe, **explicit}
+    values = {
+        "stage": stage,
+        **STAGES[stage],
+        **(machine or {}),
+        **preset,
+        **recipe,
+        **explicit,
+    }
     heads = values["num_attention_heads"]
     values.setdefault("intermediate_size", 3 * values["hidden_size"])
     values.setdefault("head_dim", values["hidden_size"] // heads if heads > 0 else 0)

@@ -1,48 +1,62 @@
-"""The resumable iterator: which rows each rank takes in which step.
+"""The resumable iterator: which samples each rank takes in which step.
 
 Its whole state is one number, the samples consumed so far by all ranks together, so it
-means the same for any number of processes.
+means the same for any number of processes. A sample is a packed row; where preferences
+are trained on, a pair of answers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..config import TrainConfig
-from .packing import PackedRows, pack, pack_epoch
+from .conversations import TRAINED
+from .excerpts import Excerpts
+from .packing import PackedRows, pack, pack_epoch, pair_up, shuffle_rows
 from .shards import TokenCache
 
 IGNORED = -100
 """The target of a position that nothing is learned from."""
 
+Piece = tuple[int, int, int]
+Text = tuple[int, np.ndarray, np.ndarray]  # its number, its inputs, its targets
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows for one forward pass.
+    """Samples for one forward pass.
 
     `inputs` and `targets`, both [B, T] int64, are aligned: `targets[b, t]` is the token
     after `inputs[b, t]`, or `IGNORED`. `documents` [B, T] int32 numbers the pieces in a
     row (-1 is padding), or is None where documents may see each other.
+
+    Where samples are pairs, pair p is the documents 2p (chosen) and 2p + 1 (rejected),
+    packed into the rows in any order; `reference` [2 · samples] float64 holds what the
+    reference model gives them, the sum of log-probabilities over the targets.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     documents: torch.Tensor | None
+    samples: int
+    reference: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same rows on a device."""
+        """The same samples on a device."""
         if device.type == "cpu":
             return self
-        documents = self.documents
+        documents, reference = self.documents, self.reference
         return MicroBatch(
             self.inputs.pin_memory().to(device, non_blocking=True),
             self.targets.pin_memory().to(device, non_blocking=True),
             None if documents is None else documents.to(device),
+            self.samples,
+            None if reference is None else reference.to(device),
         )
 
 
@@ -50,51 +64,102 @@ class MicroBatch:
 class StepBatch:
     """This rank's micro-batches of one step, and what all ranks take together.
 
-    `targets` and `samples` are global: predicted tokens and rows of the step.
+    `samples`, `tokens` (of text, whether learned from or not) and `terms` (of the loss:
+    targets, or pairs) are global.
     """
 
     micro_batches: list[MicroBatch]
     samples: int
-    targets: int
+    tokens: int
+    terms: int
 
 
-def collate(rows: Sequence[list[np.ndarray]], cfg: TrainConfig, pad: int) -> MicroBatch:
-    """Rows, each a list of pieces of ids, as one micro-batch of `max_seq_len`.
-
-    The last id of a piece is a target only.
-    """
-    assert cfg.max_seq_len
-    shape = (len(rows), cfg.max_seq_len)
+def collate(rows: Sequence[Sequence[Text]], width: int, pad: int) -> MicroBatch:
+    """Rows of texts, each with its number in the row, as one micro-batch."""
+    shape = (len(rows), width)
     inputs = np.full(shape, pad, np.int64)
     targets = np.full(shape, IGNORED, np.int64)
     documents = np.full(shape, -1, np.int32)
-    for b, pieces in enumerate(rows):
+    for b, texts in enumerate(rows):
         begin = 0
-        for number, ids in enumerate(pieces):
-            end = begin + len(ids) - 1
-            inputs[b, begin:end] = ids[:-1]
-            targets[b, begin:end] = ids[1:]
+        for number, text_inputs, text_targets in texts:
+            end = begin + len(text_inputs)
+            inputs[b, begin:end] = text_inputs
+            targets[b, begin:end] = text_targets
             documents[b, begin:end] = number
             begin = end
-    return MicroBatch(
-        torch.from_numpy(inputs),
-        torch.from_numpy(targets),
-        torch.from_numpy(documents) if cfg.document_mask else None,
-    )
+    tensors = map(torch.from_numpy, (inputs, targets, documents))
+    return MicroBatch(*tensors, samples=len(rows))
+
+
+class SampleReader:
+    """Turns samples, each a list of pieces of documents, into micro-batches.
+
+    `reference`, where samples are pairs, is set once it is known: a float64 for each
+    document of the cache.
+    """
+
+    def __init__(self, cache: TokenCache, cfg: TrainConfig, pad_id: int) -> None:
+        assert cfg.max_seq_len
+        self.cache = cache
+        self.width = cfg.max_seq_len
+        self.pad_id = pad_id
+        self.pairs = cfg.stage == "dpo"
+        self.masked = cfg.document_mask
+        self.reference: np.ndarray | None = None
+
+    def read(self, samples: Sequence[list[Piece]]) -> MicroBatch:
+        """The micro-batch of some samples; what they do not fill is padding."""
+        if self.pairs:
+            return self._read_pairs(samples)
+        rows = [
+            [self.text(number, piece) for number, piece in enumerate(sample)]
+            for sample in samples
+        ]
+        batch = collate(rows, self.width, self.pad_id)
+        return batch if self.masked else replace(batch, documents=None)
+
+    def _read_pairs(self, samples: Sequence[list[Piece]]) -> MicroBatch:
+        """Pack the answers of all pairs into as few rows as hold them."""
+        pieces = [piece for sample in samples for piece in sample]
+        texts = [self.text(number, piece) for number, piece in enumerate(pieces)]
+        lengths = np.array([len(inputs) for _, inputs, _ in texts], np.int64)
+        packed = pack(np.arange(len(texts)), lengths, self.width, split=False)
+        rows = [
+            [texts[number] for number, _, _ in packed.row(row)]
+            for row in range(len(packed))
+        ]
+        batch = collate(rows, int(packed.targets.max()), self.pad_id)
+        reference = None
+        if self.reference is not None:
+            values = self.reference[[document for document, _, _ in pieces]]
+            reference = torch.from_numpy(values)
+        return replace(batch, samples=len(samples), reference=reference)
+
+    def text(self, number: int, piece: Piece) -> Text:
+        """A piece as inputs and targets, those masked that nothing is learned from."""
+        document, start, count = piece
+        ids = self.cache.piece(document, start, count)
+        targets = ids[1:]
+        if self.cache.marks is not None:
+            begin = int(self.cache.offsets[document]) + start + 1
+            marks = self.cache.marks[begin : begin + count]
+            targets = np.where(marks & TRAINED, targets.astype(np.int64), IGNORED)
+        return number, ids[:-1], targets
 
 
 class TrainingStream:
-    """All samples of a resolved configuration, `epochs × rows`, cut into steps.
+    """All samples of a resolved configuration, epoch after epoch, cut into steps.
 
     A step takes the next global batch, across an epoch's end too; the last takes what
-    is left. Within a step, micro-batch m of rank r takes the rows from
-    (m · size + r) · batch_size on, so a rank may get fewer rows, or none.
+    is left. Within a step, micro-batch m of rank r takes the samples from
+    (m · size + r) · batch_size on, so a rank may get fewer samples, or none.
     """
 
     def __init__(
         self,
         cache: TokenCache,
-        documents: np.ndarray,
+        excerpts: Excerpts,
         cfg: TrainConfig,
         pad_id: int,
         *,
@@ -102,85 +167,117 @@ class TrainingStream:
         size: int = 1,
         samples: int = 0,
     ) -> None:
-        assert cfg.max_seq_len and cfg.epochs
-        assert cfg.batch_size and cfg.accumulation_steps
+        assert cfg.epochs and cfg.batch_size and cfg.accumulation_steps
         self.cache = cache
+        self.excerpts = excerpts
         self.cfg = cfg
-        self.pad_id = pad_id
+        self.reader = SampleReader(cache, cfg, pad_id)
         self.rank = rank
         self.size = size
         self.samples = samples
-        self.width = width = cfg.max_seq_len
+        self.width = self.reader.width
         self.batch_size = cfg.batch_size
         self.global_batch = cfg.batch_size * cfg.accumulation_steps * size
-        self.targets = targets = cache.targets[documents]
-        self.rows = -(-int(targets.sum()) // width)
+        self.tokens = int(excerpts.targets.sum())
+        self._rows_of = functools.lru_cache(maxsize=2)(self.arrange)
+        if cfg.stage == "pretrain":  # not worth a packing
+            self.rows = -(-self.tokens // self.width)
+        else:
+            self.rows = len(self._rows_of(0))
+            self._trained = np.zeros(len(cache), np.int64)
+            self._trained[excerpts.documents] = excerpts.trained
         self.total_samples = cfg.epochs * self.rows
         self.total_steps = -(-self.total_samples // self.global_batch)
 
-        @functools.lru_cache(maxsize=2)  # a step may reach across an epoch's end
-        def rows_of(epoch: int) -> PackedRows:
-            return pack_epoch(documents, targets, width, cfg.seed, epoch)
-
-        self._rows_of = rows_of
+    def arrange(self, epoch: int) -> PackedRows:
+        """The samples of an epoch; a step may reach across its end."""
+        e, seed = self.excerpts, self.cfg.seed
+        if self.reader.pairs:
+            pieces = np.stack([e.documents, e.starts, e.targets], 1)
+            return shuffle_rows(pair_up(pieces), seed, epoch)
+        split = self.cfg.stage == "pretrain"
+        rows = (e.documents, e.targets, self.width, seed, epoch)
+        return pack_epoch(*rows, split=split)
 
     @property
     def fill(self) -> float:
-        """Share of the positions of an epoch that hold a target."""
-        return int(self.targets.sum()) / max(1, self.rows * self.width)
+        """Share of the positions of an epoch's rows that hold text."""
+        return self.tokens / max(1, self.rows * self.width)
 
     def next_step(self) -> StepBatch:
-        """Take the next global batch; this rank's rows of it are read."""
+        """Take the next global batch; this rank's samples of it are read."""
         begin = self.samples
         end = min(begin + self.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
-        targets = sum(count for n in range(begin, end) for _, _, count in self._row(n))
         micro_batches = []
         stride = self.size * self.batch_size
         for first in range(begin + self.rank * self.batch_size, end, stride):
             samples = range(first, min(first + self.batch_size, end))
-            rows = [self.pieces(sample) for sample in samples]
-            micro_batches.append(collate(rows, self.cfg, self.pad_id))
+            micro_batches.append(self.reader.read([self._row(n) for n in samples]))
         self.samples = end
-        return StepBatch(micro_batches, end - begin, targets)
+        return StepBatch(micro_batches, end - begin, *self._count(begin, end))
 
-    def pieces(self, sample: int) -> list[np.ndarray]:
-        """The ids of each piece of a document in a sample's row, last targets too."""
-        return [self.cache.piece(*piece) for piece in self._row(sample)]
+    def _count(self, begin: int, end: int) -> tuple[int, int]:
+        """Text tokens and terms of the loss of some samples."""
+        pieces = [piece for n in range(begin, end) for piece in self._row(n)]
+        tokens = sum(count for _, _, count in pieces)
+        if self.reader.pairs:
+            return tokens, end - begin
+        if self.cfg.stage == "pretrain":
+            return tokens, tokens
+        return tokens, int(self._trained[[document for document, *_ in pieces]].sum())
+
+    def pieces(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids of each piece of a sample, last targets too, and which are learned."""
+        found = []
+        for piece in self._row(sample):
+            _, inputs, targets = self.reader.text(0, piece)
+            ids = np.concatenate([inputs, self.cache.piece(*piece)[-1:]])
+            found.append((ids, np.concatenate([[False], targets != IGNORED])))
+        return found
 
     def lines(self, begin: int, end: int) -> list[int]:
         """The physical lines of the file that samples begin to end come from."""
         documents = {piece[0] for n in range(begin, end) for piece in self._row(n)}
-        return self.cache.lines[sorted(documents)].tolist()
+        return sorted(set(self.cache.lines[sorted(documents)].tolist()))
 
-    def _row(self, sample: int) -> list[tuple[int, int, int]]:
+    def _row(self, sample: int) -> list[Piece]:
         epoch, row = divmod(sample, self.rows)
         return self._rows_of(epoch).row(row)
 
 
 class ValidationRows:
-    """The held-out documents, packed once into rows; their order means nothing.
+    """The held-out samples, packed once into rows; their order means nothing.
 
-    Whole documents are taken in the file's order, those left out that have more targets
-    than remain of `eval_tokens`; where none has as few, the shortest is taken.
+    Whole documents are taken in the file's order, those left out that have more tokens
+    than remain of `eval_tokens`; where none has as few, the shortest is taken. Pairs
+    are taken whole.
     """
 
     def __init__(
-        self, cache: TokenCache, documents: np.ndarray, cfg: TrainConfig, pad_id: int
+        self, cache: TokenCache, excerpts: Excerpts, cfg: TrainConfig, pad_id: int
     ) -> None:
-        assert cfg.max_seq_len and cfg.eval_tokens
+        assert cfg.eval_tokens
         self.cache = cache
-        self.cfg = cfg
-        self.pad_id = pad_id
-        targets = cache.targets[documents]
+        self.reader = SampleReader(cache, cfg, pad_id)
+        together = 2 if self.reader.pairs else 1
+        targets = excerpts.targets.reshape(-1, together).sum(1)
         left = max(cfg.eval_tokens, int(targets.min()))
-        kept = []
+        taken = []
         for index, count in enumerate(targets.tolist()):
             if count <= left:
-                kept.append(index)
+                taken.append(index)
                 left -= count
-        self.rows = pack(documents[kept], targets[kept], cfg.max_seq_len)
-        self.text_bytes = int(cache.sizes[documents[kept]].sum())
+        kept = (np.array(taken)[:, None] * together + np.arange(together)).ravel()
+        self.documents = documents = excerpts.documents[kept]
+        targets = excerpts.targets[kept]
+        if self.reader.pairs:
+            pieces = np.stack([documents, excerpts.starts[kept], targets], 1)
+            self.rows = pair_up(pieces)
+        else:
+            split = cfg.stage == "pretrain"
+            self.rows = pack(documents, targets, self.reader.width, split)
+        self.text_bytes = int(excerpts.text_bytes[kept].sum())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -188,11 +285,8 @@ class ValidationRows:
     def micro_batches(
         self, batch_size: int, rank: int, size: int
     ) -> Iterator[MicroBatch]:
-        """This rank's share of the rows, `batch_size` at a time."""
+        """This rank's share of the samples, `batch_size` at a time."""
         mine = range(rank, len(self.rows), size)
         for begin in range(0, len(mine), batch_size):
-            rows = [
-                [self.cache.piece(*piece) for piece in self.rows.row(number)]
-                for number in mine[begin : begin + batch_size]
-            ]
-            yield collate(rows, self.cfg, self.pad_id)
+            numbers = mine[begin : begin + batch_size]
+            yield self.reader.read([self.rows.row(number) for number in numbers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,34 @@ import numpy as np
 
 from ..config import TrainConfig
 from .batches import TrainingStream, ValidationRows
+from .demo import DEMO
+from .excerpts import Excerpts, take_excerpts
+from .faults import DataError
+from .jsonl import iter_chunks, read_rows
 from .packing import split_by_hash
 from .shards import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
+
+
+def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
+    """The record format of a file, by the keys of its first row: "pretrain" or "sft".
+
+    "demo" is the embedded corpus of the stage `demo`. Raises what `check_file` does, and
+    `DataError` for rows that have neither key.
+    """
+    if path == DEMO:
+        return "pretrain" if demo == "pretrain" else "sft"
+    chunk = next(iter_chunks(path))
+    rows, problems, _ = read_rows(chunk, lambda _: None)
+    keys = set(rows[0][1]) if rows else set()
+    for key, record_format in (("conversations", "sft"), ("text", "pretrain")):
+        if key in keys:
+            return record_format
+    found = f"the keys {sorted(keys)}" if rows else str(problems[:1])
+    raise DataError(
+        f"{path} has neither texts nor conversations, its first row {found}: expected is "
+        'one {"text": "…"} or {"conversations": […]} a line'
+    )
 
 
 class Corpus:
@@ -67,6 +93,7 @@ class Corpus:
                 f"{cfg.val_path} has no text to validate on: every text in it is empty; "
                 "leave val_path out to hold out a part of data_path"
             )
+        corpus.judge(cfg)
         return corpus
 
     def describe(self) -> list[dict[str, Any]]:
@@ -94,10 +121,33 @@ class Corpus:
     ) -> TrainingStream:
         """The samples of a resolved configuration for one rank, from `samples` on."""
         ranks = {"rank": rank, "size": size, "samples": samples}
-        return TrainingStream(self.cache, self.documents, cfg, pad_id, **ranks)
+        return TrainingStream(self.cache, self.excerpts(cfg), cfg, pad_id, **ranks)
+
+    def excerpts(self, cfg: TrainConfig) -> Excerpts:
+        """What is trained on of each document: all of it, or what a row can hold."""
+        assert cfg.max_seq_len
+        return take_excerpts(self.cache, self.documents, cfg.max_seq_len)
 
     def validation_rows(self, cfg: TrainConfig, pad_id: int) -> ValidationRows | None:
         """The held-out rows, at most `eval_tokens`; None where nothing is held out."""
-        if not len(self.val_documents):
+        assert cfg.max_seq_len
+        excerpts = take_excerpts(self.val_cache, self.val_documents, cfg.max_seq_len)
+        if not len(excerpts.documents):
             return None
-        return ValidationRows(self.val_cache, self.val_documents, cfg, pad_id)
+        return ValidationRows(self.val_cache, excerpts, cfg, pad_id)
+
+    def judge(self, cfg: TrainConfig) -> None:
+        """Raise `ValueError` where too few conversations have an answer that fits."""
+        excerpts = self.excerpts(cfg)
+        kept, dropped = len(excerpts.documents), excerpts.dropped
+        kept //= 2 if cfg.stage == "dpo" else 1
+        if kept and dropped <= cfg.max_bad_fraction * (kept + dropped):
+            return
+        longest = int(self.cache.targets[self.documents].max())
+        raise ValueError(
+            f"{cfg.data_path}: {dropped:,} of {kept + dropped:,} conversations have no "
+            f"whole answer within max_seq_len={cfg.max_seq_len} tokens, so nothing could "
+            f"be learned from them; raise max_seq_len (the longest has {longest:,} tokens"
+            f"), or allow more than {cfg.max_bad_fraction:.3g} of them to be left out: "
+            'max_bad_fraction=…, with on_bad_line="skip"'
+        )

@@ -38,7 +38,9 @@ class PackedRows:
         return [(d, start, n) for d, start, n in self.pieces[begin:end].tolist()]
 
 
-def pack(documents: np.ndarray, targets: np.ndarray, width: int) -> PackedRows:
+def pack(
+    documents: np.ndarray, targets: np.ndarray, width: int, split: bool = True
+) -> PackedRows:
     """Fill rows of `width` targets with documents; only the last row may have room.
 
     `documents` are numbers in the order wished for, `targets` their numbers of targets
@@ -48,13 +50,19 @@ def pack(documents: np.ndarray, targets: np.ndarray, width: int) -> PackedRows:
     is split. Costs about 1 µs a piece; rows = ceil(sum of targets / width), so fill
     is 1 but for the last row. Not covered: the order of the rows follows the lengths;
     shuffle them.
+
+    Without `split` every document, none longer than a row, stays whole: a row may have
+    room left. How many rows there are follows from the lengths alone, whatever their
+    order.
     """
+    assert split or targets.max(initial=0) <= width
     rows = targets // width
     number = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
     document = np.repeat(documents, rows)
     whole = [document, number * width, np.full_like(document, width)]
     left = targets % width
-    rest, ends = _best_fit(np.stack([documents, targets - left, left], 1), width)
+    rest = np.stack([documents, targets - left, left], 1)
+    rest, ends = _best_fit(rest, width, split)
     pieces = np.concatenate([np.stack(whole, 1), rest])
     bounds = np.concatenate([np.arange(len(number) + 1), len(number) + ends])
     cumulative = np.concatenate([[0], np.cumsum(pieces[:, 2])])
@@ -62,7 +70,9 @@ def pack(documents: np.ndarray, targets: np.ndarray, width: int) -> PackedRows:
     return PackedRows(pieces, spans, np.diff(cumulative[bounds]))
 
 
-def _best_fit(rest: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _best_fit(
+    rest: np.ndarray, width: int, split: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Pack pieces shorter than a row; returns them, and where each row of them ends."""
     buckets: list[list[tuple[int, int]]] = [[] for _ in range(width)]
     for document, start, count in rest[::-1].tolist():
@@ -76,6 +86,8 @@ def _best_fit(rest: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         room = width
         while room and there:
             fitting = there & ((2 << room) - 1)
+            if not (fitting or split):
+                break
             count = (fitting or there).bit_length() - 1
             document, start = buckets[count].pop()
             if not buckets[count]:
@@ -91,11 +103,30 @@ def _best_fit(rest: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_epoch(
-    documents: np.ndarray, targets: np.ndarray, width: int, seed: int, epoch: int
+    documents: np.ndarray,
+    targets: np.ndarray,
+    width: int,
+    seed: int,
+    epoch: int,
+    *,
+    split: bool = True,
 ) -> PackedRows:
     """The rows of one epoch: shuffled documents, packed, and the rows shuffled."""
     order = shuffled(len(documents), seed, epoch, 0)
-    rows = pack(documents[order], targets[order], width)
+    return shuffle_rows(
+        pack(documents[order], targets[order], width, split), seed, epoch
+    )
+
+
+def pair_up(pieces: np.ndarray) -> PackedRows:
+    """One row for every two pieces [2n, 3], in their order."""
+    ends = np.arange(0, len(pieces) + 1, 2)
+    targets = pieces[:, 2].reshape(-1, 2).sum(1)
+    return PackedRows(pieces, np.stack([ends[:-1], ends[1:]], 1), targets)
+
+
+def shuffle_rows(rows: PackedRows, seed: int, epoch: int) -> PackedRows:
+    """The same rows in the order of an epoch."""
     order = shuffled(len(rows), seed, epoch, 1)
     return replace(rows, spans=rows.spans[order], targets=rows.targets[order])
 

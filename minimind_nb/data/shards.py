@@ -16,17 +16,18 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..session import die_with_parent
 from ..storage import verified
+from .conversations import TRAINED
 from .encoding import BulkEncoder
-from .faults import BadRow, DataError, Tally, write_rejected
+from .faults import BadRow, DataError, Fault, Tally, describe, write_rejected
 from .jsonl import Chunk, check_file, iter_chunks, read_rows
-from .records import RECORD_FORMATS, VERSION
+from .records import RECORD_FORMATS, VERSION, Document
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -60,7 +61,12 @@ class TokenCache:
 
     `tokens` holds all ids on end (uint16; uint32 for vocabularies over 65,536);
     document d is `tokens[offsets[d]:offsets[d + 1]]`. `lines` are physical line numbers
-    in the file, from 1; `sizes` the texts' UTF-8 bytes; `hashes` their 64-bit hashes.
+    in the file, from 1; `sizes` UTF-8 bytes, of the text or of the answers learned from;
+    `hashes` the rows' 64-bit hashes.
+
+    Of chat formats also: `marks` (uint8, one a token, bits as in `conversations`);
+    `trained`, tokens learned from, and `answers`, of which they are, int64 a document;
+    `answer_sizes`, UTF-8 bytes of each of these answers. None for plain text.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -71,6 +77,12 @@ class TokenCache:
         self.lines = _map(folder / "lines", np.int64)
         self.sizes = _map(folder / "sizes", np.int64)
         self.hashes = _map(folder / "hashes", np.uint64)
+        self.marks = self.trained = self.answers = self.answer_sizes = None
+        if facts["record_format"] != "pretrain":
+            self.marks = _map(folder / "marks", np.uint8)
+            self.trained = _map(folder / "trained", np.int64)
+            self.answers = _map(folder / "answers", np.int64)
+            self.answer_sizes = _map(folder / "answer_sizes", np.int64)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -78,6 +90,11 @@ class TokenCache:
     def document(self, number: int) -> np.ndarray:
         """The ids of one document."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def marks_of(self, number: int) -> np.ndarray:
+        """The marks of one document of a chat format."""
+        assert self.marks is not None
+        return self.marks[self.offsets[number] : self.offsets[number + 1]]
 
     def piece(self, number: int, start: int, count: int) -> np.ndarray:
         """The ids of `count` targets of a document, and the one before the first."""
@@ -152,31 +169,60 @@ class _ChunkEncoder:
     """Turns chunks into ids; one a process."""
 
     def __init__(self, record_format: str, spec: TokenizerSpec) -> None:
+        self.record_format = record_format
         self.format = RECORD_FORMATS[record_format]
         self.spec = spec
         self.encoder = BulkEncoder(spec, threads=1)
 
     def __call__(self, chunk: Chunk) -> _Encoded:
         rows, problems, blank = read_rows(chunk, self.format.check)
-        pairs = [(line, self.format.text(row)) for line, row in rows]
-        lines = [line for line, text in pairs if text]
-        texts = [text for _, text in pairs if text]
-        raw = [text.encode("utf-8") for text in texts]
-        ids = self.format.encode(texts, self.encoder, self.spec)
+        texts = [self.format.text(row) for _, row in rows]
+        full = [
+            (*row, text.encode()) for row, text in zip(rows, texts, strict=True) if text
+        ]
+        made = self.format.encode([row for _, row, _ in full], self.encoder, self.spec)
+        documents: list[tuple[int, bytes, Document]] = []
+        faults: list[BadRow] = []
+        for (line, row, raw), each in zip(full, made, strict=True):
+            if isinstance(each, Fault):
+                shown = json.dumps(row, ensure_ascii=False).encode()
+                faults.append(describe(line, shown, each))
+            else:
+                documents += [(line, raw, document) for document in each]
+        arrays = self._arrays(documents)
+        problems = sorted([*problems, *faults], key=lambda problem: problem.line)
+        return _Encoded(arrays, len(rows) - len(faults), problems, blank)
+
+    def _arrays(
+        self, documents: list[tuple[int, bytes, Document]]
+    ) -> dict[str, np.ndarray]:
+        ids = [document.ids for _, _, document in documents]
         tokens = np.concatenate([np.zeros(0, np.uint32), *ids])
         if tokens.max(initial=0) >= self.spec.vocab_size:
             raise ValueError(
                 f"the tokenizer gave the id {tokens.max()} but states "
                 f"{self.spec.vocab_size} entries: use another tokenizer"
             )
+        hashes = b"".join(_content_hash(raw) for _, raw, _ in documents)
         arrays = {
             "tokens": tokens.astype(token_type(self.spec.vocab_size)),
             "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
-            "lines": np.array(lines, np.int64),
-            "sizes": np.array([len(each) for each in raw], np.int64),
-            "hashes": np.frombuffer(b"".join(map(_content_hash, raw)), "<u8"),
+            "lines": np.array([line for line, _, _ in documents], np.int64),
+            "sizes": np.array([len(raw) for _, raw, _ in documents], np.int64),
+            "hashes": np.frombuffer(hashes, "<u8"),
         }
-        return _Encoded(arrays, len(rows), problems, blank)
+        if self.record_format != "pretrain":
+            marks = [one.marks for _, _, one in documents if one.marks is not None]
+            sizes = [document.answer_sizes for _, _, document in documents]
+            trained = [np.count_nonzero(each & TRAINED) for each in marks]
+            arrays |= {
+                "sizes": np.array([sum(each) for each in sizes], np.int64),
+                "marks": np.concatenate([np.zeros(0, np.uint8), *marks]),
+                "trained": np.array(trained, np.int64),
+                "answers": np.array([len(each) for each in sizes], np.int64),
+                "answer_sizes": np.array([n for each in sizes for n in each], np.int64),
+            }
+        return arrays
 
 
 def token_type(vocab_size: int) -> str:
@@ -198,6 +244,7 @@ def _build(
     """Write the cache; `before` is the state of the file when its key was taken."""
     tally = Tally(source.path, source.on_bad_line, source.max_bad_fraction)
     facts: dict[str, Any] = {"token_type": token_type(source.tokenizer.vocab_size)}
+    facts["record_format"] = source.record_format
     if before.st_size < _ALONE_BYTES and not source.path.endswith(".gz"):
         processes = 1
     with verified.writing(folder, facts) as aside:
@@ -214,7 +261,8 @@ def _build(
         if tally.problems:
             write_rejected(aside / _REJECTED, tally.problems)
         facts |= {"bad_rows": dict(tally.kinds), "rows": tally.good}
-        facts |= {"blank": tally.blank, "empty": tally.good - facts["documents"]}
+        rows = facts["documents"] // RECORD_FORMATS[source.record_format].per_row
+        facts |= {"blank": tally.blank, "empty": tally.good - rows}
 
 
 def _write_parts(
@@ -227,13 +275,15 @@ def _write_parts(
     tokens = documents = text_bytes = 0
     next_report = time.monotonic() + _REPORT_SECONDS
     with contextlib.ExitStack() as stack:
-        names = ("tokens", "offsets", "lines", "sizes", "hashes")
-        files = [stack.enter_context((folder / name).open("wb")) for name in names]
-        files[1].write(bytes(8))  # the first document begins at 0
+        files: dict[str, BinaryIO] = {}
         for part in parts:
             tally.add(part.rows, part.problems, part.blank)
+            if not files:
+                for name in part.arrays:
+                    files[name] = stack.enter_context((folder / name).open("wb"))
+                files["offsets"].write(bytes(8))  # the first document begins at 0
             part.arrays["offsets"] += tokens
-            for name, file in zip(names, files, strict=True):
+            for name, file in files.items():
                 file.write(part.arrays[name].tobytes())
             tokens += len(part.arrays["tokens"])
             documents += len(part.arrays["lines"])

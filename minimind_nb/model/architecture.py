@@ -596,3 +596,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits_BTV, labels, vocab_size=size, **kwargs)
             loss = loss + aux_loss
         return MoeCausalLMOutputWithPast(loss, aux_loss, logits_BTV, past_key_values)
+
+    def expert_load(self) -> list[list[int]]:
+        """How often each layer chose each routed expert in the last forward; [] if dense."""
+        mixtures = (layer.mlp for layer in self.model.layers)
+        return [m.expert_load for m in mixtures if isinstance(m, MoEFeedForward)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
-from ..config import SHAPE_FIELDS, describe_unknown
+from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
@@ -45,31 +46,74 @@ def load(
     not fit, hold a value that is not finite, or come with another tokenizer's size,
     `NoGoodCheckpoint` where every checkpoint of the run is damaged.
     """
+    found = find_weights(source, which, tokenizer, **shape)
+    spec = read_tokenizer(found.tokenizer if tokenizer is None else tokenizer)
+    if spec.vocab_size > found.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
+            f"{found.config.vocab_size}: they do not belong together; name the right "
+            "one with tokenizer=…"
+        )
+    model = MiniMindForCausalLM(found.config)
+    put_weights(model, found.read(), str(source))
+    return model.eval(), load_tokenizer(spec)
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """Weights on disk: their file, the model they are of, what lies with them.
+
+    `tokenizer` and `stage` are None where nothing says so.
+    """
+
+    file: Path
+    config: MiniMindConfig
+    tokenizer: TokenizerSpec | None = None
+    stage: str | None = None
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return read_tensors(self.file)
+
+    def shape(self) -> dict[str, Any]:
+        """The configuration by `TrainConfig`'s names; None where it says nothing."""
+        names = set(SHAPE_FIELDS)
+        if not self.config.use_moe:
+            names -= set(MIXTURE_FIELDS)
+        return {
+            name: getattr(self.config, name) for name in SHAPE_FIELDS if name in names
+        }
+
+
+def find_weights(
+    source: str | os.PathLike[str],
+    which: str = "last",
+    tokenizer: Any = None,
+    **shape: Any,
+) -> FoundWeights:
+    """Where the weights are that `load` would read, without building a model.
+
+    `tokenizer` stands in for the one of a checkpoint whose run folder is not there.
+    """
     path = Path(source)
     if which not in ("last", "best"):
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
-    if shape and not path.is_file():
+    if path.is_file():
+        config = MiniMindConfig(**{**infer_shape(read_pth(path), **shape), **shape})
+        return FoundWeights(path, config)
+    if shape:
         raise ValueError(
             f"{', '.join(shape)} cannot be set: only a .pth leaves its shape open, and "
             f"{path} is none"
         )
-    if path.is_file():
-        tensors = read_pth(path)
-        config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
-        spec = read_tokenizer(tokenizer)
-    else:
-        tensors, config, spec = _from_folder(path, which, tokenizer)
-    if spec.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {spec.vocab_size} entries and the weights in {path} "
-            f"{config.vocab_size}: they do not belong together; name the right one with "
-            "tokenizer=…"
-        )
-    model = MiniMindForCausalLM(config)
-    put_weights(model, tensors, str(path))
-    return model.eval(), load_tokenizer(spec)
+    return _from_folder(path, which, tokenizer)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file or a `.pth`. Raises `ValueError`."""
+    return load_file(file) if file.suffix == ".safetensors" else read_pth(file)
 
 
 def model_config(
@@ -89,8 +133,18 @@ def model_config(
 def put_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:
     """Load tensors by name; `lm_head.weight` may be left out, being tied.
 
-    Raises `ValueError` naming what is missing, too much, of another shape or not
-    finite; the model is not changed then.
+    Raises what `check_weights` raises; the model is not changed then.
+    """
+    check_weights(model, tensors, source)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def check_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:
+    """Raise `ValueError` naming what does not fit the model, or is not finite.
+
+    The model may lie on the meta device: only names and shapes of it are looked at.
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -115,9 +169,6 @@ def put_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> No
             + "\n  ".join(differences)
             + "\nSet the shape they have, or train under another run_name."
         )
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(found[name])
 
 
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
@@ -189,9 +240,7 @@ def infer_shape(
     }
 
 
-def _from_folder(
-    path: Path, which: str, tokenizer: Any
-) -> tuple[Tensors, MiniMindConfig, TokenizerSpec]:
+def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
     run, fields = RunFolder(path), {}
     checkpoint = None
     if (path / STATE).is_file():
@@ -211,8 +260,10 @@ def _from_folder(
         checkpoint = found.folder
     if checkpoint is not None:
         settings = json.loads((checkpoint / STATE).read_bytes())["config"]["settings"]
-        spec = read_tokenizer(run.tokenizer if tokenizer is None else tokenizer)
-        return load_file(checkpoint / WEIGHTS), model_config(settings, spec), spec
+        own = tokenizer is None or run.tokenizer.exists()
+        spec = read_tokenizer(run.tokenizer if own else tokenizer)
+        config = model_config(settings, spec)
+        return FoundWeights(checkpoint / WEIGHTS, config, spec, settings["stage"])
     kind, expected = fields.get("model_type"), MiniMindConfig.model_type
     if fields and kind != expected:
         raise ValueError(f"{path} holds a {kind!r} model, {expected!r} is expected")
@@ -221,10 +272,9 @@ def _from_folder(
             f"{path} holds no weights: a run folder, a checkpoint folder, a .pth file or "
             "a folder written by save_pretrained is expected"
         )
-    if tokenizer is None and (path / "tokenizer.json").is_file():
-        tokenizer = path
-    config = MiniMindConfig.from_dict(fields)
-    return load_file(path / WEIGHTS), config, read_tokenizer(tokenizer)
+    there = (path / "tokenizer.json").is_file()
+    spec = read_tokenizer(path) if there else None
+    return FoundWeights(path / WEIGHTS, MiniMindConfig.from_dict(fields), spec)
 
 
 def _count(tensors: Tensors, prefix: str) -> int:

@@ -1,8 +1,38 @@
-"""A short table of facts that shows itself in a cell and in a terminal."""
+"""Small tables that show themselves in a cell and in a terminal."""
 
 from __future__ import annotations
 
 import html
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+WIDEST = 60  # columns of a terminal that a cell of a table may take
+STYLES = {
+    "th": "text-align:left",
+    "td": "text-align:left;vertical-align:top;white-space:pre-wrap",
+}
+
+
+class Table:
+    """Rows of text below named columns; `title` stands above.
+
+    A terminal gets each cell on one line of at most 60 columns; a page, like `rows`,
+    holds the whole text.
+    """
+
+    def __init__(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        self.title = title
+        self.columns = columns
+        self.rows = rows
+
+    def __repr__(self) -> str:
+        lines = [self.columns, *self.rows] if self.rows else []
+        return _align(self.title, [[shorten(cell) for cell in row] for row in lines])
+
+    def _repr_html_(self) -> str:
+        heads = [[("th", name) for name in self.columns]] if self.rows else []
+        rows = [[("td", cell) for cell in row] for row in self.rows]
+        return _page(self.title, heads + rows)
 
 
 class Facts(dict[str, str]):
@@ -13,15 +43,51 @@ class Facts(dict[str, str]):
         self.title = title
 
     def __repr__(self) -> str:
-        width = max(map(len, self), default=0)
-        return "\n".join(
-            [self.title, *(f"  {name:<{width}}  {text}" for name, text in self.items())]
-        )
+        return _align(self.title, list(self.items()))
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for name, text in self.items()
+        rows = ([("th", name), ("td", text)] for name, text in self.items())
+        return _page(self.title, rows)
+
+
+def shorten(text: str, width: int = WIDEST) -> str:
+    """The text on one line, cut with "…" where it is wider than `width` columns."""
+    line = " ".join(text.split())
+    if columns_of(line) <= width:
+        return line
+    while columns_of(line) >= width:
+        line = line[: min(len(line) - 1, width)]
+    return f"{line}…"
+
+
+def columns_of(text: str) -> int:
+    """Columns that the text takes in a terminal: Chinese takes two a character."""
+    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+    none = sum(unicodedata.category(one) in ("Mn", "Me", "Cf") for one in text)
+    return len(text) + wide - none
+
+
+def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """The rows below the title, each column as wide as its widest cell."""
+    widths = [max(map(columns_of, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell + " " * (width - columns_of(cell))
+            for cell, width in zip(row, widths, strict=True)
         )
-        return f"<b>{html.escape(self.title)}</b><table>{rows}</table>"
+        for row in rows
+    ]
+    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+
+
+def _page(title: str, rows: Iterable[Iterable[tuple[str, str]]]) -> str:
+    """The same as HTML; a cell comes with its tag."""
+    lines = (
+        "".join(
+            f"<{tag} style='{STYLES[tag]}'>{html.escape(text)}</{tag}>"
+            for tag, text in row
+        )
+        for row in rows
+    )
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<b>{html.escape(title)}</b><table>{body}</table>"

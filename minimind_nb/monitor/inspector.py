@@ -7,7 +7,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from .metrics import History
-from .plots import X_AXES, Y_LABELS, Chart, plot_history, suggest_smoothing
+from .plots import X_AXES, Chart, offered, plot_history, suggest_smoothing
 from .progress import outcome
 
 
@@ -27,7 +27,7 @@ class Inspector:
         narrow = {"button_width": "auto"}
         self.controls: dict[str, Any] = {
             "x": widgets.ToggleButtons(options=list(X_AXES), style=narrow),
-            "y": widgets.ToggleButtons(options=list(Y_LABELS), style=narrow),
+            "y": widgets.ToggleButtons(options=offered(self.history), style=narrow),
             "smoothing": widgets.FloatSlider(
                 value=suggest_smoothing(len(self.history.select("train"))),
                 max=0.99,

@@ -3,11 +3,16 @@
 Standard library only, because every worker imports this module.
 """
 
+import csv
+import io
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+
+from ..storage import verified
 
 METRICS_NAME = "metrics.jsonl"
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -130,6 +135,32 @@ class History:
         starts = [index for index, row in enumerate(self.rows) if _restarts(row)]
         return self.rows[starts[-1] :] if starts else self.rows
 
+    @property
+    def stage(self) -> str:
+        """The stage that the rows are of; where no event names one, pretraining."""
+        return next(iter(self.session), {}).get("stage", "pretrain")
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Write the training and validation rows as one table, replacing a file there.
+
+        A column for each name, `kind` and `step` first, empty where a row has no such
+        value. Lists take a column an entry: `peak_memory_gib_1` is the second
+        process', `expert_load_0_3` the share of the fourth expert in the first layer.
+        """
+        kinds = ("train", "eval")
+        rows = [dict(_flatten(row)) for row in self.rows if row["kind"] in kinds]
+        columns = dict.fromkeys(
+            ["kind", "step", *(name for row in rows for name in row)]
+        )
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        verified.write_text(file, text.getvalue())
+        return file
+
     def __repr__(self) -> str:
         step = self.rows[-1]["step"] if self.rows else 0
         damage = f", {self.damaged_lines} damaged lines" if self.damaged_lines else ""
@@ -158,6 +189,15 @@ def find_metrics(source: str | os.PathLike[str]) -> Path:
 
 def _restarts(row: Row) -> bool:
     return row["kind"] == "event" and row.get("event") in RESTARTS
+
+
+def _flatten(row: Row) -> Iterator[tuple[str, Any]]:
+    """Names and values of a row, an entry of a list by its place."""
+    for name, value in row.items():
+        if isinstance(value, list):
+            yield from _flatten({f"{name}_{at}": item for at, item in enumerate(value)})
+        else:
+            yield name, value
 
 
 def _plain(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Charts of a history, drawn with matplotlib's object interface.
+"""The chart of a run, drawn with matplotlib's object interface.
 
 No pyplot: a figure made here belongs to its caller alone, so a cell shows it once
 and nothing stays open behind it.
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
@@ -27,7 +28,12 @@ X_AXES = {
 Y_LABELS = {
     "loss": "loss (nats per token)",
     "perplexity": "perplexity (exp of the loss)",
+    "reward_margin": "reward margin (nats)",
+    "accuracy": "accuracy (share of pairs with a margin above 0)",
+    "kl": "KL divergence, estimated (nats per answer token)",
+    "expert_load": "share of the routed choices, mean over layers",
 }
+RISING = ("reward_margin", "accuracy", "kl")
 
 # Two of Okabe and Ito's palette (Color Universal Design, 2008) that stay apart under
 # every common colour blindness; markers and widths say the same again.
@@ -66,32 +72,50 @@ def plot_history(
     """One chart of a run: training and validation, a loss with its perplexity.
 
     `x` is "step", "tokens" (text tokens) or "minutes" (training time, all sessions);
-    `y` is "loss", with perplexity as a second scale, or "perplexity". `smoothing` is
-    the weight of the past in the moving average, 0 (none) up to 1, None for one that
-    fits the number of rows. Rows whose loss is not finite interrupt the curves and are
-    marked at the top. Raises ValueError for a choice that does not exist.
+    `y` is "loss", with perplexity as a second scale, "perplexity", or what else the run
+    has: "reward_margin", "accuracy", "kl" (of preferences, whose loss has no
+    perplexity), "expert_load" (of mixtures). `smoothing` is the weight of the past in
+    the moving average, 0 (none) up to 1, None for one that fits the number of rows.
+    Rows whose value is not finite interrupt the curves and are marked at the top.
+    Raises ValueError for a choice that does not exist.
     """
-    _check_choices(x, y, smoothing)
-    figure = Chart(figsize=(8.4, 4.6), dpi=100, facecolor="white", layout="constrained")
-    axes = figure.add_subplot(facecolor="white")
-    _draw_curves(axes, history, x, y, smoothing)
-    axes.set_xlabel(X_AXES[x][2], color=INK, fontsize=11)
-    axes.set_ylabel(Y_LABELS[y], color=INK, fontsize=11)
-    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT_INK)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.margins(x=0.015)
-    if axes.get_legend_handles_labels()[1]:
-        _scale(axes, x, log_x, log_y)
-        if y == "loss":
-            _add_perplexity(axes)
-        axes.legend(loc="upper right", labelcolor=INK, edgecolor="none")
+    choices = offered(history)
+    check_choices(x, y, choices, smoothing)
+    figure, axes = blank_chart(x, describe_y(y, [history.stage]))
+    if y == "expert_load":
+        _draw_experts(axes, history, x, smoothing)
     else:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no rows yet", transform=axes.transAxes, ha="center")
-    _write_titles(axes, title or history.path.parent.name, outcome(history))
+        _draw_curves(axes, history, x, y, smoothing)
+    _mark_resumes(axes, history, x)
+    if axes.get_legend_handles_labels()[1]:
+        scale(axes, x, log_x, log_y)
+        if y == "loss" and "perplexity" in choices:
+            _add_perplexity(axes)
+        corner = "lower right" if y in RISING else "upper right"
+        style: Any = {"labelcolor": INK, "edgecolor": "none"}
+        if y == "expert_load":  # its lines leave no corner free
+            figure.legend(loc="outside right center", **style)
+        else:
+            axes.legend(loc=corner, **style)
+    else:
+        say_empty(axes)
+    write_titles(axes, title or history.path.parent.name, outcome(history))
     return figure
+
+
+def offered(history: History) -> list[str]:
+    """What of a run can stand at the y axis."""
+    rows = [history.last(kind) or {} for kind in ("train", "eval")]
+    usual = ["loss"] if history.stage == "dpo" else ["loss", "perplexity"]
+    return usual + [n for n in list(Y_LABELS)[2:] if any(n in row for row in rows)]
+
+
+def describe_y(y: str, stages: Iterable[str]) -> str:
+    """What stands at the y axis; a loss of preferences is one of pairs."""
+    if y == "loss" and "dpo" in stages:
+        pairs = set(stages) == {"dpo"}
+        return "loss (nats per pair)" if pairs else "loss (nats per token or pair)"
+    return Y_LABELS[y]
 
 
 def smooth(values: Iterable[float], weight: float) -> np.ndarray:
@@ -117,11 +141,14 @@ def suggest_smoothing(rows: int) -> float:
     return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))
 
 
-def _check_choices(x: str, y: str, smoothing: float | None) -> None:
-    for name, value, choices in (("x", x, X_AXES), ("y", y, Y_LABELS)):
+def check_choices(
+    x: str, y: str, y_choices: Iterable[str], smoothing: float | None
+) -> None:
+    """Raise ValueError for an axis that is not offered and an impossible smoothing."""
+    for name, value, choices in (("x", x, X_AXES), ("y", y, y_choices)):
         if value not in choices:
             raise ValueError(
-                f"{name}={value!r} is not something a chart shows; expected "
+                f"{name}={value!r} is not something this chart shows; expected "
                 f"{name}={' or '.join(map(repr, choices))}."
             )
     if smoothing is not None and not 0 <= smoothing < 1:
@@ -131,18 +158,44 @@ def _check_choices(x: str, y: str, smoothing: float | None) -> None:
         )
 
 
+def blank_chart(x: str, y_label: str, height: float = 4.6) -> tuple[Chart, Axes]:
+    """A chart with its axes named and nothing drawn yet."""
+    size = (8.4, height)
+    figure = Chart(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    axes = figure.add_subplot(facecolor="white")
+    axes.set_xlabel(X_AXES[x][2], color=INK, fontsize=11)
+    axes.set_ylabel(y_label, color=INK, fontsize=11)
+    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT_INK)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.margins(x=0.015)
+    return figure, axes
+
+
+def say_empty(axes: Axes) -> None:
+    """Write that there is nothing to draw."""
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, "no rows yet", transform=axes.transAxes, ha="center")
+
+
+def read_curve(
+    history: History, kind: str, x: str, y: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The points of one kind of row, NaN where a row has no such value."""
+    field, factor, _ = X_AXES[x]
+    values = np.array(history.column(kind, "loss" if y == "perplexity" else y))
+    at = np.array(history.column(kind, field)) * factor
+    if y == "perplexity":
+        values = np.where(np.isfinite(values), _perplexity(values), values)
+    return at, values
+
+
 def _draw_curves(
     axes: Axes, history: History, x: str, y: str, smoothing: float | None
 ) -> None:
-    """Training behind validation, marks for lost losses, and where a run resumed."""
-    field, factor, _ = X_AXES[x]
-
-    def curve(kind: str) -> tuple[np.ndarray, np.ndarray]:
-        losses = np.array(history.column(kind, "loss"))
-        values = _perplexity(losses) if y == "perplexity" else losses
-        return np.array(history.column(kind, field)) * factor, values
-
-    at, values = curve("train")
+    """Training behind validation, and marks for lost values."""
+    at, values = read_curve(history, "train", x, y)
     weight = suggest_smoothing(len(values)) if smoothing is None else smoothing
     if weight:
         axes.plot(at, values, color=TRAINING, lw=0.8, alpha=0.3)
@@ -154,13 +207,40 @@ def _draw_curves(
     lost = at[~np.isfinite(values)]
     if len(lost):
         top = axes.get_xaxis_transform()
-        label = f"loss not finite ({len(lost)} rows)"
+        name = "loss" if y == "perplexity" else y.replace("_", " ")
+        label = f"{name} not finite ({len(lost)} rows)"
         axes.plot(lost, 0 * lost + 0.975, "x", color=INK, transform=top, label=label)
-    at, values = curve("eval")
+    at, values = read_curve(history, "eval", x, y)
     if len(values):
         every = math.ceil(len(values) / MARKERS)
         style = {"color": VALIDATION, "lw": 1.2, "label": "validation"}
         axes.plot(at, values, marker="o", ms=4, markevery=every, **style)
+
+
+def _draw_experts(
+    axes: Axes, history: History, x: str, smoothing: float | None
+) -> None:
+    """A line for each expert before the range that the layers' experts span."""
+    field, factor, _ = X_AXES[x]
+    rows = [row for row in history.select("train") if "expert_load" in row]
+    at = np.array([row[field] for row in rows]) * factor
+    loads = np.array([row["expert_load"] for row in rows])  # [rows, layers, experts]
+    weight = suggest_smoothing(len(rows)) if smoothing is None else smoothing
+    least, greatest = loads.min((1, 2)), loads.max((1, 2))
+    axes.fill_between(at, least, greatest, color=GRID, label="range over layers")
+    experts = loads.shape[2]
+    colors = colormaps["viridis"](np.linspace(0, 0.9, experts))
+    for number, shares in enumerate(loads.mean(1).T):
+        style = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
+        axes.plot(
+            at, smooth(shares, weight), marker="o" if len(at) == 1 else "", **style
+        )
+    style = {"color": INK, "lw": 1, "dashes": (4, 3), "label": "even share"}
+    axes.axhline(1 / experts, **style)
+
+
+def _mark_resumes(axes: Axes, history: History, x: str) -> None:
+    field, factor, _ = X_AXES[x]
     resumes = [row for row in history.select("event") if row["event"] == "resume"]
     for number, row in enumerate(resumes):
         label = "" if number else "resumed"
@@ -168,7 +248,7 @@ def _draw_curves(
         axes.axvline(row[field] * factor, label=label, **style)
 
 
-def _scale(axes: Axes, x: str, log_x: bool, log_y: bool) -> None:
+def scale(axes: Axes, x: str, log_x: bool, log_y: bool) -> None:
     """Linear or logarithmic axes with plain numbers; step 0 has no logarithm."""
     if x == "step":
         whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
@@ -208,17 +288,27 @@ def _loss(perplexity: Any) -> np.ndarray:
     return np.log(np.maximum(perplexity, np.finfo(float).tiny))
 
 
-def _write_titles(axes: Axes, title: str, subtitle: str) -> None:
-    """A run's name may be Chinese; a character without a font warns at every drawing."""
-    fonts = sorted(CHINESE & {font.name for font in fontManager.ttflist})
-    if not fonts:
-        title = title.encode("ascii", "replace").decode()
-    # Such fonts often have no bold face, which is a warning too.
-    face: Any = {"weight": "bold"} if title.isascii() else {"family": fonts}
+def write_titles(axes: Axes, title: str, subtitle: str) -> None:
+    """The title above the axes, and a smaller line below it."""
+    text, font = legible(title)
+    # Chinese fonts often have no bold face, which is a warning too.
+    face: Any = font or {"weight": "bold"}
     axes.set_title(
-        title, loc="left", parse_math=False, pad=24, fontsize=13, color=INK, **face
+        text, loc="left", parse_math=False, pad=24, fontsize=13, color=INK, **face
     )
     axes.annotate(
         subtitle, (0, 1), (0, 8), "axes fraction", "offset points",
         fontsize=9, color=FAINT_INK, in_layout=False,
     )  # fmt: skip
+
+
+def legible(text: str) -> tuple[str, dict[str, Any]]:
+    """A text that may be Chinese, and the font it needs.
+
+    A character that no font has warns at every drawing, so without one it is a "?".
+    """
+    western = text.encode("cp1252", "replace").decode("cp1252")
+    fonts = sorted(CHINESE & {font.name for font in fontManager.ttflist})
+    if western == text or not fonts:
+        return western, {}
+    return text, {"family": fonts}

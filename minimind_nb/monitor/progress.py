@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .metrics import History
+from .metrics import History, Row
 
 RECENT_ROWS = 12  # "time left" goes by the speed of so many logged rows
 LARGEST_LOSS = 700  # exp of more does not fit a float
@@ -52,10 +52,11 @@ def figures(history: History, plan: Plan | None = None) -> dict[str, str]:
     if left is not None:
         shown["time left"] = duration(left)
     if train:
-        shown["loss"] = f"{train['loss']:.3f}"
-        shown["perplexity"] = perplexity_text(train["loss"])
+        shown |= {"loss": f"{train['loss']:.3f}"} | scores(train)
     if validation:
         shown["validation loss"] = f"{validation['loss']:.3f}"
+        if "reward_margin" in validation:
+            shown["validation loss"] = loss_text(validation)
     if train:
         shown["text tokens/s"] = f"{train['tokens_per_second']:,.0f}"
         if train["skipped_steps"]:
@@ -78,7 +79,7 @@ def outcome(history: History, status: str = "") -> str:
     if train:
         parts.append(f"loss {train['loss']:.3f}")
     if validation:
-        parts.append(f"validation {loss_text(validation['loss'])}")
+        parts.append(f"validation {loss_text(validation)}")
     if train:
         parts.append(f"{train['tokens'] / 1e6:,.2f} M text tokens")
         parts.append(duration(train["seconds"]))
@@ -90,8 +91,18 @@ def perplexity_text(loss: float) -> str:
     return f"{math.inf if loss > LARGEST_LOSS else math.exp(loss):,.4g}"
 
 
-def loss_text(loss: float) -> str:
-    return f"{loss:.3f} (perplexity {perplexity_text(loss)})"
+def scores(row: Row) -> dict[str, str]:
+    """What explains a row's loss: of preferences accuracy and margin, else perplexity."""
+    if "reward_margin" in row:
+        margin = f"{row['reward_margin']:.2f}"
+        return {"accuracy": f"{100 * row['accuracy']:.0f} %", "margin": margin}
+    return {"perplexity": perplexity_text(row["loss"])}
+
+
+def loss_text(row: Row) -> str:
+    """A row's loss and what goes with it: "2.000 (perplexity 7.389)"."""
+    told = ", ".join(f"{name} {text}" for name, text in scores(row).items())
+    return f"{row['loss']:.3f} ({told})"
 
 
 def duration(seconds: float) -> str:

@@ -1,18 +1,31 @@
-"""What stays of a run: its summary and its chart; and `Run`, which opens one later."""
+"""What stays of a run: its summary and chart; `Run` opens one later, `runs` lists all."""
 
+import html
+import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage import verified
 from ..storage.runs import RunFolder
-from .metrics import History, find_metrics
+from .facts import Table, shorten
+from .metrics import History, Row, find_metrics
 from .progress import STATUS_WORDS, duration, loss_text, outcome, position
 
 if TYPE_CHECKING:
     from .plots import Chart
+
+COLUMNS = [
+    *("name", "stage", "status", "step", "loss", "validation loss"),
+    *("size", "last change"),
+]
+EVALUATED = {
+    "bits_per_byte": "bits per byte (validation)",
+    "kl": "KL divergence, estimated (nats per answer token)",
+}
+PROMPT_WIDTH = 40  # columns of a prompt that heads a column
 
 
 class Run:
@@ -58,8 +71,106 @@ class Run:
 
         return plot_history(self.history, **choices)
 
+    def export_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Write the metrics as a table, as `History.to_csv` says."""
+        return self.history.to_csv(path)
+
+    def samples(self, most: int = 8) -> Table:
+        """How the answers to the run's fixed prompts changed, validation by validation.
+
+        `most` steps at even distances, the first and the last among them.
+        """
+        return sample_table(self.history, most)
+
     def __repr__(self) -> str:
         return f"Run({os.fspath(self)!r}): {outcome(self.history, self.status)}"
+
+
+def runs(out_dir: str | os.PathLike[str] = "out") -> Table:
+    """The runs in a folder, the last changed first: `mm.runs("out")`.
+
+    Losses are the last logged ones; the size is that of the run folder, with all
+    checkpoints. What cannot be read is listed with the reason. Raises
+    FileNotFoundError where there is no such folder.
+    """
+    root = Path(out_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root} is no folder; expected the out_dir of training runs, for example "
+            'mm.runs("out"). mm.train(cfg) makes it.'
+        )
+    found = []
+    for folder in filter(Path.is_dir, root.iterdir()):
+        try:
+            cells = _list_run(folder)
+        except Exception as error:  # a listing shows every run, whatever ails one
+            reason = f"{error}".replace(f"{folder}{os.sep}", "")
+            cells = ["", f"cannot be read: {reason}", "", "", ""]
+        if cells:
+            size, changed = _measure(folder)
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
+            found.append((changed, [folder.name, *cells, f"{size:,.1f} MiB", when]))
+    rows = [row for _, row in sorted(found, reverse=True)]
+    none = "" if rows else ": none yet; mm.train(cfg) makes one"
+    return Table(f"Runs in {root}{none}", COLUMNS, rows)
+
+
+def _list_run(folder: Path) -> list[str]:
+    """Stage, status, step and losses, or nothing of a folder that is no run."""
+    files = RunFolder(folder)
+    config = files.read_config() if files.exists() else {}
+    if "settings" not in config and not files.metrics_file.exists():
+        return []
+    run = Run(folder)
+    step, total = position(run.history)
+    losses = [(run.history.last(kind) or {}).get("loss") for kind in ("train", "eval")]
+    return [
+        config.get("settings", {}).get("stage", run.history.stage),
+        STATUS_WORDS[run.status],
+        f"{step:,} of {total:,}" if total else f"{step:,}",
+        *("" if loss is None else f"{loss:.3f}" for loss in losses),
+    ]
+
+
+def _measure(folder: Path) -> tuple[float, float]:
+    """MiB of all files below a folder, and when the last of them was written."""
+    size, changed = 0, 0.0
+    for path in folder.rglob("*"):
+        try:
+            state = path.lstat()
+        except OSError:  # a running training removes files
+            continue
+        if not path.is_dir():
+            size, changed = size + state.st_size, max(changed, state.st_mtime)
+    return size / 2**20, changed
+
+
+def sample_table(history: History, most: int = 8) -> Table:
+    """A row for each of at most `most` steps, a column for each prompt."""
+    name = history.path.parent.name
+    answers: dict[int, dict[tuple[int, str], str]] = {}
+    for row in history.select("sample"):
+        answers.setdefault(row["step"], {})[row["number"], row["prompt"]] = row[
+            "answer"
+        ]
+    prompts = dict.fromkeys(itertools.chain(*answers.values()))
+    if not answers:
+        how = "every validation makes some unless sample_tokens=0"
+        return Table(f"{name} has no sampled answers; {how}", [], [])
+    steps = sorted(answers)
+    gaps = max(1, min(most, len(steps)) - 1)
+    shown = dict.fromkeys(round(n * (len(steps) - 1) / gaps) for n in range(gaps + 1))
+    return Table(
+        f"How the answers of {name} change",
+        ["step", *(shorten(prompt, PROMPT_WIDTH) for _, prompt in prompts)],
+        [
+            [
+                f"{steps[n]:,}",
+                *(answers[steps[n]].get(prompt, "") for prompt in prompts),
+            ]
+            for n in shown
+        ],
+    )
 
 
 def save_chart(run: Run) -> None:
@@ -84,11 +195,11 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
 
 ## Result
 
-{_table(result_facts(run.history))}
+{_markdown(result_facts(run.history).items())}
 
-{chart}## Settings
+{chart}{_answers(run.history)}## Settings
 
-{_table(told)}
+{_markdown(told.items())}
 
 Everything else has its default, which `config.json` tells.
 
@@ -114,20 +225,27 @@ def result_facts(history: History) -> dict[str, str]:
         seconds, tokens = train["seconds"], train["tokens"]
         memory = ", ".join(f"{gib:.2f}" for gib in train["peak_memory_gib"])
         facts |= {
-            "training loss, last logged": loss_text(train["loss"]),
+            "training loss, last logged": loss_text(train),
             "text tokens": f"{tokens:,}",
             "training time": f"{duration(seconds)} ({seconds / 3600:.2f} hours)",
             "text tokens per second": f"{tokens / seconds:,.0f}",
             "peak memory (GiB, each process)": memory,
             "skipped steps": f"{train['skipped_steps']:,}",
-        }
+        } | _routing(train)
     if validation := history.last("eval"):
         lowest = min(history.select("eval"), key=lambda row: row["loss"])
         facts |= {
-            "validation loss": loss_text(validation["loss"]),
+            "validation loss": loss_text(validation),
             "lowest validation loss": f"{lowest['loss']:.3f} at step {lowest['step']:,}",
-            "bits per byte (validation)": f"{validation['bits_per_byte']:.3f}",
         }
+        for name, words in EVALUATED.items():
+            if name in validation:
+                facts[words] = f"{validation[name]:.3f}"
+    begin = next(iter(history.session), {})
+    if begin.get("cut") or begin.get("dropped"):
+        documents = "pairs" if history.stage == "dpo" else "conversations"
+        lost = f"{begin['cut']:,} cut at a turn, {begin['dropped']:,} dropped"
+        facts[f"over-long {documents}"] = lost
     events = history.select("event")
     if resumes := [f"{e['step']:,}" for e in events if e["event"] == "resume"]:
         facts["resumed at step"] = ", ".join(resumes)
@@ -136,6 +254,31 @@ def result_facts(history: History) -> dict[str, str]:
     return facts
 
 
-def _table(facts: Mapping[str, str]) -> str:
-    rows = [f"| {name} | {text} |" for name, text in facts.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+def _routing(train: Row) -> dict[str, str]:
+    """How evenly a mixture's experts are used, and the loss that evens them out."""
+    if not (layers := train.get("expert_load")):
+        return {}
+    shares = [100 * share for layer in layers for share in layer]
+    even = f"even would be {100 / len(layers[0]):.1f} %"
+    return {
+        "load of an expert": f"{min(shares):.1f} % to {max(shares):.1f} %, {even}",
+        "auxiliary loss": f"{train['aux_loss']:.4f}",
+    }
+
+
+def _answers(history: History) -> str:
+    """The first and the last sampled answer to each prompt, as Markdown."""
+    table = sample_table(history, most=2)
+    if not table.rows:
+        return ""
+    (_, *steps), *lines = zip(table.columns, *table.rows, strict=True)
+    columns = ["prompt", *(f"step {step}" for step in steps)]
+    safe = ([html.escape(text, quote=False) for text in line] for line in lines)
+    return f"## Answers\n\n{_markdown(safe, columns)}\n\n"
+
+
+def _markdown(rows: Iterable[Iterable[str]], columns: Sequence[str] = ("", "")) -> str:
+    """A table; a bar would end its cell, and a new line the row."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    cells = [[" ".join(t.split()).replace("|", "\\|") for t in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

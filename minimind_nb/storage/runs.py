@@ -54,6 +54,7 @@ class RunFolder:
         self.metrics_file = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.tokenizer = self.root / "tokenizer"
+        self.reference = self.root / "reference"
         self.lock_file = self.root / "lock"
 
     def log_file(self, rank: int) -> Path:

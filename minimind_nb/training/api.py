@@ -1,21 +1,33 @@
-"""`train`: from a configuration to a finished run, from a cell, script or shell."""
+"""`train` and `evaluate`: what runs in worker processes, from a cell, script or shell."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from ..config import TrainConfig
+from ..data.corpus import Corpus, detect_format
+from ..data.demo import locate
+from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
 from ..launch.processes import Job, refuse_unguarded_script, run_processes
 from ..launch.verdict import TrainingFailed
+from ..model.interop import find_weights
+from ..monitor.facts import Facts
 from ..monitor.live import choose_view
 from ..monitor.metrics import History
 from ..monitor.report import Run, save_chart, write_summary
 from ..session import current_session
-from .preparation import Prepared, prepare
+from ..storage.runs import RunFolder
+from .preparation import Prepared, Settled, open_corpus, prepare, settle
 
 _Callback = Callable[[History], object]
 # On two T4 over PCIe hangs were reported until peer-to-peer, or shared memory, was off.
@@ -55,7 +67,12 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
     shown.start(run.history, {"total_steps": prepared.total_steps})
     status = "failed"
     try:
-        status = _launch(prepared, lambda: shown.update(run.history), shown.note)
+        status = _launch(
+            functools.partial(training_job, prepared),
+            prepared.cfg.device,
+            lambda: shown.update(run.history),
+            shown.note,
+        )
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -66,45 +83,125 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
     return run
 
 
+class Scores(dict[str, float]):
+    """What `evaluate` measured, by name; shows itself as a table."""
+
+    def __init__(self, title: str, scores: dict[str, float]) -> None:
+        super().__init__(scores)
+        self._facts = Facts(title, {name: f"{v:,.6g}" for name, v in scores.items()})
+
+    def __repr__(self) -> str:
+        return repr(self._facts)
+
+    def _repr_html_(self) -> str:
+        return self._facts._repr_html_()
+
+
+def evaluate(
+    source: str | os.PathLike[str],
+    data_path: str | os.PathLike[str],
+    which: str = "last",
+    **settings: Any,
+) -> Scores:
+    """The loss of a model on a file: a mean over tokens, by all processes.
+
+    `source` and `which` are what `load` takes. `data_path` has one {"text": "…"} a line,
+    or {"conversations": […]}, and then it is the answers that are predicted. `settings`
+    are `TrainConfig`'s: max_seq_len, batch_size, num_processes, device, dtype, … (with
+    `eval_tokens` only so many tokens are looked at).
+
+    Returns loss (nats a token), perplexity, and bits_per_byte of the text or answers,
+    which can be compared across tokenizers. Raises what `train` raises.
+    """
+    refuse_unguarded_script()
+    weights = find_weights(source, which, settings.get("tokenizer"))
+    stage = detect_format(data_path, weights.stage or "pretrain")
+    cache = current_session().cache_folder(beside := _beside(Path(source)))
+    file = locate(data_path, cache, stage)
+    choices = {"out_dir": beside, "eval_tokens": 1 << 62, **settings}
+    choices |= {"stage": stage, "data_path": file, "val_path": file}
+    init_from = weights.file.parent if weights.stage else source
+    settled = settle(TrainConfig(**choices, init_from=os.fspath(init_from)))
+    corpus = open_corpus(settled, lambda _: None)
+    with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
+        run = RunFolder(folder)
+        write_tokenizer(settled.tokenizer, run.tokenizer)
+        job = functools.partial(_job, "measure", settled, run, corpus)
+        _launch(job, settled.cfg.device, lambda: None, lambda _: None)
+        scores = json.loads((run.root / "scores.json").read_bytes())
+    excerpts = corpus.excerpts(settled.cfg)
+    scores |= {"cut": excerpts.cut, "left out": excerpts.dropped}
+    return Scores(f"{source} on {data_path}", scores)
+
+
+def _beside(source: Path) -> str:
+    """The folder that holds the weights, for the token cache; "out" if read-only."""
+    parent = source.absolute().parent
+    return str(parent) if os.access(parent, os.W_OK) else "out"
+
+
 def _launch(
-    prepared: Prepared, on_poll: Callable[[], None], on_note: Callable[[str], None]
+    make_job: Callable[[Mapping[str, str]], Job],
+    device: str | None,
+    on_poll: Callable[[], None],
+    on_note: Callable[[str], None],
 ) -> str:
-    """Start the workers; again under other conditions where they did not meet."""
-    environments = _ENVIRONMENTS[prepared.cfg.device or "cpu"]
+    """Start the workers; again in another environment where they did not meet."""
+    environments = _ENVIRONMENTS[device or "cpu"]
     for environment, following in itertools.pairwise(environments):
         try:
-            return run_processes(_job(prepared, environment), on_poll)
+            return run_processes(make_job(environment), on_poll)
         except TrainingFailed as failure:
             if failure.phase != "meeting":
                 raise
             changes = " ".join(f"{k}={v}" for k, v in following.items())
             on_note(f"the processes did not meet; once more {changes}".rstrip())
-    return run_processes(_job(prepared, environments[-1]), on_poll)
+    return run_processes(make_job(environments[-1]), on_poll)
 
 
-def _job(prepared: Prepared, environment: dict[str, str]) -> Job:
-    cfg = prepared.cfg
-    assert cfg.num_processes
-    threads = choose_threads(cfg.num_processes, prepared.settled.hardware.cpu_cores)
-    left = current_session().seconds_left(cfg.max_session_hours)
+def training_job(prepared: Prepared, environment: Mapping[str, str]) -> Job:
+    """What the workers of a prepared run get."""
+    left = current_session().seconds_left(prepared.cfg.max_session_hours)
     checkpoint = prepared.checkpoint
+    return _job(
+        "run",
+        prepared.settled,
+        prepared.folder,
+        prepared.corpus,
+        environment,
+        config=prepared.config,
+        weights_file=str(prepared.weights_file),
+        total_steps=prepared.total_steps,
+        checkpoint=str(checkpoint.folder) if checkpoint else None,
+        # The monotonic clock of Linux is one for all processes.
+        deadline=None if left is None else time.monotonic() + left,
+    )
+
+
+def _job(
+    target: str,
+    settled: Settled,
+    folder: RunFolder,
+    corpus: Corpus,
+    environment: Mapping[str, str],
+    **more: Any,
+) -> Job:
+    cfg, initial = settled.cfg, settled.initial
+    assert cfg.num_processes
+    threads = choose_threads(cfg.num_processes, settled.hardware.cpu_cores)
     payload = {
         "settings": dataclasses.asdict(cfg),
-        "config": prepared.config,
-        "folder": str(prepared.folder.root),
-        "weights_file": str(prepared.weights_file),
-        "corpus": prepared.corpus.describe(),
-        "total_steps": prepared.total_steps,
-        "checkpoint": str(checkpoint.folder) if checkpoint else None,
+        "folder": str(folder.root),
+        "corpus": corpus.describe(),
+        "initial": str(initial.weights.file) if initial else None,
         "threads": threads,
-        # The monotonic clock of Linux is one for all processes.
-        "deadline": None if left is None else time.monotonic() + left,
+        **more,
     }
     threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return Job(
-        target="minimind_nb.training.worker:run",
+        target=f"minimind_nb.training.worker:{target}",
         payload=payload,
         num_processes=cfg.num_processes,
-        folder=prepared.folder,
+        folder=folder,
         environment={**threading, **environment},
     )

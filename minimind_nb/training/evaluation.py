@@ -1,4 +1,4 @@
-"""Loss on held-out text, by all ranks together."""
+"""Loss and measures on held-out samples, by all ranks together."""
 
 from __future__ import annotations
 
@@ -6,31 +6,42 @@ import math
 
 import torch
 
-from ..data.batches import ValidationRows
-from .trainer import Trainer
+from ..data.batches import IGNORED, ValidationRows
+from .trainer import Parts
 
 
-def evaluate_rows(t: Trainer, rows: ValidationRows) -> dict[str, float]:
-    """Loss a token, perplexity and bits per byte of text over all rows.
+def evaluate_rows(parts: Parts, rows: ValidationRows) -> dict[str, float]:
+    """The mean loss a term, and what goes with it; consumes no randomness.
 
-    Weighted by tokens; consumes no randomness. Bits per byte count what it costs to
-    predict each document with its end, per UTF-8 byte of its text, so they can be
-    compared across tokenizers.
+    A term is a target, and then perplexity and bits per byte come along: what it costs
+    to predict each document, or answer, with its end, per UTF-8 byte of its text, which
+    can be compared across tokenizers. Or it is a pair, and the stage's measures come.
     """
-    assert t.cfg.batch_size
-    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
-    t.model.eval()
+    cfg, stage, group = parts.cfg, parts.stage, parts.group
+    assert cfg.batch_size
+    sums = torch.zeros(3 + len(stage.measures), dtype=torch.float64)
+    sums = sums.to(parts.device)
+    training = parts.model.training
+    parts.model.eval()
     with torch.no_grad():
-        for batch in rows.micro_batches(t.cfg.batch_size, t.group.rank, t.group.size):
-            moved = batch.to(t.device)
-            with t.autocast:
-                loss, _ = t.stage.objective(t.model, moved)
-            sums[0] += loss
-            sums[1] += (moved.targets >= 0).sum()
-    t.model.train()
-    t.group.sum(sums)
-    total, tokens = sums.tolist()
-    loss = total / tokens
+        for batch in rows.micro_batches(cfg.batch_size, group.rank, group.size):
+            moved = batch.to(parts.device)
+            with parts.autocast:
+                losses = stage.objective(parts.model, moved, cfg)
+            sums[0] += losses.loss
+            sums[1] += (moved.targets != IGNORED).sum()
+            sums[2] += batch.samples
+            sums[3:] += losses.measures
+    parts.model.train(training)
+    group.sum(sums)
+    total, targets, samples, *measures = sums.tolist()
+    if stage.measures:
+        means = [value / samples for value in measures]
+        return {
+            "loss": total / samples,
+            **dict(zip(stage.measures, means, strict=True)),
+        }
+    loss = total / targets
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 
@@ -16,6 +15,7 @@ from ..storage.verified import DamagedFolder
 from .checkpoint import export_weights, save_checkpoint
 from .evaluation import evaluate_rows
 from .optim import learning_rate
+from .samples import seed_of, write_samples
 from .trainer import SinceLog, Trainer
 
 _MOST_FAILED_SAVES = 3
@@ -47,31 +47,32 @@ def fit(t: Trainer) -> str:
 def train_step(t: Trainer) -> str | None:
     """One optimizer step; returns why to stop after it, if any rank wishes to.
 
-    The loss is the sum over target tokens divided by their global number, so that
-    accumulation, padding and the number of ranks cannot change it.
+    The loss is the sum over target tokens (or pairs) divided by their global number, so
+    that accumulation, padding and the number of ranks cannot change it.
     """
     began = time.monotonic()
     batch = t.stream.next_step()
-    seed_dropout(t.cfg.seed, t.group.rank, t.progress.step)
+    torch.manual_seed(seed_of(t.cfg.seed, t.group.rank, t.progress.step))
     t.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
-        rows = micro_batch.to(t.device)
         with t.autocast:
-            loss_sum, aux_loss = t.stage.objective(t.model, rows)
-        loss = loss_sum / batch.targets
-        aux_loss = aux_loss * (len(rows.inputs) / batch.samples)
+            losses = t.stage.objective(t.model, micro_batch.to(t.device), t.cfg)
+        loss = losses.loss / batch.terms
+        aux_loss = losses.aux_loss * (micro_batch.samples / batch.samples)
         t.scaler.scale(loss + aux_loss).backward()
-        t.gradients.add_losses(loss, aux_loss)
+        measures = losses.measures / batch.samples
+        t.gradients.add_losses(torch.cat([loss[None], aux_loss[None], measures]))
+        t.since_log.add_choices(t.model)
     if t.clock.is_over():
         t.stop.reason = t.stop.reason or "time_budget"
     t.gradients.vote(t.stop.ballot())
     t.group.sum(t.gradients.flat)
     t.scaler.unscale_(t.optimizer)
-    norm, loss, aux_loss, ballots = t.gradients.norm_and_slots()
+    norm, means, ballots = t.gradients.norm_and_slots()
     update_weights(t, norm)
     t.clock.add_step(seconds := time.monotonic() - began)
-    t.since_log.add(batch, loss, aux_loss, norm, seconds)
-    count_step(t, batch, loss, seconds)
+    t.since_log.add(batch, means, norm, seconds)
+    count_step(t, batch, means[0], seconds)
     return count_ballots(ballots)
 
 
@@ -112,7 +113,7 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
     progress = t.progress
     progress.step += 1
     progress.samples = t.stream.samples
-    progress.tokens += batch.targets
+    progress.tokens += batch.tokens
     progress.seconds += seconds
     progress.val_loss = None
     t.record.update(step=progress.step)
@@ -127,19 +128,13 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
         )
 
 
-def seed_dropout(seed: int, rank: int, step: int) -> None:
-    """Seed torch for one step of one rank."""
-    digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
-
-
 def validate(t: Trainer) -> None:
-    """Measure the loss on the held-out rows, where there are any, and log it."""
-    if t.validation is None:
-        return
-    scores = evaluate_rows(t, t.validation)
-    t.progress.val_loss = scores["loss"]
-    t.metrics.append("eval", **t.progress.position(), **scores)
+    """Measure the loss on held-out samples, where there are any; ask the prompts."""
+    if t.validation is not None:
+        scores = evaluate_rows(t, t.validation)
+        t.progress.val_loss = scores["loss"]
+        t.metrics.append("eval", **t.progress.position(), **scores)
+    write_samples(t)
 
 
 def save(t: Trainer, final: bool) -> None:
@@ -172,21 +167,41 @@ def save(t: Trainer, final: bool) -> None:
 
 def log_progress(t: Trainer) -> None:
     """Append a row of metrics with the means since the last one."""
-    sums = t.since_log
-    memory = torch.zeros(t.group.size, device=t.device)
-    memory[t.group.rank] = peak_memory_gib(t.device.type)
-    t.group.sum(memory)
+    sums, ranks = t.since_log, t.group.size
+    own = torch.zeros(ranks + 1, dtype=torch.float64)
+    own[t.group.rank], own[ranks] = peak_memory_gib(t.device.type), sums.positions
+    if load := t.model.expert_load():
+        none = torch.zeros(len(load), len(load[0]), dtype=torch.float64)
+        own = torch.cat(
+            [own, (none if sums.choices is None else sums.choices).flatten()]
+        )
+    own = own.to(t.device)
+    t.group.sum(own)
+    memory, positions, choices = (
+        own.tolist()[:ranks],
+        own[ranks].item(),
+        own[ranks + 1 :],
+    )
+    names = ("loss", "aux_loss", *t.stage.measures)
     t.metrics.append(
         "train",
         **t.progress.position(),
-        loss=sums.loss / sums.targets,
-        aux_loss=sums.aux_loss / sums.targets,
+        **{n: total / sums.terms for n, total in zip(names, sums.losses, strict=True)},
         learning_rate=t.optimizer.param_groups[0]["lr"],
         grad_norm=sums.grad_norm,
-        tokens_per_second=sums.targets / sums.seconds,
-        fill=sums.targets / (sums.samples * t.stream.width),
-        peak_memory_gib=memory.tolist(),
+        tokens_per_second=sums.tokens / sums.seconds,
+        fill=sums.tokens / positions,
+        peak_memory_gib=memory,
         loss_scale=t.scaler.get_scale(),
         skipped_steps=t.progress.skipped_steps,
+        **expert_load(choices, len(load)),
     )
     t.since_log = SinceLog()
+
+
+def expert_load(choices: torch.Tensor, layers: int) -> dict[str, list[list[float]]]:
+    """For each layer the shares of its experts among all choices; nothing if dense."""
+    if not layers:
+        return {}
+    counts = choices.view(layers, -1)
+    return {"expert_load": (counts / counts.sum(1, keepdim=True)).tolist()}

@@ -11,11 +11,10 @@ from torch import nn
 from ..config import TrainConfig
 from ..launch.stopping import STOP_REASONS
 
-_BALLOTS = 2  # behind the loss and the auxiliary loss
-
 
 class FlatGradients:
-    """All gradients in one float32 tensor, with a few numbers behind them.
+    """All gradients in one float32 tensor, with a few numbers behind them: `losses` of
+    these, and the votes.
 
     Each parameter's `.grad` is a view into it, so one all-reduce a step sums the
     gradients, the losses and the wishes to stop over the ranks. The layout never
@@ -24,34 +23,35 @@ class FlatGradients:
     three ranks on).
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, losses: int) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in parameters)
-        size = count + _BALLOTS + len(STOP_REASONS)
+        size = count + losses + len(STOP_REASONS)
+        self._losses = losses
         self.flat = torch.zeros(size, dtype=torch.float32, device=device)
         self.gradients, self._slots = self.flat[:count], self.flat[count:]
         pieces = self.gradients.split([p.numel() for p in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
 
-    def add_losses(self, loss: torch.Tensor, aux_loss: torch.Tensor) -> None:
-        """Add this micro-batch's part of the step's loss, without waiting for it."""
-        self._slots[:_BALLOTS] += torch.stack([loss, aux_loss]).detach()
+    def add_losses(self, losses: torch.Tensor) -> None:
+        """Add this micro-batch's part of the step's losses, without waiting for it."""
+        self._slots[: self._losses] += losses.detach()
 
     def vote(self, ballot: list[float]) -> None:
         """Add this rank's wish to stop, one number for each of `STOP_REASONS`."""
         if any(ballot):
-            self._slots[_BALLOTS:] += torch.tensor(ballot, device=self.flat.device)
+            self._slots[self._losses :] += torch.tensor(ballot, device=self.flat.device)
 
-    def norm_and_slots(self) -> tuple[float, float, float, list[float]]:
-        """Gradient norm, loss, auxiliary loss, ballots.
+    def norm_and_slots(self) -> tuple[float, list[float], list[float]]:
+        """Gradient norm, losses, ballots.
 
         The one place of a step where the host waits for the device: whether the
-        update is to be skipped must be known, and the wait carries all five numbers.
+        update is to be skipped must be known, and the wait carries all the numbers.
         """
         norm = torch.linalg.vector_norm(self.gradients)
-        values = torch.cat([norm[None], self._slots]).tolist()
-        return values[0], values[1], values[2], values[3:]
+        first, *values = torch.cat([norm[None], self._slots]).tolist()
+        return first, values[: self._losses], values[self._losses :]
 
     def clip(self, norm: float, most: float) -> None:
         """Scale the gradients down to the norm `most`; 0 never clips."""

@@ -20,6 +20,7 @@ from typing import Any
 from ..config import TrainConfig, count_parameters, resolve
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
+from ..data.excerpts import Excerpts
 from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import Hardware, choose_dtype, detect_hardware
@@ -27,6 +28,7 @@ from ..session import current_session
 from ..storage import verified
 from ..storage.runs import Checkpoint, RunFolder
 from .checkpoint import read_progress
+from .initial import Initial, find_initial
 from .resuming import compare_hashes, meet_run
 from .stages import STAGES
 from .trainer import Progress
@@ -34,6 +36,11 @@ from .trainer import Progress
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 _EXPORT_BYTES = 2
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
+_ROWS = {
+    "pretrain": '{"text": "…"}',
+    "sft": '{"conversations": [{"role": "user", "content": "…"}, …]}',
+    "dpo": '{"chosen": […], "rejected": […]}',
+}
 _Note = Callable[[str], None]
 
 
@@ -45,6 +52,7 @@ class Settled:
     tokenizer: TokenizerSpec
     hardware: Hardware
     cache_root: Path
+    initial: Initial | None
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,14 @@ class Prepared:
 
     @property
     def weights_file(self) -> Path:
-        """`{out_dir}/pretrain_{hidden_size}[_moe].pth`."""
+        """`{out_dir}/pretrain_{hidden_size}[_moe].pth`, or `full_sft_…`, `dpo_…`."""
         cfg = self.cfg
         name = f"{STAGES[cfg.stage].weights}_{cfg.weights_suffix}.pth"
         return self.folder.root.parent / name
 
 
-def settle(cfg: TrainConfig) -> Settled:
-    """Resolve a configuration on this machine; the demo corpus becomes a file.
+def settle(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Settled:
+    """Resolve a configuration on this machine, with the weights it begins from.
 
     Raises `ValueError`, `TypeError` or `FileNotFoundError` for what cannot be.
     """
@@ -86,32 +94,37 @@ def settle(cfg: TrainConfig) -> Settled:
         raise TypeError(f"expected a TrainConfig, found {found}: mm.TrainConfig(…)")
     if not cfg.data_path:
         raise ValueError(
-            'data_path is not set: name a JSONL file with one {"text": "…"} a line, or '
-            'take data_path="demo"'
+            f"data_path is not set: name a JSONL file with one {_ROWS[cfg.stage]} a line, "
+            'or take data_path="demo"'
         )
     cache_root = current_session().cache_folder(cfg.out_dir)
     if cfg.data_path != DEMO:
         check_file(cfg.data_path)
     if cfg.val_path:
         check_file(cfg.val_path)
-    tokenizer = read_tokenizer(cfg.tokenizer)
+    initial = find_initial(cfg, on_note)
+    own = initial.weights.tokenizer if initial else None
+    tokenizer = read_tokenizer(cfg.tokenizer or own)
     hardware = detect_hardware()
-    machine = _machine_defaults(cfg, hardware)
-    resolved = resolve(cfg, vocab_size=tokenizer.vocab_size, **machine)
+    machine = {"vocab_size": tokenizer.vocab_size, **_machine_defaults(cfg, hardware)}
+    resolved = resolve(cfg, **machine | (initial.weights.shape() if initial else {}))
     assert resolved.vocab_size
     if resolved.vocab_size < tokenizer.vocab_size:
+        whose = f"of {initial.source} " if initial else ""
         raise ValueError(
-            f"vocab_size={resolved.vocab_size} is too small for the tokenizer, which "
-            f"has {tokenizer.vocab_size} entries; leave vocab_size out"
+            f"vocab_size={resolved.vocab_size} {whose}is too small for the tokenizer, "
+            f"which has {tokenizer.vocab_size} entries; leave vocab_size out, or name "
+            "the tokenizer that belongs to the weights"
         )
-    return Settled(resolved, tokenizer, hardware, cache_root)
+    return Settled(resolved, tokenizer, hardware, cache_root, initial)
 
 
 def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
     """The tokenised documents of a settled configuration."""
     cfg, root = settled.cfg, settled.cache_root
     assert cfg.data_path
-    cfg = dataclasses.replace(cfg, data_path=str(locate(cfg.data_path, root)))
+    data_path = str(locate(cfg.data_path, root, cfg.stage))
+    cfg = dataclasses.replace(cfg, data_path=data_path)
     cores = settled.hardware.cpu_cores
     return Corpus.prepare(cfg, settled.tokenizer, root, cores, on_note)
 
@@ -123,7 +136,8 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     disk too small, `RunLocked`, `NoGoodCheckpoint`, and `RuntimeError` for a run there
     that is a different one.
     """
-    settled = settle(cfg)
+    settled = settle(cfg, on_note)
+    initial = settled.initial
     accumulation_asked = settled.cfg.accumulation_steps
     _check_writable(Path(settled.cfg.out_dir))
     _check_disk(settled.cfg)
@@ -138,7 +152,9 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
             "data": corpus.cache.folder.name,
             "validation": corpus.val_cache.folder.name,
             "tokenizer": settled.tokenizer.fingerprint,
+            "initial": initial.digest if initial else None,
         },
+        "began_from": initial.source if initial else None,
         "rejected_rows": corpus.cache.facts["bad_rows"],
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
@@ -147,17 +163,34 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
         if folder.exists() and resolved.resume is False:
             on_note(f"the earlier run is kept as {folder.move_aside()}")
         elif folder.exists():
-            compare_hashes(folder, config["hashes"], resolved.allow_change)
+            compare_hashes(folder, config, resolved, on_note)
             checkpoint = folder.newest_good_checkpoint(repair=True)
         done = checkpoint.step if checkpoint else 0
         total_steps = _total_steps(corpus, resolved, checkpoint)
         complete = folder.status() == "finished" and done >= total_steps
         if not complete:
             _tell_horizon(done, total_steps, folder, on_note)
+            if initial and not checkpoint:
+                on_note(f"begins from {initial.source}")
             _tell_rejected(corpus, folder, on_note)
+            if told := describe_cuts(corpus.excerpts(resolved), resolved):
+                on_note(told)
             write_tokenizer(settled.tokenizer, folder.tokenizer)
             folder.write_config(config)
     return Prepared(settled, folder, corpus, checkpoint, config, total_steps, complete)
+
+
+def describe_cuts(excerpts: Excerpts, cfg: TrainConfig) -> str:
+    """What of the conversations to train on is longer than a row, in words."""
+    noun = "pairs" if cfg.stage == "dpo" else "conversations"
+    told = []
+    if excerpts.cut:
+        told.append(f"{excerpts.cut:,} over-long {noun} are cut at a turn")
+    if excerpts.dropped:
+        told.append(
+            f"{excerpts.dropped:,} have no whole answer that fits, and are left out"
+        )
+    return f"{'; '.join(told)} (max_seq_len={cfg.max_seq_len})" if told else ""
 
 
 def _tell_rejected(corpus: Corpus, folder: RunFolder, on_note: _Note) -> None:

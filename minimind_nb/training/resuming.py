@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import CHANGEABLE_ON_RESUME, TrainConfig
 from ..storage import verified
@@ -85,21 +86,34 @@ def compare_settings(
 
 
 def compare_hashes(
-    folder: RunFolder, hashes: Mapping[str, str], allow_change: Iterable[str]
+    folder: RunFolder, config: Mapping[str, Any], cfg: TrainConfig, on_note: _Note
 ) -> None:
-    """Check that data and tokenizer have the content they had. Raises `RuntimeError`."""
-    settings = {"data": "data_path", "validation": "val_path", "tokenizer": "tokenizer"}
-    before = folder.read_config()["hashes"]
+    """Check that data, tokenizer and initial weights have the content they had.
+
+    A run goes on with its own weights: that others are there to begin from is only told
+    where nobody named them. Raises `RuntimeError`.
+    """
+    settings = {
+        "data": "data_path",
+        "validation": "val_path",
+        "tokenizer": "tokenizer",
+        "initial": "init_from",
+    }
+    before = folder.read_config()
     changed = [
-        name
-        for name, value in hashes.items()
-        if before[name] != value and settings[name] not in set(allow_change)
+        settings[name]
+        for name, value in config["hashes"].items()
+        if before["hashes"].get(name) != value
     ]
-    if changed:
-        differences = [
-            f"the content of {settings[name]} is another" for name in changed
-        ]
-        raise _other_run(folder, differences, [settings[name] for name in changed])
+    if "init_from" in changed and cfg.init_from in ("auto", "none"):
+        changed.remove("init_from")
+        on_note(
+            f"{folder.root} goes on, though the weights in {config['began_from']} are "
+            "not those it began from; resume=False begins from them"
+        )
+    if changed := [name for name in changed if name not in cfg.allow_change]:
+        differences = [f"the content of {name} is another" for name in changed]
+        raise _other_run(folder, differences, changed)
 
 
 def _keep_global_batch(
@@ -153,6 +167,9 @@ def _copy_run(source: RunFolder, folder: RunFolder) -> None:
         target = RunFolder(aside).checkpoint_folder(checkpoint.step)
         shutil.copytree(checkpoint.folder, target, copy_function=shutil.copyfile)
         verified.verify(target)
+    if source.reference.exists():
+        target = RunFolder(aside).reference
+        shutil.copytree(source.reference, target, copy_function=shutil.copyfile)
     aside.rename(folder.root)
 
 

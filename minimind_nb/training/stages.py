@@ -4,39 +4,96 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import TrainConfig
 from ..data.batches import IGNORED, MicroBatch
+
+
+class Losses(NamedTuple):
+    """`loss` is summed over its terms (targets, or pairs), `measures` over the samples.
+
+    `aux_loss`, that of mixtures, is a mean over the rows (per sequence) or a product of
+    means (over the batch).
+    """
+
+    loss: Tensor
+    aux_loss: Tensor
+    measures: Tensor
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`record_format` names how rows are read; `weights` begins the weights' name."""
+    """`weights` begins the name of the weights file; `before` names the stage whose
+    weights init_from="auto" looks for; `measures` are logged beside the loss."""
 
-    record_format: str
-    objective: Callable[[nn.Module, MicroBatch], tuple[Tensor, Tensor]]
+    objective: Callable[[nn.Module, MicroBatch, TrainConfig], Losses]
     weights: str
+    before: str | None = None
+    measures: tuple[str, ...] = ()
 
 
-def next_token_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the targets, and the auxiliary loss.
+def next_token_loss(model: nn.Module, batch: MicroBatch, cfg: TrainConfig) -> Losses:
+    """Cross-entropy summed over the targets.
 
-    In float32 whatever the precision of the products; the sum, because only the
-    caller knows the number of targets over all micro-batches and ranks. The auxiliary
-    loss is a mean over the rows (per sequence) or a product of means (over the batch).
+    In float32 whatever the precision of the products; the sum, because only the caller
+    knows the number of targets over all micro-batches and ranks.
     """
+    losses, aux_loss = target_losses(model, batch)
+    return Losses(losses.sum(), aux_loss, losses.new_zeros(0))
+
+
+def preference_loss(model: nn.Module, batch: MicroBatch, cfg: TrainConfig) -> Losses:
+    """Direct preference optimisation (Rafailov et al. 2023): -log σ(margin) of pairs.
+
+    The margin is β times how much more the model, measured against the reference,
+    prefers the chosen answer to the rejected one. Measured besides: the margin, whether
+    it is above 0 (half of a pair where it is 0), and the reference's log-probability of a target less the model's, in
+    the mean over both answers: an estimate of KL(reference ‖ model) on these answers,
+    which may be negative.
+    """
+    assert cfg.dpo_beta is not None and batch.reference is not None
+    sums, counts, aux_loss = answer_log_probabilities(model, batch)
+    drift = sums - batch.reference.float()
+    margins = cfg.dpo_beta * (drift[0::2] - drift[1::2])
+    kl = -(drift[0::2] + drift[1::2]) / (counts[0::2] + counts[1::2])
+    right = (margins.sign() + 1) / 2
+    measures = torch.stack([margins.sum(), right.sum(), kl.sum()])
+    return Losses(-F.logsigmoid(margins).sum(), aux_loss, measures.detach())
+
+
+def answer_log_probabilities(
+    model: nn.Module, batch: MicroBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each answer of each pair, [2 · samples]: the sum of its targets'
+    log-probabilities and their number; and the auxiliary loss."""
+    losses_N, aux_loss = target_losses(model, batch)
+    assert batch.documents is not None
+    answer_N = batch.documents.flatten().clamp(min=0).long()  # padding adds nothing
+    sums = losses_N.new_zeros(2 * batch.samples)
+    targets_N = (batch.targets.flatten() != IGNORED).float()
+    return (
+        sums.index_add(0, answer_N, -losses_N),
+        sums.index_add(0, answer_N, targets_N),
+        aux_loss,
+    )
+
+
+def target_losses(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy at each position [B · T], 0 without a target; auxiliary loss."""
     mask = None if batch.documents is None else document_mask(batch.documents)
     output = model(input_ids=batch.inputs, attention_mask=mask)
-    loss = F.cross_entropy(
+    losses = F.cross_entropy(
         output.logits.flatten(0, 1).float(),
         batch.targets.flatten(),
         ignore_index=IGNORED,
-        reduction="sum",
+        reduction="none",
     )
-    return loss, output.aux_loss
+    return losses, output.aux_loss
 
 
 def document_mask(documents_BT: Tensor) -> Tensor:
@@ -52,6 +109,14 @@ def document_mask(documents_BT: Tensor) -> Tensor:
 
 
 STAGES: dict[str, Stage] = {
-    "pretrain": Stage("pretrain", next_token_loss, "pretrain"),
+    "pretrain": Stage(next_token_loss, "pretrain"),
+    "sft": Stage(next_token_loss, "full_sft", before="pretrain"),
+    "dpo": Stage(
+        preference_loss,
+        "dpo",
+        before="sft",
+        measures=("reward_margin", "accuracy", "kl"),
+    ),
 }
-"""Stages by name; their default settings are in `minimind_nb.config.presets`."""
+"""Stages by name, which are names of record formats too; their default settings are in
+`minimind_nb.config.presets`."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,42 +86,73 @@ class Progress:
 
 @dataclass
 class SinceLog:
-    """Sums since the last row of metrics; losses are means over a step's targets."""
+    """Sums since the last row of metrics.
 
-    loss: float = 0.0
-    aux_loss: float = 0.0
-    targets: int = 0
-    samples: int = 0
+    `losses` are the loss, the auxiliary loss and the stage's measures, each times the
+    terms of its step. `positions` (of this rank's rows, padding too) and `choices` (how
+    often each expert of each layer was chosen) are this rank's own.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    terms: int = 0
+    tokens: int = 0
+    positions: int = 0
+    choices: torch.Tensor | None = None
     grad_norm: float = 0.0
     seconds: float = 0.0
 
     def add(
-        self, batch: StepBatch, loss: float, aux: float, norm: float, seconds: float
+        self, batch: StepBatch, losses: list[float], norm: float, seconds: float
     ) -> None:
-        """Count one step."""
-        self.loss += loss * batch.targets
-        self.aux_loss += aux * batch.targets
-        self.targets += batch.targets
-        self.samples += batch.samples
+        """Count one step, whose losses are means over its terms."""
+        before = self.losses or [0.0] * len(losses)
+        pairs = zip(before, losses, strict=True)
+        self.losses = [total + loss * batch.terms for total, loss in pairs]
+        self.terms += batch.terms
+        self.tokens += batch.tokens
+        self.positions += sum(one.inputs.numel() for one in batch.micro_batches)
         self.grad_norm = norm
         self.seconds += seconds
 
+    def add_choices(self, model: MiniMindForCausalLM) -> None:
+        """Count which experts the last forward pass chose; they are on the host."""
+        if counts := model.expert_load():
+            now = torch.tensor(counts, dtype=torch.float64)
+            self.choices = now if self.choices is None else self.choices + now
+
+
+class Prompt(NamedTuple):
+    """What the model is asked at every validation, as people and as it read it."""
+
+    text: str
+    ids: list[int]
+
 
 @dataclass
-class Trainer:
-    """What `worker.build` makes and the loop changes; `config` is config.json's."""
+class Parts:
+    """What a loss is computed with."""
 
     cfg: TrainConfig
     stage: Stage
     group: Group
     device: torch.device
     model: MiniMindForCausalLM
+    autocast: torch.autocast
+
+
+@dataclass
+class Trainer(Parts):
+    """What `worker.build` makes and the loop changes.
+
+    `config` is config.json's; `prompts` are what the model is asked at validations.
+    """
+
     gradients: FlatGradients
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    autocast: torch.autocast
     stream: TrainingStream
     validation: ValidationRows | None
+    prompts: list[Prompt]
     total_steps: int
     progress: Progress
     folder: RunFolder

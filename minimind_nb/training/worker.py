@@ -1,8 +1,9 @@
-"""What each process does: build the parts of a run, and train."""
+"""What each process does: build the parts of a run, and train or evaluate."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,19 +14,23 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..data.corpus import Corpus
-from ..data.tokenizer import TokenizerSpec, read_tokenizer
+from ..data.tokenizer import read_tokenizer
 from ..launch.distributed import Group
 from ..launch.stopping import StopRequest
 from ..launch.verdict import RankRecord
 from ..model.architecture import MiniMindForCausalLM
-from ..model.interop import model_config
+from ..model.interop import model_config, put_weights, read_tensors
 from ..monitor.metrics import MetricsLog
 from ..storage.runs import RunFolder
+from ..storage.verified import write_text
 from .checkpoint import load_checkpoint
+from .evaluation import evaluate_rows
 from .loop import fit
 from .optim import FlatGradients, build_optimizer
+from .reference import prepare_reference
+from .samples import choose_prompts
 from .stages import STAGES
-from .trainer import Progress, SessionClock, Trainer
+from .trainer import Parts, Progress, SessionClock, Trainer
 
 
 def run(
@@ -37,30 +42,64 @@ def run(
     the batch and accumulation that keep the global batch in less memory.
     """
     cfg = TrainConfig(**payload["settings"])
-    assert cfg.num_processes and cfg.device
-    torch.set_num_threads(payload["threads"])
-    device = torch.device(f"cuda:{rank}" if cfg.device == "cuda" else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     lock = RunFolder(payload["folder"]).lock() if rank == 0 else nullcontext()
     with lock:
-        record.update(phase="meeting")
-        timeout = cfg.hang_timeout_seconds
-        store = Path(payload["store"])
-        group = Group(rank, cfg.num_processes, store, cfg.device, timeout)
-        group.meet(device)
+        group, device = _meet(rank, payload, cfg, record)
         record.update(phase="training")
         try:
             trainer = build(payload, group, device, record, stop)
             with trainer.metrics:
                 log_start(trainer, "resume" if payload["checkpoint"] else "start")
-                ending = fit(trainer)
+                ending = prepare_reference(trainer, lambda: initial_model(payload))
+                ending = ending or fit(trainer)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(smaller_batch(cfg)) from error
         group.close()
     return ending
+
+
+def measure(
+    rank: int, payload: Mapping[str, Any], record: RankRecord, stop: StopRequest
+) -> str:
+    """Evaluate the weights of `payload` on all its documents, into `scores.json`."""
+    cfg = TrainConfig(**payload["settings"])
+    folder = RunFolder(payload["folder"])
+    group, device = _meet(rank, payload, cfg, record)
+    model = initial_model(payload).eval()
+    nn.Module.to(model, device)
+    pad_id = read_tokenizer(folder.tokenizer).pad_id
+    corpus = Corpus.reopen(payload["corpus"], cfg.val_fraction)
+    rows = corpus.validation_rows(cfg, pad_id)
+    assert rows is not None
+    parts = Parts(cfg, STAGES[cfg.stage], group, device, model, _autocast(cfg, device))
+    scores = {**evaluate_rows(parts, rows), "documents": len(rows.documents)}
+    if rank == 0:
+        write_text(folder.root / "scores.json", json.dumps(scores))
+    group.close()
+    return "finished"
+
+
+def _meet(
+    rank: int, payload: Mapping[str, Any], cfg: TrainConfig, record: RankRecord
+) -> tuple[Group, torch.device]:
+    """Take this rank's threads and device, and prove that the others are there."""
+    assert cfg.num_processes and cfg.device
+    torch.set_num_threads(payload["threads"])
+    device = torch.device(f"cuda:{rank}" if cfg.device == "cuda" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    record.update(phase="meeting")
+    store, timeout = Path(payload["store"]), cfg.hang_timeout_seconds
+    group = Group(rank, cfg.num_processes, store, cfg.device, timeout)
+    group.meet(device)
+    return group, device
+
+
+def _autocast(cfg: TrainConfig, device: torch.device) -> torch.autocast:
+    dtype = getattr(torch, cfg.dtype or "float32")
+    return torch.autocast(device.type, dtype=dtype, enabled=cfg.dtype != "float32")
 
 
 def build(
@@ -74,7 +113,7 @@ def build(
     cfg = TrainConfig(**payload["settings"])
     folder, checkpoint = RunFolder(payload["folder"]), payload["checkpoint"]
     tokenizer = read_tokenizer(folder.tokenizer)
-    model = build_model(cfg, tokenizer)
+    model = initial_model(payload)
     nn.Module.to(model, device)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
@@ -85,23 +124,22 @@ def build(
     stream = corpus.training_stream(
         cfg, tokenizer.pad_id, group.rank, group.size, progress.samples
     )
+    validation = corpus.validation_rows(cfg, tokenizer.pad_id)
     is_first = group.rank == 0
+    stage = STAGES[cfg.stage]
     return Trainer(
         cfg=cfg,
-        stage=STAGES[cfg.stage],
+        stage=stage,
         group=group,
         device=device,
         model=model,
-        gradients=FlatGradients(model, device),
+        gradients=FlatGradients(model, device, 2 + len(stage.measures)),
         optimizer=optimizer,
         scaler=scaler,
-        autocast=torch.autocast(
-            device.type,
-            dtype=getattr(torch, cfg.dtype or "float32"),
-            enabled=cfg.dtype != "float32",
-        ),
+        autocast=_autocast(cfg, device),
         stream=stream,
-        validation=corpus.validation_rows(cfg, tokenizer.pad_id),
+        validation=validation,
+        prompts=choose_prompts(cfg, tokenizer, stream, validation) if is_first else [],
         total_steps=payload["total_steps"],
         progress=progress,
         folder=folder,
@@ -122,18 +160,27 @@ def log_start(t: Trainer, event: str) -> None:
     t.metrics.append(
         "event",
         event=event,
+        stage=t.cfg.stage,
         **at.position(),
         total_steps=t.total_steps,
         total_samples=min(stream.total_samples, at.samples + samples_left),
         num_processes=t.group.size,
         global_batch=stream.global_batch,
+        cut=stream.excerpts.cut,
+        dropped=stream.excerpts.dropped,
     )
 
 
-def build_model(cfg: TrainConfig, tokenizer: TokenizerSpec) -> MiniMindForCausalLM:
-    """A freshly initialised model: the same weights for the same seed, on any rank."""
+def initial_model(payload: Mapping[str, Any]) -> MiniMindForCausalLM:
+    """The model a run begins from: new weights, the same for the same seed on any rank,
+    or those that were found."""
+    cfg = TrainConfig(**payload["settings"])
+    tokenizer = read_tokenizer(RunFolder(payload["folder"]).tokenizer)
     torch.manual_seed(cfg.seed)
-    return MiniMindForCausalLM(model_config(dataclasses.asdict(cfg), tokenizer)).train()
+    model = MiniMindForCausalLM(model_config(dataclasses.asdict(cfg), tokenizer))
+    if file := payload["initial"]:
+        put_weights(model, read_tensors(Path(file)), file)
+    return model.train()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -49,9 +49,10 @@ def test_only_what_differs_from_the_defaults_is_explicit():
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    cfg = config(data_path="~/a.jsonl", out_dir="~/out", run_name="~", resume="~/r")
-    found = (cfg.data_path, cfg.out_dir, cfg.run_name, cfg.resume)
+    cfg = config(data_path="~/a.jsonl", out_dir="~/out", run_name="~", init_from="~/r")
+    found = (cfg.data_path, cfg.out_dir, cfg.run_name, cfg.init_from)
     assert found == ("/home/me/a.jsonl", "/home/me/out", "~", "/home/me/r")
+    assert config(resume="~/r").resume == "/home/me/r"
 
 
 def test_numpy_numbers_paths_and_lists_become_plain(tmp_path):
@@ -115,6 +116,8 @@ def test_a_copy_with_an_unknown_name_is_refused_like_a_new_one():
         {"preset": "demo", "recipe": "demo", "data_path": "demo", "max_steps": 7},
         {"use_moe": True, "aux_loss_alpha": 0.0, "allow_change": ("seed",)},
         {"data_path": "a", "val_path": "b", "on_bad_line": "skip"},
+        {"stage": "sft", "sample_prompts": ("a, b", "c"), "use_moe": True},
+        {"stage": "dpo", "dpo_beta": 0.3, "recipe": "demo-dpo", "sample_tokens": 0},
     ],
 )
 def test_resolved_configuration_is_a_fixed_point_and_survives_travel(settings):
@@ -136,7 +139,9 @@ def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
         "tokenizer",
         "preset",
         "recipe",
+        "dpo_beta",
         "max_steps",
+        "sample_prompts",
         "max_session_hours",
     }
 

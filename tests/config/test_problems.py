@@ -50,9 +50,9 @@ def test_all_problems_are_named_in_one_error_and_in_the_order_given():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"stage": "pretrian"}, "not one of pretrain; did you mean 'pretrain'?"),
+        ({"stage": "pretrian"}, "not one of pretrain, sft, dpo; did you mean 'pretrain'?"),
         ({"preset": "minimind2-smal"}, "did you mean 'minimind2-small'?"),
-        ({"recipe": "fast"}, "recipe='fast' is not one of demo, minimind"),
+        ({"recipe": "fast"}, "not one of demo, demo-sft, demo-dpo, minimind, mi"),
         ({"device": "gpu"}, "device='gpu' is not one of cuda, cpu"),
         ({"on_bad_line": "skipp"}, "not one of error, skip; did you mean 'skip'?"),
     ],
@@ -73,15 +73,19 @@ def test_a_choice_that_is_none_lists_the_choices(settings, text):
         ({"resume": None}, "resume=None is NoneType, expected str or bool"),
         ({"seed": None}, "seed=None is NoneType, expected int"),
         ({"data_path": Corpus()}, "data_path=Corpus() is Corpus, expected str or None"),
+        (
+            {"sample_prompts": "a, b"},
+            "sample_prompts='a, b' is str, expected tuple of strings or None",
+        ),
         ({"preset": ["demo"]}, "preset=('demo',) is tuple, expected str or None"),
         ({"data_path": b"a"}, "data_path=b'a' is bytes, expected str or None"),
         (
             {"allow_change": "seed"},
-            "allow_change='seed' is str, expected tuple of names",
+            "allow_change='seed' is str, expected tuple of strings",
         ),
         (
             {"allow_change": (1, [])},
-            "allow_change=(1, ()) is tuple, expected tuple of names",
+            "allow_change=(1, ()) is tuple, expected tuple of strings",
         ),
     ],
 )
@@ -113,6 +117,8 @@ def test_whole_numbers_are_numbers_where_fractions_are_expected():
         ("weight_decay", -0.1, "at least 0 is needed"),
         ("learning_rate", 0.0, "learning_rate=0.0 must be above 0"),
         ("max_session_hours", -1.0, "max_session_hours=-1.0 must be above 0"),
+        ("sample_tokens", -1, "at least 0 is needed"),
+        ("dpo_beta", 0.0, "dpo_beta=0.0 must be above 0"),
         ("dropout", 1.0, "dropout=1.0 must be from 0 up to, but not, 1"),
         ("val_fraction", -0.5, "val_fraction=-0.5 must be from 0 up to, but not, 1"),
     ],
@@ -154,6 +160,19 @@ def test_a_number_out_of_range_says_the_range(name, value, text):
         (
             {"device": "cpu", "dtype": "float16"},
             'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"',
+        ),
+        (
+            {"init_from": "auto"},
+            'init_from="auto" looks for the stage before, and pretrain is the first',
+        ),
+        (
+            {"stage": "sft", "document_mask": False},
+            "document_mask=False would let conversations see each other; leave it out",
+        ),
+        ({"dpo_beta": 0.2}, 'dpo_beta is a setting of stage="dpo"; leave it out'),
+        (
+            {"stage": "sft", "dpo_beta": 0.2},
+            'dpo_beta is a setting of stage="dpo"; leave it out',
         ),
         ({"seed": 1 << 63}, "seed is too large, at most 2**63 - 1 is possible"),
         ({"allow_change": ("epoch",)}, "allow_change: 'epoch' is no setting; did you"),

@@ -78,6 +78,28 @@ def test_the_stage_fills_what_nobody_set():
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cpu", 1, "float32")
 
 
+def test_each_stage_has_defaults_of_its_own():
+    pretrain, sft, dpo = (resolve(TrainConfig(stage=stage)) for stage in STAGES)
+    assert (sft.batch_size, sft.epochs, sft.max_seq_len) == (16, 2, 1024)
+    assert (dpo.epochs, dpo.max_seq_len, dpo.dpo_beta) == (1, 1024, 0.1)
+    begins = [cfg.init_from for cfg in (pretrain, sft, dpo)]
+    assert begins == ["none", "auto", "auto"]
+    masks = [cfg.document_mask for cfg in (pretrain, sft, dpo)]
+    assert masks == [False, True, True]
+    assert [cfg.run_name for cfg in (sft, dpo)] == ["sft_512", "dpo_512"]
+    assert pretrain.dpo_beta is sft.dpo_beta is None
+    historical = resolve(TrainConfig(stage="sft", recipe="minimind-sft"))
+    assert (historical.learning_rate, historical.batch_size) == (5e-7, 16)
+
+
+def test_the_shape_of_the_weights_goes_before_the_stage_and_a_preset_before_it():
+    there = {"hidden_size": 96, "use_moe": True, "n_routed_experts": 3}
+    cfg = resolve(TrainConfig(stage="sft"), **there)
+    assert (cfg.hidden_size, cfg.n_routed_experts) == (96, 3)
+    assert cfg.run_name == "sft_96_moe"
+    assert resolve(TrainConfig(stage="sft", preset="demo"), **there).hidden_size == 128
+
+
 def test_the_machine_goes_before_the_stage():
     cfg = resolve(TrainConfig(), num_processes=2, dtype="float16", device="cuda")
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cuda", 2, "float16")

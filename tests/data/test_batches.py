@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from minimind_nb.config import TrainConfig
+from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import (
     IGNORED,
     MicroBatch,
+    SampleReader,
     StepBatch,
     TrainingStream,
     ValidationRows,
-    collate,
 )
+from minimind_nb.data.excerpts import Excerpts, take_excerpts
 from minimind_nb.data.packing import pack
 from minimind_nb.data.shards import TokenCache
 from minimind_nb.data.tokenizer import read_tokenizer
@@ -41,6 +42,10 @@ def cache(make_cache):
     return make_cache(list(itertools.chain(*((text, "") for text in texts))))
 
 
+def excerpts_of(cache: TokenCache, width: int = WIDTH) -> Excerpts:
+    return take_excerpts(cache, np.arange(len(cache.lines)), width)
+
+
 def unique_tokens(targets: list[int]) -> TokenCache:
     """Documents whose tokens are all different: 0, 1, 2, … through the cache."""
     counts = np.array(targets, np.int64) + 1
@@ -55,6 +60,7 @@ def unique_tokens(targets: list[int]) -> TokenCache:
             lines=np.arange(len(counts)) + 1,
             targets=counts - 1,
             sizes=counts,
+            marks=None,
         ),
     )
 
@@ -69,18 +75,19 @@ def make_stream(
         "batch_size": batch_size,
         "accumulation_steps": accumulation_steps,
     }
-    cfg = TrainConfig(**{**given, **other})
-    documents = np.arange(len(cache.lines))
+    cfg = resolve(TrainConfig(**{**given, **other}))
     place = {"rank": rank, "size": size, "samples": samples}
-    return TrainingStream(cache, documents, cfg, PAD, **place)
+    assert cfg.max_seq_len
+    excerpts = excerpts_of(cache, cfg.max_seq_len)
+    return TrainingStream(cache, excerpts, cfg, PAD, **place)
 
 
 def read_all(cache: TokenCache, width: int, mask: bool) -> MicroBatch:
     """All documents packed in their order, as one micro-batch."""
     rows = pack(np.arange(len(cache)), cache.targets, width)
     cfg = TrainConfig(max_seq_len=width, document_mask=mask)
-    pieces = [[cache.piece(*p) for p in rows.row(n)] for n in range(len(rows))]
-    return collate(pieces, cfg, PAD)
+    reader = SampleReader(cache, cfg, PAD)
+    return reader.read([rows.row(n) for n in range(len(rows))])
 
 
 def steps(stream: TrainingStream) -> list[StepBatch]:
@@ -112,13 +119,21 @@ def pairs_of(batches: list[MicroBatch]) -> Counter[tuple[int, int]]:
 
 def equal(a: StepBatch, b: StepBatch) -> bool:
     """Whether two steps are the same bit for bit."""
-    if (a.samples, a.targets) != (b.samples, b.targets):
+    if (a.samples, a.tokens, a.terms) != (b.samples, b.tokens, b.terms):
         return False
     return len(a.micro_batches) == len(b.micro_batches) and all(
         torch.equal(x, y)
         for one, other in zip(a.micro_batches, b.micro_batches, strict=True)
-        for x, y in ((one.inputs, other.inputs), (one.targets, other.targets))
+        for x, y in (
+            (one.inputs, other.inputs),
+            (one.targets, other.targets),
+            (numbered(one), numbered(other)),
+        )
     )
+
+
+def numbered(batch: MicroBatch) -> torch.Tensor:
+    return torch.zeros(0) if batch.documents is None else batch.documents
 
 
 def test_a_row_at_literal_points(make_cache):
@@ -146,7 +161,7 @@ def test_documents_are_numbered_only_where_they_are_hidden_from_each_other(cache
     step = make_stream(cache).next_step()
     masked = make_stream(cache, document_mask=True).next_step()
     assert all(batch.documents is None for batch in step.micro_batches)
-    assert equal(step, masked)
+    assert rows_of(step) == rows_of(masked)
     for batch in masked.micro_batches:
         assert batch.documents is not None
         assert torch.equal(batch.documents == -1, batch.targets == IGNORED)
@@ -180,7 +195,8 @@ def test_any_number_of_ranks_takes_the_same_samples(cache, size):
         assert taken == rows_of(alone)
         assert [next(left, None) for left in rows] == [None] * size
         assert {step.samples for step in together} == {alone.samples}
-        assert {step.targets for step in together} == {alone.targets}
+        assert {step.tokens for step in together} == {alone.tokens}
+        assert {step.terms for step in together} == {alone.tokens}
 
 
 def test_last_step_takes_what_is_left(cache):
@@ -206,14 +222,14 @@ def test_one_row_serves_more_ranks_than_rows(make_cache):
         steps(make_stream(make_cache(["a"]), 3, rank=r, epochs=1)) for r in range(3)
     ]
     assert [len(rows_of(*taken)) for taken in ranks] == [1, 0, 0]
-    assert {taken[0].targets for taken in ranks} == {2}
+    assert {taken[0].tokens for taken in ranks} == {2}
 
 
 def test_a_step_may_take_several_epochs(make_cache):
     stream = make_stream(make_cache(["abc"]), epochs=30)
     first, last = steps(stream)
     assert (first.samples, last.samples) == (24, 6)
-    assert (first.targets, last.targets) == (96, 24)
+    assert (first.tokens, last.terms) == (96, 24)
     assert len(rows_of(first)) == 24
 
 
@@ -243,7 +259,7 @@ def test_targets_of_a_step_are_those_of_all_ranks(cache):
             for step in together
             for batch in step.micro_batches
         )
-        assert {step.targets for step in together} == {found}
+        assert {step.terms for step in together} == {found}
 
 
 def test_lines_are_those_the_samples_come_from(make_cache):
@@ -252,7 +268,10 @@ def test_lines_are_those_the_samples_come_from(make_cache):
     assert stream.rows == 3
     assert stream.lines(0, 3) == stream.lines(3, 6) == stream.lines(1, 5) == [2, 4, 5]
     assert stream.lines(2, 2) == []
-    read = [np.concatenate(stream.pieces(sample)).tolist() for sample in range(3)]
+    read = [
+        np.concatenate([ids for ids, _ in stream.pieces(sample)]).tolist()
+        for sample in range(3)
+    ]
     letters = {2: 67, 4: 68, 5: 69}
     for row in range(3):
         there = [n for n, letter in letters.items() if letter in read[row]]
@@ -315,7 +334,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, siz
 
 def validation_rows(cache: TokenCache, width: int, most: int) -> ValidationRows:
     cfg = TrainConfig(max_seq_len=width, eval_tokens=most)
-    return ValidationRows(cache, np.arange(len(cache.lines)), cfg, PAD)
+    return ValidationRows(cache, excerpts_of(cache, width), cfg, PAD)
 
 
 def test_validation_takes_each_document_once(make_cache):

@@ -131,7 +131,7 @@ def test_a_stream_is_as_the_configuration_says(prepare):
     assert (stream.width, stream.cfg.seed, stream.samples) == (24, 7, 16)
     assert (stream.rank, stream.size, stream.global_batch) == (1, 2, 16)
     assert stream.total_samples == 3 * stream.rows
-    assert int(stream.targets.sum()) == corpus.cache.targets[corpus.documents].sum()
+    assert stream.tokens == corpus.cache.targets[corpus.documents].sum()
     first = stream.next_step().micro_batches[0]
     assert first.inputs.shape == (4, 24)
     assert first.documents is not None

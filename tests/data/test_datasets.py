@@ -1,4 +1,4 @@
-"""`PretrainDataset`: rows as MiniMind's scripts read them."""
+"""Rows as MiniMind's scripts read them, one of the file each."""
 
 import json
 
@@ -8,7 +8,12 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from minimind_nb.data import demo
-from minimind_nb.data.datasets import PretrainDataset
+from minimind_nb.data.datasets import (
+    DPODataset,
+    PretrainDataset,
+    RLAIFDataset,
+    SFTDataset,
+)
 from minimind_nb.data.faults import DataError
 from minimind_nb.data.tokenizer import read_tokenizer
 
@@ -108,3 +113,144 @@ def test_demo_names_the_embedded_corpus(tmp_path, monkeypatch, byte_spec):
     rows = PretrainDataset("demo", byte_spec, cache_dir=tmp_path)
     assert len(rows) == 2
     assert (tmp_path / "demo.jsonl").is_file()
+
+
+def talk(*contents):
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": c} for n, c in enumerate(contents)]
+
+
+@pytest.fixture
+def open_chats(tmp_path, byte_spec):
+    def open_chats(kind, rows, tokenizer=byte_spec, **wanted):
+        file = tmp_path / "chats.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text("\n\n".join(lines), encoding="utf-8")
+        return kind(file, tokenizer, cache_dir=tmp_path / "cache", **wanted)
+
+    return open_chats
+
+
+CHATS = [
+    {"conversations": talk("a", "b", "cc", "dd")},
+    {"conversations": talk("a", "文")},
+    {"conversations": talk("a" * 30, "b", "c", "d")},
+]
+PAIRS = [
+    {"chosen": talk("a", "b", "c", "dd"), "rejected": talk("a", "b", "c", "e")},
+    {"chosen": talk("a", "b"), "rejected": talk("a", "c" * 30)},
+]
+
+
+def test_answers_alone_are_masked_in(open_chats):
+    rows = open_chats(SFTDataset, CHATS, max_seq_len=50)
+    assert len(rows) == 3
+    inputs, targets, mask = rows[0]
+    assert inputs[:10].tolist() == [1, 87, 85, 71, 84, 201, 67, 2, 201, 1]
+    assert torch.equal(inputs[1:], targets[:-1])
+    assert targets[mask == 1].tolist() == [68, 2, 201, 70, 70, 2, 201]
+    assert mask.nonzero().flatten().tolist() == [19, 20, 21, 43, 44, 45, 46]
+    assert targets[47:].tolist() == [0, 0]
+    assert {part.dtype for part in rows[0]} == {torch.int64}
+    assert {part.shape for part in rows[0]} == {(49,)}
+
+
+def test_a_longer_conversation_is_cut_at_a_turn(open_chats):
+    rows = open_chats(SFTDataset, CHATS, max_seq_len=46)
+    inputs, targets, mask = rows[0]
+    assert targets[19:].tolist() == [68, 2, 201, *[0] * 23]
+    assert mask.tolist() == [*[0] * 19, 1, 1, 1, *[0] * 23]
+    assert inputs[22:].tolist() == [201, *[0] * 22]
+    assert rows[1][2].sum() == 5
+    inputs, targets, mask = rows[2]
+    assert (inputs != 0).all() and mask.sum() == 0
+
+
+def test_pairs_are_six_tensors(open_chats):
+    rows = open_chats(DPODataset, PAIRS, max_seq_len=48)
+    assert len(rows) == 2
+    names = [
+        f"{part}_{way}" for way in ("chosen", "rejected") for part in "x y mask".split()
+    ]
+    assert list(rows[0]) == names
+    learned = [
+        rows[0][f"y_{way}"][rows[0][f"mask_{way}"] == 1].tolist()
+        for way in ("chosen", "rejected")
+    ]
+    assert learned == [[70, 70, 2, 201], [71, 2, 201]]
+    assert rows[0]["x_chosen"][:2].tolist() == [1, 87]
+
+
+def test_of_long_pairs_both_lose_the_same_turns_or_are_masked_out(open_chats):
+    rows = open_chats(DPODataset, PAIRS, max_seq_len=30)
+    shorter = rows[0]
+    assert shorter["x_chosen"][:9].tolist() == [1, 87, 85, 71, 84, 201, 69, 2, 201]
+    assert torch.equal(shorter["x_chosen"][:20], shorter["x_rejected"][:20])
+    assert (shorter["mask_chosen"].sum(), shorter["mask_rejected"].sum()) == (4, 3)
+    dropped = rows[1]
+    assert dropped["mask_chosen"].sum() == dropped["mask_rejected"].sum() == 0
+    assert (dropped["x_rejected"] != 0).all()
+
+
+def test_prompts_are_text_with_the_last_answer_held_back(open_chats):
+    rows = open_chats(RLAIFDataset, CHATS, tokenizer=None)
+    head = "<|im_start|>assistant\n"
+    assert rows[1] == {
+        "prompt": f"<|im_start|>user\na<|im_end|>\n{head}",
+        "answer": "文",
+    }
+    assert rows[0]["prompt"].endswith(
+        f"{head}b<|im_end|>\n<|im_start|>user\ncc<|im_end|>\n{head}"
+    )
+    assert rows[0]["answer"] == "dd"
+    blanks = [{"conversations": talk("a b ,", "c .\n")}]
+    assert open_chats(RLAIFDataset, blanks, tokenizer=None)[0]["answer"] == "c .\n"
+    assert (
+        "a b ,<|im_end|>"
+        in open_chats(RLAIFDataset, blanks, tokenizer=None)[0]["prompt"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [(SFTDataset, CHATS), (DPODataset, PAIRS), (RLAIFDataset, CHATS)]
+)
+def test_chat_rows_are_taken_in_any_order(open_chats, kind, rows):
+    opened = open_chats(kind, rows)
+    count = len(rows)
+    assert len(opened) == count == len(list(opened))
+    forward = [str(opened[n]) for n in range(count)]
+    assert [str(opened[n]) for n in reversed(range(count))] == forward[::-1]
+    assert [str(opened[n - count]) for n in range(count)] == forward
+    for index in (count, -count - 1):
+        with pytest.raises(IndexError):
+            opened[index]
+    batch = next(iter(DataLoader(opened, batch_size=count, shuffle=True)))
+    assert len(batch["prompt"] if kind is RLAIFDataset else list(batch)[0]) > 0
+
+
+@pytest.mark.parametrize("kind", [SFTDataset, DPODataset, RLAIFDataset])
+def test_bad_chat_rows_are_refused_with_the_line(open_chats, kind):
+    with pytest.raises(DataError, match=r"chats\.jsonl:3:1: no \"c"):
+        open_chats(kind, [PAIRS[0] if kind is DPODataset else CHATS[0], {"text": "a"}])
+    if kind is not RLAIFDataset:
+        with pytest.raises(ValueError, match="max_seq_len=1 is too small"):
+            open_chats(kind, [], max_seq_len=1)
+
+
+@pytest.mark.parametrize("kind", [SFTDataset, DPODataset, RLAIFDataset])
+def test_demo_names_the_embedded_rows_of_each_kind(
+    tmp_path, monkeypatch, kind, byte_spec
+):
+    rows = PAIRS if kind is DPODataset else CHATS
+    file = tmp_path / "demo.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = []
+
+    def write_corpus(folder, record_format):
+        wanted.append((folder, record_format))
+        return file
+
+    monkeypatch.setattr(demo, "write_corpus", write_corpus)
+    assert len(kind("demo", byte_spec, cache_dir=tmp_path)) == len(rows)
+    formats = {SFTDataset: "sft", DPODataset: "dpo", RLAIFDataset: "rlaif"}
+    assert wanted == [(tmp_path, formats[kind])]

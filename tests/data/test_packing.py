@@ -12,6 +12,8 @@ from minimind_nb.data.packing import (
     PackedRows,
     pack,
     pack_epoch,
+    pair_up,
+    shuffle_rows,
     shuffled,
     split_by_hash,
 )
@@ -130,6 +132,70 @@ def test_a_row_splits_one_document_at_most(targets, width):
     found = Counter(rows.pieces[:, 0].tolist())
     spare = sum(found[d] - k for d, k in enumerate(needed.tolist()))
     assert 0 <= spare <= len(rows) - int((n // width).sum())
+
+
+short_lengths = st.lists(st.integers(0, 9), max_size=30)
+
+
+def pack_whole(targets: list[int], width: int) -> PackedRows:
+    return pack(np.arange(len(targets)), np.array(targets, np.int64), width, split=False)
+
+
+def test_without_splitting_the_longest_that_fits_goes_in_and_room_is_left():
+    rows = pack_whole([5, 3, 2, 4, 8, 3], width=8)
+    assert pieces(rows) == [
+        [(4, 0, 8)],
+        [(0, 0, 5), (1, 0, 3)],
+        [(3, 0, 4), (5, 0, 3)],
+        [(2, 0, 2)],
+    ]
+    assert rows.targets.tolist() == [8, 8, 7, 2]
+
+
+def test_without_splitting_nothing_may_be_longer_than_a_row():
+    with pytest.raises(AssertionError):
+        pack_whole([3, 9], width=8)
+
+
+@given(short_lengths, st.integers(9, 20))
+def test_without_splitting_every_document_lies_whole_in_one_row(targets, width):
+    rows = pack_whole(targets, width)
+    found = sorted(itertools.chain(*pieces(rows)))
+    assert found == [(d, 0, n) for d, n in enumerate(targets) if n]
+    sums = [sum(count for _, _, count in row) for row in pieces(rows)]
+    assert rows.targets.tolist() == sums
+    assert all(0 < n <= width for n in sums)
+    assert sum(n <= width // 2 for n in sums) <= 1, "two such rows would fit in one"
+
+
+@given(short_lengths, st.integers(9, 20), st.randoms())
+def test_without_splitting_rows_are_as_many_in_any_order(targets, width, random):
+    count = len(pack_whole(targets, width))
+    for epoch in range(2):
+        numbers, sizes = np.arange(len(targets)), np.array(targets, np.int64)
+        rows = pack_epoch(numbers, sizes, width, 1, epoch, split=False)
+        assert len(rows) == count
+    random.shuffle(targets)
+    assert len(pack_whole(targets, width)) == count
+
+
+def test_two_neighbours_make_a_pair():
+    four = np.array([[4, 0, 7], [5, 0, 3], [0, 2, 6], [1, 2, 8]], np.int64)
+    rows = pair_up(four)
+    assert pieces(rows) == [[(4, 0, 7), (5, 0, 3)], [(0, 2, 6), (1, 2, 8)]]
+    assert rows.targets.tolist() == [10, 14]
+    assert len(pair_up(four[:0])) == 0
+
+
+@given(st.integers(0, 40), st.integers(0, 3), st.integers(0, 3))
+def test_shuffled_pairs_stay_together(count, seed, epoch):
+    numbers = np.arange(2 * count, dtype=np.int64)
+    paired = pair_up(np.stack([numbers, numbers % 3, numbers + 1], 1))
+    rows = shuffle_rows(paired, seed, epoch)
+    found = [[document for document, _, _ in row] for row in pieces(rows)]
+    order = shuffled(count, seed, epoch, 1)
+    assert found == [[2 * n, 2 * n + 1] for n in order]
+    assert rows.targets.tolist() == [4 * n + 3 for n in order]
 
 
 def test_hardly_a_document_is_split_that_fits_in_a_row():

@@ -1,15 +1,23 @@
-"""A row's ids: begin and end are added once, special strings are special."""
+"""A row's documents: of text, of conversations, of pairs."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from minimind_nb.config import STAGES
+from minimind_nb.data.conversations import TRAINED
 from minimind_nb.data.encoding import BulkEncoder
-from minimind_nb.data.records import RECORD_FORMATS, encode_documents
+from minimind_nb.data.faults import Fault
+from minimind_nb.data.records import RECORD_FORMATS, encode_texts
 
 A, B, C = 67, 68, 69
 PAD, BEGIN, END = 0, 1, 2
+
+
+def good(made: Any) -> Any:
+    assert not [each for each in made if isinstance(each, Fault)]
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +25,9 @@ def encode(byte_spec):
     encoder = BulkEncoder(byte_spec)
 
     def encode(text, spec=byte_spec):
-        (ids,) = encode_documents([text], encoder, spec)
-        return ids.tolist()
+        ((document,),) = good(encode_texts([{"text": text}], encoder, spec))
+        assert document.marks is None
+        return document.ids.tolist()
 
     return encode
 
@@ -48,18 +57,21 @@ def test_one_token_may_be_both_begin_and_end(encode, byte_spec):
 
 
 def test_documents_keep_their_order_and_one_type(byte_spec):
-    texts = ["a", "<|im_start|>b<|im_end|>", "", "c<|im_end|>"]
-    ids = encode_documents(texts, BulkEncoder(byte_spec), byte_spec)
-    assert [each[1:-1].tolist() for each in ids] == [[A], [B], [], [C]]
+    rows = [{"text": text} for text in ("a", "<|im_start|>b<|im_end|>", "c<|im_end|>")]
+    made = good(encode_texts(rows, BulkEncoder(byte_spec), byte_spec))
+    ids = [document.ids for documents in made for document in documents]
+    assert [each[1:-1].tolist() for each in ids] == [[A], [B], [C]]
     assert {each.dtype.name for each in ids} == {"uint32"}
 
 
-def test_no_documents_have_no_ids(byte_spec):
-    assert encode_documents([], BulkEncoder(byte_spec), byte_spec) == []
+@pytest.mark.parametrize("name", RECORD_FORMATS)
+def test_no_rows_have_no_documents(byte_spec, name):
+    encode = RECORD_FORMATS[name].encode
+    assert encode([], BulkEncoder(byte_spec), byte_spec) == []
 
 
 def test_every_stage_has_a_record_format():
-    assert RECORD_FORMATS.keys() == STAGES.keys()
+    assert STAGES.keys() | {"rlaif"} == RECORD_FORMATS.keys()
 
 
 def test_pretraining_rows_are_checked_and_read():
@@ -68,3 +80,89 @@ def test_pretraining_rows_are_checked_and_read():
     assert format_.text({"text": "a", "source": "b"}) == "a"
     fault = format_.check({"source": "b"})
     assert fault is not None and fault.kind == "missing_text"
+
+
+def talk(*contents):
+    roles = ("user", "assistant")
+    return [
+        {"role": roles[n % 2], "content": said, "id": n}
+        for n, said in enumerate(contents)
+    ]
+
+
+@pytest.fixture
+def trained(byte_spec):
+    """A function that gives what is learned from of each document of each row."""
+    encoder = BulkEncoder(byte_spec)
+    letters = {67: "a", 68: "b", 69: "c", 70: "d", 71: "e", END: ".", 201: ""}
+
+    def encode(name, rows):
+        assert [RECORD_FORMATS[name].check(row) for row in rows] == [None] * len(rows)
+        made = good(RECORD_FORMATS[name].encode(rows, encoder, byte_spec))
+        return [
+            [
+                "".join(letters[n] for n in one.ids[one.marks & TRAINED > 0].tolist())
+                for one in documents
+            ]
+            for documents in made
+        ]
+
+    return encode
+
+
+def test_every_answer_or_the_last_is_learned_from(trained):
+    rows = [
+        {"conversations": talk("a", "b", "c", "d")},
+        {"conversations": talk("a", "e")},
+    ]
+    assert trained("sft", rows) == [["b.d."], ["e."]]
+    assert trained("rlaif", rows) == [["d."], ["e."]]
+
+
+def test_of_pairs_only_what_follows_the_common_turns_is_learned_from(trained):
+    first = {"chosen": talk("a", "b"), "rejected": talk("a", "c")}
+    later = {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "b", "c", "e")}
+    apart = {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "d", "c", "d")}
+    assert trained("dpo", [first, later, apart]) == [
+        ["b.", "c."],
+        ["d.", "e."],
+        ["b.d.", "d.d."],
+    ]
+
+
+def test_sizes_are_bytes_of_the_answers_and_the_rest_is_left_out(byte_spec):
+    row = {"conversations": talk("a", "文", "c", "dd", "e")}
+    encoder = BulkEncoder(byte_spec)
+    ((document,),) = good(RECORD_FORMATS["sft"].encode([row], encoder, byte_spec))
+    assert list(document.answer_sizes) == [3, 2]
+    assert document.ids[-4:].tolist() == [70, 70, END, 201]
+    assert document.marks is not None and len(document.marks) == len(document.ids)
+    row = {"conversations": talk("a", "文", "c", "dd")}
+    ((document,),) = good(RECORD_FORMATS["rlaif"].encode([row], encoder, byte_spec))
+    assert list(document.answer_sizes) == [2]
+
+
+def test_one_fault_stands_for_the_documents_of_a_row(byte_spec):
+    template = (
+        "{% if messages[-1].content == 'e' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    spec = dataclasses.replace(
+        byte_spec, chat_template=template + (byte_spec.chat_template or "")
+    )
+    rows = [{"chosen": talk("a", "b"), "rejected": talk("a", each)} for each in "ced"]
+    made = RECORD_FORMATS["dpo"].encode(rows, BulkEncoder(spec), spec)
+    assert [isinstance(each, Fault) or len(each) for each in made] == [2, True, 2]
+
+
+def test_content_is_what_the_messages_say():
+    for name in ("sft", "rlaif"):
+        text = RECORD_FORMATS[name].text
+        bare = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert text({"conversations": talk("a", "b")}) == text({"conversations": bare})
+        assert text({"conversations": talk("a", "b")}) != text(
+            {"conversations": talk("a", "c")}
+        )
+    text = RECORD_FORMATS["dpo"].text
+    pair = {"chosen": talk("a", "b"), "rejected": talk("a", "c")}
+    turned = {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+    assert text(pair) != text(turned)

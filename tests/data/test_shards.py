@@ -56,6 +56,9 @@ def die_at_part_3(parts, *arguments):
     return write_parts(dying(), *arguments)
 shards._write_parts = die_at_part_3
 """
+ASK, SAY = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "é"}'
+CHAT = f'{{"conversations": [{ASK}, {SAY}]}}'
+PAIR = f'{{"chosen": [{ASK}, {SAY}], "rejected": [{ASK}, {SAY.replace("é", "bcd")}]}}'
 ENGLISH = "It's a test: they said 3.14, and we've  two blanks.\n\tNext line…"
 CHINESE = "自然语言处理，是人工智能的一个方向；２０２６年。"
 
@@ -72,9 +75,10 @@ def make_source(tmp_path, byte_spec, write_rows):
 
 @pytest.fixture
 def source_of_bytes(tmp_path, byte_spec):
-    def make(raw, name="rows.jsonl", **policy):
-        (tmp_path / name).write_bytes(raw)
-        return Source(str(tmp_path / name), "pretrain", byte_spec, **policy)
+    def make(raw, name="rows.jsonl", record_format="pretrain", **policy):
+        (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+        wanted = {"tokenizer": byte_spec, **policy}
+        return Source(str(tmp_path / name), record_format, **wanted)
 
     return make
 
@@ -160,6 +164,125 @@ def test_what_a_cache_holds_at_literal_points(make_source, root):
     assert cache.rejected_file is None
     assert cache.facts["tokens"] == 10
     assert cache.facts["text_bytes"] == 6
+    assert cache.facts["record_format"] == "pretrain"
+    assert cache.marks is cache.trained is cache.answers is cache.answer_sizes is None
+    assert contents(cache.folder).keys() == {
+        *("tokens", "offsets", "lines", "sizes", "hashes", "manifest.json")
+    }
+
+
+def test_what_a_cache_of_conversations_holds_at_literal_points(source_of_bytes, root):
+    longer = CHAT.replace("}]}", f"}}, {ASK}, {SAY.replace('é', 'b')}, {ASK}]}}")
+    source = source_of_bytes(f"{CHAT}\n\n{longer}\n", record_format="sft")
+    cache = open_cache(source, root)
+    assert cache.offsets.tolist() == [0, 24, 24 + 24 + 9 + 14]
+    assert cache.document(0)[-4:].tolist() == [130, 105, 2, 201]
+    assert cache.marks_of(0).tolist() == [6, *[0] * 8, 2, *[0] * 10, 1, 1, 1, 1]
+    assert cache.marks is not None and cache.marks.dtype == np.uint8
+    assert cache.marks_of(1)[-4:].tolist() == [0, 1, 1, 1]
+    for found, values in (
+        (cache.lines, [1, 3]),
+        (cache.sizes, [2, 3]),
+        (cache.trained, [4, 7]),
+        (cache.answers, [1, 2]),
+        (cache.answer_sizes, [2, 2, 1]),
+    ):
+        assert found is not None and found.dtype == np.int64
+        assert found.tolist() == values
+    counted = {name: cache.facts[name] for name in ("rows", "documents", "empty")}
+    assert counted == {"rows": 2, "documents": 2, "empty": 0}
+    assert (cache.facts["text_bytes"], cache.facts["record_format"]) == (5, "sft")
+
+
+def test_chosen_and_rejected_are_neighbours(source_of_bytes, root):
+    cache = open_cache(source_of_bytes(f"{PAIR}\n{PAIR}", record_format="dpo"), root)
+    assert cache.lines.tolist() == [1, 1, 2, 2]
+    assert len(set(cache.hashes.tolist())) == 1
+    assert cache.answer_sizes is not None
+    assert cache.answer_sizes.tolist() == cache.sizes.tolist() == [2, 3, 2, 3]
+    counted = {name: cache.facts[name] for name in ("rows", "documents", "empty")}
+    assert counted == {"rows": 2, "documents": 4, "empty": 0}
+
+
+@pytest.mark.parametrize(
+    ("record_format", "row", "kind"),
+    [
+        ("sft", '{"text": "a"}', "missing_conversations"),
+        ("sft", '{"conversations": null}', "not_a_list"),
+        ("sft", '{"conversations": []}', "no_messages"),
+        ("sft", f'{{"conversations": [{ASK}, 5]}}', "not_a_message"),
+        ("sft", '{"conversations": [{"content": "a"}]}', "missing_role"),
+        ("sft", '{"conversations": [{"role": "user"}]}', "missing_content"),
+        ("sft", CHAT.replace("user", "bot"), "unknown_role"),
+        ("sft", CHAT.replace("user", "assistant"), "role_order"),
+        ("sft", CHAT.replace('"é"', "null"), "content_not_a_string"),
+        ("sft", CHAT.replace('"é"', "1"), "content_not_a_string"),
+        ("sft", CHAT.replace('"é"', '["é"]'), "content_not_a_string"),
+        ("sft", CHAT.replace("é", " "), "empty_answer"),
+        ("sft", CHAT.replace('"a"', '""'), "empty_content"),
+        ("sft", f'{{"conversations": [{ASK}]}}', "no_answer"),
+        ("sft", CHAT.replace("é", "NaN").replace('"NaN"', "NaN"), "not_finite"),
+        ("rlaif", CHAT.replace("]}", f", {ASK}]}}"), "no_last_answer"),
+        ("dpo", CHAT, "missing_chosen"),
+        ("dpo", PAIR.replace("rejected", "worse"), "missing_rejected"),
+        ("dpo", PAIR.replace("bcd", "é"), "equal_pair"),
+        ("dpo", PAIR.replace('"a"', '"b"', 1), "no_common_prompt"),
+        ("dpo", PAIR.replace("bcd", ""), "empty_answer"),
+    ],
+)
+def test_malformed_chat_rows_are_refused_with_their_line(
+    source_of_bytes, root, record_format, row, kind
+):
+    good = PAIR if record_format == "dpo" else CHAT
+    raw = f"{good}\n\n{row}\n{good}\n"
+    source = source_of_bytes(raw, record_format=record_format)
+    with pytest.raises(
+        DataError, match=r"1 of 3 rows[^$]*\n  rows\.jsonl:3:\d"
+    ) as refused:
+        open_cache(source, root)
+    assert [(row.line, row.kind) for row in refused.value.problems] == [(3, kind)]
+    lax = dataclasses.replace(source, on_bad_line="skip", max_bad_fraction=0.5)
+    assert open_cache(lax, root).facts["bad_rows"] == {kind: 1}
+
+
+def test_a_fault_in_a_message_is_shown_where_it_is(source_of_bytes, root):
+    bad = f'{{"conversations": [{ASK}, {SAY}, {ASK.replace("user", "bot")}]}}'
+    with pytest.raises(DataError) as refused:
+        open_cache(source_of_bytes(bad, record_format="sft"), root)
+    assert refused.value.problems[0].column == bad.index('"bot"') + 1
+    assert 'message 3 has the role "bot", not system or user' in str(refused.value)
+
+
+def test_a_row_that_the_chat_template_refuses_is_a_bad_row(
+    source_of_bytes, root, byte_spec
+):
+    template = (
+        "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+    )
+    template += byte_spec.chat_template
+    spec = dataclasses.replace(byte_spec, chat_template=template)
+    longer = CHAT.replace("]}", f", {ASK}, {SAY}]}}")
+    raw = f"no\n{longer}\n{CHAT}\n{longer}\n"
+    source = source_of_bytes(raw, record_format="sft", tokenizer=spec)
+    with pytest.raises(DataError, match="chat template fails: too long") as refused:
+        open_cache(source, root)
+    places = [(row.line, row.column, row.kind) for row in refused.value.problems]
+    assert places == [
+        (1, 1, "not_json"),
+        (2, 1, "chat_template"),
+        (4, 1, "chat_template"),
+    ]
+    assert refused.value.problems[1].excerpt.startswith('{"conversations": [{"role"')
+    lax = dataclasses.replace(source, on_bad_line="skip", max_bad_fraction=0.8)
+    cache = open_cache(lax, root)
+    assert (cache.lines.tolist(), cache.facts["rows"]) == ([3], 1)
+
+
+def test_chat_rows_want_a_chat_template(source_of_bytes, root, byte_spec):
+    spec = dataclasses.replace(byte_spec, chat_template=None)
+    source = source_of_bytes(CHAT, record_format="sft", tokenizer=spec)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        open_cache(source, root)
 
 
 def test_empty_texts_are_counted_and_left_out(make_source, root):
@@ -209,6 +332,17 @@ def test_helpers_make_the_same_bytes_as_one_process(make_source, root, monkeypat
     alone = open_cache(source, root / "alone")
     helped = open_cache(source, root / "helped", processes=2)
     assert contents(alone.folder) == contents(helped.folder)
+
+
+def test_helpers_make_the_same_of_conversations(source_of_bytes, root, monkeypatch):
+    monkeypatch.setattr(shards, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 2000)
+    rows = [PAIR.replace("bcd", "x" * n) for n in range(1, 60)]
+    source = source_of_bytes("\n".join(rows), record_format="dpo")
+    alone = open_cache(source, root / "alone")
+    helped = open_cache(source, root / "helped", processes=2)
+    assert contents(alone.folder) == contents(helped.folder)
+    assert len(helped) == 2 * len(rows)
 
 
 def test_progress_is_told_now_and_then(make_source, root, monkeypatch):

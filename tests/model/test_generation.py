@@ -4,53 +4,55 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
+from support.small_models import make_model, make_tokenizer, teach
 from transformers import PreTrainedTokenizerFast
 
-from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.generation import generate
+from minimind_nb.data.conversations import ChatEncoder
+from minimind_nb.data.tokenizer import read_tokenizer
+from minimind_nb.model import generation
+from minimind_nb.model.architecture import MiniMindForCausalLM
+from minimind_nb.model.generation import generate, stream
+
+HOT: dict[str, Any] = {"temperature": 3.0, "top_p": 1.0, "max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["one two three four five six"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-    )
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def counter(tokenizer) -> MiniMindForCausalLM:
-    """Has learnt one document: one two three four five six."""
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    model = MiniMindForCausalLM(
-        MiniMindConfig(**shape, vocab_size=len(tokenizer), initializer_range=0.1)
+    """Has learnt one document, one conversation and two words of Chinese."""
+    return teach(
+        tokenizer,
+        "<|im_start|>one two three four five six<|im_end|>",
+        "<|im_start|>user\nsix<|im_end|>\n<|im_start|>assistant\nfive<|im_end|>\n",
+        "<|im_start|>世界，你好<|im_end|>",
     )
-    document = "<|im_start|>one two three four five six<|im_end|>"
-    ids = torch.tensor([tokenizer(document)["input_ids"]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-    return model
+
+
+def asking(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture
+def rows_of(monkeypatch, counter, tokenizer):
+    """A function that gives the ids that prompts are continued from."""
+
+    def rows(prompts: Any) -> list[list[int]]:
+        seen: list[list[int]] = []
+
+        def keep(_: Any, rows: list[list[int]], **__: Any) -> list[list[int]]:
+            seen.extend(rows)
+            return [[] for _ in rows]
+
+        monkeypatch.setattr(generation, "continue_ids", keep)
+        generate(counter, tokenizer, prompts)
+        return seen
+
+    return rows
 
 
 def test_continuation_ends_at_eos_and_leaves_out_the_prompt(counter, tokenizer):
@@ -126,22 +128,89 @@ def test_settings_out_of_range_are_refused(counter, tokenizer, settings, message
 
 
 def test_a_foreign_tokenizer_is_refused(tokenizer):
-    small: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "vocab_size": 100,
-    }
-    model = MiniMindForCausalLM(MiniMindConfig(**small))
+    model = make_model(tokenizer, vocab_size=100)
     with pytest.raises(ValueError, match=r"has \d+ tokens and the model 100.*mm\.load"):
         generate(model, tokenizer, "one")
 
 
 def test_a_prompt_without_room_is_refused(tokenizer):
-    small: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "vocab_size": 280,
-    }
-    model = MiniMindForCausalLM(MiniMindConfig(**small, max_position_embeddings=10))
+    model = make_model(tokenizer, max_position_embeddings=10)
     with pytest.raises(ValueError, match="has 3 tokens.*max_new_tokens=7"):
         generate(model, tokenizer, "one two", max_new_tokens=8)
+
+
+def test_a_conversation_is_answered_up_to_its_end_token(counter, tokenizer):
+    assert generate(counter, tokenizer, asking("six"), temperature=0) == "five"
+    both = [asking("six"), "one two three four"]
+    assert generate(counter, tokenizer, both, temperature=0) == ["five", " five six"]
+
+
+def test_a_conversation_is_rendered_with_the_generation_prompt(rows_of, tokenizer):
+    talk = [{"role": "system", "content": "one"}, *asking("two")]
+    encoder = ChatEncoder(read_tokenizer(tokenizer))
+    assert rows_of(talk) == [encoder.prompt(talk).tolist()]
+
+
+def test_a_message_cannot_forge_a_turn(rows_of, tokenizer):
+    end = tokenizer.eos_token_id
+    (harmless,), (forged,) = rows_of(asking("x")), rows_of(asking("x<|im_end|>"))
+    assert forged.count(end) == harmless.count(end) == 1
+
+
+def test_strings_need_no_chat_template(counter, tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "ChatEncoder", None)
+    assert generate(counter, tokenizer, ["one two"], temperature=0, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "no conversation to go on with: the list of messages is empty"),
+        ({"role": "user", "content": "six"}, "is not a list of messages"),
+        ([5], "5 is not a list of messages"),
+        (asking(" "), "message 1.*user's.*empty"),
+        ([{"role": "user"}], 'message 1 has no "content"'),
+        (
+            [*asking("six"), {"role": "assistant", "content": "five"}],
+            "ends with the assistant's turn.*end it with the user's",
+        ),
+    ],
+)
+def test_what_is_no_conversation_is_refused(counter, tokenizer, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(counter, tokenizer, prompts)
+    if prompts not in ([[]], [5]):
+        with pytest.raises(ValueError, match=message):
+            stream(counter, tokenizer, prompts)
+
+
+@pytest.mark.parametrize("prompt", ["one", asking("six")])
+def test_pieces_of_a_stream_make_what_generate_gives(counter, tokenizer, prompt):
+    for seed in range(8):  # nonsense, with bytes that are no UTF-8
+        pieces = list(stream(counter, tokenizer, prompt, seed=seed, **HOT))
+        text = generate(counter, tokenizer, prompt, seed=seed, **HOT)
+        assert "".join(pieces) == text
+        assert all(pieces)
+
+
+def test_no_piece_of_a_stream_ends_within_a_character(counter, tokenizer):
+    pieces = list(stream(counter, tokenizer, "世", temperature=0))
+    assert pieces == list("界，你好")
+
+
+def test_a_stream_refuses_settings_before_it_begins(counter, tokenizer):
+    with pytest.raises(ValueError, match="top_k is -1"):
+        stream(counter, tokenizer, "one", top_k=-1)
+    room = counter.config.max_position_embeddings
+    with pytest.raises(ValueError, match="The longest prompt has 2 tokens"):
+        stream(counter, tokenizer, "one", max_new_tokens=room)
+
+
+def test_paged_answers_equal_plain_ones(counter, tokenizer):
+    prompts = [asking("six"), "one two", asking("one one one")]
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 9):
+        with pytest.raises(RuntimeError, match="paged=True needs transformers 5.9"):
+            generate(counter, tokenizer, prompts, temperature=0, paged=True)
+        return
+    paged = generate(counter, tokenizer, prompts, temperature=0, paged=True)
+    assert paged == generate(counter, tokenizer, prompts, temperature=0)

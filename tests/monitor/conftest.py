@@ -37,10 +37,17 @@ def add_rows():
 def make_history(tmp_path, add_rows):
     """A function that writes a run's metrics and opens them."""
 
-    def make(losses=(), validation=(), total=100, resume=None):
-        history = History(tmp_path / "out" / "pretrain_64" / "metrics.jsonl")
+    def make(
+        losses=(),
+        validation=(),
+        total=100,
+        resume=None,
+        name="out/pretrain_64",
+        **begin,
+    ):
+        history = History(tmp_path / name / "metrics.jsonl")
         history.path.parent.mkdir(parents=True, exist_ok=True)
-        plan = {"total_steps": total}
+        plan = {"total_steps": total} | begin
         with MetricsLog(history.path) as log:
             log.append("event", event="start", **at(0), **plan)
         for step, loss in enumerate(losses, start=1):
@@ -56,3 +63,43 @@ def make_history(tmp_path, add_rows):
         return history
 
     return make
+
+
+@pytest.fixture
+def preferences(make_history, add_rows):
+    """The history of three steps of preference optimisation."""
+    history = make_history(name="out/dpo_64", stage="dpo", cut=12, dropped=3)
+    for step, margin in enumerate((0.1, 0.3, 0.5), start=1):
+        scores = {"reward_margin": margin, "accuracy": margin + 0.2, "kl": margin / 10}
+        add_rows(history, step, loss=0.7 - margin / 5, **scores)
+    with MetricsLog(history.path) as log:
+        scores = {"reward_margin": 0.434, "accuracy": 0.71, "kl": -0.0123}
+        log.append("eval", **at(3), loss=0.612, **scores)
+    history.refresh()
+    return history
+
+
+@pytest.fixture
+def mixture(make_history, add_rows):
+    """The history of a mixture of two layers of four experts, of two steps."""
+    history = make_history(name="out/pretrain_64_moe")
+    even, uneven = [0.25] * 4, [0.1, 0.2, 0.3, 0.4]
+    add_rows(history, 1, expert_load=[even, even], aux_loss=0.01)
+    add_rows(history, 2, expert_load=[even, uneven], aux_loss=0.0123)
+    return history
+
+
+@pytest.fixture
+def add_answers():
+    """A function that logs the answers of a step, "A0" to the prompt "Q0" and so on."""
+
+    def add(history, *steps, answer="A{number}, {step}", prompts=("Q0", "Q1")):
+        with MetricsLog(history.path) as log:
+            for step in steps:
+                for number, prompt in enumerate(prompts):
+                    text = answer.format(number=number, step=step)
+                    row = {"number": number, "prompt": prompt, "answer": text}
+                    log.append("sample", **at(step), **row)
+        history.refresh()
+
+    return add

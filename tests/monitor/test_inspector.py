@@ -40,6 +40,15 @@ def test_readers_without_widgets_find_the_picture_as_it_is(inspector):
     assert repr(inspector).startswith("Inspector of pretrain_64: step 5 of 100 · loss")
 
 
+def test_what_can_be_looked_at_is_what_the_run_has(inspector, preferences, mixture):
+    def options(history):
+        return inspect(history).controls["y"].options
+
+    assert inspector.controls["y"].options == ("loss", "perplexity")
+    assert options(preferences) == ("loss", "reward_margin", "accuracy", "kl")
+    assert options(mixture) == ("loss", "perplexity", "expert_load")
+
+
 def test_the_curve_of_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl; expected"):
         inspect(tmp_path)

@@ -162,6 +162,17 @@ def test_a_cell_has_one_output_that_ends_as_a_picture(make_history, add_rows, ce
     assert not view.failures
 
 
+def test_preferences_are_shown_without_perplexity(preferences, cell, capsys):
+    view, _, shown = cell
+    view.start(preferences)
+    page = shown[-1]["text/html"]
+    assert "validation loss</div>0.612 (accuracy 71 %, margin 0.43)</div>" in page
+    assert "perplexity" not in page and "<img" in page
+    TerminalView().start(preferences)
+    assert "accuracy 70 %  margin 0.50" in capsys.readouterr().err
+    assert not view.failures
+
+
 def test_a_cell_is_not_redrawn_without_need(make_history, add_rows, cell, monkeypatch):
     view, clock, shown = cell
     history, draws = make_history(), []

@@ -81,6 +81,55 @@ def test_each_choice_of_x_and_y_draws_its_own_column(make_history):
     assert points(minutes, "training")[1] == pytest.approx(np.exp([4, 3]))
 
 
+def test_preferences_have_a_loss_of_pairs_without_perplexity(preferences):
+    axes: Any = plot_history(preferences).axes[0]
+    assert axes.get_ylabel() == "loss (nats per pair)"
+    assert not axes.child_axes
+    assert (
+        axes.texts[0].get_text().startswith("step 3 of 100 · loss 0.600 · validation")
+    )
+
+
+@pytest.mark.parametrize(
+    ("y", "trained", "validated", "label"),
+    [
+        ("reward_margin", [0.1, 0.3, 0.5], 0.434, "reward margin (nats)"),
+        ("accuracy", [0.3, 0.5, 0.7], 0.71, "accuracy (share of pairs"),
+        ("kl", [0.01, 0.03, 0.05], -0.0123, "KL divergence, estimated"),
+    ],
+)
+def test_what_preferences_have_besides(preferences, y, trained, validated, label):
+    figure = plot_history(preferences, y=y)
+    assert points(figure, "training")[1] == pytest.approx(trained)
+    assert points(figure, "validation").T.tolist() == [[3, validated]]
+    axes: Any = figure.axes[0]
+    assert axes.get_ylabel().startswith(label) and not axes.child_axes
+
+
+def test_a_mixture_has_a_line_for_each_expert_and_the_range_over_layers(mixture):
+    figure = plot_history(mixture, y="expert_load", x="tokens")
+    shares = [points(figure, f"expert {number}")[1].tolist() for number in range(4)]
+    assert [one[0] for one in shares] == [0.25] * 4
+    assert [one[1] for one in shares] == pytest.approx([0.175, 0.225, 0.275, 0.325])
+    assert points(figure, "even share")[1].tolist() == [0.25, 0.25]
+    (band,) = figure.axes[0].collections
+    (path,) = band.get_paths()
+    assert set(np.asarray(path.vertices)[:, 1]) == {0.1, 0.25, 0.4}
+    assert figure.png(30).startswith(PNG)
+
+
+def test_the_load_of_a_single_row_is_drawn(make_history, add_rows):
+    history = make_history()
+    add_rows(history, 1, expert_load=[[0.5, 0.5]])
+    assert line(plot_history(history, y="expert_load"), "expert 1").get_marker() == "o"
+
+
+def test_an_infinite_loss_has_an_infinite_perplexity(make_history):
+    figure = plot_history(make_history([2.0, math.inf, 1.0]), y="perplexity")
+    assert points(figure, "loss not finite (1 rows)")[0].tolist() == [2]
+    assert points(figure, "training")[1, [0, 2]] == pytest.approx(np.exp([2, 1]))
+
+
 def test_raw_rows_stay_visible_behind_the_smoothed_curve(make_history):
     figure = plot_history(make_history([4.0, 2.0, 3.0]), smoothing=0.5)
     raw, smoothed = figure.axes[0].get_lines()
@@ -126,12 +175,17 @@ def test_titles_in_chinese_or_with_dollar_signs_do_not_warn(make_history, title)
     plot_history(make_history([3.0, 2.0]), title).png(30)
 
 
-def test_choices_that_do_not_exist_are_refused(make_history):
+def test_choices_that_do_not_exist_are_refused(make_history, preferences):
     history = make_history([3.0])
-    with pytest.raises(ValueError, match="x='epoch' is not something a chart shows"):
+    with pytest.raises(ValueError, match="x='epoch' is not something this chart shows"):
         plot_history(history, x="epoch")
     with pytest.raises(ValueError, match="expected y='loss' or 'perplexity'"):
         plot_history(history, y="bits")
+    with pytest.raises(ValueError, match="y='kl' is not .* y='loss' or 'perplexity'"):
+        plot_history(history, y="kl")
+    expected = "expected y='loss' or 'reward_margin' or 'accuracy' or 'kl'"
+    with pytest.raises(ValueError, match=expected):
+        plot_history(preferences, y="perplexity")
     for smoothing in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="is out of range; expected 0"):
             plot_history(history, smoothing=smoothing)

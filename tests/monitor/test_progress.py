@@ -51,6 +51,17 @@ def test_the_last_line(make_history):
     )
 
 
+def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):
+    assert describe(preferences) == (
+        "step 3/100 (3%)  time left 0:03:14  loss 0.600  accuracy 70 %  margin 0.50  "
+        "validation loss 0.612 (accuracy 71 %, margin 0.43)  text tokens/s 2,000"
+    )
+    assert outcome(preferences) == (
+        "step 3 of 100 · loss 0.600 · validation 0.612 (accuracy 71 %, margin 0.43) · "
+        "0.01 M text tokens · 0:00:06"
+    )
+
+
 def test_durations():
     assert duration(59.6) == "0:01:00"
     assert duration(183_600) == "2 days, 3:00:00"

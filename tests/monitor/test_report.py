@@ -4,7 +4,7 @@ import os
 import pytest
 
 from minimind_nb.monitor.plots import Chart
-from minimind_nb.monitor.report import Run, save_chart, write_summary
+from minimind_nb.monitor.report import Run, runs, save_chart, write_summary
 
 SETTINGS = {"stage": "pretrain", "hidden_size": 64, "preset": None}
 CONFIG = {"settings": SETTINGS, "explicit": ["hidden_size"]}
@@ -91,3 +91,148 @@ def test_the_summary_of_a_stopped_run_without_rows(make_history, run):
     assert "`mm.train(cfg)` goes on from the newest good checkpoint" in text
     assert "| optimizer steps | 0 of 100 |" in text
     assert "![loss]" not in text and "none.pth" not in text
+
+
+def summary_of(history):
+    folder = history.path.parent
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_summary(Run(folder), "finished", folder / "none.pth")
+    return (folder / "summary.md").read_text()
+
+
+def test_the_summary_of_preferences_has_no_perplexity(preferences):
+    text = summary_of(preferences)
+    for line in (
+        "| training loss, last logged | 0.600 (accuracy 70 %, margin 0.50) |",
+        "| validation loss | 0.612 (accuracy 71 %, margin 0.43) |",
+        "| KL divergence, estimated (nats per answer token) | -0.012 |",
+        "| over-long pairs | 12 cut at a turn, 3 dropped |",
+    ):
+        assert line in text
+    assert "perplexity" not in text and "bits per byte" not in text
+
+
+def test_the_summary_counts_what_was_cut_of_conversations(make_history):
+    history = make_history([3.0], name="out/sft_64", stage="sft", cut=2000, dropped=0)
+    line = "| over-long conversations | 2,000 cut at a turn, 0 dropped |"
+    assert line in summary_of(history)
+    history = make_history([3.0], name="out/b", stage="sft", cut=0, dropped=0)
+    assert "over-long" not in summary_of(history)
+
+
+def test_the_summary_of_a_mixture_tells_how_even_it_is(mixture):
+    text = summary_of(mixture)
+    line = "| load of an expert | 10.0 % to 40.0 %, even would be 25.0 % |"
+    assert f"{line}\n| auxiliary loss | 0.0123 |" in text
+
+
+def test_the_answers_are_a_table_of_steps_and_prompts(run, add_answers):
+    add_answers(run.history, 1, 2)
+    table = run.samples()
+    assert table.title == "How the answers of pretrain_64 change"
+    assert table.columns == ["step", "Q0", "Q1"]
+    assert table.rows == [["1", "A0, 1", "A1, 1"], ["2", "A0, 2", "A1, 2"]]
+
+
+def test_of_many_steps_some_at_even_distances_are_shown(run, add_answers):
+    add_answers(run.history, *range(0, 1001, 10))
+    steps = [row[0] for row in run.samples(most=5).rows]
+    assert steps == ["0", "250", "500", "750", "1,000"]
+    assert len(run.samples().rows) == 8
+    assert [row[0] for row in run.samples(most=1).rows] == ["0", "1,000"]
+
+
+def test_a_prompt_that_came_later_has_a_column_of_its_own(run, add_answers):
+    add_answers(run.history, 1, prompts=["a\nlong " + "x" * 50])
+    add_answers(run.history, 2, prompts=["new"])
+    table = run.samples()
+    assert table.columns == ["step", "a long " + "x" * 32 + "…", "new"]
+    assert table.rows == [["1", "A0, 1", ""], ["2", "", "A0, 2"]]
+
+
+def test_a_run_without_answers_says_so(run):
+    assert repr(run.samples()).startswith("pretrain_64 has no sampled answers; every")
+
+
+def test_the_summary_shows_the_first_and_the_last_answer(run, add_answers):
+    add_answers(run.history, 1, 2, 3, answer="A | {step}\n<b>", prompts=["Q | 0\n"])
+    assert (
+        "## Answers\n\n| prompt | step 1 | step 3 |\n| --- | --- | --- |\n"
+        "| Q \\| 0 | A \\| 1 &lt;b&gt; | A \\| 3 &lt;b&gt; |\n"
+    ) in summary_of(run.history)
+
+
+def test_a_single_answer_is_shown_once(run, add_answers):
+    add_answers(run.history, 5)
+    assert "| prompt | step 5 |\n| --- | --- |\n| Q0 | A0, 5 |" in summary_of(
+        run.history
+    )
+
+
+def test_the_metrics_of_a_run_become_a_table(run, tmp_path):
+    table = run.export_csv(tmp_path / "curve.csv")
+    head, *lines = table.read_text().splitlines()
+    assert head.startswith("kind,step,samples,tokens,seconds,loss,")
+    assert [line.split(",")[0] for line in lines] == ["train"] * 3 + ["eval"] * 2
+
+
+def test_the_runs_of_a_folder_are_listed_with_the_last_changed_first(
+    run, preferences, tmp_path
+):
+    for folder, when in ((run.folder, 1e9), (preferences.path.parent, 1e9 + 90)):
+        for file in folder.iterdir():
+            os.utime(file, (when, when))
+    (run.folder / "checkpoints").mkdir()
+    with open(run.folder / "checkpoints" / "weights", "wb") as file:
+        file.truncate(5 * 2**20)
+    os.utime(file.name, (1e9, 1e9))
+    table = runs(tmp_path / "out")
+    assert table.title == f"Runs in {tmp_path / 'out'}"
+    first, second = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (first["name"], second["name"]) == ("dpo_64", "pretrain_64")
+    assert first | {"last change": ""} == {
+        "name": "dpo_64", "stage": "dpo", "status": "not started", "step": "3 of 100",
+        "loss": "0.600", "validation loss": "0.612", "size": "0.0 MiB",
+        "last change": "",
+    }  # fmt: skip
+    assert second["status"] == "finished" and second["size"] == "5.0 MiB"
+    assert second["last change"].startswith("2001-09-0")
+
+
+def test_what_is_no_run_is_not_listed(run, tmp_path):
+    out = tmp_path / "out"
+    (out / "cache").mkdir()
+    (out / "pretrain_64.pth").touch()
+    (out / "exported").mkdir()
+    (out / "exported" / "config.json").write_text('{"model_type": "llama"}')
+    assert [row[0] for row in runs(out).rows] == ["pretrain_64"]
+
+
+def test_a_damaged_run_is_listed_with_its_damage(run, tmp_path):
+    out = tmp_path / "out"
+    for name in ("broken", "folder"):
+        (out / name).mkdir()
+    (out / "broken" / "config.json").write_text("{")
+    (out / "folder" / "metrics.jsonl").mkdir()
+    rows = {row[0]: row[1:6] for row in runs(out).rows}
+    assert rows["pretrain_64"][1] == "finished"
+    assert rows["broken"][1].startswith("cannot be read: config.json is not JSON")
+    assert rows["folder"][1].startswith("cannot be read: ")
+    assert rows["broken"][2:] == ["", "", ""]
+
+
+def test_a_run_without_a_row_yet_is_listed(run, tmp_path):
+    run.history.path.unlink()
+    (row,) = runs(tmp_path / "out").rows
+    assert row[:6] == ["pretrain_64", "pretrain", "finished", "0", "", ""]
+
+
+def test_a_folder_without_runs_says_so(tmp_path):
+    assert (
+        repr(runs(tmp_path)) == f"Runs in {tmp_path}: none yet; mm.train(cfg) makes one"
+    )
+
+
+def test_a_folder_that_does_not_exist_says_what_to_type(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'for example mm\.runs\("out"\)'):
+        runs(tmp_path / "gone")

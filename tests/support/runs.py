@@ -39,7 +39,7 @@ def train_here(
 ) -> tuple[str, RunFolder]:
     """Run the worker of one process in this process; `change` gets its parts first."""
     prepared = prepare(TrainConfig(**settings), lambda _: None)
-    payload = {**api._job(prepared, {}).payload, "threads": 1, "store": ""}
+    payload = {**api.training_job(prepared, {}).payload, "threads": 1, "store": ""}
     stop = HeldStop()
     record = RankRecord(prepared.folder.record_file(0), 0)
     real_fit = worker.fit

@@ -1,0 +1,226 @@
+"""Conversations laid out as text by a chat template, and where their answers lie.
+
+Where a turn or an answer begins and ends is read off what the template does, never
+searched for in what was said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .faults import Fault
+from .tokenizer import TokenizerSpec
+
+Message = dict[str, str]
+
+ESCAPE = "\ufdd0"
+"""Stands, in a message, before the character that stands for a special string.
+
+It is a Unicode noncharacter: for internal use, in no text.
+"""
+
+_FIRST_STAND_IN = 0xF0000  # private use, plane 15
+# Of processor time, for one conversation: a template is a program from a stranger.
+_MOST_SECONDS = 1.0
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class Layout(NamedTuple):
+    """A conversation as text, the special strings in its messages escaped.
+
+    `turns` gives the role of the turn that begins at a place; `answers` from where to
+    where each trained answer goes, with what the template closes it by.
+    """
+
+    text: str
+    turns: dict[int, str]
+    answers: list[tuple[int, int]]
+
+    def cuts(self) -> list[int]:
+        """All these places, in order, with the beginning and the end of the text."""
+        places = {0, len(self.text), *self.turns}
+        places.update(itertools.chain.from_iterable(self.answers))
+        return sorted(places)
+
+    def pieces(self) -> list[str]:
+        """The text, cut at all these places."""
+        return [self.text[a:b] for a, b in itertools.pairwise(self.cuts())]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Answers are what it marks by `{% generation %}`; without that, what it adds to the
+    prompt. Raises `ValueError` for a tokenizer without a template.
+    """
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not spec.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template, which says how turns are written: "
+                "put one beside its tokenizer.json as chat_template.jinja, or set "
+                "tokenizer.chat_template before you give it"
+            )
+        self._render_template: Any = render_jinja_template
+        self._template = spec.chat_template
+        self._marks_answers = bool(_GENERATION.search(spec.chat_template))
+        roles = ("bos_token", "eos_token", "pad_token")
+        self._names = {role: getattr(spec, role) for role in roles}
+        added = json.loads(spec.json)["added_tokens"]
+        special = [one["content"] for one in added if one["special"]]
+        special.sort(key=len, reverse=True)  # a longer one goes before its beginning
+        self.special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
+        escaped = [*special, ESCAPE]
+        self._escaped = re.compile("|".join(map(re.escape, escaped)))
+        stand_ins = {each: _FIRST_STAND_IN + n for n, each in enumerate(escaped)}
+        self._escapes = {each: ESCAPE + chr(n) for each, n in stand_ins.items()}
+        self._meant = {escape: each for each, escape in self._escapes.items()}
+        self._unescaped = re.compile("|".join(self._meant))
+
+    def escape(self, content: str) -> str:
+        """A message's content with nothing in it that could be a special string."""
+        return self._escaped.sub(lambda found: self._escapes[found[0]], content)
+
+    def unescape(self, text: str) -> str:
+        """What was said, of a piece of a layout."""
+        return self._unescaped.sub(lambda found: self._meant[found[0]], text)
+
+    def lay_out(
+        self, messages: Sequence[Message], untrained: int = 0, answered: bool = True
+    ) -> Layout:
+        """Lay out a conversation, or a prompt, which ends where an answer begins.
+
+        The answers among the first `untrained` messages are no answers to it. Raises
+        `Fault` where the template fails, or does not show where the answers are.
+        """
+        messages = [
+            {"role": one["role"], "content": self.escape(one["content"])}
+            for one in messages
+        ]
+        roles = [one["role"] for one in messages]
+        roles += [] if answered else ["assistant"]
+        text, answers = self._render(messages, not answered, self._marks_answers)
+        begins = self._find_turns(messages, text, roles)
+        answering = [n for n, one in enumerate(messages) if one["role"] == "assistant"]
+        if not self._marks_answers:
+            ends = [*begins[1:], len(text)]
+            answers = [
+                (self._find_start(text, messages[:n]), ends[n]) for n in answering
+            ]
+        if len(answers) != len(answering) or not all(0 < a < b for a, b in answers):
+            raise _refusal(
+                f"it shows {len(answers)} of {len(answering)}, or empty ones"
+            )
+        trained = zip(answers, answering, strict=True)
+        answers = [answer for answer, number in trained if number >= untrained]
+        return Layout(text, dict(zip(begins, roles, strict=True)), answers)
+
+    def _find_turns(
+        self, messages: list[Message], text: str, roles: list[str]
+    ) -> list[int]:
+        """Where the turns begin: at ChatML's heads, else where shorter ones end."""
+        opener = self._names["bos_token"]
+        heads = [found.start() for found in re.finditer(re.escape(opener), text)]
+        if len(heads) == len(roles) and all(
+            text.startswith(role, head + len(opener))
+            for head, role in zip(heads, roles, strict=True)
+        ):
+            return [0, *heads[1:]]
+        places = [0]
+        for count in range(1, len(roles)):
+            shorter, _ = self._render(messages[:count])
+            places.append(self._find_end(text, shorter, places[-1]))
+        return places
+
+    def _find_end(self, text: str, shorter: str, after: int) -> int:
+        """Where the first messages end, which alone are rendered as `shorter`."""
+        if text.startswith(shorter):
+            return len(shorter)
+        ends = [found.start() for found in self.special.finditer(shorter)]
+        closing = shorter[ends[-1] :] if ends else ""
+        place = text.find(closing, after) if closing else -1
+        if place < 0 and self._marks_answers:
+            return after  # a turn not told from the one before hides no answer
+        if place < 0:
+            raise _refusal("it writes a turn in another way when others follow")
+        return place + len(closing)
+
+    def _find_start(self, text: str, asking: list[Message]) -> int:
+        """Where the answer begins to some messages.
+
+        A template may end their prompt in another way when the answer is there, by an
+        empty thought, say: then it is after the last line that both have in common.
+        """
+        prompt, _ = self._render(asking, True)
+        if text.startswith(prompt):
+            return len(prompt)
+        shared = len(os.path.commonprefix([text, prompt]))
+        ends = [found.end() for found in self.special.finditer(prompt)]
+        if not ends or ends[-1] > shared:
+            raise _refusal("it writes a prompt in another way when the answer follows")
+        return max(ends[-1], text.rfind("\n", 0, shared) + 1)
+
+    def _render(
+        self, messages: list[Message], prompt: bool = False, answers: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and if asked for, where the template says that answers lie."""
+        try:
+            texts, spans = self._render_template(
+                [messages],
+                chat_template=self._template,
+                return_assistant_tokens_mask=answers,
+                add_generation_prompt=prompt,
+                **self._names,
+            )
+        except (ImportError, TimeoutError):
+            raise
+        except Exception as error:  # a template may fail in any way that Python does
+            raise Fault(
+                "chat_template", f"the tokenizer's chat template fails: {error}"
+            ) from error
+        return texts[0], spans[0] if answers else []
+
+
+@contextlib.contextmanager
+def limited_time() -> Iterator[Callable[[], object]]:
+    """Give a function that starts the time allowed for a conversation (again).
+
+    Where it is over, `TimeoutError` is raised, but on the main thread only, where alone
+    that can be told.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(
+            f"the tokenizer's chat template was stopped after {_MOST_SECONDS:g} s, where "
+            "a ten-thousandth is usual: give the tokenizer another template"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    start = functools.partial(signal.setitimer, signal.ITIMER_VIRTUAL)
+    try:
+        yield lambda: start(_MOST_SECONDS)
+    finally:
+        start(0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _refusal(what: str) -> Fault:
+    return Fault(
+        "chat_template",
+        f"the tokenizer's chat template hides where the answers are ({what}): put "
+        "{% generation %} and {% endgeneration %} around them in it",
+    )

@@ -1,0 +1,302 @@
+"""Chats: what is told to the model, what is kept, and where it is shown."""
+
+import builtins
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+from support.small_models import make_model, make_tokenizer, teach
+
+from minimind_nb.model.generation import generate
+from minimind_nb.monitor import dialogue
+from minimind_nb.monitor.dialogue import Chat, chat
+
+SECONDS = 120
+GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    """A model that has learnt one question, and its tokenizer."""
+    tokenizer = make_tokenizer()
+    turns = "<|im_start|>user\nsix<|im_end|>\n<|im_start|>assistant\nfive<|im_end|>\n"
+    return teach(tokenizer, turns), tokenizer
+
+
+@pytest.fixture
+def answers(monkeypatch) -> Any:
+    """A function that lays down what the model says: pieces, or an error to raise."""
+
+    def lay_down(*pieces: Any) -> None:
+        def say(*_: Any, **__: Any) -> Iterator[str]:
+            for piece in pieces:
+                if not isinstance(piece, str):
+                    raise piece
+                yield piece
+
+        monkeypatch.setattr(dialogue, "stream_ids", say)
+
+    return lay_down
+
+
+@pytest.fixture
+def types(monkeypatch) -> Any:
+    """A function that lays down what is typed at a terminal: lines, or an error."""
+
+    def lay_down(*lines: Any) -> None:
+        rest = iter(lines)
+
+        def read(prompt: str) -> str:
+            line = next(rest)
+            if not isinstance(line, str):
+                raise line
+            return line
+
+        monkeypatch.setattr(builtins, "input", read)
+
+    return lay_down
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_an_answer_is_printed_returned_kept_and_ends_at_its_end_token(pair, capsys):
+    talk = chat(pair, "six", **GREEDY)
+    assert capsys.readouterr().out == "five\n"
+    assert talk.history == [said("user", "six"), said("assistant", "five")]
+    assert repr(talk) == "Chat of 2 messages"
+
+
+def test_the_next_turn_is_answered_in_view_of_those_before(pair):
+    talk = Chat(*pair, system="two", **GREEDY)
+    talk.say("one")
+    before = [*talk.history, said("user", "six")]
+    assert before[0] == said("system", "two")
+    assert talk.say("six") == generate(pair[0], pair[1], before, **GREEDY)
+    assert len(talk.history) == 5
+
+
+def test_the_first_answer_is_what_generate_gives_with_the_seed(pair):
+    hot: dict[str, Any] = {"temperature": 3.0, "seed": 7, "max_new_tokens": 20}
+    talk = chat(pair, "one", **hot)
+    first = generate(pair[0], pair[1], [said("user", "one")], **hot)
+    assert talk.history[1]["content"] == first
+    talk.clear()
+    assert talk.history == []
+    assert talk.say("one") == first
+
+
+def test_a_cleared_chat_keeps_its_system_turn(pair):
+    talk = Chat(*pair, system="two", **GREEDY)
+    talk.say("six")
+    talk.clear()
+    assert talk.history == [said("system", "two")]
+
+
+def test_an_answer_cut_by_its_length_is_kept_as_it_is(pair):
+    talk = chat(pair, "six", temperature=0, max_new_tokens=1)
+    assert talk.history[1]["content"] in ("f", "fi", "fiv", "five")
+
+
+def test_an_empty_answer_leaves_no_turn(pair, answers):
+    answers()
+    talk = Chat(*pair)
+    assert talk.say("six") == ""
+    assert talk.history == []
+
+
+def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(pair, answers, capsys):
+    answers("one ", "two", KeyboardInterrupt())
+    talk = Chat(*pair)
+    assert talk.say("six") == "one two"
+    assert capsys.readouterr().out == "one two\n"
+    assert talk.history[1] == said("assistant", "one two")
+
+
+@pytest.mark.parametrize("system", [None, "two"])
+def test_a_chat_that_outgrows_the_model_forgets_its_oldest_turns(pair, capsys, system):
+    model = make_model(pair[1], max_position_embeddings=130)
+    talk = Chat(model, pair[1], system=system, **GREEDY)
+    for _ in range(6):
+        talk.say("one")
+    assert capsys.readouterr().err.count("its oldest turns are left out") == 1
+    assert len(talk.history) == 12 + (system is not None)
+    asked = [*talk.history, said("user", "six")]
+    start = 1 if system else 0
+    expected = None
+    while expected is None:
+        try:
+            expected = generate(model, pair[1], asked, **GREEDY)
+        except ValueError:
+            del asked[start : start + 2]
+    assert start < len(asked) < len(talk.history)
+    assert talk.say("six") == expected
+
+
+def test_a_message_that_is_too_long_alone_is_refused(pair):
+    talk = Chat(make_model(pair[1], max_position_embeddings=130), pair[1], **GREEDY)
+    with pytest.raises(
+        ValueError, match=r"prompt of \d+ tokens.*room for 118: say less"
+    ):
+        talk.say("one " * 200)
+    assert talk.history == []
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ValueError, "cannot be said: message 1.*user's.*empty"),
+        (" \n", ValueError, "cannot be said: message 1"),
+        (5, TypeError, "5 is a int: say a string"),
+    ],
+)
+def test_what_is_nothing_to_say_is_refused(pair, text, error, message):
+    with pytest.raises(error, match=message):
+        chat(pair, text)
+
+
+def test_a_foreign_tokenizer_and_wrong_settings_are_refused(pair):
+    with pytest.raises(ValueError, match="do not belong together"):
+        chat((make_model(pair[1], vocab_size=50), pair[1]), "six")
+    with pytest.raises(ValueError, match="top_p is 2"):
+        chat(pair, "six", top_p=2)
+
+
+def test_a_chat_without_weights_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no weights: a run folder"):
+        chat(tmp_path / "out" / "full_sft_512", "six")
+
+
+def test_a_saved_model_and_another_tokenizer_are_taken(pair, tmp_path):
+    model, tokenizer = pair
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert chat(tmp_path, "six", **GREEDY).history[1]["content"] == "five"
+    talk = chat((model, None), "six", tokenizer=tmp_path, **GREEDY)
+    assert talk.history[1]["content"] == "five"
+
+
+def test_a_terminal_is_read_until_an_empty_line(pair, types, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    types("six", "one " * 200, "")
+    model = make_model(pair[1], max_position_embeddings=130)
+    talk = chat((model, pair[1]), **GREEDY)
+    assert len(talk.history) == 2
+    assert "say less" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", [EOFError(), KeyboardInterrupt()])
+def test_the_keys_that_end_a_terminal_end_the_chat(pair, types, end):
+    types("six", end)
+    talk = Chat(*pair, **GREEDY)
+    talk.converse()
+    assert len(talk.history) == 2
+
+
+def test_where_nobody_can_write_a_text_is_asked_for(pair, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match=r'nobody can write here.*mm\.chat\(…, "…"\)'):
+        chat(pair)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    with pytest.raises(ValueError, match="nobody can write here, in a batch run"):
+        chat(pair)
+
+
+def test_an_answer_is_redrawn_a_few_times_a_second(monkeypatch):
+    clock, drawn = iter(range(100)), []
+
+    class Watched(dialogue._View):
+        def draw(self, text: str) -> None:
+            drawn.append(text)
+
+    # A piece a tenth of a second, but for what the clock counts after a drawing.
+    monkeypatch.setattr(dialogue.time, "monotonic", lambda: next(clock) / 10)
+    assert Watched().follow(iter("abcdefghij")) == "abcdefghij"
+    assert drawn == ["a", "abcd", "abcdefg", "abcdefghij", "abcdefghij"]
+
+
+def parts(panel: Any) -> tuple[Any, Any, Any]:
+    transcript, writing = panel.children
+    return transcript, *writing.children
+
+
+def test_the_widget_answers_what_is_sent_and_escapes_it(pair, answers):
+    answers("<i>", "&")
+    talk = Chat(*pair)
+    transcript, line, button = parts(talk.panel())
+    line.value = "<script>"
+    button.click()
+    assert line.value == ""
+    assert [one["content"] for one in talk.history] == ["<script>", "<i>&"]
+    assert "&lt;script&gt;" in transcript.value
+    assert "&lt;i&gt;&amp;" in transcript.value
+    assert "<script" not in transcript.value
+    line._handle_custom_msg({"event": "submit"}, [])
+    assert len(talk.history) == 2, "an empty line is not sent"
+    line.value = "six"
+    line._handle_custom_msg({"event": "submit"}, [])
+    assert len(talk.history) == 4
+
+
+def test_the_widget_shows_why_a_message_is_refused(pair):
+    talk = Chat(make_model(pair[1], max_position_embeddings=130), pair[1], **GREEDY)
+    transcript, line, button = parts(talk.panel())
+    line.value = "one " * 200
+    button.click()
+    assert "say less" in transcript.value
+    assert talk.history == []
+
+
+@pytest.fixture
+def run_cell(pair, tmp_path) -> Iterator[Any]:
+    """A function that runs a cell in a kernel beside the model, and gives its outputs."""
+    model, tokenizer = pair
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    manager, client = start_new_kernel(
+        kernel_name="python3", cwd=str(tmp_path), env=environ, startup_timeout=SECONDS
+    )
+
+    def run(code: str, allow_stdin: bool = False) -> list[dict]:
+        outputs: list[dict] = []
+
+        def keep(message: dict) -> None:
+            if message["msg_type"] == "update_display_data":
+                outputs[-1] = message["content"]
+            elif message["msg_type"] not in ("status", "execute_input", "comm_open"):
+                outputs.append(message["content"])
+
+        client.execute_interactive(
+            code,
+            timeout=SECONDS,
+            output_hook=keep,
+            allow_stdin=allow_stdin,
+            stop_on_error=False,
+        )
+        return outputs
+
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_a_cell_shows_one_output_an_answer_and_a_widget_only_to_somebody(
+    run_cell, tmp_path: Path
+):
+    load = "from minimind_nb.monitor.dialogue import chat"
+    (shown,) = run_cell(f"{load}\ntalk = chat('.', 'six', temperature=0)")
+    assert shown["data"]["text/plain"] == "five"
+    assert shown["data"]["text/html"].endswith(">five</div>")
+    (shown,) = run_cell("talk.say('six')")
+    assert "text/html" in shown["data"], "the value is not shown a second time"
+    (error,) = run_cell("chat('.')")
+    assert error["ename"] == "ValueError"
+    assert "nobody can write here" in error["evalue"]
+    widget, value = run_cell("chat('.')", allow_stdin=True)
+    assert "application/vnd.jupyter.widget-view+json" in widget["data"]
+    assert value["data"]["text/plain"] == "Chat of 0 messages"
