@@ -242,7 +242,10 @@ def test_plan_takes_a_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     path = tmp_path / "chats.jsonl"
     rows = (
-        {"chosen": [question(n), answer("yes")], "rejected": [question(n), answer("no")]}
+        {
+            "chosen": [question(n), answer("yes")],
+            "rejected": [question(n), answer("no")],
+        }
         for n in range(60)
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -144,6 +144,25 @@ def _contradictions(
             or name.startswith(".")
             or not {"/", "\\"}.isdisjoint(name)
         ),
+        "seed is too large, at most 2**63 - 1 is possible": (
+            v.get("seed", 0) >= 1 << 63  # torch takes 64 bits with a sign
+        ),
+    }
+    checks |= _between_stages(settings, values)
+    for field in MIXTURE_FIELDS:
+        text = (
+            f"{field} is a setting of mixtures of experts; set use_moe=True or leave "
+        )
+        checks[f"{text}it out"] = field in settings and not v["use_moe"]
+    return [problem for problem, wrong in checks.items() if wrong]
+
+
+def _between_stages(
+    settings: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, bool]:
+    """What is a setting of another stage, or none of this one."""
+    v = values
+    return {
         'init_from="auto" looks for the stage before, and pretrain is the first; name '
         "the weights, or leave it out to begin with new ones": (
             v["stage"] == "pretrain" and v["init_from"] == "auto"
@@ -154,13 +173,4 @@ def _contradictions(
         'dpo_beta is a setting of stage="dpo"; leave it out': (
             v["stage"] != "dpo" and "dpo_beta" in settings
         ),
-        "seed is too large, at most 2**63 - 1 is possible": (
-            v.get("seed", 0) >= 1 << 63  # torch takes 64 bits with a sign
-        ),
     }
-    for field in MIXTURE_FIELDS:
-        text = (
-            f"{field} is a setting of mixtures of experts; set use_moe=True or leave "
-        )
-        checks[f"{text}it out"] = field in settings and not v["use_moe"]
-    return [problem for problem, wrong in checks.items() if wrong]

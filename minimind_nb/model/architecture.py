@@ -17,6 +17,7 @@ float32; only matrix products and attention run in the lower precision.
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput
 
 YARN_DEFAULTS: dict[str, float] = {
     "beta_fast": 32,
@@ -487,6 +489,15 @@ class MiniMindPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
+@dataclass
+class MiniMindModelOutput(ModelOutput):
+    """What ``MiniMindModel`` returns, by the names transformers' trainers know."""
+
+    last_hidden_state: Any = None
+    past_key_values: Any = None
+    aux_loss: Any = None
+
+
 class MiniMindModel(MiniMindPreTrainedModel):
     """Embeddings, blocks and final norm, without the output head."""
 
@@ -510,7 +521,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Cache | None, Tensor]:
+    ) -> MiniMindModelOutput:
         """Hidden states [B, T, D], the cache, and the auxiliary loss over all layers.
 
         Arguments as for ``MiniMindForCausalLM.forward``.
@@ -543,7 +554,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         for layer in self.layers:
             x_BTD, layer_aux_loss = layer(x_BTD, rotary, **kwargs)
             aux_loss = aux_loss + layer_aux_loss
-        return self.norm(x_BTD), past_key_values, aux_loss
+        return MiniMindModelOutput(self.norm(x_BTD), past_key_values, aux_loss)
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -579,7 +590,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         and outside training. ``logits_to_keep`` counts positions from the end (0: all)
         or lists them. A cache is made for ``use_cache=True`` only.
         """
-        x_BTD, past_key_values, aux_loss = self.model(
+        found = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -589,13 +600,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         )
         keep = logits_to_keep
         kept = slice(-keep, None) if isinstance(keep, int) else keep
-        logits_BTV = self.lm_head(x_BTD[:, kept])
+        logits_BTV = self.lm_head(found.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             size = self.config.vocab_size
             loss = self.loss_function(logits_BTV, labels, vocab_size=size, **kwargs)
-            loss = loss + aux_loss
-        return MoeCausalLMOutputWithPast(loss, aux_loss, logits_BTV, past_key_values)
+            loss = loss + found.aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss, found.aux_loss, logits_BTV, found.past_key_values
+        )
 
     def expert_load(self) -> list[list[int]]:
         """How often each layer chose each routed expert in the last forward; [] if dense."""

@@ -58,9 +58,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    one = isinstance(prompts, str | Mapping) or (
-        len(prompts) > 0 and isinstance(prompts[0], Mapping)
-    )
+    one = isinstance(prompts, str | Mapping) or isinstance([*prompts, 0][0], Mapping)
     batch = cast(list[Prompt], [prompts] if one else list(prompts))
     if not batch:
         return []

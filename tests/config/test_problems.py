@@ -50,7 +50,10 @@ def test_all_problems_are_named_in_one_error_and_in_the_order_given():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"stage": "pretrian"}, "not one of pretrain, sft, dpo; did you mean 'pretrain'?"),
+        (
+            {"stage": "pretrian"},
+            "not one of pretrain, sft, dpo; did you mean 'pretrain'?",
+        ),
         ({"preset": "minimind2-smal"}, "did you mean 'minimind2-small'?"),
         ({"recipe": "fast"}, "not one of demo, demo-sft, demo-dpo, minimind, mi"),
         ({"device": "gpu"}, "device='gpu' is not one of cuda, cpu"),

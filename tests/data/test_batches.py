@@ -1,6 +1,7 @@
 """Every rank takes its rows of the same samples, wherever the stream is resumed."""
 
 import itertools
+import json
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +24,7 @@ from minimind_nb.data.batches import (
 )
 from minimind_nb.data.excerpts import Excerpts, take_excerpts
 from minimind_nb.data.packing import pack
-from minimind_nb.data.shards import TokenCache
+from minimind_nb.data.shards import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 
 PAD = 0
@@ -376,3 +377,231 @@ def test_ranks_share_the_validation_rows(cache, batch_size, size):
     assert pairs_of(batches) == pairs_of([alone])
     assert 1500 - 61 < sum(pairs_of(batches).values()) <= 1500
     assert max(len(batch.inputs) for batch in batches) <= batch_size
+
+
+def user(said: str) -> dict[str, str]:
+    return {"role": "user", "content": said}
+
+
+def answer(said: str) -> dict[str, str]:
+    return {"role": "assistant", "content": said}
+
+
+# With single bytes a user's turn of n bytes has n + 8 tokens, an assistant's n + 13 of
+# which the last n + 2 are learned from.
+NEWLINE = 201
+ASKS = [1, 87, 85, 71, 84, NEWLINE, 67, 2, NEWLINE]
+ANSWERS = [1, 67, 85, 85, 75, 85, 86, 67, 80, 86, NEWLINE]
+
+
+@pytest.fixture(scope="module")
+def open_chats(tmp_path_factory, byte_spec):
+    """A function that makes a token cache of conversations, or of pairs."""
+
+    def open_chats(rows: list[Any], record_format: str) -> TokenCache:
+        if record_format == "sft":
+            rows = [{"conversations": row} for row in rows]
+        folder = tmp_path_factory.mktemp("chats")
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_cache(Source(str(file), record_format, byte_spec), folder)
+
+    return open_chats
+
+
+@pytest.fixture(scope="module")
+def chats(open_chats) -> dict[str, TokenCache]:
+    """40 conversations and 40 pairs of 1 to 3 turns, some longer than a row of 96."""
+    draw = np.random.default_rng(8)
+
+    def talk(turns: int) -> list[dict[str, str]]:
+        sizes = draw.integers(1, 40, 2 * turns).tolist()
+        return [
+            (user, answer)[n % 2]("".join(map(chr, draw.integers(97, 123, size))))
+            for n, size in enumerate(sizes)
+        ]
+
+    talks = [talk(n % 3 + 1) for n in range(40)]
+    pairs = [
+        {"chosen": t, "rejected": [*t[:-1], answer("no" * n)]}
+        for n, t in enumerate(talks, 1)
+    ]
+    return {"sft": open_chats(talks, "sft"), "dpo": open_chats(pairs, "dpo")}
+
+
+def test_answers_alone_are_targets_at_literal_points(open_chats):
+    talks = [[user("a"), answer("b")], [user("a"), answer("bc")]]
+    cache = open_chats(talks, "sft")
+    stream = make_stream(cache, stage="sft", max_seq_len=46, epochs=1)
+    step = stream.next_step()
+    (batch,) = step.micro_batches
+    long, short = [*ASKS, *ANSWERS, 68, 69, 2], [*ASKS, *ANSWERS, 68, 2]
+    assert batch.inputs.tolist() == [[*long, *short, PAD]]
+    assert batch.targets.tolist() == [
+        [IGNORED] * 19
+        + [68, 69, 2, NEWLINE]
+        + [IGNORED] * 19
+        + [68, 2, NEWLINE, IGNORED]
+    ]
+    assert batch.documents is not None
+    assert batch.documents.tolist() == [[0] * 23 + [1] * 22 + [-1]]
+    assert (step.samples, step.tokens, step.terms) == (1, 45, 7)
+    assert batch.reference is None
+    assert stream.fill == 45 / 46
+    whole = [
+        (len(ids), np.flatnonzero(learned).tolist())
+        for ids, learned in stream.pieces(0)
+    ]
+    assert whole == [(24, [20, 21, 22, 23]), (23, [20, 21, 22])]
+
+
+def test_a_conversation_that_is_cut_is_read_to_its_last_whole_answer(open_chats):
+    talk = [user("a"), answer("b"), user("a"), answer("bcd")]
+    cache = open_chats([talk], "sft")
+    step = make_stream(cache, stage="sft", max_seq_len=46, epochs=1).next_step()
+    (batch,) = step.micro_batches
+    assert batch.inputs[0, :22].tolist() == [*ASKS, *ANSWERS, 68, 2]
+    assert (batch.inputs[0, 22:] == PAD).all()
+    assert (step.tokens, step.terms) == (22, 3)
+
+
+def test_pairs_at_literal_points(open_chats):
+    rejected = {"rejected": [user("a"), answer("d")]}
+    pair = {"chosen": [user("a"), answer("bc")], **rejected}
+    stream = make_stream(
+        open_chats([pair], "dpo"), stage="dpo", max_seq_len=64, epochs=1
+    )
+    stream.reader.reference = np.array([-1.5, -2.5])
+    step = stream.next_step()
+    (batch,) = step.micro_batches
+    chosen, rejected = [*ASKS, *ANSWERS, 68, 69, 2], [*ASKS, *ANSWERS, 70, 2]
+    assert batch.inputs.tolist() == [[*chosen, *rejected]], "as wide as it must be"
+    assert batch.targets.tolist() == [
+        [IGNORED] * 19 + [68, 69, 2, NEWLINE] + [IGNORED] * 19 + [70, 2, NEWLINE]
+    ]
+    assert batch.documents is not None and batch.reference is not None
+    assert batch.documents.tolist() == [[0] * 23 + [1] * 22]
+    assert (batch.reference.tolist(), batch.reference.dtype) == (
+        [-1.5, -2.5],
+        torch.float64,
+    )
+    assert (step.samples, step.tokens, step.terms, batch.samples) == (1, 45, 1, 1)
+
+
+def test_answers_of_a_pair_may_lie_in_any_row_under_their_numbers(open_chats):
+    pairs = [
+        {"chosen": [user("a"), answer("b" * n)], "rejected": [user("a"), answer("c")]}
+        for n in (2, 20, 3)
+    ]
+    cache = open_chats(pairs, "dpo")
+    stream = make_stream(cache, stage="dpo", max_seq_len=45, epochs=1)
+    stream.reader.reference = np.arange(6) / 4
+    (batch,) = stream.next_step().micro_batches
+    assert batch.documents is not None and batch.reference is not None
+    order = [stream.pieces(sample) for sample in range(3)]
+    for number, (ids, learned) in enumerate(itertools.chain(*order)):
+        at = batch.documents == number
+        assert batch.inputs[at].tolist() == ids[:-1].tolist()
+        targets = batch.targets[at]
+        assert targets[targets != IGNORED].tolist() == ids[learned].tolist()
+    documents = [
+        piece[0] for sample in range(3) for piece in stream.arrange(0).row(sample)
+    ]
+    assert batch.reference.tolist() == [document / 4 for document in documents]
+    assert len(batch.inputs) == 4, "six answers in as few rows as hold them"
+
+
+def test_only_what_follows_the_common_prompt_of_a_pair_is_a_target(open_chats):
+    prompt = [user("a"), answer("bbb"), user("a")]
+    pair = {"chosen": [*prompt, answer("c")], "rejected": [*prompt, answer("d")]}
+    stream = make_stream(open_chats([pair], "dpo"), stage="dpo", max_seq_len=99)
+    learned = [ids[there].tolist() for ids, there in stream.pieces(0)]
+    assert learned == [[69, 2, NEWLINE], [70, 2, NEWLINE]]
+
+
+def test_an_over_long_pair_loses_the_same_oldest_turns_in_both(open_chats):
+    prompt = [user("x" * 40), answer("y"), user("a")]
+    pair = {"chosen": [*prompt, answer("c")], "rejected": [*prompt, answer("ddd")]}
+    stream = make_stream(open_chats([pair], "dpo"), stage="dpo", max_seq_len=50)
+    chosen, rejected = (ids.tolist() for ids, _ in stream.pieces(0))
+    assert chosen == [*ASKS, *ANSWERS, 69, 2, NEWLINE]
+    assert rejected == [*ASKS, *ANSWERS, 70, 70, 70, 2, NEWLINE]
+    assert (stream.excerpts.cut, stream.excerpts.dropped) == (1, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_tokens_and_terms_are_those_of_all_ranks(chats, stage, size):
+    made = [
+        make_stream(chats[stage], size, rank=r, stage=stage, max_seq_len=96)
+        for r in range(size)
+    ]
+    for together in zip(*map(steps, made), strict=True):
+        batches = [batch for step in together for batch in step.micro_batches]
+        tokens = sum(int((numbered(batch) >= 0).sum()) for batch in batches)
+        targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+        samples = sum(batch.samples for batch in batches)
+        assert {(step.samples, step.tokens) for step in together} == {(samples, tokens)}
+        terms = targets if stage == "sft" else samples
+        assert {step.terms for step in together} == {terms}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_resumed_chats_equal_the_uninterrupted_ones(chats, stage, size):
+    given = {"stage": stage, "max_seq_len": 96, "epochs": 3}
+    for rank in range(size):
+        first = make_stream(chats[stage], size, rank=rank, **given)
+        assert first.rows % 24 != 0, "a step crosses the end of an epoch"
+        whole = steps(first)
+        for done in range(len(whole)):
+            resumed = make_stream(
+                chats[stage], size, rank=rank, samples=24 * done, **given
+            )
+            left = steps(resumed)
+            assert len(left) == len(whole) - done
+            assert all(map(equal, left, whole[done:]))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_each_excerpt_is_read_once_an_epoch_in_another_order(chats, stage):
+    stream = make_stream(chats[stage], stage=stage, max_seq_len=96)
+    excerpts = stream.excerpts
+    assert excerpts.cut > 0
+    orders = []
+    for epoch in range(2):
+        rows = stream.arrange(epoch)
+        found = list(itertools.chain(*(rows.row(n) for n in range(len(rows)))))
+        pieces = zip(excerpts.documents, excerpts.starts, excerpts.targets, strict=True)
+        expected = sorted(pieces)
+        if stage == "sft":
+            expected = [(d, 0, n) for d, _, n in expected]
+        assert sorted(found) == expected
+        orders.append(found)
+    assert orders[0] != orders[1]
+
+
+def test_validation_takes_pairs_whole_and_counts_bytes_of_answers(open_chats):
+    pairs = [
+        {"chosen": [user("a"), answer("é" * n)], "rejected": [user("a"), answer("c")]}
+        for n in (1, 2, 3)
+    ]
+    cache = open_chats(pairs, "dpo")  # 23 + 22, 25 + 22 and 27 + 22 targets
+    cfg = resolve(TrainConfig(stage="dpo", max_seq_len=64, eval_tokens=95))
+    rows = ValidationRows(cache, excerpts_of(cache, 64), cfg, PAD)
+    assert len(rows) == 2
+    assert rows.documents.tolist() == [0, 1, 2, 3]
+    assert rows.text_bytes == 2 + 1 + 4 + 1
+    batches = [b for r in range(2) for b in rows.micro_batches(4, rank=r, size=2)]
+    assert [batch.samples for batch in batches] == [1, 1]
+
+
+def test_validation_packs_conversations_whole(open_chats):
+    talks = [[user("a"), answer("b" * n)] for n in (1, 2, 30)]
+    cache = open_chats(talks, "sft")
+    cfg = resolve(TrainConfig(stage="sft", max_seq_len=52, eval_tokens=1000))
+    rows = ValidationRows(cache, excerpts_of(cache, 52), cfg, PAD)
+    (batch,) = rows.micro_batches(8, rank=0, size=1)
+    assert rows.text_bytes == 33
+    assert int((batch.targets != IGNORED).sum()) == 3 + 4 + 32
+    assert [int((row >= 0).sum()) for row in numbered(batch)] == [51, 45]

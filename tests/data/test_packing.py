@@ -138,7 +138,9 @@ short_lengths = st.lists(st.integers(0, 9), max_size=30)
 
 
 def pack_whole(targets: list[int], width: int) -> PackedRows:
-    return pack(np.arange(len(targets)), np.array(targets, np.int64), width, split=False)
+    return pack(
+        np.arange(len(targets)), np.array(targets, np.int64), width, split=False
+    )
 
 
 def test_without_splitting_the_longest_that_fits_goes_in_and_room_is_left():

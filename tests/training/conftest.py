@@ -1,7 +1,10 @@
-"""A tiny corpus and tiny settings."""
+"""Tiny corpora, tiny settings, and a run to begin from."""
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import Settings
@@ -17,6 +20,55 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = f"第 {number} 篇 document says {digits}"
             out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     return file
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def talk(number: int, last: str) -> list[dict[str, str]]:
+    """One or two turns of the user's, the last answered with `last`."""
+    said = [f"第 {number} 问?"]
+    if number % 3 == 0:
+        said += [f"It is {number}.", "Sure?"]
+    roles = itertools.cycle(("user", "assistant"))
+    texts = zip(roles, [*said, last], strict=False)
+    return [{"role": role, "content": text} for role, text in texts]
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 conversations of 15 to 60 tokens."""
+    digits = [" ".join(str(n * k % 97) for k in range(n % 7 + 1)) for n in range(50)]
+    rows = ({"conversations": talk(n, text)} for n, text in enumerate(digits))
+    return write_rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 pairs: the number of the question is preferred to "no"."""
+    rows = (
+        {"chosen": talk(n, f"{n} {n}"), "rejected": talk(n, "no" * (n % 3 + 1))}
+        for n in range(50)
+    )
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def sft_settings(settings: Settings, chat_file: Path) -> Settings:
+    """12 steps of 4 rows of 64 tokens, across an epoch's end, from new weights."""
+    chats = {"stage": "sft", "data_path": str(chat_file), "init_from": "none"}
+    rows = {"max_seq_len": 64, "accumulation_steps": 1, "val_fraction": 0.1}
+    return {**settings, **chats, **rows}
+
+
+@pytest.fixture
+def dpo_settings(sft_settings: Settings, pair_file: Path) -> Settings:
+    """12 steps of 4 pairs, from new weights."""
+    pairs = {"stage": "dpo", "data_path": str(pair_file), "learning_rate": 1e-3}
+    return {**sft_settings, **pairs}
 
 
 @pytest.fixture
@@ -39,6 +91,7 @@ def settings(tmp_path: Path, corpus_file: Path) -> Settings:
         "eval_interval": 4,
         "log_interval": 1,
         "eval_tokens": 500,
+        "sample_tokens": 2,
         "num_processes": 1,
         "device": "cpu",
         "dtype": "float32",

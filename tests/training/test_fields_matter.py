@@ -45,6 +45,8 @@ CHANGES: dict[str, Any] = {
     "val_fraction": 0.3,
     "eval_tokens": 40,
     "eval_interval": 1,
+    "sample_prompts": ("another", "third"),
+    "sample_tokens": 0,
     "log_interval": 1,
     "save_interval": 1,
     "dtype": "bfloat16",
@@ -65,6 +67,8 @@ ELSEWHERE = {
     "data_path": "test_resuming",
     "val_path": "test_a_validation_file_replaces_the_held_out_part",
     "tokenizer": "test_another_tokenizer_gives_other_tokens",
+    "init_from": "test_initial",
+    "dpo_beta": "test_stages",
     "resume": "test_resuming",
     "allow_change": "test_resuming",
     "max_position_embeddings": "tests/config",
@@ -118,8 +122,8 @@ def test_the_field_changes_something(name: str, base: Settings, tmp_path: Path) 
     if name == "out_dir":
         changed[name] = str(tmp_path / CHANGES[name])
     if name in ("preset", "recipe"):  # an explicit value goes before either
-        kept = ("data_path", "out_dir", "max_steps", "device", "dtype", "num_processes")
-        base = {key: base[key] for key in kept}
+        kept = "data_path out_dir max_steps device dtype num_processes sample_tokens"
+        base = {key: base[key] for key in kept.split()}
         changed = {**base, name: CHANGES[name]}
         base = {**base, "hidden_size": 64, "num_hidden_layers": 1, "batch_size": 1}
         changed |= {} if name == "preset" else {"hidden_size": 64, "batch_size": 1}

@@ -13,7 +13,8 @@ from support.runs import (
 )
 
 from minimind_nb.storage.runs import RunFolder
-from minimind_nb.training.loop import Trainer, seed_dropout
+from minimind_nb.training.loop import Trainer
+from minimind_nb.training.samples import seed_of
 from minimind_nb.training.stages import Stage
 
 
@@ -90,12 +91,12 @@ def test_the_loss_is_the_mean_over_the_global_targets(settings: Settings) -> Non
     def spy(trainer: Trainer) -> None:
         objective = trainer.stage.objective
 
-        def counted(model, batch):
-            total, aux = objective(model, batch)
-            seen.append((float(total.detach()), int((batch.targets >= 0).sum())))
-            return total, aux
+        def counted(model, batch, cfg):
+            found = objective(model, batch, cfg)
+            seen.append((float(found.loss.detach()), int((batch.targets >= 0).sum())))
+            return found
 
-        trainer.stage = Stage("pretrain", counted, "pretrain")
+        trainer.stage = Stage(counted, "pretrain")
         trainer.validation = None
 
     _, folder = train_here({**settings, "max_steps": 2, "log_interval": 2}, change=spy)
@@ -110,12 +111,12 @@ def poison(steps: set[int]):
     def change(trainer: Trainer) -> None:
         objective = trainer.stage.objective
 
-        def poisoned(model, batch):
-            total, aux = objective(model, batch)
+        def poisoned(model, batch, cfg):
+            found = objective(model, batch, cfg)
             bad = model.training and trainer.progress.step + 1 in steps
-            return total * (float("nan") if bad else 1.0), aux
+            return found._replace(loss=found.loss * (math.nan if bad else 1.0))
 
-        trainer.stage = Stage("pretrain", poisoned, "pretrain")
+        trainer.stage = Stage(poisoned, "pretrain")
 
     return change
 
@@ -163,11 +164,11 @@ def test_an_fp16_overflow_halves_the_scale_and_skips(settings: Settings) -> None
     def scale(trainer: Trainer) -> None:
         objective = trainer.stage.objective
 
-        def steep(model, batch):
-            total, aux = objective(model, batch)
-            return total * 1e6, aux
+        def steep(model, batch, cfg):
+            found = objective(model, batch, cfg)
+            return found._replace(loss=found.loss * 1e6)
 
-        trainer.stage = Stage("pretrain", steep, "pretrain")
+        trainer.stage = Stage(steep, "pretrain")
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
 
     _, folder = train_here({**settings, "max_steps": 3}, change=scale)
@@ -194,13 +195,10 @@ def test_a_deadline_saves_and_stops(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_dropout_differs_between_ranks_and_steps() -> None:
-    draws = set()
-    for seed, rank, step in ((1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)):
-        seed_dropout(seed, rank, step)
-        draws.add(float(torch.rand(1)))
-    seed_dropout(1, 0, 0)
-    assert len(draws) == 4
-    assert float(torch.rand(1)) in draws
+    keys = ((1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0), (10, 0), (1, 0))
+    assert len({seed_of(*key) for key in keys}) == len(keys)
+    assert seed_of(1, 0, 0) == seed_of(1, 0, 0)
+    assert all(0 <= seed_of(n) < 1 << 64 for n in range(100))
 
 
 def test_a_run_without_held_out_text_makes_no_eval_rows(settings: Settings) -> None:

@@ -21,6 +21,13 @@ from minimind_nb.training.stages import document_mask, next_token_loss
 from minimind_nb.training.trainer import SessionClock
 from minimind_nb.training.worker import is_out_of_memory, smaller_batch
 
+CFG = resolve(TrainConfig())
+
+
+def backward(model: MiniMindForCausalLM, ids: torch.Tensor) -> None:
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], None, len(ids))
+    next_token_loss(model, batch, CFG).loss.backward()
+
 
 def tiny_model() -> MiniMindForCausalLM:
     torch.manual_seed(0)
@@ -59,16 +66,16 @@ def test_packed_with_a_document_mask_equals_separate_documents() -> None:
     documents = [torch.randint(3, 50, (n,)) for n in (7, 12, 9)]
     separate = 0.0
     for ids in documents:
-        alone = MicroBatch(ids[None, :-1], ids[None, 1:], None)
-        separate += float(next_token_loss(model, alone)[0].detach())
+        alone = MicroBatch(ids[None, :-1], ids[None, 1:], None, 1)
+        separate += float(next_token_loss(model, alone, CFG).loss.detach())
     inputs = torch.cat([ids[:-1] for ids in documents])[None]
     targets = torch.cat([ids[1:] for ids in documents])[None]
     numbers = torch.repeat_interleave(
         torch.arange(3), torch.tensor([len(ids) - 1 for ids in documents])
     )[None]
-    packed = next_token_loss(model, MicroBatch(inputs, targets, numbers))[0]
+    packed = next_token_loss(model, MicroBatch(inputs, targets, numbers, 1), CFG).loss
     assert float(packed.detach()) == pytest.approx(separate, abs=1e-5 * separate)
-    unmasked = next_token_loss(model, MicroBatch(inputs, targets, None))[0]
+    unmasked = next_token_loss(model, MicroBatch(inputs, targets, None, 1), CFG).loss
     assert abs(float(unmasked.detach()) - separate) > 1e-3
 
 
@@ -77,14 +84,16 @@ def test_the_loss_is_independent_of_padding(masked: bool) -> None:
     model = tiny_model()
     ids = torch.randint(3, 50, (1, 10))
     numbers = torch.zeros(1, 9, dtype=torch.int32) if masked else None
-    plain = next_token_loss(model, MicroBatch(ids[:, :-1], ids[:, 1:], numbers))[0]
+    alone = MicroBatch(ids[:, :-1], ids[:, 1:], numbers, 1)
+    plain = next_token_loss(model, alone, CFG).loss
     pad = torch.zeros(1, 6, dtype=torch.int64)
     padded = MicroBatch(
         torch.cat([ids[:, :-1], pad], 1),
         torch.cat([ids[:, 1:], pad + IGNORED], 1),
         torch.cat([numbers, pad.int() - 1], 1) if numbers is not None else None,
+        samples=1,
     )
-    loss = next_token_loss(model, padded)[0]
+    loss = next_token_loss(model, padded, CFG).loss
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -103,10 +112,10 @@ def test_the_document_mask_at_literal_positions() -> None:
 
 def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
     model = tiny_model()
-    gradients = FlatGradients(model, torch.device("cpu"))
+    gradients = FlatGradients(model, torch.device("cpu"), 3)
     ids = torch.randint(3, 50, (2, 10))
     for _ in range(2):
-        next_token_loss(model, MicroBatch(ids[:, :-1], ids[:, 1:], None))[0].backward()
+        backward(model, ids)
     begin = 0
     for parameter in model.parameters():
         view = gradients.flat[begin : begin + parameter.numel()]
@@ -115,19 +124,19 @@ def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
         begin += parameter.numel()
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     expected = float(torch.stack(norms).norm())
-    aux_loss = torch.tensor(0.5, requires_grad=True)
-    gradients.add_losses(torch.tensor(2.5), aux_loss)
+    for losses in ([2.5, 0.5, 3.0], [1.0, 0.0, -4.0]):
+        gradients.add_losses(torch.tensor(losses, requires_grad=True))
     assert not gradients.flat.requires_grad, "no graph grows from step to step"
     gradients.vote([0.0, 1.0, 0.0])
-    norm, loss, aux, ballots = gradients.norm_and_slots()
+    norm, sums, ballots = gradients.norm_and_slots()
     assert norm == pytest.approx(expected, rel=1e-5)
-    assert (loss, aux, ballots) == (2.5, 0.5, [0.0, 1.0, 0.0])
+    assert (sums, ballots) == ([3.5, 0.5, -1.0], [0.0, 1.0, 0.0])
     gradients.clip(norm, 1.0)
     assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
     gradients.clip(1.0, 0.0)
     assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
     gradients.flat.zero_()
-    assert gradients.norm_and_slots() == (0.0, 0.0, 0.0, [0.0, 0.0, 0.0])
+    assert gradients.norm_and_slots() == (0.0, [0.0] * 3, [0.0] * 3)
 
 
 def test_only_matrices_decay() -> None:
@@ -147,7 +156,7 @@ def test_moments_go_by_parameter_name_and_come_back() -> None:
     optimizer = build_optimizer(model, cfg)
     assert moments(optimizer, model) == {}
     ids = torch.randint(3, 50, (2, 10))
-    next_token_loss(model, MicroBatch(ids[:, :-1], ids[:, 1:], None))[0].backward()
+    backward(model, ids)
     optimizer.step()
     saved = {name: tensor.clone() for name, tensor in moments(optimizer, model).items()}
     assert "model.norm.weight.exp_avg" in saved
@@ -197,6 +206,6 @@ def test_what_counts_as_out_of_memory() -> None:
 
 def test_a_linear_layer_has_no_place_in_a_flat_gradient_of_another_model() -> None:
     layer = nn.Linear(3, 2)
-    gradients = FlatGradients(layer, torch.device("cpu"))
+    gradients = FlatGradients(layer, torch.device("cpu"), 2)
     assert gradients.gradients.numel() == 8
     assert math.isclose(float(gradients.flat.sum()), 0.0)

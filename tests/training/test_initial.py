@@ -1,0 +1,475 @@
+"""What a stage begins from, and what is said where that cannot be."""
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import Settings, metric_rows, state_hashes, train_here
+
+from minimind_nb.config import TrainConfig
+from minimind_nb.data.tokenizer import read_tokenizer
+from minimind_nb.data.vocabulary_training import train_tokenizer
+from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.model.interop import find_weights, load
+from minimind_nb.storage.runs import RunFolder
+from minimind_nb.training.preparation import Prepared, prepare, settle
+
+EMBEDDING = "model.embed_tokens.weight"
+_AGES = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def pretrained(
+    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path
+) -> tuple[Path, Settings]:
+    """An out_dir with a finished run of one step, and its settings."""
+    out_dir = tmp_path_factory.mktemp("pretrained") / "out"
+    settings = {
+        "data_path": str(corpus_file),
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "rope_theta": 1e5,
+        "max_seq_len": 32,
+        "batch_size": 4,
+        "max_steps": 1,
+        "eval_tokens": 100,
+        "sample_tokens": 0,
+        "device": "cpu",
+        "num_processes": 1,
+    }
+    train_here({**settings, "out_dir": str(out_dir)})
+    return out_dir, settings
+
+
+@pytest.fixture
+def out_dir(pretrained: tuple[Path, Settings], tmp_path: Path) -> Path:
+    """A copy of the run; the weights file is not there."""
+    there = tmp_path / "out"
+    shutil.copytree(pretrained[0] / "pretrain_32", there / "pretrain_32")
+    make_newest(there / "pretrain_32")
+    return there
+
+
+@pytest.fixture
+def weights_file(pretrained: tuple[Path, Settings]) -> Path:
+    return pretrained[0] / "pretrain_32.pth"
+
+
+@pytest.fixture
+def sft(out_dir: Path, chat_file: Path) -> Settings:
+    """Fine-tuning with nothing said of the shape."""
+    return {
+        "stage": "sft",
+        "data_path": str(chat_file),
+        "out_dir": str(out_dir),
+        "max_seq_len": 64,
+        "batch_size": 4,
+        "max_steps": 2,
+        "eval_tokens": 100,
+        "sample_tokens": 0,
+        "device": "cpu",
+        "num_processes": 1,
+    }
+
+
+def make_newest(run: Path) -> None:
+    when = 1_700_000_000 + 10 * next(_AGES)
+    os.utime(run / "checkpoints", (when, when))
+
+
+def copy_run(out_dir: Path, name: str, status: str = "finished", **shape: Any) -> Path:
+    """A run beside the one that is there, with another status or shape stated."""
+    run = out_dir / name
+    shutil.copytree(out_dir / "pretrain_32", run)
+    record = RankRecord(RunFolder(run).record_file(0), 0)
+    record.update(status=status)
+    config = RunFolder(run).read_config()
+    config["settings"] |= shape
+    RunFolder(run).write_config(config)
+    make_newest(run)
+    return run
+
+
+def begin(settings: Settings) -> tuple[Prepared, list[str]]:
+    notes: list[str] = []
+    return prepare(TrainConfig(**settings), notes.append), notes
+
+
+def source_of(settings: Settings) -> Path:
+    notes: list[str] = []
+    initial = settle(TrainConfig(**settings), notes.append).initial
+    assert initial is not None
+    assert not notes
+    return Path(initial.source)
+
+
+def refusal(error: type[Exception], settings: Settings) -> str:
+    """The text of the error; nothing was made."""
+    before = sorted(Path(settings["out_dir"]).glob("*"))
+    with pytest.raises(error) as caught:
+        begin(settings)
+    left = [p for p in Path(settings["out_dir"]).glob("*") if p.name != "cache"]
+    assert sorted(left) == [p for p in before if p.name != "cache"]
+    return str(caught.value)
+
+
+def first_weights(prepared: Prepared) -> dict[str, torch.Tensor]:
+    initial = prepared.settled.initial
+    assert initial is not None
+    return initial.weights.read()
+
+
+def test_fine_tuning_begins_from_the_pretrained_run(
+    sft: Settings, out_dir: Path
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(trainer) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            seen[name] = parameter.detach().clone()
+
+    ending, folder = train_here(sft, change=look)
+    assert ending == "finished"
+    assert folder.root == out_dir / "sft_32"
+    checkpoint = RunFolder(out_dir / "pretrain_32").checkpoint_folder(1)
+    expected = load_file(checkpoint / "model.safetensors")
+    assert seen.keys() == expected.keys()
+    assert all(torch.equal(seen[name], expected[name]) for name in seen)
+    assert (out_dir / "full_sft_32.pth").is_file()
+    config = folder.read_config()
+    assert config["began_from"] == str(out_dir / "pretrain_32")
+    assert config["settings"]["init_from"] == "auto"
+
+
+def test_the_shape_comes_with_the_weights(sft: Settings) -> None:
+    prepared, notes = begin(sft)
+    cfg = prepared.cfg
+    assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.rope_theta) == (32, 1, 1e5)
+    assert cfg.num_attention_heads == 4
+    assert prepared.weights_file.name == "full_sft_32.pth"
+    assert any(note.startswith("begins from ") for note in notes)
+
+
+def test_settings_that_equal_the_weights_may_be_given(sft: Settings) -> None:
+    assert begin({**sft, "hidden_size": 32, "rope_theta": 1e5})[0].cfg.hidden_size == 32
+
+
+def test_dropout_and_the_longest_context_may_be_others(sft: Settings) -> None:
+    cfg = begin({**sft, "dropout": 0.2, "max_position_embeddings": 512})[0].cfg
+    assert (cfg.dropout, cfg.max_position_embeddings) == (0.2, 512)
+
+
+def test_the_newest_finished_run_is_taken(sft: Settings, out_dir: Path) -> None:
+    newer = copy_run(out_dir, "another")
+    copy_run(out_dir, "newest_but_broken_off", status="interrupted")
+    copy_run(out_dir, "of_another_stage", stage="sft")
+    assert source_of(sft) == newer
+    make_newest(out_dir / "pretrain_32")
+    assert source_of(sft) == out_dir / "pretrain_32"
+
+
+def test_preferences_begin_from_fine_tuning(
+    sft: Settings, out_dir: Path, pair_file: Path
+) -> None:
+    tuned = copy_run(out_dir, "sft_32", stage="sft")
+    make_newest(out_dir / "pretrain_32")
+    dpo = {**sft, "stage": "dpo", "data_path": str(pair_file)}
+    assert source_of(dpo) == tuned
+    prepared, _ = begin(dpo)
+    assert prepared.folder.root == out_dir / "dpo_32"
+    assert prepared.weights_file.name == "dpo_32.pth"
+
+
+def test_an_unfinished_run_is_taken_where_none_is_finished_and_said(
+    sft: Settings, out_dir: Path
+) -> None:
+    run = RunFolder(out_dir / "pretrain_32")
+    RankRecord(run.record_file(0), 0).update(status="interrupted")
+    prepared, notes = begin(sft)
+    assert notes[0] == (
+        f"{run.root} is not finished (interrupted); its newest checkpoint is taken to "
+        "begin from"
+    )
+    assert prepared.settled.initial is not None
+    assert prepared.settled.initial.source == str(run.root)
+
+
+def test_a_weights_file_is_taken_where_there_is_no_run(
+    sft: Settings, out_dir: Path, weights_file: Path
+) -> None:
+    shutil.rmtree(out_dir / "pretrain_32")
+    shutil.copy(weights_file, out_dir)
+    heads = {"num_attention_heads": 4, "rope_theta": 1e5}
+    assert source_of({**sft, **heads}) == out_dir / "pretrain_32.pth"
+    ending, folder = train_here({**sft, **heads})
+    assert ending == "finished"
+    assert folder.read_config()["settings"]["num_attention_heads"] == 4
+
+
+def test_a_run_goes_before_a_weights_file(
+    sft: Settings, out_dir: Path, weights_file: Path
+) -> None:
+    shutil.copy(weights_file, out_dir / "pretrain_64.pth")
+    assert source_of(sft) == out_dir / "pretrain_32"
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "pth", "saved"])
+def test_weights_may_be_named(
+    kind: str, sft: Settings, out_dir: Path, weights_file: Path, tmp_path: Path
+) -> None:
+    run = out_dir / "pretrain_32"
+    checkpoint = run / "checkpoints" / "step_00000001"
+    saved = tmp_path / "saved"
+    if kind == "saved":
+        model, tokenizer = load(run)
+        model.save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
+    places = {"run": run, "checkpoint": checkpoint, "pth": weights_file, "saved": saved}
+    shape = {"num_attention_heads": 4, "rope_theta": 1e5} if kind == "pth" else {}
+    elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "init_from": places[kind]}
+    prepared, notes = begin({**sft, **shape, **elsewhere})
+    assert f"begins from {places[kind]}" in notes
+    expected = load_file(checkpoint / "model.safetensors")[EMBEDDING]
+    found = first_weights(prepared)[EMBEDDING]
+    precise = {} if kind != "pth" else {"atol": 1e-3, "rtol": 1e-3}
+    assert torch.allclose(found.float(), expected, **precise)
+    cfg = prepared.cfg
+    assert (cfg.num_attention_heads, cfg.rope_theta) == (4, 1e5)
+
+
+def test_none_begins_with_new_weights(sft: Settings) -> None:
+    settled = settle(TrainConfig(**{**sft, "init_from": "none", "preset": "demo"}))
+    assert settled.initial is None
+    assert settled.cfg.hidden_size == 128
+
+
+def test_pretraining_may_go_on_from_weights(
+    pretrained: tuple[Path, Settings], out_dir: Path
+) -> None:
+    run = out_dir / "pretrain_32"
+    named = {"out_dir": str(out_dir), "run_name": "more", "init_from": str(run)}
+    assert source_of({**pretrained[1], **named}) == run
+    assert (
+        settle(TrainConfig(**{**pretrained[1], "out_dir": str(out_dir)})).initial
+        is None
+    )
+
+
+def test_where_there_is_nothing_the_runs_there_are_listed(
+    sft: Settings, out_dir: Path
+) -> None:
+    (out_dir / "pretrain_32").rename(out_dir / "my_chat")
+    config = RunFolder(out_dir / "my_chat").read_config()
+    config["settings"]["stage"] = "dpo"
+    RunFolder(out_dir / "my_chat").write_config(config)
+    text = refusal(FileNotFoundError, sft)
+    assert text == (
+        f"stage='sft' begins from a model, and out_dir={str(out_dir)!r} holds no run of "
+        "stage='pretrain' and no pretrain_*.pth (runs there: my_chat). Train one first, "
+        'name the weights with init_from="…", or begin with new ones: init_from="none"'
+    )
+    shutil.rmtree(out_dir / "my_chat")
+    assert "(runs there: none)" in refusal(FileNotFoundError, sft)
+
+
+def test_a_run_without_a_checkpoint_is_nothing_to_begin_from(
+    sft: Settings, out_dir: Path
+) -> None:
+    shutil.rmtree(out_dir / "pretrain_32" / "checkpoints")
+    text = refusal(FileNotFoundError, sft)
+    assert "holds no run of stage='pretrain'" in text
+    assert "(runs there: pretrain_32)" in text
+
+
+def test_several_shapes_are_listed_to_choose_from(sft: Settings, out_dir: Path) -> None:
+    copy_run(out_dir, "wide", hidden_size=64)
+    text = refusal(ValueError, sft)
+    assert text == (
+        "stage='sft' can begin from several weights, or none that fit the shape that is "
+        f'set; choose:\n  init_from="{out_dir}/pretrain_32"  (32 × 1, finished)\n'
+        f'  init_from="{out_dir}/wide"  (64 × 1, finished)'
+    )
+    assert source_of({**sft, "hidden_size": 32}) == out_dir / "pretrain_32"
+
+
+def test_an_unfinished_run_of_another_shape_does_not_count(
+    sft: Settings, out_dir: Path
+) -> None:
+    copy_run(out_dir, "wide", status="interrupted", hidden_size=64)
+    assert source_of(sft) == out_dir / "pretrain_32"
+
+
+def test_runs_that_do_not_fit_the_shape_that_is_set_are_listed(
+    sft: Settings, out_dir: Path
+) -> None:
+    text = refusal(ValueError, {**sft, "hidden_size": 64})
+    assert "none that fit the shape that is set; choose:" in text
+    assert f'init_from="{out_dir}/pretrain_32"  (32 × 1, finished)' in text
+
+
+def test_several_weights_files_are_listed(
+    sft: Settings, out_dir: Path, weights_file: Path
+) -> None:
+    shutil.rmtree(out_dir / "pretrain_32")
+    for name in ("pretrain_32.pth", "pretrain_64_moe.pth"):
+        shutil.copy(weights_file, out_dir / name)
+    text = refusal(ValueError, sft)
+    assert f'init_from="{out_dir}/pretrain_32.pth"  (weights file)' in text
+    assert "pretrain_64_moe.pth" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers: 1 there, 3 now"),
+        ({"preset": "demo"}, "hidden_size: 32 there, 128 now"),
+        ({"rope_theta": 1e6}, "rope_theta: 100000.0 there, 1000000.0 now"),
+        ({"use_moe": True}, "use_moe: False there, True now"),
+    ],
+)
+def test_a_shape_that_differs_shows_both_values(
+    setting: Settings, line: str, sft: Settings, out_dir: Path
+) -> None:
+    run = out_dir / "pretrain_32"
+    text = refusal(ValueError, {**sft, "init_from": str(run), **setting})
+    assert f"the weights in {run} have another shape than the settings say:" in text
+    assert f"\n  {line}\n" in text
+    assert text.endswith('or to "none" for new ones.')
+
+
+def test_another_tokenizer_than_the_weights_is_refused(
+    sft: Settings, corpus_file: Path, tmp_path: Path
+) -> None:
+    other = train_tokenizer([str(corpus_file)], tmp_path / "own", vocab_size=300)
+    text = refusal(ValueError, {**sft, "tokenizer": str(other)})
+    assert f"were trained with another tokenizer than {other}: only " in text
+    assert "of 6,400 entries mean the same. Leave tokenizer out" in text
+
+
+def test_the_tokenizer_comes_with_the_weights(
+    sft: Settings, pretrained: tuple[Path, Settings], tmp_path: Path
+) -> None:
+    own = train_tokenizer([sft["data_path"]], tmp_path / "own", vocab_size=300)
+    there = {"out_dir": str(tmp_path / "other"), "tokenizer": str(own)}
+    train_here({**pretrained[1], **there})
+    settled = settle(TrainConfig(**{**sft, "out_dir": there["out_dir"]}))
+    fingerprint = read_tokenizer(own).fingerprint
+    assert settled.tokenizer.fingerprint == fingerprint
+    assert settled.cfg.vocab_size == 300
+    assert begin({**sft, **there})[0].cfg.vocab_size == 300, "and may be named"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_name_the_tensor(
+    value: float, sft: Settings, weights_file: Path, tmp_path: Path
+) -> None:
+    state = torch.load(weights_file, weights_only=True)
+    state["model.norm.weight"][3] = value
+    file = tmp_path / "bad.pth"
+    torch.save(state, file)
+    named = {"init_from": str(file), "num_attention_heads": 4}
+    text = refusal(ValueError, {**sft, **named})
+    assert text == f"{file} holds values that are not finite, in model.norm.weight"
+
+
+def test_a_damaged_weights_file_is_refused(
+    sft: Settings, weights_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.pth"
+    file.write_bytes(weights_file.read_bytes()[:5000])
+    text = refusal(ValueError, {**sft, "init_from": str(file)})
+    assert text.startswith(f"{file} is no file of weights: ")
+    shutil.copy(file, Path(sft["out_dir"]) / "pretrain_32.pth")
+    shutil.rmtree(Path(sft["out_dir"]) / "pretrain_32")
+    assert "pretrain_32.pth is no file of weights: " in refusal(ValueError, sft)
+
+
+def test_a_place_without_weights_is_refused(sft: Settings, tmp_path: Path) -> None:
+    text = refusal(FileNotFoundError, {**sft, "init_from": str(tmp_path / "nowhere")})
+    assert text.startswith(f"{tmp_path / 'nowhere'} holds no weights: a run folder, ")
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(
+    sft: Settings, out_dir: Path
+) -> None:
+    checkpoint = out_dir / "pretrain_32" / "checkpoints" / "step_00000001"
+    damage(checkpoint / "model.safetensors")
+    text = refusal(ValueError, {**sft, "init_from": str(checkpoint)})
+    assert text.startswith(f"the checkpoint {checkpoint} is damaged: ")
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_run_goes_on_though_the_weights_it_began_from_are_gone(
+    sft: Settings, out_dir: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(out_dir, kept)
+    train_here(sft, stop_at=1)
+    straight = train_here({**sft, "out_dir": str(kept)})[1]
+    shutil.rmtree(out_dir / "pretrain_32")
+    ending, folder = train_here(sft)
+    assert ending == "finished"
+    assert state_hashes(folder) == state_hashes(straight)
+    assert begin(sft)[0].complete
+    renamed = {**sft, "run_name": "another"}
+    assert "holds no run of stage='pretrain'" in refusal(FileNotFoundError, renamed)
+    anew = {**sft, "resume": False}
+    assert "holds no run of stage='pretrain'" in refusal(FileNotFoundError, anew)
+
+
+def test_a_run_goes_on_though_the_weights_it_began_from_have_changed(
+    sft: Settings, out_dir: Path
+) -> None:
+    _, folder = train_here(sft, stop_at=1)
+    run = copy_run(out_dir, "newer")
+    checkpoint = run / "checkpoints" / "step_00000001"
+    shutil.rmtree(checkpoint)
+    pretrained = RunFolder(out_dir / "pretrain_32")
+    more = {**pretrained.read_config()["settings"], "max_steps": 2}
+    train_here({**more, "resume": False})
+    make_newest(pretrained.root)
+    prepared, notes = begin(sft)
+    assert prepared.checkpoint is not None
+    assert (
+        f"{folder.root} goes on, though the weights in {pretrained.root} are not those "
+        "it began from; resume=False begins from them"
+    ) in notes
+    named = {**sft, "init_from": str(pretrained.root)}
+    with pytest.raises(RuntimeError, match="the content of init_from is another"):
+        begin(named)
+    allowed = {**named, "allow_change": ("init_from",)}
+    assert begin(allowed)[0].checkpoint is not None
+
+
+def test_a_mixture_fine_tunes_under_its_own_name(
+    pretrained: tuple[Path, Settings], sft: Settings, tmp_path: Path
+) -> None:
+    out = {"out_dir": str(tmp_path / "mixture")}
+    train_here({**pretrained[1], **out, "use_moe": True, "n_routed_experts": 3})
+    _, folder = train_here({**sft, **out})
+    assert folder.root.name == "sft_32_moe"
+    assert (tmp_path / "mixture" / "full_sft_32_moe.pth").is_file()
+    assert folder.read_config()["settings"]["n_routed_experts"] == 3
+    load = json.loads(json.dumps(metric_rows(folder, "train", "expert_load")[0][0]))
+    assert [len(layer) for layer in load] == [3]
+
+
+def test_where_the_weights_are_is_found_without_reading_a_model(out_dir: Path) -> None:
+    run = out_dir / "pretrain_32"
+    found = find_weights(run)
+    assert found.file == run / "checkpoints" / "step_00000001" / "model.safetensors"
+    assert (found.stage, found.config.hidden_size) == ("pretrain", 32)
+    assert found.shape()["n_routed_experts"] if found.config.use_moe else True
+    assert "n_routed_experts" not in found.shape()
