@@ -164,6 +164,8 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
             on_note(f"the earlier run is kept as {folder.move_aside()}")
         elif folder.exists():
             compare_hashes(folder, config, resolved, on_note)
+            before = folder.read_config()["hashes"]
+            config["hashes"]["initial"] = before.get("initial")
             checkpoint = folder.newest_good_checkpoint(repair=True)
         done = checkpoint.step if checkpoint else 0
         total_steps = _total_steps(corpus, resolved, checkpoint)
