@@ -3,6 +3,7 @@ import re
 from typing import Any
 
 import pytest
+from support.runs import train_here
 
 from minimind_nb import planning
 from minimind_nb.config import TrainConfig, resolve
@@ -150,3 +151,106 @@ def test_what_train_would_refuse_is_refused(settings, tmp_path):
         plan({"data_path": "demo"})  # pyright: ignore[reportArgumentType]
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl does not exist"):
         plan(TrainConfig(data_path=str(tmp_path / "nowhere.jsonl")))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def chat_settings(settings, tmp_path) -> dict[str, Any]:
+    """Sixty conversations, the last one's second answer longer than a row of 64."""
+    rows = [[user(f"Is {n} a number?"), answer(f"Yes, {n}.")] for n in range(60)]
+    rows[-1] += [user("More?"), answer("word " * 80)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
+    own = {"stage": "sft", "data_path": path, "recipe": "demo-sft", "max_seq_len": 64}
+    return {**settings, **own, "init_from": "none", "val_fraction": 0.0}
+
+
+@pytest.fixture
+def pair_settings(chat_settings, tmp_path) -> dict[str, Any]:
+    rows = (
+        {
+            "chosen": [user(f"Is {n} a number?"), answer("Yes.")],
+            "rejected": [user(f"Is {n} a number?"), answer("No, never.")],
+        }
+        for n in range(60)
+    )
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"stage": "dpo", "data_path": path, "recipe": "demo-dpo"}
+    return {**chat_settings, **own, "val_fraction": 0.1}
+
+
+def test_a_plan_of_fine_tuning_tells_what_is_learned_from_and_what_is_cut(
+    chat_settings,
+):
+    facts = plan(TrainConfig(**chat_settings))
+    assert facts.title.startswith("sft_128 on ")
+    assert facts["documents"] == "60 to train on, 0 held out"
+    assert facts["too long"] == (
+        "1 over-long conversations are cut at a turn (max_seq_len=64)"
+    )
+    epoch = re.fullmatch(
+        r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\), (\d+) learned "
+        r"from",
+        facts["an epoch"],
+    )
+    assert epoch
+    tokens, rows = int(epoch[1].replace(",", "")), int(epoch[2])
+    assert tokens / (rows * 64) == pytest.approx(float(epoch[3]), abs=1e-3)
+    assert 60 * 5 < int(epoch[4]) < tokens / 2
+    assert "begins from" not in facts
+    assert facts["global batch"].startswith("8 rows = batch_size 8 × ")
+
+
+def test_a_plan_of_preferences_counts_pairs(pair_settings):
+    facts = plan(TrainConfig(**pair_settings, epochs=3))
+    found = re.fullmatch(r"(\d+) to train on, (\d+) held out", facts["pairs"])
+    assert found
+    trained, held_out = map(int, found.groups())
+    assert trained + held_out == 60 and held_out > 0
+    assert re.fullmatch(
+        rf"[\d,]+ text tokens in {trained} pairs, [\d,]+ learned from",
+        facts["an epoch"],
+    )
+    assert facts["global batch"].startswith("8 pairs = batch_size 8 × ")
+    steps = min(60, -(-3 * trained // 8))
+    assert facts["steps"].startswith(f"{steps} optimizer steps, ")
+    assert "too long" not in facts and "documents" not in facts
+
+
+def test_a_plan_says_what_the_run_would_begin_from(settings, chat_settings):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "max_steps": 1}
+    own = {**settings, "preset": None, **small, "sample_tokens": 0, "max_seq_len": 32}
+    _, folder = train_here(own)
+    del chat_settings["preset"]
+    chat_settings["init_from"] = "auto"
+    facts = plan(TrainConfig(**chat_settings))
+    assert facts["begins from"] == str(folder.root)
+    assert facts.title.startswith("sft_32 on ")
+    assert not (folder.root.parent / "sft_32").exists()
+    with pytest.raises(FileNotFoundError, match="holds no run of stage='sft' and no "):
+        plan(TrainConfig(**{**chat_settings, "stage": "dpo", "recipe": "demo-dpo"}))
+
+
+def test_a_preview_marks_what_is_learned_from(chat_settings):
+    (row,) = preview(TrainConfig(**chat_settings), rows=1)
+    assert row.startswith("<|im_start|>user\nIs ")
+    asked = re.findall(r"Is (\d+) a number\?<\|im_end\|>\n<\|im_start\|>assistant", row)
+    learned = re.findall(r"\n⟦Yes, (\d+)\.<\|im_end\|>\n⟧", row)
+    assert asked == learned and len(learned) >= 2
+
+
+def test_a_preview_of_a_pair_shows_the_chosen_answer_first(pair_settings):
+    first, second = preview(TrainConfig(**pair_settings))
+    for pair in (first, second):
+        yes, no = re.findall(r"⟦(.*?)<\|im_end\|>\n⟧", pair, re.DOTALL)
+        assert (yes, no) == ("Yes.", "No, never.")
+        assert len(set(re.findall(r"Is (\d+) a", pair))) == 1
+    assert first != second

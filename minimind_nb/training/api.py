@@ -126,7 +126,9 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
         run = RunFolder(folder)
         write_tokenizer(settled.tokenizer, run.tokenizer)
-        job = functools.partial(_job, "measure", settled, run, corpus)
+        job = functools.partial(
+            _job, "measure", settled, run, corpus, initial=weights.file
+        )
         _launch(job, settled.cfg.device, lambda: None, lambda _: None)
         scores = json.loads((run.root / "scores.json").read_bytes())
     excerpts = corpus.excerpts(settled.cfg)
@@ -169,6 +171,7 @@ def training_job(prepared: Prepared, environment: Mapping[str, str]) -> Job:
         prepared.folder,
         prepared.corpus,
         environment,
+        initial=prepared.initial_file,
         config=prepared.config,
         weights_file=str(prepared.weights_file),
         total_steps=prepared.total_steps,
@@ -184,16 +187,18 @@ def _job(
     folder: RunFolder,
     corpus: Corpus,
     environment: Mapping[str, str],
+    *,
+    initial: Path | None,
     **more: Any,
 ) -> Job:
-    cfg, initial = settled.cfg, settled.initial
+    cfg = settled.cfg
     assert cfg.num_processes
     threads = choose_threads(cfg.num_processes, settled.hardware.cpu_cores)
     payload = {
         "settings": dataclasses.asdict(cfg),
         "folder": str(folder.root),
         "corpus": corpus.describe(),
-        "initial": str(initial.weights.file) if initial else None,
+        "initial": initial and str(initial),
         "threads": threads,
         **more,
     }

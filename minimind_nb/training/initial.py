@@ -30,7 +30,10 @@ _Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights to begin from: what was named, what was found, the sha256 of the file."""
+    """Weights to begin from: what was named, what was found, the sha256 of the file.
+
+    Without a sha256 they are the newest of a run that is there and goes on.
+    """
 
     source: str
     weights: FoundWeights
@@ -156,9 +159,8 @@ def _going_on(cfg: TrainConfig) -> Initial:
     elif cfg.run_name:
         folders = [folder for folder in folders if folder.root.name == cfg.run_name]
     if len(folders) == 1 and cfg.resume is not False and folders[0].exists():
-        folder = folders[0]
-        digest = folder.read_config()["hashes"].get("initial")
-        return Initial(str(folder.root), find_weights(folder.root), digest)
+        root = folders[0].root
+        return Initial(str(root), find_weights(root), None)
     before = STAGES[cfg.stage].before
     there = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
     raise FileNotFoundError(

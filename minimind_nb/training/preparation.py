@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -59,8 +60,9 @@ class Settled:
 class Prepared:
     """A run that can start: `checkpoint` is None for a new one.
 
-    `config` is what config.json holds; `total_steps` its horizon; `complete` tells
-    that there is nothing left to do.
+    `config` is what config.json holds; `initial_file` the weights it begins, or began,
+    from, None for new ones and where they are lost; `total_steps` its horizon;
+    `complete` tells that there is nothing left to do.
     """
 
     settled: Settled
@@ -68,6 +70,7 @@ class Prepared:
     corpus: Corpus
     checkpoint: Checkpoint | None
     config: dict[str, Any]
+    initial_file: Path | None
     total_steps: int
     complete: bool
 
@@ -144,29 +147,27 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     folder, resolved = meet_run(settled.cfg, on_note)
     settled = dataclasses.replace(settled, cfg=resolved)
     corpus = open_corpus(settled, on_note)
-    config = {
-        "settings": dataclasses.asdict(resolved),
-        "explicit": sorted(cfg.explicit()),
-        "accumulation_asked": accumulation_asked,
-        "hashes": {
-            "data": corpus.cache.folder.name,
-            "validation": corpus.val_cache.folder.name,
-            "tokenizer": settled.tokenizer.fingerprint,
-            "initial": initial.digest if initial else None,
-        },
-        "began_from": initial.source if initial else None,
-        "rejected_rows": corpus.cache.facts["bad_rows"],
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    config = _describe(cfg, settled, corpus) | {
+        "accumulation_asked": accumulation_asked
     }
+    file = initial.weights.file if initial else None
     with folder.lock():
         checkpoint = None
         if folder.exists() and resolved.resume is False:
-            on_note(f"the earlier run is kept as {folder.move_aside()}")
+            inside = file and os.path.relpath(file, folder.root)
+            kept = folder.move_aside()
+            on_note(f"the earlier run is kept as {kept}")
+            if inside and not inside.startswith(os.pardir):
+                file = kept / inside  # the weights to begin from were its own
         elif folder.exists():
             compare_hashes(folder, config, resolved, on_note)
-            before = folder.read_config()["hashes"]
-            config["hashes"]["initial"] = before.get("initial")
             checkpoint = folder.newest_good_checkpoint(repair=True)
+        if checkpoint:
+            before = folder.read_config()
+            if config["hashes"]["initial"] != before["hashes"].get("initial"):
+                file = None  # other weights, which this run has nothing to do with
+            config["hashes"]["initial"] = before["hashes"].get("initial")
+            config["began_from"] = before.get("began_from")
         done = checkpoint.step if checkpoint else 0
         total_steps = _total_steps(corpus, resolved, checkpoint)
         complete = folder.status() == "finished" and done >= total_steps
@@ -179,7 +180,27 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
                 on_note(told)
             write_tokenizer(settled.tokenizer, folder.tokenizer)
             folder.write_config(config)
-    return Prepared(settled, folder, corpus, checkpoint, config, total_steps, complete)
+    return Prepared(
+        settled, folder, corpus, checkpoint, config, file, total_steps, complete
+    )
+
+
+def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, Any]:
+    """What config.json holds of a run that is settled, `cfg` being what was asked."""
+    initial = settled.initial
+    return {
+        "settings": dataclasses.asdict(settled.cfg),
+        "explicit": sorted(cfg.explicit()),
+        "hashes": {
+            "data": corpus.cache.folder.name,
+            "validation": corpus.val_cache.folder.name,
+            "tokenizer": settled.tokenizer.fingerprint,
+            "initial": initial.digest if initial else None,
+        },
+        "began_from": initial.source if initial else None,
+        "rejected_rows": corpus.cache.facts["bad_rows"],
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
 
 
 def describe_cuts(excerpts: Excerpts, cfg: TrainConfig) -> str:

@@ -103,9 +103,9 @@ def compare_hashes(
     changed = [
         settings[name]
         for name, value in config["hashes"].items()
-        if before["hashes"].get(name) != value
+        if value is not None and before["hashes"].get(name) != value
     ]
-    if "init_from" in changed and cfg.init_from in ("auto", "none"):
+    if "init_from" in changed and cfg.init_from == "auto":
         changed.remove("init_from")
         on_note(
             f"{folder.root} goes on, though the weights in {config['began_from']} are "
@@ -167,9 +167,9 @@ def _copy_run(source: RunFolder, folder: RunFolder) -> None:
         target = RunFolder(aside).checkpoint_folder(checkpoint.step)
         shutil.copytree(checkpoint.folder, target, copy_function=shutil.copyfile)
         verified.verify(target)
-    if source.reference.exists():
-        target = RunFolder(aside).reference
-        shutil.copytree(source.reference, target, copy_function=shutil.copyfile)
+    for part in (source.tokenizer, source.reference):
+        if part.exists():
+            shutil.copytree(part, aside / part.name, copy_function=shutil.copyfile)
     aside.rename(folder.root)
 
 

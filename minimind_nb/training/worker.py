@@ -113,7 +113,7 @@ def build(
     cfg = TrainConfig(**payload["settings"])
     folder, checkpoint = RunFolder(payload["folder"]), payload["checkpoint"]
     tokenizer = read_tokenizer(folder.tokenizer)
-    model = initial_model(payload)
+    model = new_model(payload) if checkpoint else initial_model(payload)
     nn.Module.to(model, device)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
@@ -172,15 +172,31 @@ def log_start(t: Trainer, event: str) -> None:
 
 
 def initial_model(payload: Mapping[str, Any]) -> MiniMindForCausalLM:
-    """The model a run begins from: new weights, the same for the same seed on any rank,
-    or those that were found."""
+    """The model a run begins from: new weights, or those that were found.
+
+    Raises `RuntimeError` where the weights that a run began from are not there.
+    """
+    config = payload.get("config", {})
+    file = payload["initial"]
+    if file is None and config.get("hashes", {}).get("initial"):
+        raise RuntimeError(
+            f"the weights that this run began from ({config['began_from']}) are not there "
+            "as they were, and its reference model, which they are, has to be computed "
+            "again; put them back, or begin anew with resume=False"
+        )
+    model = new_model(payload)
+    if file:
+        put_weights(model, read_tensors(Path(file)), file)
+    return model
+
+
+def new_model(payload: Mapping[str, Any]) -> MiniMindForCausalLM:
+    """A freshly initialised model: the same weights for the same seed, on any rank."""
     cfg = TrainConfig(**payload["settings"])
     tokenizer = read_tokenizer(RunFolder(payload["folder"]).tokenizer)
     torch.manual_seed(cfg.seed)
-    model = MiniMindForCausalLM(model_config(dataclasses.asdict(cfg), tokenizer))
-    if file := payload["initial"]:
-        put_weights(model, read_tensors(Path(file)), file)
-    return model.train()
+    config = model_config(dataclasses.asdict(cfg), tokenizer)
+    return MiniMindForCausalLM(config).train()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

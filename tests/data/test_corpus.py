@@ -9,7 +9,7 @@ import pytest
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data import shards
 from minimind_nb.data.batches import IGNORED
-from minimind_nb.data.corpus import Corpus
+from minimind_nb.data.corpus import Corpus, detect_format
 from minimind_nb.data.faults import DataError
 
 TEXTS = [f"document {n}" for n in range(200)]
@@ -146,3 +146,114 @@ def test_validation_is_as_the_configuration_says(prepare):
     assert batch.inputs.shape[1] == 24
     assert batch.documents is not None
     assert 80 < int((batch.targets != IGNORED).sum()) <= 100
+
+
+def user(said):
+    return {"role": "user", "content": said}
+
+
+def answer(said):
+    return {"role": "assistant", "content": said}
+
+
+@pytest.fixture
+def prepare_rows(tmp_path, byte_spec):
+    """A function that writes rows of any kind, and opens them for a stage."""
+
+    def prepare_rows(rows, stage, **wanted):
+        file = tmp_path / f"{stage}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        cfg = resolve(TrainConfig(stage=stage, data_path=str(file), **wanted))
+        return Corpus.prepare(
+            cfg, byte_spec, tmp_path / "cache", 1, lambda _: None
+        ), cfg
+
+    return prepare_rows
+
+
+def pair(number, size=3):
+    asked, said = user(f"question {number}"), "a" * size
+    return {"chosen": [asked, answer(said)], "rejected": [asked, answer("b")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "record_format"),
+    [
+        ('{"text": "a"}', "pretrain"),
+        ('{"conversations": []}', "sft"),
+        ('{"text": "a", "conversations": []}', "sft"),
+        ('\n{"id": 3, "text": 4}', "pretrain"),
+    ],
+)
+def test_the_format_of_a_file_is_told_by_its_first_rows_keys(
+    row, record_format, tmp_path
+):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{row}\n")
+    assert detect_format(file) == record_format
+
+
+def test_the_demo_is_text_for_pretraining_and_chats_for_the_rest():
+    formats = [detect_format("demo", stage) for stage in ("pretrain", "sft", "dpo")]
+    assert formats == ["pretrain", "sft", "sft"]
+
+
+def test_a_file_of_neither_format_says_what_was_found(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": 1, "answer": 2}\n')
+    with pytest.raises(DataError) as caught:
+        detect_format(file)
+    assert str(caught.value) == (
+        f"{file} has neither texts nor conversations, its first row the keys ['answer', "
+        '\'prompt\']: expected is one {"text": "…"} or {"conversations": […]} a line'
+    )
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        detect_format(tmp_path / "nowhere.jsonl")
+    file.write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        detect_format(file)
+
+
+def test_both_answers_of_a_pair_are_on_the_same_side(prepare_rows):
+    corpus, cfg = prepare_rows([pair(n) for n in range(60)], "dpo", val_fraction=0.3)
+    assert len(corpus.cache) == 120
+    for documents in (corpus.documents, corpus.val_documents):
+        assert len(documents) > 10
+        assert (documents[::2] % 2 == 0).all()
+        assert (documents[1::2] == documents[::2] + 1).all()
+    rows = corpus.validation_rows(cfg, pad_id=0)
+    assert rows is not None
+    assert len(rows) == len(corpus.val_documents) // 2
+
+
+def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
+    rows = [[user("a"), answer("b" * n)] for n in (1, 2, 90)]
+    chats = [{"conversations": row} for row in rows]
+    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
+    corpus, cfg = prepare_rows(chats, "sft", max_seq_len=50, **lax)
+    excerpts = corpus.excerpts(cfg)
+    assert excerpts.documents.tolist() == [0, 1]
+    assert (excerpts.cut, excerpts.dropped) == (0, 1)
+    assert corpus.training_stream(cfg, pad_id=0).tokens == 22 + 23
+    assert corpus.excerpts(dataclasses.replace(cfg, max_seq_len=200)).dropped == 0
+
+
+def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare_rows):
+    rows = [pair(n, size=3 if n % 2 else 90) for n in range(10)]
+    with pytest.raises(
+        ValueError, match=r"dpo\.jsonl: 5 of 10 .* max_seq_len=60 token"
+    ):
+        prepare_rows(rows, "dpo", max_seq_len=60, val_fraction=0.0)
+    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
+    corpus, cfg = prepare_rows(rows, "dpo", max_seq_len=60, **lax)
+    assert corpus.excerpts(cfg).dropped == 5
+    assert corpus.training_stream(cfg, pad_id=0).rows == 5
+
+
+def test_answers_that_are_all_cut_away_are_refused_whatever_is_allowed(prepare_rows):
+    chats = [{"conversations": [user("a"), answer("b" * 99)]}] * 3
+    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.99}
+    with pytest.raises(
+        ValueError, match="3 of 3 conversations have no whole answer wi"
+    ):
+        prepare_rows(chats, "sft", max_seq_len=50, **lax)

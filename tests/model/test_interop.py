@@ -11,10 +11,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_nb.config import PRESETS, TrainConfig, resolve
+from minimind_nb.config import (
+    MIXTURE_FIELDS,
+    PRESETS,
+    SHAPE_FIELDS,
+    TrainConfig,
+    resolve,
+)
 from minimind_nb.data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.interop import infer_shape, load, model_config, put_weights
+from minimind_nb.model.interop import (
+    find_weights,
+    infer_shape,
+    load,
+    model_config,
+    put_weights,
+)
 from minimind_nb.storage import verified
 from minimind_nb.storage.runs import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
 
@@ -311,3 +323,49 @@ def test_a_models_configuration_comes_from_the_settings(spec):
     config = model_config(settings, spec)
     assert (config.hidden_size, config.n_shared_experts) == (768, 0)
     assert (config.pad_token_id, config.eos_token_id) == (spec.pad_id, spec.eos_id)
+
+
+@pytest.mark.parametrize(
+    ("which", "step", "stage"), [("last", 12, "pretrain"), ("best", 8, "pretrain")]
+)
+def test_weights_of_a_run_are_found_with_tokenizer_and_stage(
+    which, step, stage, run, spec
+):
+    found = find_weights(run.root, which)
+    assert found.file == run.checkpoint_folder(step) / WEIGHTS
+    assert found.tokenizer == spec
+    assert (found.stage, found.config.hidden_size) == (stage, 32)
+    assert float(found.read()[EMBEDDING][0, 0]) == step
+
+
+def test_weights_elsewhere_say_neither_tokenizer_nor_stage(model, tmp_path, spec):
+    file = save(model.state_dict(), tmp_path / "a.pth")
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    for place, weights in ((file, file), (saved, saved / WEIGHTS)):
+        found = find_weights(place)
+        assert found.file == weights
+        assert (found.tokenizer, found.stage) == (None, None)
+        assert torch.equal(found.read()[EMBEDDING], model.state_dict()[EMBEDDING])
+    write_tokenizer(spec, saved)
+    assert find_weights(saved).tokenizer == spec
+
+
+def test_the_tokenizer_that_is_named_goes_behind_the_runs_own(run, tmp_path, spec):
+    other = dataclasses.replace(spec, eos_token="<|endoftext|>", eos_id=0)
+    assert find_weights(run.root, tokenizer=other).tokenizer == spec
+    alone = run.checkpoint_folder(4).rename(tmp_path / "step_00000004")
+    assert find_weights(alone, tokenizer=other).tokenizer == other
+
+
+def test_a_shape_by_the_settings_names_has_a_mixtures_only_for_one(tmp_path):
+    dense, mixture = (
+        find_weights(
+            save(model_of(use_moe=moe).state_dict(), tmp_path / f"{moe}.pth")
+        ).shape()
+        for moe in (False, True)
+    )
+    assert (dense["hidden_size"], dense["use_moe"]) == (32, False)
+    assert mixture.keys() == set(SHAPE_FIELDS)
+    assert mixture.keys() - dense.keys() == set(MIXTURE_FIELDS)
+    assert (mixture["n_routed_experts"], mixture["n_shared_experts"]) == (4, 1)

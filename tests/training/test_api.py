@@ -1,21 +1,34 @@
 """`train` as a user calls it: spawned ranks, one and several."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.runs import Settings, metric_rows, state_hashes
+import torch
+from support.runs import (
+    HeldStop,
+    Settings,
+    metric_rows,
+    state_hashes,
+    train_here,
+    tree,
+)
 
 import minimind_nb as mm
+from minimind_nb.data.conversations import TRAINED, ChatEncoder
+from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.launch.processes import Job
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.runs import RunFolder
-from minimind_nb.training import api
+from minimind_nb.training import api, worker
 
 REPORTED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
 
@@ -137,3 +150,213 @@ def test_gpus_that_do_not_meet_are_tried_without_p2p_and_then_without_shm() -> N
         {"NCCL_P2P_DISABLE": "1"},
         {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
     ]
+
+
+def losses_of(folder: RunFolder) -> list[float]:
+    return [loss for (loss,) in metric_rows(folder, "train", "loss")]
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_two_ranks_of_a_mixture_equal_one(
+    settings: Settings, tmp_path: Path, seq_aux: bool
+) -> None:
+    """The loss that balances over the batch is no sum over ranks; it is 0 here."""
+    alpha = 0.1 if seq_aux else 0.0
+    moe = {"use_moe": True, "seq_aux": seq_aux, "aux_loss_alpha": alpha}
+    settings = {**settings, **moe, "max_steps": 10}
+    _, one = train_here({**settings, "out_dir": str(tmp_path / "one")})
+    two = train(settings, num_processes=2, batch_size=2)
+    assert len(losses_of(one)) == 10
+    assert losses_of(one) == pytest.approx(losses_of(two), abs=1e-5)
+    apart = [metric_rows(folder, "train", "aux_loss") for folder in (one, two)]
+    assert [x for (x,) in apart[0]] == pytest.approx([x for (x,) in apart[1]], abs=1e-5)
+    assert (apart[0][0][0] > 0.1) is seq_aux
+    loads = [metric_rows(folder, "train", "expert_load") for folder in (one, two)]
+    for (a,), (b,) in zip(*loads, strict=True):
+        assert a == [pytest.approx(layer, abs=0.02) for layer in b]
+        assert [sum(layer) for layer in b] == pytest.approx([1, 1])
+
+
+def test_two_ranks_with_an_expert_that_gets_no_token_end_together(
+    sft_settings: Settings, tmp_path: Path
+) -> None:
+    """A rank that gets no row at the end of the data has none for any expert."""
+    moe = {"use_moe": True, "n_routed_experts": 8, "num_experts_per_tok": 1}
+    few = {"batch_size": 2, "max_steps": None, "epochs": 1, "max_seq_len": 62}
+    settings = {**sft_settings, **moe, **few}
+    _, one = train_here({**settings, "out_dir": str(tmp_path / "one")})
+    two = train(settings, num_processes=2, batch_size=1)
+    assert losses_of(one) == pytest.approx(losses_of(two), abs=1e-5)
+    shares = [
+        layer for (load,) in metric_rows(two, "train", "expert_load") for layer in load
+    ]
+    assert any(0.0 in layer for layer in shares)
+    assert metric_rows(two, "train", "samples")[-1][0] % 2 == 1
+
+
+def test_two_ranks_of_preferences_equal_one(
+    dpo_settings: Settings, tmp_path: Path
+) -> None:
+    """They share the reference's work, too."""
+    _, one = train_here({**dpo_settings, "out_dir": str(tmp_path / "one")})
+    two = train(dpo_settings, num_processes=2, batch_size=2)
+    for kind in ("train", "eval"):
+        names = ("loss", "reward_margin", "kl")
+        for name in names:
+            rows = [metric_rows(folder, kind, name) for folder in (one, two)]
+            found = [[value for (value,) in row] for row in rows]
+            assert found[0] == pytest.approx(found[1], abs=1e-5)
+    counts = ("step", "samples", "tokens")
+    assert metric_rows(one, "train", *counts) == metric_rows(two, "train", *counts)
+    for name in ("training", "validation"):
+        one_s, two_s = (np.fromfile(f.reference / name) for f in (one, two))
+        assert two_s == pytest.approx(one_s, abs=1e-4)
+
+
+def score_by_hand(
+    run: RunFolder, texts: list[tuple[list[int], list[bool]]], text_bytes: int
+) -> dict[str, float]:
+    """Loss of the learned tokens of each text alone, and what follows from it."""
+    model, _ = mm.load(run.root)
+    total, count = 0.0, 0
+    for ids, learned in texts:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:-1]])).logits[0].double()
+        chances = logits.log_softmax(-1)
+        for t, target in enumerate(ids[1:]):
+            if learned[t + 1]:
+                total -= float(chances[t, target])
+                count += 1
+    loss = total / count
+    bits = total / math.log(2) / text_bytes
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+
+
+def rank_settings(count: int) -> Settings:
+    return {"num_processes": count, "device": "cpu", "dtype": "float32"}
+
+
+def test_a_file_of_text_is_measured_by_two_processes_as_by_hand(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, run = train_here({**settings, "max_steps": 3, "document_mask": True})
+    before = tree(run.root)
+    spec = read_tokenizer()
+    texts = [f"text {n} 猫 " * n for n in range(1, 8)]
+    file = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    encoded = BulkEncoder(spec, 1).encode(texts)
+    ids = [[spec.bos_id, *each.tolist(), spec.eos_id] for each in encoded]
+    size = sum(len(text.encode()) for text in texts)
+    expected = score_by_hand(run, [(one, [True] * len(one)) for one in ids], size)
+    mask = {"max_seq_len": 200, "document_mask": True, "batch_size": 1}
+    scores = mm.evaluate(run.root, file, **mask, **rank_settings(2))
+    assert {name: scores[name] for name in expected} == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert scores["documents"] == 7
+    assert "perplexity" in repr(scores) and "<table" in scores._repr_html_()
+    after = tree(run.root)
+    del before["lock"]
+    assert before.items() <= after.items(), "nothing of the run is changed"
+
+
+def test_the_answers_of_chats_are_measured_as_by_hand(
+    sft_settings: Settings, chat_file: Path, measured_here: None
+) -> None:
+    _, run = train_here({**sft_settings, "max_steps": 3})
+    chats = [json.loads(line)["conversations"] for line in chat_file.open()]
+    encoder = ChatEncoder(read_tokenizer())
+    texts = []
+    for ids, marks in encoder.encode(chats):  # pyright: ignore[reportGeneralTypeIssues]
+        texts.append((ids.tolist(), [bool(mark & TRAINED) for mark in marks]))
+    size = sum(
+        len(message["content"].encode())
+        for chat in chats
+        for message in chat
+        if message["role"] == "assistant"
+    )
+    expected = score_by_hand(run, texts, size)
+    scores = mm.evaluate(run.root, chat_file, batch_size=3, **rank_settings(1))
+    assert {name: scores[name] for name in expected} == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert (scores["documents"], scores["cut"], scores["left out"]) == (50, 0, 0)
+
+
+def test_what_does_not_fit_is_counted_by_evaluate(
+    sft_settings: Settings, tmp_path: Path, measured_here: None
+) -> None:
+    _, run = train_here({**sft_settings, "max_steps": 1})
+    ask = {"role": "user", "content": "a"}
+    said = [{"role": "assistant", "content": "word " * n} for n in (1, 1, 99)]
+    chats = [[ask, said[0]], [ask, said[1], ask, said[2]], [ask, said[2]]]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps({"conversations": c}) + "\n" for c in chats))
+    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "max_seq_len": 64}
+    scores = mm.evaluate(run.root, file, **lax, **rank_settings(1))
+    assert (scores["documents"], scores["cut"], scores["left out"]) == (2, 1, 1)
+
+
+def test_a_weights_file_is_measured_with_the_shape_that_is_given(
+    settings: Settings, measured_here: None
+) -> None:
+    _, run = train_here({**settings, "max_steps": 1})
+    data = {"data_path": settings["data_path"], "max_seq_len": 64}
+    of_run = mm.evaluate(run.root, **data, **rank_settings(1))
+    file = run.root.parent / "pretrain_32.pth"
+    heads = {"num_attention_heads": 4}
+    of_file = mm.evaluate(file, **data, **heads, **rank_settings(1))
+    assert of_file["loss"] == pytest.approx(of_run["loss"], abs=1e-3)
+    few = mm.evaluate(run.root, eval_tokens=50, **data, **rank_settings(1))
+    assert few["documents"] < of_run["documents"] == 70
+
+
+def test_a_file_that_is_neither_text_nor_chats_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, run = train_here({**settings, "max_steps": 1})
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"chosen": [], "rejected": []}\n')
+    text = (
+        r"pairs\.jsonl has neither texts nor conversations, its first row the keys "
+        r"\['chosen', 'rejected'\]: expected is one"
+    )
+    with pytest.raises(mm.DataError, match=text):
+        mm.evaluate(run.root, file)
+    file.write_text("nothing of JSON\n")
+    with pytest.raises(mm.DataError, match="neither texts nor conversations"):
+        mm.evaluate(run.root, file)
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        mm.evaluate(tmp_path / "nowhere", settings["data_path"])
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist"):
+        mm.evaluate(run.root, tmp_path / "gone.jsonl")
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process would do is done in this one."""
+
+    def run_here(job: Job, on_poll: object) -> str:
+        payload = {**job.payload, "threads": 1, "store": ""}
+        record = RankRecord(job.folder.record_file(0), 0)
+        return worker.measure(0, payload, record, HeldStop())
+
+    monkeypatch.setattr(api, "run_processes", run_here)
+
+
+def test_a_run_is_measured_by_its_handle_and_its_best_checkpoint(
+    settings: Settings, measured_here: None
+) -> None:
+    every = {"save_interval": 1, "eval_interval": 1, "max_steps": 4}
+    _, folder = train_here({**settings, **every, "learning_rate": 1.0})
+    best, last = folder.best_checkpoint(), folder.newest_good_checkpoint()
+    assert best is not None and last is not None
+    assert best.step < last.step, "so steep that it must get worse"
+    run, path = mm.Run(folder.root), settings["data_path"]
+    ask = {"max_seq_len": 32, "eval_tokens": 300, **rank_settings(1)}
+    scores = [mm.evaluate(run, path, which, **ask) for which in ("best", "last")]
+    assert scores[0]["loss"] < scores[1]["loss"]
+    again = mm.evaluate(best.folder, path, **ask)
+    assert again["loss"] == scores[0]["loss"]

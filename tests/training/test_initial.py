@@ -71,7 +71,7 @@ def sft(out_dir: Path, chat_file: Path) -> Settings:
         "out_dir": str(out_dir),
         "max_seq_len": 64,
         "batch_size": 4,
-        "max_steps": 2,
+        "max_steps": 4,
         "eval_tokens": 100,
         "sample_tokens": 0,
         "device": "cpu",
@@ -416,7 +416,7 @@ def test_a_run_goes_on_though_the_weights_it_began_from_are_gone(
 ) -> None:
     kept = tmp_path / "kept"
     shutil.copytree(out_dir, kept)
-    train_here(sft, stop_at=1)
+    train_here(sft, stop_at=2)
     straight = train_here({**sft, "out_dir": str(kept)})[1]
     shutil.rmtree(out_dir / "pretrain_32")
     ending, folder = train_here(sft)
@@ -432,7 +432,7 @@ def test_a_run_goes_on_though_the_weights_it_began_from_are_gone(
 def test_a_run_goes_on_though_the_weights_it_began_from_have_changed(
     pretrained: tuple[Path, Settings], sft: Settings, out_dir: Path
 ) -> None:
-    _, folder = train_here(sft, stop_at=1)
+    _, folder = train_here(sft, stop_at=2)
     longer = {**pretrained[1], "out_dir": str(out_dir), "max_steps": 2}
     run = train_here(longer)[1].root
     prepared, notes = begin(sft)
@@ -467,3 +467,64 @@ def test_where_the_weights_are_is_found_without_reading_a_model(out_dir: Path) -
     assert found.file == run / "checkpoints" / "step_00000001" / "model.safetensors"
     assert (found.stage, found.config.hidden_size) == ("pretrain", 32)
     assert "n_routed_experts" not in found.shape()
+
+
+def test_a_run_copied_elsewhere_needs_no_run_to_begin_from(
+    sft: Settings, tmp_path: Path
+) -> None:
+    _, source = train_here(sft, stop_at=2)
+    straight = train_here({**sft, "run_name": "straight"})[1]
+    copied = {"out_dir": str(tmp_path / "elsewhere"), "resume": str(source.root)}
+    ending, folder = train_here({**sft, **copied})
+    assert (ending, folder.root.parent) == ("finished", tmp_path / "elsewhere")
+    assert state_hashes(folder) == state_hashes(straight)
+
+
+def test_a_new_run_may_begin_from_the_one_it_replaces(
+    pretrained: tuple[Path, Settings], out_dir: Path
+) -> None:
+    run = out_dir / "pretrain_32"
+    before = find_weights(run).read()[EMBEDDING]
+    anew = {"out_dir": str(out_dir), "init_from": str(run), "resume": False}
+    seen: list[torch.Tensor] = []
+
+    def look(trainer) -> None:
+        seen.append(trainer.model.state_dict()[EMBEDDING].clone())
+
+    assert train_here({**pretrained[1], **anew}, change=look)[0] == "finished"
+    assert torch.equal(seen[0], before)
+    assert (out_dir / "pretrain_32.old1").is_dir()
+
+
+def test_the_record_of_what_a_run_began_from_stays(
+    sft: Settings, out_dir: Path
+) -> None:
+    _, folder = train_here(sft, stop_at=2)
+    before = folder.read_config()
+    copy_run(out_dir, "newer")
+    begin(sft)
+    shutil.rmtree(out_dir / "newer")
+    shutil.rmtree(out_dir / "pretrain_32")
+    begin(sft)
+    after = folder.read_config()
+    assert after["hashes"] == before["hashes"]
+    assert after["began_from"] == before["began_from"]
+
+
+def test_a_pretrained_run_without_an_intact_checkpoint_is_refused(
+    sft: Settings, out_dir: Path
+) -> None:
+    checkpoint = out_dir / "pretrain_32" / "checkpoints" / "step_00000001"
+    damage(checkpoint / "model.safetensors")
+    assert "no checkpoint in " in refusal(RuntimeError, sft)
+
+
+def test_a_run_that_began_from_weights_goes_on_when_none_are_named(
+    sft: Settings,
+) -> None:
+    train_here(sft, stop_at=2)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    none = {**sft, **shape, "rope_theta": 1e5, "init_from": "none"}
+    prepared, notes = begin(none)
+    assert prepared.checkpoint is not None
+    assert not [note for note in notes if "None" in note]

@@ -87,23 +87,25 @@ def test_what_is_damaged_is_computed_again_with_equal_values(
     assert state_hashes(folder) == state_hashes(straight)
 
 
-def test_other_data_or_first_weights_are_another_reference(
+def test_other_data_and_other_first_weights_are_another_reference(
     dpo_settings: Settings, computed: Counted
 ) -> None:
     short = {**dpo_settings, "max_steps": 1}
     _, other = train_here({**short, "run_name": "other", "seed": 8})
     _, folder = train_here(short)
+    first = values_of(folder)
     file = Path(dpo_settings["out_dir"]).with_name("more.jsonl")
     shutil.copy(dpo_settings["data_path"], file)
     with file.open("a", encoding="utf-8") as more:
         more.write(file.read_text(encoding="utf-8").splitlines()[0] + "\n")
-    found = [values_of(folder)]
-    for name, value in (("init_from", str(other.root)), ("data_path", str(file))):
-        changed = {name: value, "max_steps": 2, "allow_change": (name, "val_path")}
-        train_here({**short, **changed})
-        found.append(values_of(folder))
-    assert found[0]["training"] != found[1]["training"]
-    assert [len(values["training"]) for values in found] == [100, 100, 102]
+    allowed = {"allow_change": ("data_path", "val_path"), "max_steps": 2}
+    train_here({**short, "data_path": str(file), **allowed})
+    assert len(values_of(folder)["training"]) == 102
+    assert values_of(folder)["training"][:100] == pytest.approx(
+        first["training"], rel=1e-5
+    )
+    train_here({**short, "init_from": str(other.root), "resume": False})
+    assert values_of(folder)["training"] != first["training"]
     assert computed.calls == 8
 
 
@@ -158,17 +160,23 @@ def test_a_run_goes_on_with_its_reference_though_the_weights_are_gone(
     assert state_hashes(folder) == state_hashes(RunFolder(straight / "dpo_32"))
 
 
+@pytest.mark.parametrize("weights", ["gone", "changed"])
 def test_a_reference_that_cannot_be_computed_again_is_not_made_up(
-    tuned: Settings,
+    weights: str, tuned: Settings, chat_file: Path
 ) -> None:
     _, folder = train_here(tuned, stop_at=2)
     before = values_of(folder)
-    shutil.rmtree(Path(tuned["out_dir"]) / "sft_32")
-    (Path(tuned["out_dir"]) / "full_sft_32.pth").unlink()
     shutil.rmtree(folder.reference)
+    if weights == "gone":
+        shutil.rmtree(Path(tuned["out_dir"]) / "sft_32")
+        (Path(tuned["out_dir"]) / "full_sft_32.pth").unlink()
+    else:
+        sft = {**tuned, "stage": "sft", "data_path": str(chat_file)}
+        train_here({**sft, "init_from": "none", "max_steps": 3})
     try:
         train_here(tuned)
-    except (ValueError, OSError, RuntimeError):
+    except (ValueError, OSError, RuntimeError) as error:
+        print(error)
         return
     assert values_of(folder) == before
 

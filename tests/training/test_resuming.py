@@ -9,6 +9,7 @@ from support.runs import Settings, metric_rows, state_hashes, train_here, tree
 
 from minimind_nb.config import TrainConfig
 from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.model.interop import load
 from minimind_nb.storage.runs import RunFolder
 from minimind_nb.training.preparation import prepare
 
@@ -91,6 +92,19 @@ def test_a_read_only_run_is_copied_and_goes_on(
     notes, complete = notes_of({**settings, **elsewhere})
     assert complete, "the copy stands further than the source and is left as it is"
     assert "was copied before" in notes[0]
+
+
+def test_a_copy_of_a_finished_run_can_be_opened(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, source = train_here({**settings, "max_steps": 2})
+    elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "resume": str(source.root)}
+    prepared = prepare(
+        TrainConfig(**{**settings, **elsewhere, "max_steps": 2}), lambda _: None
+    )
+    assert prepared.complete
+    assert tree(prepared.folder.tokenizer) == tree(source.tokenizer)
+    assert load(prepared.folder.root)[0].config.hidden_size == 32
 
 
 def test_a_copy_never_lands_on_a_run_that_stands_behind(
@@ -248,3 +262,16 @@ def test_a_run_with_other_settings_is_not_copied(
     with pytest.raises(RuntimeError, match="seed: 7 there, 8 now"):
         notes_of({**settings, **elsewhere, "seed": 8})
     assert not (tmp_path / "elsewhere" / "pretrain_32").exists()
+
+
+def test_what_is_asked_may_change_and_what_is_learned_may_not(
+    dpo_settings: Settings,
+) -> None:
+    train_here({**dpo_settings, "max_steps": 1})
+    asked = {"sample_prompts": ("猫?",), "sample_tokens": 3, "max_steps": 2}
+    _, folder = train_here({**dpo_settings, **asked})
+    assert metric_rows(folder, "sample", "step", "prompt")[-1] == (2, "猫?")
+    with pytest.raises(RuntimeError, match=r"dpo_beta: 0\.1 there, 0\.2 now"):
+        notes_of({**dpo_settings, "dpo_beta": 0.2})
+    with pytest.raises(RuntimeError, match="stage: 'dpo' there, 'sft' now"):
+        notes_of({**dpo_settings, "stage": "sft", "run_name": "dpo_32"})
