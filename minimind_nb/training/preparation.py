@@ -147,9 +147,8 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     folder, resolved = meet_run(settled.cfg, on_note)
     settled = dataclasses.replace(settled, cfg=resolved)
     corpus = open_corpus(settled, on_note)
-    config = _describe(cfg, settled, corpus) | {
-        "accumulation_asked": accumulation_asked
-    }
+    config = _describe(cfg, settled, corpus)
+    config["accumulation_asked"] = accumulation_asked
     file = initial.weights.file if initial else None
     with folder.lock():
         checkpoint = None
