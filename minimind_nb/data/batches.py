@@ -33,7 +33,9 @@ class MicroBatch:
 
     `inputs` and `targets`, both [B, T] int64, are aligned: `targets[b, t]` is the token
     after `inputs[b, t]`, or `IGNORED`. `documents` [B, T] int32 numbers the pieces in a
-    row (-1 is padding), or is None where documents may see each other.
+    row (-1 is padding), or is None where documents may see each other. `learned` [N]
+    int64 are the places in the flattened rows that have a target, or None where nearly
+    all have one.
 
     Where samples are pairs, pair p is the documents 2p (chosen) and 2p + 1 (rejected),
     packed into the rows in any order; `reference` [2 · samples] float64 holds what the
@@ -45,19 +47,20 @@ class MicroBatch:
     documents: torch.Tensor | None
     samples: int
     reference: torch.Tensor | None = None
+    learned: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same samples on a device."""
         if device.type == "cpu":
             return self
-        documents, reference = self.documents, self.reference
-        return MicroBatch(
-            self.inputs.pin_memory().to(device, non_blocking=True),
-            self.targets.pin_memory().to(device, non_blocking=True),
-            None if documents is None else documents.to(device),
-            self.samples,
-            None if reference is None else reference.to(device),
-        )
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        tensors = {n: v for n, v in vars(self).items() if n != "samples"}
+        return replace(self, **{name: moved(value) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class SampleReader:
             [self.text(number, piece) for number, piece in enumerate(sample)]
             for sample in samples
         ]
-        batch = collate(rows, self.width, self.pad_id)
+        batch = self._mark(collate(rows, self.width, self.pad_id))
         return batch if self.masked else replace(batch, documents=None)
 
     def _read_pairs(self, samples: Sequence[list[Piece]]) -> MicroBatch:
@@ -129,12 +132,19 @@ class SampleReader:
             [texts[number] for number, _, _ in packed.row(row)]
             for row in range(len(packed))
         ]
-        batch = collate(rows, int(packed.targets.max()), self.pad_id)
+        batch = self._mark(collate(rows, int(packed.targets.max()), self.pad_id))
         reference = None
         if self.reference is not None:
             values = self.reference[[document for document, _, _ in pieces]]
             reference = torch.from_numpy(values)
         return replace(batch, samples=len(samples), reference=reference)
+
+    def _mark(self, batch: MicroBatch) -> MicroBatch:
+        """Say which places are learned from, where these are few."""
+        if self.cache.marks is None:
+            return batch
+        places = (batch.targets.flatten() != IGNORED).nonzero().flatten()
+        return replace(batch, learned=places)
 
     def text(self, number: int, piece: Piece) -> Text:
         """A piece as inputs and targets, those masked that nothing is learned from."""

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import TrainConfig
 from ..data.batches import IGNORED, MicroBatch
+from ..model.architecture import MiniMindForCausalLM
 
 
 class Losses(NamedTuple):
@@ -31,13 +32,15 @@ class Stage:
     """`weights` begins the name of the weights file; `before` names the stage whose
     weights init_from="auto" looks for; `measures` are logged beside the loss."""
 
-    objective: Callable[[nn.Module, MicroBatch, TrainConfig], Losses]
+    objective: Callable[[MiniMindForCausalLM, MicroBatch, TrainConfig], Losses]
     weights: str
     before: str | None = None
     measures: tuple[str, ...] = ()
 
 
-def next_token_loss(model: nn.Module, batch: MicroBatch, cfg: TrainConfig) -> Losses:
+def next_token_loss(
+    model: MiniMindForCausalLM, batch: MicroBatch, cfg: TrainConfig
+) -> Losses:
     """Cross-entropy summed over the targets.
 
     In float32 whatever the precision of the products; the sum, because only the caller
@@ -47,7 +50,9 @@ def next_token_loss(model: nn.Module, batch: MicroBatch, cfg: TrainConfig) -> Lo
     return Losses(losses.sum(), aux_loss, losses.new_zeros(0))
 
 
-def preference_loss(model: nn.Module, batch: MicroBatch, cfg: TrainConfig) -> Losses:
+def preference_loss(
+    model: MiniMindForCausalLM, batch: MicroBatch, cfg: TrainConfig
+) -> Losses:
     """Direct preference optimisation (Rafailov et al. 2023): -log σ(margin) of pairs.
 
     The margin is β times how much more the model, measured against the reference,
@@ -67,33 +72,36 @@ def preference_loss(model: nn.Module, batch: MicroBatch, cfg: TrainConfig) -> Lo
 
 
 def answer_log_probabilities(
-    model: nn.Module, batch: MicroBatch
+    model: MiniMindForCausalLM, batch: MicroBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each answer of each pair, [2 · samples]: the sum of its targets'
     log-probabilities and their number; and the auxiliary loss."""
     losses_N, aux_loss = target_losses(model, batch)
-    assert batch.documents is not None
-    answer_N = batch.documents.flatten().clamp(min=0).long()  # padding adds nothing
-    sums = losses_N.new_zeros(2 * batch.samples)
-    targets_N = (batch.targets.flatten() != IGNORED).float()
-    return (
-        sums.index_add(0, answer_N, -losses_N),
-        sums.index_add(0, answer_N, targets_N),
-        aux_loss,
-    )
+    assert batch.documents is not None and batch.learned is not None
+    answer_N = batch.documents.flatten()[batch.learned].long()
+    none = losses_N.new_zeros(2 * batch.samples)
+    sums = none.index_add(0, answer_N, -losses_N)
+    return sums, none.index_add(0, answer_N, torch.ones_like(losses_N)), aux_loss
 
 
-def target_losses(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at each position [B · T], 0 without a target; auxiliary loss."""
+def target_losses(
+    model: MiniMindForCausalLM, batch: MicroBatch
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [N] at the places learned from, or all [B · T]; auxiliary loss.
+
+    Logits are computed at those places only: where answers are a third of the text a
+    step of the demo's model takes 0.68 of the time, where they are 86 % 0.98.
+    """
     mask = None if batch.documents is None else document_mask(batch.documents)
-    output = model(input_ids=batch.inputs, attention_mask=mask)
-    losses = F.cross_entropy(
-        output.logits.flatten(0, 1).float(),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
+    found = model.model(input_ids=batch.inputs, attention_mask=mask)
+    x_ND, targets_N = found.last_hidden_state.flatten(0, 1), batch.targets.flatten()
+    if batch.learned is not None:
+        x_ND, targets_N = x_ND[batch.learned], targets_N[batch.learned]
+    logits_NV = model.lm_head(x_ND).float()
+    losses_N = F.cross_entropy(
+        logits_NV, targets_N, ignore_index=IGNORED, reduction="none"
     )
-    return losses, output.aux_loss
+    return losses_N, found.aux_loss
 
 
 def document_mask(documents_BT: Tensor) -> Tensor:
