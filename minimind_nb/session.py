@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 KAGGLE_SESSION_HOURS = 12.0
 KAGGLE_MARGIN_HOURS = 0.5
@@ -54,6 +56,15 @@ class Session:
             return None
         age = 0.0 if self.kind == "plain" else process_age_seconds()
         return hours * 3600 - age
+
+
+def running_kernel() -> Any:
+    """The Jupyter kernel that this process is, or None."""
+    if "ipykernel" not in sys.modules:
+        return None
+    from IPython.core.getipython import get_ipython
+
+    return getattr(get_ipython(), "kernel", None)
 
 
 def current_session(environ: Mapping[str, str] | None = None) -> Session:

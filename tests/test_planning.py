@@ -194,7 +194,7 @@ def test_a_plan_of_fine_tuning_tells_what_is_learned_from_and_what_is_cut(
     assert facts.title.startswith("sft_128 on ")
     assert facts["documents"] == "60 to train on, 0 held out"
     assert facts["too long"] == (
-        "1 over-long conversations are cut at a turn (max_seq_len=64)"
+        "over-long conversations that are cut at a turn: 1 (max_seq_len=64)"
     )
     epoch = re.fullmatch(
         r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\), (\d+) learned "
@@ -206,7 +206,7 @@ def test_a_plan_of_fine_tuning_tells_what_is_learned_from_and_what_is_cut(
     assert tokens / (rows * 64) == pytest.approx(float(epoch[3]), abs=1e-3)
     assert 60 * 5 < int(epoch[4]) < tokens / 2
     assert "begins from" not in facts
-    assert facts["global batch"].startswith("8 rows = batch_size 8 × ")
+    assert facts["global batch"].startswith("4 rows = batch_size 4 × ")
 
 
 def test_a_plan_of_preferences_counts_pairs(pair_settings):

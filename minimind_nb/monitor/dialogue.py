@@ -14,7 +14,7 @@ from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..model.decoding import Sampling
 from ..model.generation import check_tokenizer, stream_ids
 from ..model.interop import load
-from ..session import current_session
+from ..session import current_session, running_kernel
 
 UPDATE_SECONDS = 0.25  # between two states of an answer in a notebook
 
@@ -63,7 +63,7 @@ class Chat:
         A cell shows it as one output, a terminal prints it. Raises `TypeError` for what
         is not a string, `ValueError` for an empty or too long one.
         """
-        return self._answer(text, _Cell() if _kernel() else _Terminal())
+        return self._answer(text, _Cell() if running_kernel() else _Terminal())
 
     def _answer(self, text: str, view: "_View") -> Answer:
         """`say`, shown in a view."""
@@ -149,7 +149,7 @@ def chat(
     Raises what `load` and `Chat` raise, and `ValueError` without a `text` where nobody
     can write: in a batch run (papermill, nbconvert, a Kaggle commit), without terminal.
     """
-    kernel = _kernel()
+    kernel = running_kernel()
     if text is None and not _attended(kernel):
         raise ValueError(
             "nobody can write here, in a batch run or without a terminal: give what is "
@@ -170,15 +170,6 @@ def chat(
 
         display(talk.panel())
     return talk
-
-
-def _kernel() -> Any:
-    """The Jupyter kernel that this is, or None."""
-    if "ipykernel" not in sys.modules:
-        return None
-    from IPython.core.getipython import get_ipython
-
-    return getattr(get_ipython(), "kernel", None)
 
 
 def _attended(kernel: Any) -> bool:

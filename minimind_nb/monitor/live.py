@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ..session import current_session
+from ..session import current_session, running_kernel
 from .metrics import History, Row
 from .progress import STATUS_WORDS, Plan, describe, figures, outcome, position
 
@@ -227,7 +227,7 @@ def choose_view(view: object = None) -> View:
     function gets each new state of the History. Anything else is a TypeError.
     """
     if view is None or view is True:
-        return CellView() if _in_kernel() else TerminalView()
+        return TerminalView() if running_kernel() is None else CellView()
     if view is False:
         return View()
     if callable(view):
@@ -236,12 +236,3 @@ def choose_view(view: object = None) -> View:
         f"view={view!r} is a {type(view).__name__}; expected None (a live view), False "
         "(silent) or a function of the history, for example view=False."
     )
-
-
-def _in_kernel() -> bool:
-    if "ipykernel" not in sys.modules:
-        return False
-    from ipykernel.zmqshell import ZMQInteractiveShell
-    from IPython.core.getipython import get_ipython
-
-    return isinstance(get_ipython(), ZMQInteractiveShell)

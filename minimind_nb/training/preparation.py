@@ -207,11 +207,9 @@ def describe_cuts(excerpts: Excerpts, cfg: TrainConfig) -> str:
     noun = "pairs" if cfg.stage == "dpo" else "conversations"
     told = []
     if excerpts.cut:
-        told.append(f"{excerpts.cut:,} over-long {noun} are cut at a turn")
+        told.append(f"over-long {noun} that are cut at a turn: {excerpts.cut:,}")
     if excerpts.dropped:
-        told.append(
-            f"{excerpts.dropped:,} have no whole answer that fits, and are left out"
-        )
+        told.append(f"without a whole answer that fits, left out: {excerpts.dropped:,}")
     return f"{'; '.join(told)} (max_seq_len={cfg.max_seq_len})" if told else ""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import TrainConfig
 from ..data.batches import TrainingStream, ValidationRows
-from ..data.conversations import TRAINED, ChatEncoder
+from ..data.conversations import TRAINED, TURN, USER, ChatEncoder
 from ..data.encoding import BulkEncoder
 from ..data.tokenizer import TokenizerSpec, load_tokenizer
 from ..model.generation import continue_ids
@@ -34,23 +34,30 @@ def choose_prompts(
         return []
     if cfg.sample_prompts is not None:
         return [_encode(text, cfg, tokenizer) for text in cfg.sample_prompts]
-    chosen: dict[tuple[int, ...], None] = {}
     cache, documents = stream.cache, stream.excerpts.documents
     if validation is not None:
         cache, documents = validation.cache, validation.documents
+    decode = load_tokenizer(tokenizer).decode
+    chosen: dict[str, Prompt] = {}
     for number in documents.tolist():
         ids = cache.document(number)
-        end = _BEGINNING
+        end, shown = _BEGINNING, slice(0, _BEGINNING)
         if cache.marks is not None:
-            marks = cache.marks[cache.offsets[number] : cache.offsets[number + 1]]
-            end = int(np.argmax(marks & TRAINED))
+            end, shown = _find_question(cache.marks_of(number))
         if len(chosen) < _PROMPTS and end < min(len(ids), _LONGEST):
-            chosen[tuple(ids[:end].tolist())] = None
-    decode = load_tokenizer(tokenizer).decode
-    return [
-        Prompt(str(decode(ids, skip_special_tokens=True)), ids)
-        for ids in map(list, chosen)
-    ]
+            text = str(decode(ids[shown], skip_special_tokens=True))
+            text = text.removeprefix("user\n").strip()  # ChatML's name of the role
+            chosen[text] = Prompt(text, ids[:end].tolist())
+    return list(chosen.values())
+
+
+def _find_question(marks: np.ndarray) -> tuple[int, slice]:
+    """Where the first answer begins, and the last turn of the user's before it."""
+    end = int(np.argmax(marks & TRAINED > 0))
+    turns = np.append(np.flatnonzero(marks[:end] & TURN), end)
+    asked = np.flatnonzero(marks[turns[:-1]] & USER)
+    last = int(asked[-1]) if len(asked) else 0
+    return end, slice(int(turns[last]), int(turns[last + 1]))
 
 
 def _encode(text: str, cfg: TrainConfig, tokenizer: TokenizerSpec) -> Prompt:

@@ -125,7 +125,7 @@ def test_an_explicit_value_goes_before_everything():
         batch_size=9,
     )
     assert (cfg.hidden_size, cfg.batch_size) == (192, 7)
-    assert cfg.learning_rate == 2e-3
+    assert cfg.learning_rate == 3e-3
 
 
 def test_derived_values_follow_what_was_resolved():

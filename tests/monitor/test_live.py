@@ -58,7 +58,7 @@ def test_the_view_is_chosen_by_what_is_asked_for(monkeypatch):
     assert isinstance(choose_view(None), TerminalView)
     assert isinstance(choose_view(True), TerminalView)
     assert isinstance(choose_view(print), CallbackView)
-    monkeypatch.setattr(live, "_in_kernel", lambda: True)
+    monkeypatch.setattr(live, "running_kernel", object)
     assert isinstance(choose_view(None), CellView)
     with pytest.raises(TypeError, match=r"view=3 is a int; expected None"):
         choose_view(3)

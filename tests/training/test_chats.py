@@ -263,7 +263,7 @@ def test_few_enough_or_as_many_as_allowed_are_left_out_and_counted(
     settings = {**sft_settings, **skip, "data_path": path, "max_steps": 1}
     notes: list[str] = []
     prepare(TrainConfig(**settings), notes.append)
-    told = "10 have no whole answer that fits, and are left out (max_seq_len=64)"
+    told = "without a whole answer that fits, left out: 10 (max_seq_len=64)"
     assert told in notes
     _, folder = train_here(settings)
     start = rows_of(folder, "event")[0]
@@ -282,7 +282,7 @@ def test_cut_conversations_are_counted(sft_settings: Settings, tmp_path: Path) -
     settings = {**sft_settings, "data_path": str(path), "val_fraction": 0.0}
     notes: list[str] = []
     prepare(TrainConfig(**settings), notes.append)
-    assert "7 over-long conversations are cut at a turn (max_seq_len=64)" in notes
+    assert "over-long conversations that are cut at a turn: 7 (max_seq_len=64)" in notes
     _, folder = train_here({**settings, "max_steps": 1})
     assert rows_of(folder, "event")[0]["cut"] == 7
 
