@@ -142,8 +142,7 @@ def _drill(kind: str, language: str, question: str) -> str:
 
 def _answers_chats(path: Path, which: str) -> bool:
     """Whether the model was trained to answer, by its run or else by its name."""
-    stage = find_weights(path, which).stage or path.name.partition("_")[0]
-    return stage != "pretrain"
+    return find_weights(path, which).stage != "pretrain"
 
 
 def _share(right: int, asked: int) -> str:

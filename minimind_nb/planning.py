@@ -40,7 +40,7 @@ def plan(cfg: TrainConfig) -> Facts:
     """
     settled = settle(cfg)
     corpus = open_corpus(settled, lambda _: None)
-    cfg = settled.cfg
+    cfg, initial = settled.cfg, settled.initial
     assert cfg.num_processes and cfg.batch_size
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
@@ -54,15 +54,9 @@ def plan(cfg: TrainConfig) -> Facts:
         {
             "parameters": f"{count['total']:,}{active}",
             "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
-            **({"begins from": settled.initial.source} if settled.initial else {}),
-            _noun(stream, "document") + "s": _split(
-                corpus, 2 if stream.reader.pairs else 1
-            ),
-            **(
-                {"too long": told}
-                if (told := describe_cuts(stream.excerpts, cfg))
-                else {}
-            ),
+            **_if("begins from", initial.source if initial else ""),
+            f"{_noun(stream, 'document')}s": _split(corpus, 1 + stream.reader.pairs),
+            **_if("too long", "; ".join(describe_cuts(corpus, cfg))),
             "an epoch": _epoch(stream),
             "global batch": f"{_several(stream.global_batch, _noun(stream, 'row'))} = "
             f"batch_size "
@@ -76,6 +70,10 @@ def plan(cfg: TrainConfig) -> Facts:
             "time": _time(cfg, settled.hardware, tokens),
         },
     )
+
+
+def _if(name: str, text: str) -> dict[str, str]:
+    return {name: text} if text else {}
 
 
 def _noun(stream: TrainingStream, otherwise: str) -> str:

@@ -120,7 +120,7 @@ def test_questions_go_in_batches_with_room_for_the_longest_answer(models, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("run", "pretrain"), ("pretrain_32.pth", None)]
+    ("name", "stage"), [("run", "pretrain"), ("pretrain_32.pth", "pretrain")]
 )
 def test_a_pretrained_model_goes_on_with_a_drill(models, held_out, name, stage):
     answers = {q: f" {a}\nQ: What is 1" for q, a in held_out.items()}

@@ -194,7 +194,8 @@ def test_a_plan_of_fine_tuning_tells_what_is_learned_from_and_what_is_cut(
     assert facts.title.startswith("sft_128 on ")
     assert facts["documents"] == "60 to train on, 0 held out"
     assert facts["too long"] == (
-        "over-long conversations that are cut at a turn: 1 (max_seq_len=64)"
+        "of the conversations longer than max_seq_len=64, 1 are cut at a turn and 0 left "
+        "out, for no whole answer fits"
     )
     epoch = re.fullmatch(
         r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\), (\d+) learned "

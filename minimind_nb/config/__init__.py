@@ -13,6 +13,7 @@ from .presets import (
     SHAPE_FIELDS,
     STAGES,
     TRAINING_SHAPE_FIELDS,
+    WEIGHTS_NAMES,
 )
 from .problems import describe_unknown
 from .resolution import count_parameters
@@ -26,6 +27,7 @@ __all__ = [
     "STAGES",
     "TRAINING_SHAPE_FIELDS",
     "TrainConfig",
+    "WEIGHTS_NAMES",
     "count_parameters",
     "describe_unknown",
     "kinds",

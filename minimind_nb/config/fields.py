@@ -135,7 +135,8 @@ class TrainConfig:
     """Optimizer steps between validations; one is made at step 0 and at the end too."""
     sample_prompts: tuple[str, ...] | None = None
     """What the model is asked at every validation, to see its answers change: beginnings
-    of texts, or questions; two held-out ones unless set."""
+    of texts, or questions; two held-out ones unless set. On the command line a JSON
+    list."""
     sample_tokens: int | None = None
     """Longest such answer in tokens; 0 asks nothing."""
     log_interval: int | None = None
@@ -160,7 +161,8 @@ class TrainConfig:
     on_bad_line: str = "error"
     """"error" refuses a file with a malformed line, "skip" leaves such lines out."""
     max_bad_fraction: float = 0.01
-    """Largest share of malformed lines that on_bad_line="skip" accepts."""
+    """Largest share of malformed lines that on_bad_line="skip" accepts, and of
+    conversations without an answer that fits a row."""
 
     def __new__(cls, **settings: Any) -> TrainConfig:
         known = kinds()

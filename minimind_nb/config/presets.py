@@ -148,6 +148,9 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """Defaults by stage; the machine's own device, processes and precision go before."""
 
+WEIGHTS_NAMES = {"pretrain": "pretrain", "sft": "full_sft", "dpo": "dpo"}
+"""What MiniMind calls the weights of a stage: `full_sft_512.pth`."""
+
 # A run may go on with other values of these; every other difference is refused.
 CHANGEABLE_ON_RESUME = frozenset(
     "epochs max_steps save_interval log_interval eval_interval keep_checkpoints "

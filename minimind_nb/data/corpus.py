@@ -93,7 +93,6 @@ class Corpus:
                 f"{cfg.val_path} has no text to validate on: every text in it is empty; "
                 "leave val_path out to hold out a part of data_path"
             )
-        corpus.judge(cfg)
         return corpus
 
     def describe(self) -> list[dict[str, Any]]:
@@ -128,27 +127,37 @@ class Corpus:
         assert cfg.max_seq_len
         return take_excerpts(self.cache, self.documents, cfg.max_seq_len)
 
+    def held_out_excerpts(self, cfg: TrainConfig) -> Excerpts:
+        """The same of the held-out documents."""
+        assert cfg.max_seq_len
+        return take_excerpts(self.val_cache, self.val_documents, cfg.max_seq_len)
+
     def validation_rows(self, cfg: TrainConfig, pad_id: int) -> ValidationRows | None:
         """The held-out rows, at most `eval_tokens`; None where nothing is held out."""
-        assert cfg.max_seq_len
-        excerpts = take_excerpts(self.val_cache, self.val_documents, cfg.max_seq_len)
+        excerpts = self.held_out_excerpts(cfg)
         if not len(excerpts.documents):
             return None
         return ValidationRows(self.val_cache, excerpts, cfg, pad_id)
 
-    def judge(self, cfg: TrainConfig) -> None:
-        """Raise `ValueError` where too few conversations have an answer that fits."""
-        excerpts = self.excerpts(cfg)
+    def judge(self, cfg: TrainConfig, limit: float) -> None:
+        """Raise `ValueError` where more than `limit` of the conversations, or of those
+        of a validation file all, have no answer that fits."""
+        self._judge(cfg, limit, cfg.data_path, self.excerpts(cfg))
+        if self.val_cache is not self.cache:
+            self._judge(cfg, 1.0, cfg.val_path, self.held_out_excerpts(cfg))
+
+    def _judge(
+        self, cfg: TrainConfig, limit: float, path: str | None, excerpts: Excerpts
+    ) -> None:
         kept, dropped = len(excerpts.documents), excerpts.dropped
         kept //= 2 if cfg.stage == "dpo" else 1
-        if kept and dropped <= cfg.max_bad_fraction * (kept + dropped):
+        if kept and dropped <= limit * (kept + dropped):
             return
         noun = "pairs" if cfg.stage == "dpo" else "conversations"
-        longest = int(self.cache.targets[self.documents].max())
         raise ValueError(
-            f"{cfg.data_path}: {dropped:,} of {kept + dropped:,} {noun} have no "
+            f"{path}: {dropped:,} of {kept + dropped:,} {noun} have no "
             f"whole answer within max_seq_len={cfg.max_seq_len} tokens, so nothing could "
-            f"be learned from them; raise max_seq_len (the longest has {longest:,} tokens"
-            f"), or allow more than {cfg.max_bad_fraction:.3g} of them to be left out: "
-            'max_bad_fraction=…, with on_bad_line="skip"'
+            f"be learned from them; raise max_seq_len (the longest has "
+            f"{excerpts.longest:,} tokens), or let more than {limit:.3g} of them be left "
+            'out: max_bad_fraction=…, with on_bad_line="skip"'
         )

@@ -17,7 +17,8 @@ class Excerpts:
     A part is (document, start, targets): `targets` predicted tokens, the first from the
     token at `start`. Of them `trained` are learned from, and spell `text_bytes` bytes of
     UTF-8. Documents (where they are pairs: pairs) that lost turns are `cut`; `dropped`
-    are those of which no whole answer was left, and which are not among `documents`.
+    are those of which no whole answer was left, and which are not among `documents`;
+    `longest` is the number of targets of the longest before.
     """
 
     documents: np.ndarray
@@ -27,6 +28,7 @@ class Excerpts:
     text_bytes: np.ndarray
     cut: int
     dropped: int
+    longest: int
 
 
 def take_excerpts(cache: TokenCache, documents: np.ndarray, width: int) -> Excerpts:
@@ -40,8 +42,9 @@ def take_excerpts(cache: TokenCache, documents: np.ndarray, width: int) -> Excer
     targets = cache.targets[documents]
     starts = np.zeros_like(targets)
     sizes = np.array(cache.sizes[documents])
+    longest = int(targets.max(initial=0))
     if cache.marks is None or cache.trained is None:
-        return Excerpts(documents, starts, targets, targets, sizes, 0, 0)
+        return Excerpts(documents, starts, targets, targets, sizes, 0, 0, longest)
     trained = np.array(cache.trained[documents])
     together = 2 if cache.facts["record_format"] == "dpo" else 1
     long = np.flatnonzero(targets.reshape(-1, together).max(1) > width)
@@ -65,6 +68,7 @@ def take_excerpts(cache: TokenCache, documents: np.ndarray, width: int) -> Excer
         sizes[whole],
         cut=len(long) - dropped,
         dropped=dropped,
+        longest=longest,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,8 +58,10 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    one = isinstance(prompts, str | Mapping) or isinstance([*prompts, 0][0], Mapping)
-    batch = cast(list[Prompt], [prompts] if one else list(prompts))
+    one = isinstance(prompts, str | Mapping)
+    batch: list[Any] = [prompts] if one else list(prompts)
+    if not one and batch and isinstance(batch[0], Mapping):
+        one, batch = True, [batch]
     if not batch:
         return []
     rows = _encode(model, tokenizer, batch, max_new_tokens)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, describe_unknown
+from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
@@ -63,7 +63,7 @@ def load(
 class FoundWeights:
     """Weights on disk: their file, the model they are of, what lies with them.
 
-    `tokenizer` and `stage` are None where nothing says so.
+    `tokenizer` and `stage` are None where nothing says so (of a `.pth` its name does).
     """
 
     file: Path
@@ -76,7 +76,7 @@ class FoundWeights:
         return read_tensors(self.file)
 
     def shape(self) -> dict[str, Any]:
-        """The configuration by `TrainConfig`'s names; None where it says nothing."""
+        """The configuration by `TrainConfig`'s names, of mixtures only where it is one."""
         names = set(SHAPE_FIELDS)
         if not self.config.use_moe:
             names -= set(MIXTURE_FIELDS)
@@ -102,7 +102,8 @@ def find_weights(
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
     if path.is_file():
         config = MiniMindConfig(**{**infer_shape(read_pth(path), **shape), **shape})
-        return FoundWeights(path, config)
+        names = (n for n, begin in WEIGHTS_NAMES.items() if path.name.startswith(begin))
+        return FoundWeights(path, config, stage=next(names, None))
     if shape:
         raise ValueError(
             f"{', '.join(shape)} cannot be set: only a .pth leaves its shape open, and "

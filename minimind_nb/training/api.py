@@ -26,8 +26,8 @@ from ..monitor.live import choose_view
 from ..monitor.metrics import History
 from ..monitor.report import Run, save_chart, write_summary
 from ..session import current_session
-from ..storage.runs import RunFolder
-from .preparation import Prepared, Settled, open_corpus, prepare, settle
+from ..storage.runs import STATE, RunFolder
+from .preparation import Prepared, Settled, prepare, settle
 
 _Callback = Callable[[History], object]
 # On two T4 over PCIe hangs were reported until peer-to-peer, or shared memory, was off.
@@ -111,35 +111,44 @@ def evaluate(
     `eval_tokens` only so many tokens are looked at).
 
     Returns loss (nats a token), perplexity, and bits_per_byte of the text or answers,
-    which can be compared across tokenizers. Raises what `train` raises.
+    which can be compared across tokenizers; the number of `documents`, of those that
+    are cut to fit a row, and of those `dropped` because no whole answer fits. Raises
+    what `train` raises.
     """
     refuse_unguarded_script()
+    if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
+        raise ValueError(f"{', '.join(given)}: source and data_path say this already")
     weights = find_weights(source, which, settings.get("tokenizer"))
     stage = detect_format(data_path, weights.stage or "pretrain")
-    cache = current_session().cache_folder(beside := _beside(Path(source)))
+    choices = {"out_dir": _home(weights.file), "eval_tokens": 1 << 62, **settings}
+    cache = current_session().cache_folder(choices["out_dir"])
     file = locate(data_path, cache, stage)
-    choices = {"out_dir": beside, "eval_tokens": 1 << 62, **settings}
     choices |= {"stage": stage, "data_path": file, "val_path": file}
-    init_from = weights.file.parent if weights.stage else source
-    settled = settle(TrainConfig(**choices, init_from=os.fspath(init_from)))
-    corpus = open_corpus(settled, lambda _: None)
+    is_file = weights.file.suffix == ".pth"
+    init_from = str(weights.file if is_file else weights.file.parent)
+    settled = settle(TrainConfig(**choices, init_from=init_from))
+    cfg, cores = settled.cfg, settled.hardware.cpu_cores
+    at = (settled.tokenizer, settled.cache_root, cores)
+    corpus = Corpus.prepare(cfg, *at, lambda _: None)
+    corpus.judge(cfg, 1.0)
     with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
         run = RunFolder(folder)
         write_tokenizer(settled.tokenizer, run.tokenizer)
         job = functools.partial(
             _job, "measure", settled, run, corpus, initial=weights.file
         )
-        _launch(job, settled.cfg.device, lambda: None, lambda _: None)
+        _launch(job, cfg.device, lambda: None, lambda _: None)
         scores = json.loads((run.root / "scores.json").read_bytes())
-    excerpts = corpus.excerpts(settled.cfg)
-    scores |= {"cut": excerpts.cut, "left out": excerpts.dropped}
-    return Scores(f"{source} on {data_path}", scores)
+    excerpts = corpus.excerpts(cfg)
+    scores |= {"cut": excerpts.cut, "dropped": excerpts.dropped}
+    return Scores(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
 
 
-def _beside(source: Path) -> str:
-    """The folder that holds the weights, for the token cache; "out" if read-only."""
-    parent = source.absolute().parent
-    return str(parent) if os.access(parent, os.W_OK) else "out"
+def _home(weights: Path) -> str:
+    """The out_dir that holds a run or its weights file, for the token cache."""
+    above = {".pth": 0, ".safetensors": 3 if (weights.parent / STATE).exists() else 1}
+    home = weights.absolute().parents[above[weights.suffix]]
+    return str(home) if os.access(home, os.W_OK) else "out"
 
 
 def _launch(

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ..config import PRESETS, SHAPE_FIELDS, TRAINING_SHAPE_FIELDS, TrainConfig
+from ..config import (
+    PRESETS,
+    SHAPE_FIELDS,
+    TRAINING_SHAPE_FIELDS,
+    WEIGHTS_NAMES,
+    TrainConfig,
+)
 from ..config import STAGES as DEFAULTS
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..model.architecture import MiniMindForCausalLM
@@ -101,7 +107,7 @@ def _newest_before(
     }
     finished = {f: shape for f, shape in fits.items() if f.status() == "finished"}
     if not fits:
-        pattern = f"{STAGES[before].weights}_*.pth"
+        pattern = f"{WEIGHTS_NAMES[before]}_*.pth"
         files = sorted(Path(cfg.out_dir).glob(pattern))
         if len(files) == 1 and not there:
             return files[0]
@@ -165,7 +171,7 @@ def _going_on(cfg: TrainConfig) -> Initial:
     there = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
     raise FileNotFoundError(
         f"stage={cfg.stage!r} begins from a model, and out_dir={cfg.out_dir!r} holds no "
-        f"run of stage={before!r} and no {STAGES[before or ''].weights}_*.pth (runs "
+        f"run of stage={before!r} and no {WEIGHTS_NAMES[before or '']}_*.pth (runs "
         f"there: {', '.join(sorted(there)) or 'none'}). Train one first, name the "
         'weights with init_from="…", or begin with new ones: init_from="none"'
     )

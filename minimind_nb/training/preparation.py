@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, count_parameters, resolve
+from ..config import WEIGHTS_NAMES, TrainConfig, count_parameters, resolve
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
-from ..data.excerpts import Excerpts
 from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import Hardware, choose_dtype, detect_hardware
@@ -31,7 +30,6 @@ from ..storage.runs import Checkpoint, RunFolder
 from .checkpoint import read_progress
 from .initial import Initial, find_initial
 from .resuming import compare_hashes, meet_run
-from .stages import STAGES
 from .trainer import Progress
 
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
@@ -82,9 +80,12 @@ class Prepared:
     @property
     def weights_file(self) -> Path:
         """`{out_dir}/pretrain_{hidden_size}[_moe].pth`, or `full_sft_…`, `dpo_…`."""
-        cfg = self.cfg
-        name = f"{STAGES[cfg.stage].weights}_{cfg.weights_suffix}.pth"
-        return self.folder.root.parent / name
+        return _weights_file(self.cfg, self.folder)
+
+
+def _weights_file(cfg: TrainConfig, folder: RunFolder) -> Path:
+    name = f"{WEIGHTS_NAMES[cfg.stage]}_{cfg.weights_suffix}.pth"
+    return folder.root.parent / name
 
 
 def settle(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Settled:
@@ -129,7 +130,9 @@ def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
     data_path = str(locate(cfg.data_path, root, cfg.stage))
     cfg = dataclasses.replace(cfg, data_path=data_path)
     cores = settled.hardware.cpu_cores
-    return Corpus.prepare(cfg, settled.tokenizer, root, cores, on_note)
+    corpus = Corpus.prepare(cfg, settled.tokenizer, root, cores, on_note)
+    corpus.judge(cfg, cfg.max_bad_fraction)
+    return corpus
 
 
 def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
@@ -150,6 +153,11 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     config = _describe(cfg, settled, corpus)
     config["accumulation_asked"] = accumulation_asked
     file = initial.weights.file if initial else None
+    if file and file.resolve() == _weights_file(resolved, folder).resolve():
+        raise ValueError(
+            f"init_from={str(file)!r} is the file that this run would write its own "
+            "weights to; rename it, or take another out_dir"
+        )
     with folder.lock():
         checkpoint = None
         if folder.exists() and resolved.resume is False:
@@ -175,7 +183,7 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
             if initial and not checkpoint:
                 on_note(f"begins from {initial.source}")
             _tell_rejected(corpus, folder, on_note)
-            if told := describe_cuts(corpus.excerpts(resolved), resolved):
+            for told in describe_cuts(corpus, resolved):
                 on_note(told)
             write_tokenizer(settled.tokenizer, folder.tokenizer)
             folder.write_config(config)
@@ -202,15 +210,21 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
     }
 
 
-def describe_cuts(excerpts: Excerpts, cfg: TrainConfig) -> str:
-    """What of the conversations to train on is longer than a row, in words."""
+def describe_cuts(corpus: Corpus, cfg: TrainConfig) -> list[str]:
+    """What of the conversations is longer than a row, in words."""
     noun = "pairs" if cfg.stage == "dpo" else "conversations"
     told = []
-    if excerpts.cut:
-        told.append(f"over-long {noun} that are cut at a turn: {excerpts.cut:,}")
-    if excerpts.dropped:
-        told.append(f"without a whole answer that fits, left out: {excerpts.dropped:,}")
-    return f"{'; '.join(told)} (max_seq_len={cfg.max_seq_len})" if told else ""
+    for what, excerpts in (
+        (noun, corpus.excerpts(cfg)),
+        (f"held-out {noun}", corpus.held_out_excerpts(cfg)),
+    ):
+        if excerpts.cut or excerpts.dropped:
+            told.append(
+                f"of the {what} longer than max_seq_len={cfg.max_seq_len}, "
+                f"{excerpts.cut:,} are cut at a turn and {excerpts.dropped:,} left out, "
+                "for no whole answer fits"
+            )
+    return told
 
 
 def _tell_rejected(corpus: Corpus, folder: RunFolder, on_note: _Note) -> None:

@@ -105,7 +105,8 @@ def compare_hashes(
         for name, value in config["hashes"].items()
         if value is not None and before["hashes"].get(name) != value
     ]
-    if "init_from" in changed and cfg.init_from == "auto":
+    same_name = before["settings"].get("init_from") == cfg.init_from
+    if "init_from" in changed and (same_name or cfg.init_from == "auto"):
         changed.remove("init_from")
         on_note(
             f"{folder.root} goes on, though the weights in {config['began_from']} are "

@@ -44,10 +44,12 @@ def choose_prompts(
         end, shown = _BEGINNING, slice(0, _BEGINNING)
         if cache.marks is not None:
             end, shown = _find_question(cache.marks_of(number))
-        if len(chosen) < _PROMPTS and end < min(len(ids), _LONGEST):
+        if end < min(len(ids), _LONGEST):
             text = str(decode(ids[shown], skip_special_tokens=True))
             text = text.removeprefix("user\n").strip()  # ChatML's name of the role
             chosen[text] = Prompt(text, ids[:end].tolist())
+        if len(chosen) == _PROMPTS:
+            break
     return list(chosen.values())
 
 
@@ -73,10 +75,10 @@ def write_samples(t: Trainer) -> None:
 
     The draws are seeded from (seed, step, prompt).
     """
-    if t.group.rank != 0:
+    if not t.prompts:  # none asked for, or not rank 0
         return
     config = t.model.config
-    decode = load_tokenizer(t.folder.tokenizer).decode if t.prompts else None
+    decode = load_tokenizer(t.folder.tokenizer).decode
     for number, prompt in enumerate(t.prompts):
         with t.autocast:
             (ids,) = continue_ids(
@@ -88,7 +90,6 @@ def write_samples(t: Trainer) -> None:
                 seed=seed_of(t.cfg.seed, t.progress.step, number),
                 **_SAMPLING,
             )
-        assert decode is not None
         answer = str(decode(ids, skip_special_tokens=True))
         where = t.progress.position()
         t.metrics.append(

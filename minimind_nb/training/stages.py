@@ -29,11 +29,10 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """`weights` begins the name of the weights file; `before` names the stage whose
-    weights init_from="auto" looks for; `measures` are logged beside the loss."""
+    """`before` names the stage whose weights init_from="auto" looks for; `measures` are
+    logged beside the loss."""
 
     objective: Callable[[MiniMindForCausalLM, MicroBatch, TrainConfig], Losses]
-    weights: str
     before: str | None = None
     measures: tuple[str, ...] = ()
 
@@ -57,9 +56,9 @@ def preference_loss(
 
     The margin is β times how much more the model, measured against the reference,
     prefers the chosen answer to the rejected one. Measured besides: the margin, whether
-    it is above 0 (half of a pair where it is 0), and the reference's log-probability of a target less the model's, in
-    the mean over both answers: an estimate of KL(reference ‖ model) on these answers,
-    which may be negative.
+    it is above 0 (half of a pair where it is 0, as in all of them at first), and the
+    reference's log-probability of a target less the model's, in the mean over both
+    answers: an estimate of KL(reference ‖ model) on these answers, which may be negative.
     """
     assert cfg.dpo_beta is not None and batch.reference is not None
     sums, counts, aux_loss = answer_log_probabilities(model, batch)
@@ -117,11 +116,10 @@ def document_mask(documents_BT: Tensor) -> Tensor:
 
 
 STAGES: dict[str, Stage] = {
-    "pretrain": Stage(next_token_loss, "pretrain"),
-    "sft": Stage(next_token_loss, "full_sft", before="pretrain"),
+    "pretrain": Stage(next_token_loss),
+    "sft": Stage(next_token_loss, before="pretrain"),
     "dpo": Stage(
         preference_loss,
-        "dpo",
         before="sft",
         measures=("reward_margin", "accuracy", "kl"),
     ),

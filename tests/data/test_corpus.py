@@ -164,9 +164,10 @@ def prepare_rows(tmp_path, byte_spec):
         file = tmp_path / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = resolve(TrainConfig(stage=stage, data_path=str(file), **wanted))
-        return Corpus.prepare(
-            cfg, byte_spec, tmp_path / "cache", 1, lambda _: None
-        ), cfg
+        root = tmp_path / "cache"
+        corpus = Corpus.prepare(cfg, byte_spec, root, 1, lambda _: None)
+        corpus.judge(cfg, cfg.max_bad_fraction)
+        return corpus, cfg
 
     return prepare_rows
 

@@ -282,7 +282,7 @@ def test_the_answers_of_chats_are_measured_as_by_hand(
     assert {name: scores[name] for name in expected} == pytest.approx(
         expected, rel=1e-5
     )
-    assert (scores["documents"], scores["cut"], scores["left out"]) == (50, 0, 0)
+    assert (scores["documents"], scores["cut"], scores["dropped"]) == (50, 0, 0)
 
 
 def test_what_does_not_fit_is_counted_by_evaluate(
@@ -296,7 +296,7 @@ def test_what_does_not_fit_is_counted_by_evaluate(
     file.write_text("".join(json.dumps({"conversations": c}) + "\n" for c in chats))
     lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "max_seq_len": 64}
     scores = mm.evaluate(run.root, file, **lax, **rank_settings(1))
-    assert (scores["documents"], scores["cut"], scores["left out"]) == (2, 1, 1)
+    assert (scores["documents"], scores["cut"], scores["dropped"]) == (2, 1, 1)
 
 
 def test_a_weights_file_is_measured_with_the_shape_that_is_given(

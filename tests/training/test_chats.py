@@ -263,7 +263,10 @@ def test_few_enough_or_as_many_as_allowed_are_left_out_and_counted(
     settings = {**sft_settings, **skip, "data_path": path, "max_steps": 1}
     notes: list[str] = []
     prepare(TrainConfig(**settings), notes.append)
-    told = "without a whole answer that fits, left out: 10 (max_seq_len=64)"
+    told = (
+        "of the conversations longer than max_seq_len=64, 0 are cut at a turn and 10 "
+        "left out, for no whole answer fits"
+    )
     assert told in notes
     _, folder = train_here(settings)
     start = rows_of(folder, "event")[0]
@@ -282,7 +285,11 @@ def test_cut_conversations_are_counted(sft_settings: Settings, tmp_path: Path) -
     settings = {**sft_settings, "data_path": str(path), "val_fraction": 0.0}
     notes: list[str] = []
     prepare(TrainConfig(**settings), notes.append)
-    assert "over-long conversations that are cut at a turn: 7 (max_seq_len=64)" in notes
+    told = (
+        "of the conversations longer than max_seq_len=64, 7 are cut at a turn and 0 left "
+        "out, for no whole answer fits"
+    )
+    assert told in notes
     _, folder = train_here({**settings, "max_steps": 1})
     assert rows_of(folder, "event")[0]["cut"] == 7
 

@@ -96,7 +96,7 @@ def test_the_loss_is_the_mean_over_the_global_targets(settings: Settings) -> Non
             seen.append((float(found.loss.detach()), int((batch.targets >= 0).sum())))
             return found
 
-        trainer.stage = Stage(counted, "pretrain")
+        trainer.stage = Stage(counted)
         trainer.validation = None
 
     _, folder = train_here({**settings, "max_steps": 2, "log_interval": 2}, change=spy)
@@ -116,7 +116,7 @@ def poison(steps: set[int]):
             bad = model.training and trainer.progress.step + 1 in steps
             return found._replace(loss=found.loss * (math.nan if bad else 1.0))
 
-        trainer.stage = Stage(poisoned, "pretrain")
+        trainer.stage = Stage(poisoned)
 
     return change
 
@@ -168,7 +168,7 @@ def test_an_fp16_overflow_halves_the_scale_and_skips(settings: Settings) -> None
             found = objective(model, batch, cfg)
             return found._replace(loss=found.loss * 1e6)
 
-        trainer.stage = Stage(steep, "pretrain")
+        trainer.stage = Stage(steep)
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
 
     _, folder = train_here({**settings, "max_steps": 3}, change=scale)
