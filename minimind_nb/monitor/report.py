@@ -86,7 +86,15 @@ class Run:
         return f"Run({os.fspath(self)!r}): {outcome(self.history, self.status)}"
 
 
-def runs(out_dir: str | os.PathLike[str] = "out") -> Table:
+class Runs(Table):
+    """A listing of runs; `runs` are those with a checkpoint to load, in its order."""
+
+    def __init__(self, title: str, rows: list[list[str]], runs: list[Run]) -> None:
+        super().__init__(title, COLUMNS, rows)
+        self.runs = runs
+
+
+def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
     """The runs in a folder, the last changed first: `mm.runs("out")`.
 
     Losses are the last logged ones; the size is that of the run folder, with all
@@ -109,10 +117,13 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Table:
         if cells:
             size, changed = _measure(folder)
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-            found.append((changed, [folder.name, *cells, f"{size:,.1f} MiB", when]))
-    rows = [row for _, row in sorted(found, reverse=True)]
-    none = "" if rows else ": none yet; mm.train(cfg) makes one"
-    return Table(f"Runs in {root}{none}", COLUMNS, rows)
+            row = [folder.name, *cells, f"{size:,.1f} MiB", when]
+            found.append((changed, folder, row))
+    found.sort(reverse=True)
+    trained = [f for _, f, _ in found if RunFolder(f).checkpoint_folders()]
+    none = "" if found else ": none yet; mm.train(cfg) makes one"
+    title, rows = f"Runs in {root}{none}", [row for _, _, row in found]
+    return Runs(title, rows, [Run(folder) for folder in trained])
 
 
 def _list_run(folder: Path) -> list[str]:
