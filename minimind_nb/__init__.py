@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .examination import examine
     from .launch.verdict import TrainingFailed
     from .model.architecture import MiniMindConfig, MiniMindForCausalLM
-    from .model.generation import generate
+    from .model.generation import generate, stream
     from .model.interop import load
     from .monitor.comparison import compare
     from .monitor.dialogue import chat
@@ -55,6 +55,7 @@ _HOMES = {
     "plan": "planning",
     "preview": "planning",
     "runs": "monitor.report",
+    "stream": "model.generation",
     "train": "training.api",
     "train_tokenizer": "data.vocabulary_training",
 }
@@ -83,6 +84,7 @@ __all__ = [
     "plan",
     "preview",
     "runs",
+    "stream",
     "train",
     "train_tokenizer",
 ]
