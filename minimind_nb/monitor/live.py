@@ -97,7 +97,7 @@ class TerminalView(View):
     def __init__(self) -> None:
         super().__init__()
         self._bar: Any = None
-        self._seen: list[Row | None] = [None, None]
+        self._seen: list[Row | None] = [None, None, None]
 
     def _update(self, history: History) -> None:
         if self._bar is None and sys.stderr.isatty():
@@ -105,7 +105,9 @@ class TerminalView(View):
 
             layout = "{bar:10} {desc}"
             self._bar = tqdm(bar_format=layout, dynamic_ncols=True, leave=False)
-        seen = [history.last("train"), history.last("eval")]
+        newest = history.rows[-1] if history.rows else {}
+        reference = newest if newest.get("event") == "reference" else None
+        seen = [history.last("train"), history.last("eval"), reference]
         line = describe(history, self.plan)
         if self._bar is not None:
             self._bar.n, self._bar.total = position(history, self.plan)

@@ -49,6 +49,8 @@ def figures(history: History, plan: Plan | None = None) -> dict[str, str]:
     left = seconds_left(history)
     share = f"/{total:,} ({step / total:.0%})" if total else ""
     shown = {"step": f"{step:,}{share}"}
+    if history.rows and (now := history.rows[-1]).get("event") == "reference":
+        shown["reference"] = f"{now['pairs']:,} of {now['total_pairs']:,} pairs"
     if left is not None:
         shown["time left"] = duration(left)
     if train:

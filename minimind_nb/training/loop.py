@@ -167,21 +167,15 @@ def save(t: Trainer, final: bool) -> None:
 
 def log_progress(t: Trainer) -> None:
     """Append a row of metrics with the means since the last one."""
-    sums, ranks = t.since_log, t.group.size
-    own = torch.zeros(ranks + 1, dtype=torch.float64)
-    own[t.group.rank], own[ranks] = peak_memory_gib(t.device.type), sums.positions
-    if load := t.model.expert_load():
-        none = torch.zeros(len(load), len(load[0]), dtype=torch.float64)
-        own = torch.cat(
-            [own, (none if sums.choices is None else sums.choices).flatten()]
-        )
-    own = own.to(t.device)
-    t.group.sum(own)
-    memory, positions, choices = (
-        own.tolist()[:ranks],
-        own[ranks].item(),
-        own[ranks + 1 :],
-    )
+    sums, load = t.since_log, t.model.expert_load()
+    memory = torch.zeros(t.group.size, dtype=torch.float64)
+    memory[t.group.rank] = peak_memory_gib(t.device.type)
+    positions = torch.tensor([sums.positions], dtype=torch.float64)
+    choices = torch.zeros_like(torch.tensor(load, dtype=torch.float64)) + sums.choices
+    own = [memory, positions, choices.flatten()]
+    total = torch.cat(own).to(t.device)
+    t.group.sum(total)
+    memory, positions, choices = total.cpu().split([len(part) for part in own])
     names = ("loss", "aux_loss", *t.stage.measures)
     t.metrics.append(
         "train",
@@ -190,8 +184,8 @@ def log_progress(t: Trainer) -> None:
         learning_rate=t.optimizer.param_groups[0]["lr"],
         grad_norm=sums.grad_norm,
         tokens_per_second=sums.tokens / sums.seconds,
-        fill=sums.tokens / positions,
-        peak_memory_gib=memory,
+        fill=sums.tokens / positions.item(),
+        peak_memory_gib=memory.tolist(),
         loss_scale=t.scaler.get_scale(),
         skipped_steps=t.progress.skipped_steps,
         **expert_load(choices, len(load)),

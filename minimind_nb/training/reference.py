@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -19,6 +20,7 @@ from .stages import answer_log_probabilities
 from .trainer import Trainer
 
 _MICRO_BATCHES = 8  # of a rank between two looks at whether to stop
+_TELL_SECONDS = 10.0
 
 
 def prepare_reference(
@@ -28,7 +30,8 @@ def prepare_reference(
 
     It is read from the run folder where it lies there intact, made from this data and
     these weights; else all ranks compute it, with the model that `build_reference`
-    gives, and it is written there. Returns why to stop, if any rank wishes to.
+    gives, and it is written there; "reference" events tell how far that is. Returns why
+    to stop, if any rank wishes to; what was computed is lost then.
     """
     if not t.stream.reader.pairs:
         return None
@@ -61,6 +64,7 @@ def _compute(
     batch_size, rank, size = t.cfg.batch_size, t.group.rank, t.group.size
     sums = torch.zeros(len(reader.cache), dtype=torch.float64, device=t.device)
     block = batch_size * size * _MICRO_BATCHES
+    told = time.monotonic()
     for begin in range(0, len(rows), block):
         end = min(begin + block, len(rows))
         for first in range(begin + rank * batch_size, end, batch_size * size):
@@ -77,6 +81,10 @@ def _compute(
         t.group.sum(votes)
         if ending := count_ballots(votes.tolist()):
             return np.zeros(0), ending
+        if time.monotonic() - told > _TELL_SECONDS:
+            told, where = time.monotonic(), t.progress.position()
+            reached = {"pairs": end, "total_pairs": len(rows)}
+            t.metrics.append("event", **where, event="reference", **reached)
     t.group.sum(sums)
     return sums.cpu().numpy(), None
 

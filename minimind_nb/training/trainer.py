@@ -97,7 +97,7 @@ class SinceLog:
     terms: int = 0
     tokens: int = 0
     positions: int = 0
-    choices: torch.Tensor | None = None
+    choices: torch.Tensor | float = 0.0
     grad_norm: float = 0.0
     seconds: float = 0.0
 
@@ -117,8 +117,7 @@ class SinceLog:
     def add_choices(self, model: MiniMindForCausalLM) -> None:
         """Count which experts the last forward pass chose; they are on the host."""
         if counts := model.expert_load():
-            now = torch.tensor(counts, dtype=torch.float64)
-            self.choices = now if self.choices is None else self.choices + now
+            self.choices = self.choices + torch.tensor(counts, dtype=torch.float64)
 
 
 class Prompt(NamedTuple):

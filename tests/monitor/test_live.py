@@ -14,7 +14,7 @@ from minimind_nb.monitor.live import (
     View,
     choose_view,
 )
-from minimind_nb.monitor.metrics import History
+from minimind_nb.monitor.metrics import History, MetricsLog
 
 
 class Handle:
@@ -123,6 +123,20 @@ def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
         "text tokens/s 2,000",
         "stopped: interrupted · step 2 of 10 · loss 3.000 · 0.01 M text tokens · "
         "0:00:04",
+    ]
+
+
+def test_the_pass_of_the_reference_model_is_seen(make_history, capsys):
+    history, view = make_history(stage="dpo"), TerminalView()
+    view.start(history)
+    with MetricsLog(history.path) as log:
+        reached = {"pairs": 3200, "total_pairs": 17000}
+        log.append("event", event="reference", step=0, **reached)
+    history.refresh()
+    view.update(history)
+    view.update(history)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 0/100 (0%)  reference 3,200 of 17,000 pairs"
     ]
 
 

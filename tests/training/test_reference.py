@@ -1,5 +1,6 @@
 """The reference of preferences: computed once, kept, and never another one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def damage(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[0] ^= 1
     file.write_bytes(data)
+
+
+def test_the_pass_tells_how_far_it_is(
+    dpo_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_TELL_SECONDS", 0.0)
+    _, folder = train_here({**dpo_settings, "batch_size": 1}, stop_at=1)
+    text = folder.metrics_file.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    told = [row for row in rows if row.get("event") == "reference"]
+    trained_on = [row["pairs"] for row in told if row["total_pairs"] > 25]
+    assert trained_on == sorted(trained_on)
+    assert len(trained_on) > 2
+    assert trained_on[-1] == told[0]["total_pairs"]
 
 
 def test_the_second_start_reads_what_the_first_computed(
