@@ -80,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         name = unknown[0].partition("=")[0]
-        known = [name.lstrip("-") for name in options.command._option_string_actions]
+        known = [o for o in options.command._option_string_actions if o[:2] == "--"]
         options.command.error(describe_unknown(name, known, "option"))
     return options
 

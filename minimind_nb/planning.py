@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, choose_threads
 from .monitor.facts import Facts
 from .monitor.metrics import History
+from .monitor.progress import duration
 from .training.preparation import describe_cuts, open_corpus, settle
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
@@ -36,9 +38,11 @@ def plan(cfg: TrainConfig) -> Facts:
     Reads (and tokenises, unless that was done before) the data; starts no process and
     makes no run folder. The time is the speed of an earlier run of the same name where
     there is one, else an expectation from this machine's rate of matrix products.
-    Raises what `train` would raise for the configuration and the data.
+    Raises what `train` would raise for the configuration and the data; a run that is
+    there is not compared with them.
     """
-    settled = settle(cfg)
+    notes: list[str] = []
+    settled = settle(cfg, notes.append)
     corpus = open_corpus(settled, lambda _: None)
     cfg, initial = settled.cfg, settled.initial
     assert cfg.num_processes and cfg.batch_size
@@ -55,6 +59,7 @@ def plan(cfg: TrainConfig) -> Facts:
             "parameters": f"{count['total']:,}{active}",
             "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
             **_if("begins from", initial.source if initial else ""),
+            **_if("note", "; ".join(notes)),
             f"{_noun(stream, 'document')}s": _split(corpus, 1 + stream.reader.pairs),
             **_if("too long", "; ".join(describe_cuts(corpus, cfg))),
             "an epoch": _epoch(stream),
@@ -63,7 +68,7 @@ def plan(cfg: TrainConfig) -> Facts:
             f"{cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
             f"{processes}",
             "steps": f"{_several(steps, 'optimizer step')}, "
-            f"{_several(tokens, 'text token')}",
+            f"about {_several(tokens, 'text token')}",
             "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
             "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
             f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
@@ -133,7 +138,7 @@ def _time(cfg: TrainConfig, hardware: Hardware, tokens: int) -> str:
     else:
         return "known after the first steps: no figure for this GPU"
     minutes = tokens / speed / 60
-    span = _several(round(minutes), "minute")
+    span = duration(60 * minutes)
     if minutes >= _HOURS_FROM_MINUTES:
         span = f"{minutes / 60:.1f} hours"
     return f"about {span} at {speed:,.0f} text tokens/s ({source})"
@@ -186,7 +191,13 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
             for part, which in parts
         )
 
+    heads = (
+        ["chosen: ", "\nrejected: "] if stream.reader.pairs else itertools.repeat("")
+    )
     return [
-        "".join(text(*piece) for piece in stream.pieces(sample))
+        "".join(
+            head + text(*piece)
+            for head, piece in zip(heads, stream.pieces(sample), strict=False)
+        )
         for sample in range(min(rows, stream.rows))
     ]

@@ -159,9 +159,9 @@ def test_booleans_are_real_booleans(text, value, train):
         ("--use_moe", "argument --use_moe: expected one argument"),
         ("--epochs two", "argument --epochs: invalid int value: 'two'"),
         ("--dropout x", "argument --dropout: invalid float value: 'x'"),
-        ("--hiden_size 512", "is no option; did you mean hidden_size?"),
-        ("--hiden-size=512", "is no option; did you mean hidden_size?"),
-        ("--epoch 1", "is no option; did you mean epochs?"),
+        ("--hiden_size 512", "is no option; did you mean --hidden_size?"),
+        ("--hiden-size=512", "is no option; did you mean --hidden_size?"),
+        ("--epoch 1", "is no option; did you mean --epochs?"),
         ("--qqq 1", "qqq' is no option"),
         ("corpus.jsonl", "'corpus.jsonl' is no option"),
     ],
@@ -298,5 +298,5 @@ def test_the_package_runs_as_a_command():
         [*command, "plan", "--epoch", "1"], capture_output=True, text=True, check=False
     )
     assert answer.returncode == 2
-    assert "is no option; did you mean epochs?" in answer.stderr
+    assert "is no option; did you mean --epochs?" in answer.stderr
     assert answer.stderr.startswith("usage: minimind-nb plan ")

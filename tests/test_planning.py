@@ -55,10 +55,12 @@ def test_a_plan_counts_without_starting_a_run(settings, tmp_path):
         "2 rows = batch_size 2 × accumulation_steps 1 × 1 process"
     )
     steps = -(-3 * rows // 2)
-    assert facts["steps"] == f"{steps:,} optimizer steps, {3 * tokens:,} text tokens"
+    assert (
+        facts["steps"] == f"{steps:,} optimizer steps, about {3 * tokens:,} text tokens"
+    )
     assert facts["checkpoints"] == "0.02 GiB each, 2 to 3 kept"
     assert re.fullmatch(
-        r"about 0 minutes at [\d,]+ text tokens/s \(expected at 50% of the rate of "
+        r"about 0:00:0\d at [\d,]+ text tokens/s \(expected at 50% of the rate of "
         r"matrix products\)",
         facts["time"],
     )
@@ -253,5 +255,7 @@ def test_a_preview_of_a_pair_shows_the_chosen_answer_first(pair_settings):
     for pair in (first, second):
         yes, no = re.findall(r"⟦(.*?)<\|im_end\|>\n⟧", pair, re.DOTALL)
         assert (yes, no) == ("Yes.", "No, never.")
+        assert pair.startswith("chosen: <|im_start|>user\n")
+        assert "\nrejected: <|im_start|>user\n" in pair
         assert len(set(re.findall(r"Is (\d+) a", pair))) == 1
     assert first != second

@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from .presets import SHAPE_FIELDS
+from .presets import SHAPE_FIELDS, WEIGHTS_NAMES
 from .problems import Kinds, describe_unknown, find_problems, list_problems
 from .resolution import fill_defaults
 
@@ -38,7 +38,8 @@ class TrainConfig:
     out_dir: str = "out"
     """Folder for weights and run folders; relative to the working folder."""
     run_name: str | None = None
-    """Name of the run folder in out_dir; {stage}_{hidden_size}[_moe] unless set."""
+    """Name of the run folder in out_dir; {stage}_{hidden_size}[_moe] unless set. The
+    weights file beside it has this name too, if set, and MiniMind's own if not."""
     resume: str | bool = "auto"
     """"auto" goes on with the run found there, false sets it aside and starts anew,
     a path copies that run into out_dir and goes on with it."""
@@ -47,7 +48,8 @@ class TrainConfig:
     init_from: str | None = None
     """Weights to begin from: a run, a checkpoint, a .pth or a saved folder; "none" for
     new ones (pretrain's default); "auto" (sft and dpo) takes the newest finished run of
-    the stage before in out_dir: pretrain before sft, sft before dpo."""
+    the stage before in out_dir, an unfinished one where none is: pretrain before sft, sft
+    before dpo."""
     preset: str | None = None
     """Model shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3 or
     minimind-3-moe."""
@@ -111,7 +113,7 @@ class TrainConfig:
     min_learning_rate: float | None = None
     """Learning rate at the end of the cosine; a tenth of the peak unless set."""
     warmup_iters: int | None = None
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; at most a tenth of all steps are taken."""
     weight_decay: float | None = None
     """AdamW's decay, on matrices only."""
     beta1: float | None = None
@@ -135,8 +137,8 @@ class TrainConfig:
     """Optimizer steps between validations; one is made at step 0 and at the end too."""
     sample_prompts: tuple[str, ...] | None = None
     """What the model is asked at every validation, to see its answers change: beginnings
-    of texts, or questions; two held-out ones unless set. On the command line a JSON
-    list."""
+    of texts, or questions; two held-out ones unless set. The answers are drawn, at a
+    temperature of 0.8. On the command line a JSON list."""
     sample_tokens: int | None = None
     """Longest such answer in tokens; 0 asks nothing."""
     log_interval: int | None = None
@@ -197,9 +199,13 @@ class TrainConfig:
         return {name: getattr(self, name) for name in SHAPE_FIELDS}
 
     @property
-    def weights_suffix(self) -> str:
-        """What MiniMind appends to a weights file's name, such as "512_moe"."""
-        return f"{self.hidden_size}{'_moe' if self.use_moe else ''}"
+    def weights_name(self) -> str:
+        """MiniMind's name for the weights, `full_sft_512_moe.pth`; of a run with a name
+        of its own that name."""
+        suffix = f"{self.hidden_size}{'_moe' if self.use_moe else ''}"
+        if self.run_name == f"{self.stage}_{suffix}":
+            return f"{WEIGHTS_NAMES[self.stage]}_{suffix}.pth"
+        return f"{self.run_name}.pth"
 
 
 @functools.cache

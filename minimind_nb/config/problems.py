@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .presets import MIXTURE_FIELDS, PRESETS, RECIPES, STAGES
+from .presets import MIXTURE_FIELDS, PRESETS, RECIPES, STAGES, WEIGHTS_NAMES
 from .resolution import fill_defaults
 
 Kinds = Mapping[str, tuple[type, ...]]
@@ -140,6 +140,7 @@ def _contradictions(
         ),
         f"run_name={name!r} cannot be the name of a run folder in out_dir": (
             name in ("", "cache")  # token caches lie there
+            or name.startswith(f"{WEIGHTS_NAMES['sft']}_")  # weights of another run
             or not name.isprintable()
             or name.startswith(".")
             or not {"/", "\\"}.isdisjoint(name)

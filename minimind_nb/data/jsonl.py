@@ -74,7 +74,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(f"{path} is a folder: name a .jsonl file in it")
     if not path.exists():
         names = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
         hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
         raise FileNotFoundError(f"{path} does not exist: {hint}")
     with _opened(path) as stream:

@@ -81,11 +81,11 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
     return judge(job.folder, exits, SIGNALS.get(signals.number, ""))
 
 
-def refuse_unguarded_script() -> None:
+def refuse_unguarded_script(caller: str) -> None:
     """Raise where spawned processes would run the calling script again.
 
-    Spawned processes import the main script; a `train` call at its top level, outside
-    `if __name__ == "__main__":`, would start processes from there without end.
+    Spawned processes import the main script; a call of `caller` at its top level,
+    outside `if __name__ == "__main__":`, would start processes from there without end.
     """
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
@@ -104,10 +104,10 @@ def refuse_unguarded_script() -> None:
         frame = frame.f_back
     if frame and not _is_guarded(path, line := frame.f_lineno):
         raise RuntimeError(
-            f"{path}:{line} calls train at the top level of a script, and every worker "
+            f"{path}:{line} calls {caller} at the top level of a script, and every worker "
             "process would run that line again. Put it under a guard:\n\n"
             '    if __name__ == "__main__":\n'
-            "        run = mm.train(cfg)\n"
+            "        … = mm.{caller}(…)\n"
         )
 
 

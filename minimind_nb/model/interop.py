@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,15 @@ from .architecture import MiniMindConfig, MiniMindForCausalLM
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SOURCES = (
+    "a run folder, a checkpoint folder, a .pth file or a folder written by "
+    "save_pretrained"
+)
 _SHOWN_KEYS = 5
 _HEADS = 8
 _EMBEDDING = "model.embed_tokens.weight"
+# By generation, for the names and shapes of the tensors leave them open.
+_GUESSED = ("rms_norm_eps", "num_experts_per_tok", "aux_loss_alpha", "seq_aux")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -38,9 +45,9 @@ def load(
     `source` is a run or its folder (`which` picks the "last" checkpoint or the "best"
     on validation), a checkpoint folder, a MiniMind `.pth`, or a folder that
     `save_pretrained` wrote. A `.pth` says nothing of heads, top-k or theta: they are
-    MiniMind's defaults unless given in `shape` (by `MiniMindConfig`'s names).
-    `tokenizer` replaces the one that lies with the weights (for a `.pth` the shipped
-    one). Nothing is downloaded and no code from the source is run.
+    those of the run beside it that wrote it, else MiniMind's defaults, unless given in
+    `shape` (by `MiniMindConfig`'s names). `tokenizer` replaces the one that lies with
+    the weights (for a `.pth` alone the shipped one). Nothing is downloaded and no code from the source is run.
 
     Raises `FileNotFoundError` where there are no weights, `ValueError` where they do
     not fit, hold a value that is not finite, or come with another tokenizer's size,
@@ -101,9 +108,20 @@ def find_weights(
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
     if path.is_file():
-        config = MiniMindConfig(**{**infer_shape(read_pth(path), **shape), **shape})
-        names = (n for n, begin in WEIGHTS_NAMES.items() if path.name.startswith(begin))
-        return FoundWeights(path, config, stage=next(names, None))
+        tensors = read_pth(path)
+        if found := _from_run_beside(path, tensors, shape):
+            return found
+        config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
+        stage = _run_of(path).partition("_")[0]
+        return FoundWeights(
+            path, config, stage=stage if stage in WEIGHTS_NAMES else None
+        )
+    if not path.exists():
+        near = get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*")], n=1
+        )
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise FileNotFoundError(f"{path} does not exist: {_SOURCES} is expected{hint}")
     if shape:
         raise ValueError(
             f"{', '.join(shape)} cannot be set: only a .pth leaves its shape open, and "
@@ -242,6 +260,31 @@ def infer_shape(
     }
 
 
+def _run_of(path: Path) -> str:
+    """The name of the run that writes a weights file of this name."""
+    for stage, begin in WEIGHTS_NAMES.items():
+        if path.stem.startswith(f"{begin}_"):
+            return stage + path.stem.removeprefix(begin)
+    return path.stem
+
+
+def _from_run_beside(
+    path: Path, tensors: Tensors, shape: Mapping[str, Any]
+) -> FoundWeights | None:
+    """What the run that wrote a `.pth` tells of it, where it lies beside and fits."""
+    run = RunFolder(path.parent / _run_of(path))
+    if not (run.exists() and run.tokenizer.exists()):
+        return None
+    settings, spec = run.read_config()["settings"], read_tokenizer(run.tokenizer)
+    config = model_config(settings, spec)
+    heads = {"num_attention_heads": config.num_attention_heads}
+    seen = infer_shape(tensors, **heads, head_dim=config.head_dim)
+    told = {name: seen[name] for name in seen if name not in _GUESSED} | dict(shape)
+    if any(getattr(config, name) != value for name, value in told.items()):
+        return None
+    return FoundWeights(path, config, spec, settings["stage"])
+
+
 def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
     run, fields = RunFolder(path), {}
     checkpoint = None
@@ -270,10 +313,7 @@ def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
     if fields and kind != expected:
         raise ValueError(f"{path} holds a {kind!r} model, {expected!r} is expected")
     if not fields or not (path / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"{path} holds no weights: a run folder, a checkpoint folder, a .pth file or "
-            "a folder written by save_pretrained is expected"
-        )
+        raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
     there = (path / "tokenizer.json").is_file()
     spec = read_tokenizer(path) if there else None
     return FoundWeights(path / WEIGHTS, MiniMindConfig.from_dict(fields), spec)

@@ -129,7 +129,7 @@ def _tell_apart(folders: Sequence[Path]) -> list[str]:
         parts = [
             f"{name} {_value(one[name])}"
             for name in told[:MOST_SETTINGS]
-            if name in one
+            if one.get(name) is not None
         ]
         parts += ["…"] if len(told) > MOST_SETTINGS else []
         place = os.path.relpath(path, common)

@@ -7,7 +7,14 @@ from typing import Any
 import ipywidgets as widgets
 
 from .metrics import History
-from .plots import X_AXES, Chart, offered, plot_history, suggest_smoothing
+from .plots import (
+    X_AXES,
+    Chart,
+    check_choices,
+    offered,
+    plot_history,
+    suggest_smoothing,
+)
 from .progress import outcome
 
 
@@ -22,12 +29,20 @@ class Inspector:
     `log_y`, `x`, `y`); `image`, whose `value` is the PNG; `panel`, which holds all.
     """
 
-    def __init__(self, source: "str | os.PathLike[str] | History") -> None:
+    def __init__(
+        self,
+        source: "str | os.PathLike[str] | History",
+        *,
+        y: str = "loss",
+        x: str = "step",
+    ) -> None:
         self.history = History.load(source)
+        choices = offered(self.history)
+        check_choices(x, y, choices, None)
         narrow = {"button_width": "auto"}
         self.controls: dict[str, Any] = {
-            "x": widgets.ToggleButtons(options=list(X_AXES), style=narrow),
-            "y": widgets.ToggleButtons(options=offered(self.history), style=narrow),
+            "x": widgets.ToggleButtons(options=list(X_AXES), value=x, style=narrow),
+            "y": widgets.ToggleButtons(options=choices, value=y, style=narrow),
             "smoothing": widgets.FloatSlider(
                 value=suggest_smoothing(len(self.history.select("train"))),
                 max=0.99,
@@ -39,8 +54,8 @@ class Inspector:
             "log_y": widgets.Checkbox(description="log y", indent=False),
         }
         self.image = widgets.Image(format="png", layout={"max_width": "100%"})
-        x, y, *others = self.controls.values()
-        rows = [widgets.HBox([x, y]), widgets.HBox(others), self.image]
+        axes, others = [*self.controls.values()][:2], [*self.controls.values()][2:]
+        rows = [widgets.HBox(axes), widgets.HBox(others), self.image]
         self.panel = widgets.VBox(rows)
         for control in self.controls.values():
             control.observe(self._redraw, names="value")
@@ -65,9 +80,12 @@ class Inspector:
         return f"Inspector of {self.history.path.parent.name}: {outcome(self.history)}"
 
 
-def inspect(source: "str | os.PathLike[str] | History") -> Inspector:
+def inspect(
+    source: "str | os.PathLike[str] | History", *, y: str = "loss", x: str = "step"
+) -> Inspector:
     """Look at a run's curve with controls: `mm.inspect("out/pretrain_512")`.
 
-    Raises what `History.load` raises.
+    `y` and `x` are what it shows at first, of what `plot_history` takes. Raises
+    ValueError for a choice that does not exist, and what `History.load` raises.
     """
-    return Inspector(source)
+    return Inspector(source, y=y, x=x)

@@ -30,10 +30,9 @@ Y_LABELS = {
     "perplexity": "perplexity (exp of the loss)",
     "reward_margin": "reward margin (nats)",
     "accuracy": "accuracy (share of pairs with a margin above 0)",
-    "kl": "KL divergence, estimated (nats per answer token)",
+    "kl": "KL divergence, estimated, may be below 0 (nats per answer token)",
     "expert_load": "share of the routed choices, mean over layers",
 }
-RISING = ("reward_margin", "accuracy", "kl")
 
 # Two of Okabe and Ito's palette (Color Universal Design, 2008) that stay apart under
 # every common colour blindness; markers and widths say the same again.
@@ -91,12 +90,11 @@ def plot_history(
         scale(axes, x, log_x, log_y)
         if y == "loss" and "perplexity" in choices:
             _add_perplexity(axes)
-        corner = "lower right" if y in RISING else "upper right"
         style: Any = {"labelcolor": INK, "edgecolor": "none"}
         if y == "expert_load":  # its lines leave no corner free
             figure.legend(loc="outside right center", **style)
         else:
-            axes.legend(loc=corner, **style)
+            axes.legend(loc="best", **style)
     else:
         say_empty(axes)
     write_titles(axes, title or history.path.parent.name, outcome(history))

@@ -83,7 +83,7 @@ def outcome(history: History, status: str = "") -> str:
     if validation:
         parts.append(f"validation {loss_text(validation)}")
     if train:
-        parts.append(f"{train['tokens'] / 1e6:,.2f} M text tokens")
+        parts.append(f"{train['tokens']:,} text tokens")
         parts.append(duration(train["seconds"]))
     return " · ".join(parts)
 
@@ -96,7 +96,7 @@ def perplexity_text(loss: float) -> str:
 def scores(row: Row) -> dict[str, str]:
     """What explains a row's loss: of preferences accuracy and margin, else perplexity."""
     if "reward_margin" in row:
-        margin = f"{row['reward_margin']:.2f}"
+        margin = f"{row['reward_margin']:.3g}"
         return {"accuracy": f"{100 * row['accuracy']:.0f} %", "margin": margin}
     return {"perplexity": perplexity_text(row["loss"])}
 

@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -198,7 +199,9 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     chart = "![loss](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
     goes_on = "`mm.train(cfg)` goes on from the newest good checkpoint."
     if status == "finished":
-        goes_on = "To train longer, raise `epochs` and call `mm.train(cfg)` again."
+        limit = config["settings"].get("max_steps") or math.inf
+        further = "max_steps" if limit <= position(run.history)[0] else "epochs"
+        goes_on = f"To train longer, raise `{further}` and call `mm.train(cfg)` again."
     text = f"""# {folder.name}
 
 {STATUS_WORDS[status].capitalize()}, {time.strftime("%Y-%m-%d %H:%M")}.
@@ -238,7 +241,7 @@ def result_facts(history: History) -> dict[str, str]:
         facts |= {
             "training loss, last logged": loss_text(train),
             "text tokens": f"{tokens:,}",
-            "training time": f"{duration(seconds)} ({seconds / 3600:.2f} hours)",
+            "training time": duration(seconds),
             "text tokens per second": f"{tokens / seconds:,.0f}",
             "peak memory (GiB, each process)": memory,
             "skipped steps": f"{train['skipped_steps']:,}",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -55,13 +56,15 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
     before anything is started, saying what to change; `TrainingFailed` when the run
     failed, with the traceback of the rank that failed first.
     """
-    refuse_unguarded_script()
+    refuse_unguarded_script("train")
     shown = choose_view(view)
     prepared = prepare(cfg, shown.note)
     run = Run(prepared.folder.root)
     if prepared.complete:
         shown.start(run.history)
-        shown.note(f"{run.folder} is finished; raise epochs to train longer")
+        limit = prepared.cfg.max_steps or math.inf
+        further = "max_steps" if limit <= prepared.total_steps else "epochs"
+        shown.note(f"{run.folder} is finished; raise {further} to train longer")
         shown.finish(run.history, run.status)
         return run
     shown.start(run.history, {"total_steps": prepared.total_steps})
@@ -115,7 +118,7 @@ def evaluate(
     are cut to fit a row, and of those `dropped` because no whole answer fits. Raises
     what `train` raises.
     """
-    refuse_unguarded_script()
+    refuse_unguarded_script("evaluate")
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
     weights = find_weights(source, which, settings.get("tokenizer"))

@@ -80,8 +80,10 @@ def learning_rate(
     """Linear warm-up, then a cosine from `highest` to `lowest`, at 0-based `step`.
 
     `highest · (step + 1) / warmup` while `step < warmup`; the last step of `total`
-    gets `lowest`.
+    gets `lowest`. A warm-up takes a tenth of the steps at most, so that a short run
+    reaches its rate too.
     """
+    warmup = min(warmup, total // 10)
     if step < warmup:
         return highest * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import WEIGHTS_NAMES, TrainConfig, count_parameters, resolve
+from ..config import TrainConfig, count_parameters, resolve
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
 from ..data.jsonl import check_file
@@ -79,13 +79,8 @@ class Prepared:
 
     @property
     def weights_file(self) -> Path:
-        """`{out_dir}/pretrain_{hidden_size}[_moe].pth`, or `full_sft_…`, `dpo_…`."""
-        return _weights_file(self.cfg, self.folder)
-
-
-def _weights_file(cfg: TrainConfig, folder: RunFolder) -> Path:
-    name = f"{WEIGHTS_NAMES[cfg.stage]}_{cfg.weights_suffix}.pth"
-    return folder.root.parent / name
+        """The bare weights beside the run folder."""
+        return self.folder.root.parent / self.cfg.weights_name
 
 
 def settle(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Settled:
@@ -153,7 +148,8 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     config = _describe(cfg, settled, corpus)
     config["accumulation_asked"] = accumulation_asked
     file = initial.weights.file if initial else None
-    if file and file.resolve() == _weights_file(resolved, folder).resolve():
+    own = folder.root.parent / resolved.weights_name
+    if file and file.resolve() == own.resolve():
         raise ValueError(
             f"init_from={str(file)!r} is the file that this run would write its own "
             "weights to; rename it, or take another out_dir"

@@ -159,9 +159,18 @@ def test_shape_speaks_by_the_models_names():
 
 def test_weights_and_run_are_named_as_minimind_names_them():
     dense, mixture = (resolve(TrainConfig(use_moe=moe)) for moe in (False, True))
-    assert (dense.weights_suffix, mixture.weights_suffix) == ("512", "512_moe")
+    assert dense.weights_name == "pretrain_512.pth"
+    assert mixture.weights_name == "pretrain_512_moe.pth"
+    assert resolve(TrainConfig(stage="sft")).weights_name == "full_sft_512.pth"
     assert dense.run_name == "pretrain_512"
     assert mixture.run_name == "pretrain_512_moe"
+
+
+def test_a_run_with_a_name_of_its_own_has_weights_of_that_name():
+    named = resolve(TrainConfig(run_name="trial", stage="sft"))
+    assert named.weights_name == "trial.pth"
+    with pytest.raises(ValueError, match="run_name='full_sft_512' cannot be the name"):
+        TrainConfig(run_name="full_sft_512")
 
 
 def test_resolution_refuses_what_the_machine_contradicts():

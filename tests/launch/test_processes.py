@@ -198,7 +198,7 @@ def test_a_script_without_its_guard_is_refused(tmp_path: Path, guarded: bool) ->
     script.write_text(
         "from minimind_nb.launch.processes import refuse_unguarded_script\n"
         "def main():\n"
-        "    refuse_unguarded_script()\n"
+        "    refuse_unguarded_script('evaluate')\n"
         f"{guard}\n"
         "    main()\n"
     )
@@ -207,7 +207,7 @@ def test_a_script_without_its_guard_is_refused(tmp_path: Path, guarded: bool) ->
     )
     assert (done.returncode == 0) is guarded
     if not guarded:
-        assert f"{script}:5 calls train at the top level of a script" in done.stderr
+        assert f"{script}:5 calls evaluate at the top level of a script" in done.stderr
         assert 'if __name__ == "__main__":' in done.stderr
 
 
@@ -218,4 +218,4 @@ def test_a_script_that_cannot_be_read_again_is_refused(
     monkeypatch.setattr(main, "__file__", "<stdin>", raising=False)
     monkeypatch.setattr(main, "__spec__", None, raising=False)
     with pytest.raises(RuntimeError, match="<stdin> cannot be read again by worker"):
-        processes.refuse_unguarded_script()
+        processes.refuse_unguarded_script("train")

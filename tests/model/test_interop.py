@@ -223,7 +223,7 @@ def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
 def test_a_place_without_weights_is_named(name, tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text('{"model_type": "minimind"}')
-    with pytest.raises(FileNotFoundError, match="holds no weights: a run folder, a ch"):
+    with pytest.raises(FileNotFoundError, match="(weights|exist): a run folder, a ch"):
         load(tmp_path / name)
 
 
@@ -349,6 +349,25 @@ def test_weights_elsewhere_say_neither_tokenizer_nor_stage(model, tmp_path, spec
         assert torch.equal(found.read()[EMBEDDING], model.state_dict()[EMBEDDING])
     write_tokenizer(spec, saved)
     assert find_weights(saved).tokenizer == spec
+
+
+def test_a_weights_file_beside_its_run_has_that_runs_shape(tmp_path, spec):
+    shape = {**SHAPE, "num_attention_heads": 4, "rope_theta": 1e4}
+    settings = dataclasses.asdict(resolve(TrainConfig(**shape, stage="sft")))
+    written = RunFolder(tmp_path / "out" / "sft_32")
+    written.write_config({"settings": settings})
+    write_tokenizer(spec, written.tokenizer)
+    state = model_of(**shape).state_dict()
+    found = find_weights(save(state, written.root.parent / "full_sft_32.pth"))
+    assert (found.config.num_attention_heads, found.config.rope_theta) == (4, 1e4)
+    assert (found.tokenizer, found.stage) == (spec, "sft")
+    guessed = find_weights(save(state, tmp_path / "full_sft_32.pth"))
+    assert (guessed.config.num_attention_heads, guessed.config.rope_theta) == (8, 1e6)
+    assert (guessed.tokenizer, guessed.stage) == (None, "sft")
+    asked = find_weights(found.file, rope_theta=1e6)
+    assert (asked.config.num_attention_heads, asked.config.rope_theta) == (8, 1e6)
+    other = save(model_of(num_hidden_layers=1).state_dict(), found.file)
+    assert find_weights(other).config.num_hidden_layers == 1
 
 
 def test_the_tokenizer_that_is_named_goes_behind_the_runs_own(run, tmp_path, spec):

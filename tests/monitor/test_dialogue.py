@@ -167,7 +167,9 @@ def test_a_foreign_tokenizer_and_wrong_settings_are_refused(pair):
 
 
 def test_a_chat_without_weights_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no weights: a run folder"):
+    with pytest.raises(
+        FileNotFoundError, match="full_sft_512 does not exist: a run folder"
+    ):
         chat(tmp_path / "out" / "full_sft_512", "six")
 
 

@@ -121,7 +121,7 @@ def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
         "3 rows were left out",
         "step 2/10 (20%)  time left 0:00:16  loss 3.000  perplexity 20.09  "
         "text tokens/s 2,000",
-        "stopped: interrupted · step 2 of 10 · loss 3.000 · 0.01 M text tokens · "
+        "stopped: interrupted · step 2 of 10 · loss 3.000 · 8,000 text tokens · "
         "0:00:04",
     ]
 
@@ -180,10 +180,10 @@ def test_preferences_are_shown_without_perplexity(preferences, cell, capsys):
     view, _, shown = cell
     view.start(preferences)
     page = shown[-1]["text/html"]
-    assert "validation loss</div>0.612 (accuracy 71 %, margin 0.43)</div>" in page
+    assert "validation loss</div>0.612 (accuracy 71 %, margin 0.434)</div>" in page
     assert "perplexity" not in page and "<img" in page
     TerminalView().start(preferences)
-    assert "accuracy 70 %  margin 0.50" in capsys.readouterr().err
+    assert "accuracy 70 %  margin 0.5 " in capsys.readouterr().err
     assert not view.failures
 
 

@@ -47,18 +47,18 @@ def test_the_last_line(make_history):
     history = make_history([2.0], [(0, 4.0), (1, 3.0)], total=1)
     assert outcome(history, "time_budget") == (
         "stopped: the session's time was used up · step 1 of 1 · loss 2.000 · "
-        "validation 3.000 (perplexity 20.09) · 0.00 M text tokens · 0:00:02"
+        "validation 3.000 (perplexity 20.09) · 4,000 text tokens · 0:00:02"
     )
 
 
 def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):
     assert describe(preferences) == (
-        "step 3/100 (3%)  time left 0:03:14  loss 0.600  accuracy 70 %  margin 0.50  "
-        "validation loss 0.612 (accuracy 71 %, margin 0.43)  text tokens/s 2,000"
+        "step 3/100 (3%)  time left 0:03:14  loss 0.600  accuracy 70 %  margin 0.5  "
+        "validation loss 0.612 (accuracy 71 %, margin 0.434)  text tokens/s 2,000"
     )
     assert outcome(preferences) == (
-        "step 3 of 100 · loss 0.600 · validation 0.612 (accuracy 71 %, margin 0.43) · "
-        "0.01 M text tokens · 0:00:06"
+        "step 3 of 100 · loss 0.600 · validation 0.612 (accuracy 71 %, margin 0.434) · "
+        "12,000 text tokens · 0:00:06"
     )
 
 

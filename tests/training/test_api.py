@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,16 +300,19 @@ def test_what_does_not_fit_is_counted_by_evaluate(
     assert (scores["documents"], scores["cut"], scores["dropped"]) == (2, 1, 1)
 
 
-def test_a_weights_file_is_measured_with_the_shape_that_is_given(
+def test_a_weights_file_is_measured_with_the_shape_of_its_run_or_what_is_given(
     settings: Settings, measured_here: None
 ) -> None:
     _, run = train_here({**settings, "max_steps": 1})
     data = {"data_path": settings["data_path"], "max_seq_len": 64}
     of_run = mm.evaluate(run.root, **data, **rank_settings(1))
     file = run.root.parent / "pretrain_32.pth"
+    alone = file.parent / "alone.pth"
+    shutil.copy(file, alone)
     heads = {"num_attention_heads": 4}
-    of_file = mm.evaluate(file, **data, **heads, **rank_settings(1))
-    assert of_file["loss"] == pytest.approx(of_run["loss"], abs=1e-3)
+    for source, shape in ((file, {}), (alone, heads)):
+        of_file = mm.evaluate(source, **data, **shape, **rank_settings(1))
+        assert of_file["loss"] == pytest.approx(of_run["loss"], abs=1e-3)
     few = mm.evaluate(run.root, eval_tokens=50, **data, **rank_settings(1))
     assert few["documents"] < of_run["documents"] == 70
 

@@ -49,12 +49,15 @@ def test_the_rate_warms_up_and_falls_to_its_floor(step: int, rate: float) -> Non
     assert found == pytest.approx(rate, rel=1e-9)
 
 
-def test_a_run_shorter_than_its_warm_up_never_reaches_the_peak() -> None:
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (9, 0), (12, 1), (39, 3)])
+def test_a_warm_up_takes_a_tenth_of_a_short_run(total: int, warmup: int) -> None:
     rates = [
-        learning_rate(step, warmup=20, total=5, highest=1.0, lowest=0.1)
-        for step in range(5)
+        learning_rate(step, warmup=20, total=total, highest=1.0, lowest=0.1)
+        for step in range(total)
     ]
-    assert rates == [0.05, 0.1, 0.15, 0.2, 0.25]
+    assert rates.index(max(rates)) == max(0, warmup - 1)
+    assert max(rates) == 1.0
+    assert rates[:warmup] == [(step + 1) / warmup for step in range(warmup)]
 
 
 def test_one_step_without_warm_up_has_the_peak() -> None:
