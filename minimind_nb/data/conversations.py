@@ -145,7 +145,7 @@ class ChatEncoder:
     Template and messages are encoded together, as transformers does it, but cut where a
     turn or an answer begins or ends: there a prompt ends when answers are generated.
     Raises `ValueError` for a tokenizer without a template, `TimeoutError` for a template
-    that takes more than a second. Not covered: descriptions of tools, documents.
+    that takes more than a second, or some of many turns. Not covered: descriptions of tools, documents.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
@@ -165,7 +165,7 @@ class ChatEncoder:
         layouts: list[Layout | Fault] = []
         with limited_time() as start:
             for number, messages in enumerate(conversations):
-                start()
+                start(len(messages))
                 first = untrained[number] if untrained else 0
                 try:
                     layouts.append(self._template.lay_out(messages, first))
@@ -186,7 +186,7 @@ class ChatEncoder:
         `ValueError`, where the template does not take them.
         """
         with limited_time() as start:
-            start()
+            start(len(messages))
             layout = self._template.lay_out(messages, answered=False)
         return np.concatenate(self._encode_pieces(layout.pieces()))
 

@@ -30,7 +30,8 @@ It is a Unicode noncharacter: for internal use, in no text.
 
 _FIRST_STAND_IN = 0xF0000  # private use, plane 15
 # Of processor time, for one conversation: a template is a program from a stranger.
-_MOST_SECONDS = 1.0
+_MOST_SECONDS = 1.0  # for a conversation of few messages
+_MESSAGES = 50  # from so many on it takes longer
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -193,26 +194,27 @@ class ChatTemplate:
 
 
 @contextlib.contextmanager
-def limited_time() -> Iterator[Callable[[], object]]:
-    """Give a function that starts the time allowed for a conversation (again).
+def limited_time() -> Iterator[Callable[[int], object]]:
+    """Give a function that starts the time allowed for so many messages (again).
 
-    Where it is over, `TimeoutError` is raised, but on the main thread only, where alone
+    Templates that mark no answers are rendered for each of them, so that the time grows
+    with the square of the messages. Where it is over, `TimeoutError` is raised, but on the main thread only, where alone
     that can be told.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda messages: None
         return
 
     def stop(*_: object) -> None:
         raise TimeoutError(
-            f"the tokenizer's chat template was stopped after {_MOST_SECONDS:g} s, where "
-            "a ten-thousandth is usual: give the tokenizer another template"
+            "the tokenizer's chat template was stopped after a thousand times what is "
+            "usual: give the tokenizer another template"
         )
 
     before = signal.signal(signal.SIGVTALRM, stop)
     start = functools.partial(signal.setitimer, signal.ITIMER_VIRTUAL)
     try:
-        yield lambda: start(_MOST_SECONDS)
+        yield lambda messages: start(_MOST_SECONDS * (1 + (messages / _MESSAGES) ** 2))
     finally:
         start(0)
         signal.signal(signal.SIGVTALRM, before)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
 from .architecture import MiniMindConfig, MiniMindForCausalLM
+from .weights import Tensors, infer_shape, put_weights, read_pth, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,12 +26,8 @@ _SOURCES = (
     "a run folder, a checkpoint folder, a .pth file or a folder written by "
     "save_pretrained"
 )
-_SHOWN_KEYS = 5
-_HEADS = 8
-_EMBEDDING = "model.embed_tokens.weight"
 # By generation, for the names and shapes of the tensors leave them open.
 _GUESSED = ("rms_norm_eps", "num_experts_per_tok", "aux_loss_alpha", "seq_aux")
-Tensors = Mapping[str, torch.Tensor]
 
 
 def load(
@@ -130,11 +126,6 @@ def find_weights(
     return _from_folder(path, which, tokenizer)
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file or a `.pth`. Raises `ValueError`."""
-    return load_file(file) if file.suffix == ".safetensors" else read_pth(file)
-
-
 def model_config(
     settings: Mapping[str, Any], tokenizer: TokenizerSpec
 ) -> MiniMindConfig:
@@ -147,117 +138,6 @@ def model_config(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-
-
-def put_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:
-    """Load tensors by name; `lm_head.weight` may be left out, being tied.
-
-    Raises what `check_weights` raises; the model is not changed then.
-    """
-    check_weights(model, tensors, source)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-
-
-def check_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:
-    """Raise `ValueError` naming what does not fit the model, or is not finite.
-
-    The model may lie on the meta device: only names and shapes of it are looked at.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source} holds values that are not finite, in {name}")
-    found, expected = dict(tensors), dict(model.named_parameters())
-    expected.pop("lm_head.weight", None)  # transformers 5.0.0 ties none on "meta"
-    tied = found.pop("lm_head.weight", None)
-    if tied is not None and _EMBEDDING in found:
-        if not torch.equal(tied, found[_EMBEDDING]):
-            raise ValueError(
-                f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
-            )
-    differences = [
-        f"{name}: {_shape(found, name)} there, {_shape(expected, name)} in this model"
-        for name in sorted(found.keys() | expected.keys())
-        if _shape(found, name) != _shape(expected, name)
-    ]
-    if differences:
-        if (more := len(differences) - _SHOWN_KEYS) > 0:
-            differences[_SHOWN_KEYS:] = [f"and {more} more"]
-        raise ValueError(
-            f"the weights in {source} are of another shape:\n  "
-            + "\n  ".join(differences)
-            + "\nSet the shape they have, or train under another run_name."
-        )
-
-
-def read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """A bare state dict, without DDP's `module.` prefix. Raises `ValueError`.
-
-    Read with `weights_only=True`: a pickle that would run code is refused.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each damage
-        # Its own text is not passed on: it advises to load without weights_only.
-        raise ValueError(
-            f"{path} is no file of weights: a .pth with a bare state dict is expected"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor)
-        for name, value in state.items()
-    ):
-        raise ValueError(
-            f"{path} is no bare state dict: names with tensors are expected"
-        )
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def infer_shape(
-    tensors: Tensors, *, num_attention_heads: int = 0, head_dim: int = 0, **_: Any
-) -> dict[str, Any]:
-    """What the names and shapes of a MiniMind state dict tell of its configuration.
-
-    The number of heads or their width, where known, goes before MiniMind's 8 heads.
-    """
-    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-    qk_norm = f"{attention}.q_norm.weight" in tensors
-    use_moe = f"{mlp}.gate.weight" in tensors
-    try:
-        vocab_size, hidden_size = tensors[_EMBEDDING].shape
-        queries = len(tensors[f"{attention}.q_proj.weight"])
-        keys = len(tensors[f"{attention}.k_proj.weight"])
-        expert = f"{mlp}.experts.0" if use_moe else mlp
-        inner = len(tensors[f"{expert}.gate_proj.weight"])
-        if qk_norm:
-            head_dim = len(tensors[f"{attention}.q_norm.weight"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"this is no MiniMind state dict ({error}): it holds "
-            f"{', '.join(list(tensors)[:3]) or 'nothing'}"
-        ) from None
-    head_dim = head_dim or max(1, queries // (num_attention_heads or _HEADS))
-    shape = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": _count(tensors, "model.layers."),
-        "num_attention_heads": queries // head_dim,
-        "num_key_value_heads": keys // head_dim,
-        "head_dim": head_dim,
-        "intermediate_size": inner,
-        "qk_norm": qk_norm,
-        "rms_norm_eps": 1e-6 if qk_norm else 1e-5,
-        "use_moe": use_moe,
-    }
-    if not use_moe:
-        return shape
-    return shape | {
-        "n_routed_experts": _count(tensors, f"{mlp}.experts."),
-        "n_shared_experts": _count(tensors, f"{mlp}.shared_experts."),
-        "num_experts_per_tok": 1 if qk_norm else 2,
-        "aux_loss_alpha": 5e-4 if qk_norm else 0.01,
-        "seq_aux": not qk_norm,
-    }
 
 
 def _run_of(path: Path) -> str:
@@ -316,15 +196,8 @@ def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
         raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
     there = (path / "tokenizer.json").is_file()
     spec = read_tokenizer(path) if there else None
-    return FoundWeights(path / WEIGHTS, MiniMindConfig.from_dict(fields), spec)
-
-
-def _count(tensors: Tensors, prefix: str) -> int:
-    """How many numbers follow a prefix among the names."""
-    return len(
-        {n.removeprefix(prefix).split(".")[0] for n in tensors if n.startswith(prefix)}
-    )
-
-
-def _shape(tensors: Tensors, name: str) -> str:
-    return "×".join(map(str, tensors[name].shape)) if name in tensors else "missing"
+    try:
+        config = MiniMindConfig.from_dict(fields)
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path}/config.json describes no model: {error}") from None
+    return FoundWeights(path / WEIGHTS, config, spec)

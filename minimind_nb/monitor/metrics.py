@@ -144,7 +144,7 @@ class History:
         """Write the training and validation rows as one table, replacing a file there.
 
         A column for each name, `kind` and `step` first, empty where a row has no such
-        value. Lists take a column an entry: `peak_memory_gib_1` is the second
+        value. Raises ValueError for the metrics file itself. Lists take a column an entry: `peak_memory_gib_1` is the second
         process', `expert_load_0_3` the share of the fourth expert in the first layer.
         """
         kinds = ("train", "eval")
@@ -157,6 +157,11 @@ class History:
         writer.writeheader()
         writer.writerows(rows)
         file = Path(path)
+        if file.resolve() == self.path.resolve():
+            raise ValueError(
+                f"{file} holds the metrics themselves; name another file, such as "
+                f"{file.with_suffix('.csv')}"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         verified.write_text(file, text.getvalue())
         return file

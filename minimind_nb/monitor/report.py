@@ -137,7 +137,7 @@ def _list_run(folder: Path) -> list[str]:
     step, total = position(run.history)
     losses = [(run.history.last(kind) or {}).get("loss") for kind in ("train", "eval")]
     return [
-        config.get("settings", {}).get("stage", run.history.stage),
+        str(config.get("settings", {}).get("stage", run.history.stage)),
         STATUS_WORDS[run.status],
         f"{step:,} of {total:,}" if total else f"{step:,}",
         *("" if loss is None else f"{loss:.3f}" for loss in losses),

@@ -72,12 +72,18 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """`config.json`: {"settings": …, "explicit": […], "hashes": {…}, …}.
 
-        Raises `FileNotFoundError` without one, `ValueError` where it is not JSON.
+        Raises `FileNotFoundError` without one, `ValueError` where it is no object of
+        JSON, or its settings are none.
         """
         try:
-            return json.loads(self.config_file.read_bytes())
+            config = json.loads(self.config_file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config_file} is not JSON: {error}") from None
+        if not isinstance(config, dict) or not isinstance(
+            config.get("settings", {}), dict
+        ):
+            raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")
+        return config
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Replace `config.json`, making the folder if need be."""

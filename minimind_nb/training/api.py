@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import SHAPE_FIELDS, TrainConfig
 from ..data.corpus import Corpus, detect_format
 from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
@@ -121,14 +121,16 @@ def evaluate(
     refuse_unguarded_script("evaluate")
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
-    weights = find_weights(source, which, settings.get("tokenizer"))
+    shape = settings if Path(source).is_file() else {}
+    shape = {name: shape[name] for name in SHAPE_FIELDS if name in shape}
+    weights = find_weights(source, which, settings.get("tokenizer"), **shape)
     stage = detect_format(data_path, weights.stage or "pretrain")
     choices = {"out_dir": _home(weights.file), "eval_tokens": 1 << 62, **settings}
     cache = current_session().cache_folder(choices["out_dir"])
     file = locate(data_path, cache, stage)
     choices |= {"stage": stage, "data_path": file, "val_path": file}
-    is_file = weights.file.suffix == ".pth"
-    init_from = str(weights.file if is_file else weights.file.parent)
+    in_folder = weights.file.suffix == ".safetensors"
+    init_from = str(weights.file.parent if in_folder else weights.file)
     settled = settle(TrainConfig(**choices, init_from=init_from))
     cfg, cores = settled.cfg, settled.hardware.cpu_cores
     at = (settled.tokenizer, settled.cache_root, cores)
@@ -149,8 +151,10 @@ def evaluate(
 
 def _home(weights: Path) -> str:
     """The out_dir that holds a run or its weights file, for the token cache."""
-    above = {".pth": 0, ".safetensors": 3 if (weights.parent / STATE).exists() else 1}
-    home = weights.absolute().parents[above[weights.suffix]]
+    above = 0
+    if weights.suffix == ".safetensors":
+        above = 3 if (weights.parent / STATE).exists() else 1
+    home = weights.absolute().parents[above]
     return str(home) if os.access(home, os.W_OK) else "out"
 
 

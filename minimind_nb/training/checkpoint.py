@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..model.architecture import MiniMindForCausalLM
-from ..model.interop import put_weights
+from ..model.weights import put_weights
 from ..storage import verified
 from ..storage.runs import OPTIMIZER, STATE, WEIGHTS
 from .optim import moments, restore_moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..config import (
 from ..config import STAGES as DEFAULTS
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..model.architecture import MiniMindForCausalLM
-from ..model.interop import FoundWeights, check_weights, find_weights
+from ..model.interop import FoundWeights, find_weights
+from ..model.weights import check_weights
 from ..storage.runs import RunFolder
 from ..storage.verified import hash_file
 from .stages import STAGES
@@ -71,7 +73,12 @@ def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
         source = str(found)
     is_file = Path(source).is_file()
     hints = {name: asked[name] for name in _OPEN if is_file and name in asked}
-    weights = find_weights(source, "last", cfg.tokenizer, **hints)
+    try:
+        weights = find_weights(source, "last", cfg.tokenizer, **hints)
+    except FileNotFoundError:
+        if own := _own_run(cfg, source):
+            return own
+        raise
     has = weights.shape()
     if differences := [
         f"{name}: {has.get(name)!r} there, {value!r} now"
@@ -128,14 +135,15 @@ def _newest_before(
 
 
 def _runs(out_dir: str, stage: str) -> list[RunFolder]:
-    """The runs of a stage in out_dir that have a checkpoint."""
-    folders = [RunFolder(file.parent) for file in Path(out_dir).glob("*/config.json")]
-    return [
-        folder
-        for folder in sorted(folders, key=lambda folder: folder.root)
-        if folder.checkpoint_folders()
-        and folder.read_config().get("settings", {}).get("stage") == stage
-    ]
+    """The runs of a stage in out_dir that have a checkpoint, and say what they are."""
+    found = []
+    for file in sorted(Path(out_dir).glob("*/config.json")):
+        folder = RunFolder(file.parent)
+        with contextlib.suppress(ValueError):
+            settings = folder.read_config().get("settings", {})
+            if settings.get("stage") == stage and folder.checkpoint_folders():
+                found.append(folder)
+    return found
 
 
 def _choices(cfg: TrainConfig, places: list[Path]) -> str:
@@ -175,6 +183,16 @@ def _going_on(cfg: TrainConfig) -> Initial:
         f"there: {', '.join(sorted(there)) or 'none'}). Train one first, name the "
         'weights with init_from="…", or begin with new ones: init_from="none"'
     )
+
+
+def _own_run(cfg: TrainConfig, source: str) -> Initial | None:
+    """The run that is there and began from a source that is gone: it needs no more."""
+    try:
+        own = _going_on(cfg)
+    except FileNotFoundError:
+        return None
+    before = RunFolder(own.source).read_config()["settings"]
+    return own if before.get("init_from") == source else None
 
 
 def _check_same_entries(given: str, own: TokenizerSpec, source: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import os
 import shutil
@@ -148,8 +149,8 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     config = _describe(cfg, settled, corpus)
     config["accumulation_asked"] = accumulation_asked
     file = initial.weights.file if initial else None
-    own = folder.root.parent / resolved.weights_name
-    if file and file.resolve() == own.resolve():
+    weights_file = folder.root.parent / resolved.weights_name
+    if file and file.resolve() == weights_file.resolve():
         raise ValueError(
             f"init_from={str(file)!r} is the file that this run would write its own "
             "weights to; rename it, or take another out_dir"
@@ -165,8 +166,11 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
         elif folder.exists():
             compare_hashes(folder, config, resolved, on_note)
             checkpoint = folder.newest_good_checkpoint(repair=True)
-        if checkpoint:
+        if not checkpoint:
+            _spare(weights_file, on_note)
+        else:
             before = folder.read_config()
+            config["settings"]["init_from"] = before["settings"].get("init_from")
             if config["hashes"]["initial"] != before["hashes"].get("initial"):
                 file = None  # other weights, which this run has nothing to do with
             config["hashes"]["initial"] = before["hashes"].get("initial")
@@ -186,6 +190,15 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     return Prepared(
         settled, folder, corpus, checkpoint, config, file, total_steps, complete
     )
+
+
+def _spare(weights_file: Path, on_note: _Note) -> None:
+    """Set weights aside that a new run would replace; nothing is deleted."""
+    if weights_file.exists():
+        names = (f"{weights_file.name}.old{n}" for n in itertools.count(1))
+        spared = verified.first_free(weights_file, names)
+        weights_file.rename(spared)
+        on_note(f"{weights_file} is of another run; it is kept as {spared.name}")
 
 
 def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, Any]:

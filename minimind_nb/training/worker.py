@@ -19,7 +19,8 @@ from ..launch.distributed import Group
 from ..launch.stopping import StopRequest
 from ..launch.verdict import RankRecord
 from ..model.architecture import MiniMindForCausalLM
-from ..model.interop import model_config, put_weights, read_tensors
+from ..model.interop import model_config
+from ..model.weights import put_weights, read_tensors
 from ..monitor.metrics import MetricsLog
 from ..storage.runs import RunFolder
 from ..storage.verified import write_text

@@ -20,13 +20,8 @@ from minimind_nb.config import (
 )
 from minimind_nb.data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.interop import (
-    find_weights,
-    infer_shape,
-    load,
-    model_config,
-    put_weights,
-)
+from minimind_nb.model.interop import find_weights, load, model_config
+from minimind_nb.model.weights import infer_shape, put_weights
 from minimind_nb.storage import verified
 from minimind_nb.storage.runs import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
 
@@ -368,6 +363,40 @@ def test_a_weights_file_beside_its_run_has_that_runs_shape(tmp_path, spec):
     assert (asked.config.num_attention_heads, asked.config.rope_theta) == (8, 1e6)
     other = save(model_of(num_hidden_layers=1).state_dict(), found.file)
     assert find_weights(other).config.num_hidden_layers == 1
+
+
+def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(model, tmp_path):
+    state = dict(model.state_dict())
+    huge = torch.zeros(1).expand(6400, 100_000)
+    for odd in (
+        huge,
+        state[EMBEDDING].to(torch.float8_e4m3fn),
+        state[EMBEDDING].long(),
+        state[EMBEDDING].to(torch.complex64),
+        state[EMBEDDING].to_sparse(),
+        state[EMBEDDING].to("meta"),
+    ):
+        file = save({**state, EMBEDDING: odd}, tmp_path / "odd.pth")
+        text = rf"odd\.pth holds {EMBEDDING} as \w+ in [\d,]+ bytes; expected is one of"
+        with pytest.raises(ValueError, match=text):
+            load(file)
+
+
+def test_damaged_folders_are_refused_in_plain_words(model, tmp_path, spec):
+    model.save_pretrained(tmp_path)
+    write_tokenizer(spec, tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / WEIGHTS
+    whole, fields = weights.read_bytes(), json.loads(config.read_bytes())
+    weights.write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged \("):
+        load(tmp_path)
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**fields, "num_attention_heads": 0}))
+    with pytest.raises(ValueError, match="describes no model: integer modulo by zero"):
+        load(tmp_path)
+    config.write_text("[]")
+    with pytest.raises(ValueError, match="is no configuration: "):
+        load(tmp_path)
 
 
 def test_the_tokenizer_that_is_named_goes_behind_the_runs_own(run, tmp_path, spec):

@@ -240,3 +240,11 @@ def test_workers_import_metrics_without_heavy_libraries():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_a_table_never_replaces_the_metrics(make_history):
+    history = make_history([3.0])
+    before = history.path.read_bytes()
+    with pytest.raises(ValueError, match=r"holds the metrics themselves; name another"):
+        history.to_csv(history.path)
+    assert history.path.read_bytes() == before

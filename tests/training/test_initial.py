@@ -393,7 +393,7 @@ def test_a_damaged_weights_file_is_refused(
 
 def test_a_place_without_weights_is_refused(sft: Settings, tmp_path: Path) -> None:
     text = refusal(FileNotFoundError, {**sft, "init_from": str(tmp_path / "nowhere")})
-    assert text.startswith(f"{tmp_path / 'nowhere'} holds no weights: a run folder, ")
+    assert text.startswith(f"{tmp_path / 'nowhere'} does not exist: a run folder, ")
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(
@@ -528,3 +528,51 @@ def test_a_run_that_began_from_weights_goes_on_when_none_are_named(
     prepared, notes = begin(none)
     assert prepared.checkpoint is not None
     assert not [note for note in notes if "None" in note]
+
+
+def test_a_run_goes_on_though_the_file_it_began_from_is_gone(
+    sft: Settings, out_dir: Path, weights_file: Path, tmp_path: Path
+) -> None:
+    named = tmp_path / "named.pth"
+    shutil.copy(weights_file, named)
+    shape = {"num_attention_heads": 4, "rope_theta": 1e5}
+    sft = {**sft, **shape, "init_from": str(named)}
+    train_here(sft, stop_at=1)
+    named.unlink()
+    ending, folder = train_here(sft)
+    assert ending == "finished"
+    assert folder.read_config()["began_from"] == str(named)
+    with pytest.raises(FileNotFoundError, match=r"named\.pth does not exist: a run"):
+        begin({**sft, "run_name": "another"})
+
+
+def test_what_a_run_began_from_stays_in_its_settings(
+    sft: Settings, out_dir: Path
+) -> None:
+    train_here(sft, stop_at=1)
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    prepared, _ = begin({**sft, **shape, "rope_theta": 1e5, "init_from": "none"})
+    config = prepared.folder.read_config()
+    assert config["settings"]["init_from"] == "auto"
+    assert config["began_from"] == str(out_dir / "pretrain_32")
+
+
+def test_a_new_run_replaces_no_weights(sft: Settings, out_dir: Path) -> None:
+    published = out_dir / "full_sft_32.pth"
+    published.write_bytes(b"my only copy")
+    train_here({**sft, "max_steps": 1})
+    assert (out_dir / "full_sft_32.pth.old1").read_bytes() == b"my only copy"
+    first = published.read_bytes()
+    train_here({**sft, "max_steps": 1, "learning_rate": 1e-2, "run_name": "trial"})
+    assert published.read_bytes() == first
+    assert (out_dir / "trial.pth").is_file()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"settings": [1]}', "{"])
+def test_an_odd_folder_beside_the_runs_is_passed_over(
+    text: str, sft: Settings, out_dir: Path
+) -> None:
+    odd = out_dir / "odd"
+    (odd / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (odd / "config.json").write_text(text)
+    assert source_of(sft) == out_dir / "pretrain_32"
