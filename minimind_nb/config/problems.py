@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ _ABOVE_ZERO = (
     "dpo_beta"
 ).split()
 _FRACTIONS = "dropout beta1 beta2 val_fraction max_bad_fraction".split()
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ONE_OF: dict[str, Iterable[str]] = {
     "stage": STAGES,
     "preset": PRESETS,
@@ -76,6 +78,9 @@ def _value_problem(name: str, value: Any, kinds: tuple[type, ...]) -> str | None
     kind = type(value)
     if kind is float and not math.isfinite(value):
         return f"{name}={value} is not a finite number"
+    for part in value if kind is tuple else (value,):
+        if isinstance(part, str) and _SURROGATE.search(part):
+            return f"{name} holds half of a surrogate pair: {part!a:.60}"
     names_only = kind is not tuple or all(isinstance(part, str) for part in value)
     if not (names_only and (kind in kinds or (kind is int and float in kinds))):
         special = {type(None): "None", tuple: "tuple of strings"}
@@ -123,6 +128,10 @@ def _contradictions(
         f"max_seq_len={v['max_seq_len']} is more than "
         f"max_position_embeddings={v['max_position_embeddings']}": (
             v["max_seq_len"] > v["max_position_embeddings"]
+        ),
+        f"sample_tokens={v['sample_tokens']} is not below "
+        f"max_position_embeddings={v['max_position_embeddings']}": (
+            v["sample_tokens"] >= v["max_position_embeddings"]
         ),
         f"min_learning_rate={v['min_learning_rate']} is above "
         f"learning_rate={v['learning_rate']}": (

@@ -21,6 +21,7 @@ from .architecture import MiniMindForCausalLM
 
 _PAGED_SINCE = (5, 9)
 _PAGE_TOKENS = 16
+_LEAST_TEMPERATURE = 1e-4  # less divides logits beyond what float32 holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,19 @@ class Sampling:
     def __post_init__(self) -> None:
         ranges = {
             "max_new_tokens": ("1 or more", self.max_new_tokens >= 1),
-            "temperature": ("0 (greedy) or more", self.temperature >= 0),
+            "temperature": (
+                f"0 (greedy), or {_LEAST_TEMPERATURE} or more",
+                self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE,
+            ),
             "top_p": ("more than 0, up to 1 (all tokens)", 0 < self.top_p <= 1),
             "top_k": ("0 (all tokens) or more", self.top_k >= 0),
             "repetition_penalty": (
                 "more than 0, 1 for none",
                 self.repetition_penalty > 0,
+            ),
+            "seed": (
+                "None, or 0 up to 2**63 - 1",
+                self.seed is None or 0 <= self.seed < 1 << 63,
             ),
         }
         problems = [

@@ -103,6 +103,20 @@ def test_a_number_must_be_finite(value):
     ]
 
 
+@pytest.mark.parametrize(
+    "setting", [{"run_name": "a\ud800"}, {"sample_prompts": ("good", "b\udfff")}]
+)
+def test_half_of_a_surrogate_pair_is_refused(setting):
+    (line,) = problems(**setting)
+    assert line.startswith(f"{next(iter(setting))} holds half of a surrogate pair: '")
+
+
+def test_an_answer_longer_than_the_context_is_refused():
+    assert problems(sample_tokens=512, max_position_embeddings=512) == [
+        "sample_tokens=512 is not below max_position_embeddings=512"
+    ]
+
+
 def test_whole_numbers_are_numbers_where_fractions_are_expected():
     assert TrainConfig(learning_rate=1, grad_clip=0).learning_rate == 1
 
