@@ -332,7 +332,7 @@ def test_a_file_that_is_neither_text_nor_chats_is_refused(
     file.write_text("nothing of JSON\n")
     with pytest.raises(mm.DataError, match="neither texts nor conversations"):
         mm.evaluate(run.root, file)
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist: a run"):
         mm.evaluate(tmp_path / "nowhere", settings["data_path"])
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist"):
         mm.evaluate(run.root, tmp_path / "gone.jsonl")
@@ -353,8 +353,8 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_measured_by_its_handle_and_its_best_checkpoint(
     settings: Settings, measured_here: None
 ) -> None:
-    every = {"save_interval": 1, "eval_interval": 1, "max_steps": 4}
-    _, folder = train_here({**settings, **every, "learning_rate": 1.0})
+    every = {"save_interval": 1, "eval_interval": 1, "max_steps": 40, "epochs": 12}
+    _, folder = train_here({**settings, **every, "learning_rate": 1.0}, stop_at=4)
     best, last = folder.best_checkpoint(), folder.newest_good_checkpoint()
     assert best is not None and last is not None
     assert best.step < last.step, "so steep that it must get worse"
