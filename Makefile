@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-oldest check clean
 
 setup: .venv/.ready
 
@@ -30,10 +30,22 @@ test: setup
 	@rm -rf out/nbmake && mkdir -p out/nbmake && cp notebooks/*.ipynb out/nbmake
 	$(BIN)/python -m pytest --nbmake --nbmake-kernel=python3 tests out/nbmake
 
+# The oldest versions that pyproject.toml admits. torch stays at the pinned version:
+# 2.10.0 is several gigabytes, to be tried by hand.
+OLD := .venv-oldest/bin
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLD)/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
+test-oldest: .venv-oldest/.ready
+	$(OLD)/python -m pytest tests
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-oldest out build dist *.egg-info

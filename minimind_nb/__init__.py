@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from .data.faults import DataError
     from .data.tokenizer import load_tokenizer
     from .data.vocabulary_training import train_tokenizer
-    from .diagnosis import doctor
+    from .diagnosis import doctor, verify
     from .examination import examine
     from .launch.verdict import TrainingFailed
     from .model.architecture import MiniMindConfig, MiniMindForCausalLM
+    from .model.export import export
     from .model.generation import generate, stream
     from .model.interop import load
     from .monitor.comparison import compare
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .monitor.metrics import History
     from .monitor.report import Run, runs
     from .planning import plan, preview
+    from .session import find_input, find_inputs, input_runs
     from .training.api import evaluate, train
 
 __version__ = "0.1.0"
@@ -48,7 +50,11 @@ _HOMES = {
     "doctor": "diagnosis",
     "evaluate": "training.api",
     "examine": "examination",
+    "export": "model.export",
+    "find_input": "session",
+    "find_inputs": "session",
     "generate": "model.generation",
+    "input_runs": "session",
     "inspect": "monitor.inspector",
     "load": "model.interop",
     "load_tokenizer": "data.tokenizer",
@@ -58,6 +64,7 @@ _HOMES = {
     "stream": "model.generation",
     "train": "training.api",
     "train_tokenizer": "data.vocabulary_training",
+    "verify": "diagnosis",
 }
 
 __all__ = [
@@ -77,7 +84,11 @@ __all__ = [
     "doctor",
     "evaluate",
     "examine",
+    "export",
+    "find_input",
+    "find_inputs",
     "generate",
+    "input_runs",
     "inspect",
     "load",
     "load_tokenizer",
@@ -87,6 +98,7 @@ __all__ = [
     "stream",
     "train",
     "train_tokenizer",
+    "verify",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What this machine is, and what will go wrong on it."""
+"""What this machine is and what will go wrong on it; whether a run is intact."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import tempfile
 from pathlib import Path
 
 from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
-from .monitor.facts import Facts
+from .monitor.facts import Facts, Table
+from .monitor.report import Run
 from .session import current_session
+from .storage import verified
+from .storage.runs import RunFolder
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
 _LITTLE_SHM_GIB = 1
+_INTACT = "intact"
 
 
 def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
@@ -53,6 +57,48 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
             "notebook": _versions("ipykernel", "ipywidgets", "papermill", "matplotlib"),
         },
     )
+
+
+class Verdict(Table):
+    """What `verify` found; `intact` tells whether the newest checkpoint is good."""
+
+    def __init__(self, title: str, rows: list[list[str]]) -> None:
+        super().__init__(title, ["what", "name", "state"], rows)
+        self.intact = rows[0][2] == _INTACT
+
+
+def verify(run_dir: str | os.PathLike[str]) -> Verdict:
+    """Check every byte that a run keeps against the manifests it was written with.
+
+    A row for each checkpoint, the newest first, for the reference of a preference run,
+    and for the token caches that it used: "intact", or how it is damaged. Changes
+    nothing, and may run beside a training. Raises `FileNotFoundError` for a folder that
+    is no run, naming the runs near it.
+    """
+    run = Run(run_dir)
+    files = RunFolder(run.folder)
+    rows = [["checkpoint", p.name, _state(p)] for p in files.checkpoint_folders()]
+    rows = rows or [["checkpoint", "", "none yet"]]
+    if files.reference.exists():
+        rows.append(["reference", files.reference.name, _state(files.reference)])
+    hashes = run.config.get("hashes", {}) if files.exists() else {}
+    root = current_session().cache_folder(files.root.absolute().parent)
+    for name in dict.fromkeys(hashes.get(part) for part in ("data", "validation")):
+        if name:
+            missing = "not here; it is made again from the data when it is needed"
+            there = (root / name).exists()
+            rows.append(
+                ["token cache", name, _state(root / name) if there else missing]
+            )
+    return Verdict(f"What lies in {files.root}", rows)
+
+
+def _state(folder: Path) -> str:
+    try:
+        verified.verify(folder)
+    except verified.DamagedFolder as damage:
+        return f"damaged: {damage}" if folder.exists() else "removed meanwhile"
+    return _INTACT
 
 
 def _versions(*names: str) -> str:

@@ -1,20 +1,24 @@
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import minimind_nb
-from minimind_nb import diagnosis
+from minimind_nb import cli, diagnosis
 from minimind_nb.cli import field_docstrings, main
 from minimind_nb.config import STAGES, TrainConfig
+from minimind_nb.diagnosis import Verdict
 from minimind_nb.launch.verdict import TrainingFailed
 from minimind_nb.storage.runs import RunLocked
 from minimind_nb.training import api
 
-# Frozen: a script that starts runs depends on these names.
+# Frozen: scripts depend on these names.
 OPTIONS = """
     data_path val_path tokenizer out_dir run_name resume allow_change init_from preset
     recipe
@@ -24,9 +28,40 @@ OPTIONS = """
     seq_aux norm_topk_prob inference_rope_scaling max_seq_len document_mask epochs
     batch_size accumulation_steps learning_rate min_learning_rate warmup_iters
     weight_decay beta1 beta2 grad_clip dpo_beta max_steps seed val_fraction eval_tokens
-    eval_interval sample_prompts sample_tokens log_interval save_interval keep_checkpoints max_session_hours device
-    num_processes dtype max_skipped_steps hang_timeout_seconds on_bad_line
+    eval_interval sample_prompts sample_tokens log_interval use_wandb wandb_project
+    save_interval keep_checkpoints max_session_hours device num_processes dtype
+    max_skipped_steps hang_timeout_seconds on_bad_line max_bad_fraction
+""".split()
+EVALUATION = """
+    source data_path which tokenizer out_dir
+    hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout
+    qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha
+    seq_aux norm_topk_prob inference_rope_scaling max_seq_len document_mask batch_size
+    eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line
     max_bad_fraction
+""".split()
+CHAT = """
+    source text which tokenizer system temperature top_p top_k repetition_penalty
+    max_new_tokens seed
+""".split()
+COMMANDS = {
+    "pretrain": [*OPTIONS, "ddp"],
+    "sft": [*OPTIONS, "ddp"],
+    "dpo": [*OPTIONS, "ddp"],
+    "eval": EVALUATION,
+    "chat": CHAT,
+    "export": ["source", "folder", "format", "which", "dtype", "tokenizer"],
+    "tokenizer": ["data_path", "out_dir", "vocab_size"],
+    "plan": [*OPTIONS, "ddp", "stage"],
+    "doctor": ["out_dir"],
+    "verify": ["run_dir"],
+}
+# What people who come from MiniMind type.
+MINIMIND = """
+    out_dir epochs batch_size learning_rate hidden_size num_hidden_layers max_seq_len
+    use_moe accumulation_steps grad_clip warmup_iters save_interval log_interval
+    use_wandb ddp data_path dtype
 """.split()
 
 
@@ -62,14 +97,18 @@ def exit_code(*arguments: str) -> Any:
     return ended.value.code
 
 
-def test_options_are_the_settings_but_the_stage(capsys):
+def test_options_are_the_settings_but_the_stage():
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     assert names == ["stage", *OPTIONS]
-    for command in ("pretrain", "sft", "dpo", "plan"):
-        assert exit_code(command, "--help") == 0
-        shown = capsys.readouterr().out.partition("options:")[2].split()
-        found = [word[2:] for word in shown if word[2:] in names]
-        assert found == [*OPTIONS, *(["stage"] if command == "plan" else [])]
+    assert set(MINIMIND) <= set(COMMANDS["pretrain"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_a_command_are_these(command, capsys):
+    assert exit_code(command, "--help") == 0
+    shown = capsys.readouterr().out.partition("options:")[2].splitlines()
+    found = [line.split()[0] for line in shown if line.startswith("  --")]
+    assert [name.removeprefix("--") for name in found] == COMMANDS[command]
 
 
 def test_the_help_is_the_settings_docstrings(capsys):
@@ -86,8 +125,10 @@ def test_the_help_is_the_settings_docstrings(capsys):
 def test_the_main_help_lists_the_commands(capsys):
     assert exit_code("--help") == 0
     shown = capsys.readouterr().out
-    for command in ("pretrain", "sft", "dpo", "plan", "tokenizer", "doctor"):
-        assert command in shown
+    listed = shown.partition("COMMAND\n")[2].splitlines()
+    assert [line.split()[0] for line in listed if line.startswith("    ")] == [
+        *COMMANDS
+    ]
 
 
 def test_the_version_is_the_packages(capsys):
@@ -153,10 +194,44 @@ def test_booleans_are_real_booleans(text, value, train):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ("--use_wandb --epochs 2", {"use_wandb": True, "epochs": 2}),
+        ("--epochs 2 --use_moe", {"use_moe": True, "epochs": 2}),
+        ("--use_moe 0 --use_wandb 1", {"use_moe": False, "use_wandb": True}),
+        ("--use_moe=false --use_wandb=false", {"use_moe": False}),
+    ],
+)
+def test_a_boolean_alone_is_true(arguments, settings, train):
+    exit_code("pretrain", *arguments.split())
+    assert train.configs == [TrainConfig(**settings)]
+
+
+@pytest.mark.parametrize("given", [["--ddp"], ["--ddp", "true"], ["--ddp=0"]])
+def test_ddp_is_taken_and_said_to_be_always_on(given, train, capsys, monkeypatch):
+    assert exit_code("sft", *given, "--epochs", "2") == 0
+    assert train.configs == [TrainConfig(stage="sft", epochs=2)]
+    assert capsys.readouterr().err == (
+        "minimind-nb: --ddp is always on: a process for each GPU, or --num_processes of "
+        "them\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    exit_code("sft", *given)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_of_torchruns_processes_the_first_speaks(train, monkeypatch, capsys):
+    for rank, shown in (("1", ""), ("0", "FakeRun(status='finished')\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert exit_code("pretrain") == 0
+        assert capsys.readouterr() == (shown, "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ("--use_moe maybe", "argument --use_moe: 'maybe' is neither true nor false"),
-        ("--use_moe", "argument --use_moe: expected one argument"),
+        ("--epochs", "argument --epochs: expected one argument"),
         ("--epochs two", "argument --epochs: invalid int value: 'two'"),
         ("--dropout x", "argument --dropout: invalid float value: 'x'"),
         ("--hiden_size 512", "is no option; did you mean --hidden_size?"),
@@ -279,6 +354,139 @@ def test_doctor_prints_what_this_machine_is(tmp_path, monkeypatch, capsys):
     assert exit_code("doctor") == exit_code("doctor", "--out_dir", "runs") == 0
     assert asked == ["out", "runs"]
     assert capsys.readouterr().out == "a table\n" * 2
+
+
+def keep(monkeypatch, module: str, name: str, answer: Any = None) -> list[Any]:
+    """Put a function in the place of one that a command calls; what it is called with."""
+    calls = []
+    stand_in = types.ModuleType(module)
+    stand_in.__dict__[name] = lambda *given, **named: (
+        calls.append((given, named)) or answer
+    )
+    monkeypatch.setitem(sys.modules, f"minimind_nb.{module}", stand_in)
+    return calls
+
+
+def test_eval_prints_the_scores(monkeypatch, capsys):
+    calls = keep(monkeypatch, "training.api", "evaluate", "a table")
+    given = "eval out/sft_512 --data_path chats.jsonl"
+    more = " --which best --batch_size 4 --num_attention_heads 2 --document_mask"
+    assert exit_code(*given.split()) == exit_code(*(given + more).split()) == 0
+    settings = {"batch_size": 4, "num_attention_heads": 2, "document_mask": True}
+    assert calls == [
+        (("out/sft_512", "chats.jsonl", "last"), {}),
+        (("out/sft_512", "chats.jsonl", "best"), settings),
+    ]
+    assert capsys.readouterr().out == "a table\n" * 2
+    assert exit_code("eval", "out/sft_512") == 2
+    assert "required: --data_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "settings"),
+    [
+        (["out/sft_512"], None, {}),
+        (["out/sft_512", "你好"], "你好", {}),
+        (["out/sft_512", "--seed", "3", "- so?"], "- so?", {"seed": 3}),
+        (["--source", "out/sft_512", "--text=--hi"], "--hi", {}),
+        (["--source", "out/sft_512", "hi"], "hi", {}),
+        (
+            ["out/sft_512", "hi", "--system", "Be brief.", "--temperature", "0"],
+            "hi",
+            {"system": "Be brief.", "temperature": 0.0},
+        ),
+        (
+            "out/sft_512 hi --top_p 0.5 --top_k 3 --repetition_penalty 1.1".split(),
+            "hi",
+            {"top_p": 0.5, "top_k": 3, "repetition_penalty": 1.1},
+        ),
+        (
+            "out/sft_512 hi --max_new_tokens 9 --tokenizer t".split(),
+            "hi",
+            {"max_new_tokens": 9, "tokenizer": "t"},
+        ),
+    ],
+)
+def test_chat_says_what_is_given(arguments, text, settings, monkeypatch):
+    calls = keep(monkeypatch, "monitor.dialogue", "chat")
+    assert exit_code("chat", *arguments) == 0
+    named = {"which": "last", "tokenizer": None, **settings}
+    assert calls == [(("out/sft_512", text), named)]
+
+
+def test_chat_without_a_text_and_without_a_terminal_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert exit_code("chat", "out/sft_512") == 2
+    assert "nobody can write here" in capsys.readouterr().err
+
+
+def test_export_prints_where_it_wrote(monkeypatch, capsys):
+    calls = keep(monkeypatch, "model.export", "export", "hf")
+    given = "export out/sft_512 hf --format llama --which best --dtype float16"
+    assert exit_code(*given.split()) == 0
+    named = {"format": "llama", "which": "best", "dtype": "float16", "tokenizer": None}
+    assert calls == [(("out/sft_512", "hf"), named)]
+    assert capsys.readouterr().out == "hf\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("eval --data_path a", "SOURCE is missing: a run folder, a checkpoint, a .pth"),
+        ("chat --seed 1", "SOURCE is missing: a run folder"),
+        ("export out/sft_512", "FOLDER is missing: where to write"),
+        ("verify", "RUN_DIR is missing: the folder of a run"),
+        ("verify out/a out/b", "'out/b' is no option"),
+        ("chat out/a hi --tempreature 1", "is no option; did you mean --temperature?"),
+    ],
+)
+def test_a_word_too_few_or_too_many_is_explained(arguments, text, capsys):
+    assert exit_code(*arguments.split()) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_verify_tells_by_its_exit_code(monkeypatch, capsys):
+    rows = [["checkpoint", "step_00000002", "intact"]]
+    found = [Verdict("a", rows), Verdict("b", [["checkpoint", "", "none yet"]])]
+    asked = []
+    monkeypatch.setattr(
+        diagnosis, "verify", lambda run: asked.append(run) or found[len(asked) - 1]
+    )
+    assert [exit_code("verify", "out/a"), exit_code("verify", "out/b")] == [0, 1]
+    assert asked == ["out/a", "out/b"]
+    assert capsys.readouterr().out.startswith("a\n  what        name           state\n")
+
+
+def test_verify_names_the_runs_near_a_folder_that_is_none(tmp_path, capsys):
+    run = tmp_path / "pretrain_32"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    assert exit_code("verify", str(tmp_path)) == 2
+    assert f"Runs in {tmp_path}: {run}." in capsys.readouterr().err
+
+
+KERNEL = ["ipykernel_launcher.py", "-f", "/run/kernel-xyz.json"]
+KERNEL += ["--HistoryManager.hist_file=:memory:"]
+
+
+def test_what_jupyter_started_the_kernel_with_disturbs_nobody(monkeypatch, train):
+    monkeypatch.setattr(sys, "argv", KERNEL)
+    assert TrainConfig(epochs=2).explicit() == {"epochs": 2}
+    assert exit_code("pretrain", "--epochs", "2") == 0
+    assert train.configs == [TrainConfig(epochs=2)]
+    package = Path(inspect.getfile(minimind_nb)).parent
+    for module in package.rglob("*.py"):
+        as_imported = module.read_text(encoding="utf-8").partition("if __name__ ==")[0]
+        assert "argv" not in as_imported, module
+
+
+def test_in_a_notebook_the_command_line_is_not_read(monkeypatch, train):
+    monkeypatch.setattr(sys, "argv", KERNEL)
+    monkeypatch.setattr(cli, "running_kernel", object)
+    with pytest.raises(RuntimeError, match=r"call mm\.train\(mm\.TrainConfig\(…\)\)"):
+        main()
+    assert exit_code("pretrain") == 0
+    assert train.configs == [TrainConfig()]
 
 
 def test_tokenizer_trains_a_vocabulary(corpus, tmp_path, capsys):

@@ -5,11 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.runs import tree
 
 from minimind_nb import diagnosis
-from minimind_nb.diagnosis import doctor
+from minimind_nb.diagnosis import doctor, verify
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.session import Session
+from minimind_nb.storage import verified
+from minimind_nb.storage.runs import RunFolder
 
 T4 = Gpu("Tesla T4", (7, 5), 14.6)
 A100 = Gpu("A100", (8, 0), 40.0)
@@ -130,3 +133,83 @@ def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch)
     facts = doctor(tmp_path)
     assert "driver too old" in facts["processors"]
     assert facts["training uses"] == "unknown until that is mended"
+
+
+def seal(folder: Path, **files: str) -> Path:
+    with verified.writing(folder, {}) as aside:
+        for name, text in files.items():
+            (aside / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    """A preference run of two checkpoints whose cache lies beside it."""
+    folder = RunFolder(tmp_path / "out" / "dpo_32")
+    cache = {"data": "tokens-1", "validation": "tokens-1"}
+    folder.write_config({"settings": {}, "hashes": cache | {"initial": None}})
+    for place in (folder.checkpoint_folder(2), folder.checkpoint_folder(4)):
+        seal(place, weights="1234")
+    seal(folder.reference, chosen="12")
+    seal(tmp_path / "out" / "cache" / "tokens-1", tokens="123")
+    return folder
+
+
+def test_an_intact_run_is_intact_in_every_part(run):
+    found = verify(run.root)
+    assert found.intact and found.title == f"What lies in {run.root}"
+    assert found.rows == [
+        ["checkpoint", "step_00000004", "intact"],
+        ["checkpoint", "step_00000002", "intact"],
+        ["reference", "reference", "intact"],
+        ["token cache", "tokens-1", "intact"],
+    ]
+
+
+def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
+    (run.checkpoint_folder(2) / "weights").write_text("1235")
+    (run.reference / "chosen").unlink()
+    (tmp_path / "out" / "cache" / "tokens-1" / "tokens").write_text("12")
+    before = tree(tmp_path)
+    found = verify(run.root)
+    assert found.intact, "the newest is what a run goes on from"
+    assert [state for _, _, state in found.rows] == [
+        "intact",
+        "damaged: weights does not have the sha256 it was written with",
+        "damaged: chosen is missing",
+        "damaged: tokens has 2 of 3 bytes",
+    ]
+    (run.checkpoint_folder(4) / "weights").write_text("")
+    assert not verify(run.root).intact
+    (run.checkpoint_folder(4) / "weights").write_text("1234")
+    assert tree(tmp_path) == before
+
+
+def test_what_is_gone_is_said_to_be_gone(run, tmp_path):
+    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(tmp_path / "out" / "cache")
+    found = verify(run.root)
+    assert not found.intact
+    assert found.rows[0] == ["checkpoint", "", "none yet"]
+    assert found.rows[-1][2] == (
+        "not here; it is made again from the data when it is needed"
+    )
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_not_damaged(run, monkeypatch):
+    old = run.checkpoint_folder(2)
+    there = RunFolder.checkpoint_folders
+
+    def prune(folder: RunFolder) -> list[Path]:
+        found = there(folder)
+        shutil.rmtree(old)
+        return found
+
+    monkeypatch.setattr(RunFolder, "checkpoint_folders", prune)
+    assert verify(run.root).rows[1] == ["checkpoint", old.name, "removed meanwhile"]
+
+
+def test_a_folder_that_is_no_run_is_an_error_that_names_the_runs_near_it(run):
+    run.metrics_file.touch()
+    with pytest.raises(FileNotFoundError, match=rf"Runs in .*: {run.root}\."):
+        verify(run.root.parent)

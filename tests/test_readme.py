@@ -69,3 +69,15 @@ def test_the_notebooks_parameters_are_fields_of_the_configuration() -> None:
             ast.literal_eval(line.value)
         assert not any(cell.get("outputs") for cell in notebook.cells)
         assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_the_build_for_kaggle_is_understood() -> None:
+    line = re.search(r"^python kaggle/kernels.py build (.*)$", README, re.MULTILINE)
+    assert line
+    words = shlex.split(line[1])
+    notebook = (ROOT / "notebooks" / "pretrain.ipynb").read_text(encoding="utf-8")
+    for before, name in zip(words, words[1:], strict=False):
+        assert before != "-p" or f'"{name} = ' in notebook
+    script = (ROOT / "kaggle" / "kernels.py").read_text(encoding="utf-8")
+    for option in {word for word in words if word.startswith("--")}:
+        assert f'"{option}"' in script

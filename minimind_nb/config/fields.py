@@ -147,6 +147,11 @@ class TrainConfig:
     """Longest such answer in tokens; 0 asks nothing."""
     log_interval: int | None = None
     """Optimizer steps between rows of metrics."""
+    use_wandb: bool = False
+    """Whether the metrics go to Weights & Biases too: offline, into the run folder, where
+    there is no key or no network. Needs pip install 'minimind_nb[wandb]'."""
+    wandb_project: str = "MiniMind"
+    """Name of the project there."""
     save_interval: int | None = None
     """Optimizer steps between checkpoints; one is written at the end too."""
     keep_checkpoints: int = 2

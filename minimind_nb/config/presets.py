@@ -159,7 +159,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     "sample_prompts sample_tokens max_session_hours max_skipped_steps "
     "hang_timeout_seconds out_dir run_name resume allow_change data_path val_path "
     "init_from tokenizer on_bad_line max_bad_fraction device num_processes dtype "
-    "preset recipe".split()
+    "preset recipe use_wandb wandb_project".split()
 )
 
 SHAPE_FIELDS = (

@@ -141,9 +141,6 @@ def _contradictions(
         "held-out part; leave one of them out": (
             {"val_path", "val_fraction"} <= settings.keys()
         ),
-        'max_bad_fraction needs on_bad_line="skip"': (
-            "max_bad_fraction" in settings and v.get("on_bad_line") != "skip"
-        ),
         'dtype="float16" is for GPUs; a CPU takes "float32" or "bfloat16"': (
             v["device"] == "cpu" and v["dtype"] == "float16"
         ),
@@ -158,7 +155,7 @@ def _contradictions(
             v.get("seed", 0) >= 1 << 63  # torch takes 64 bits with a sign
         ),
     }
-    checks |= _between_stages(settings, values)
+    checks |= _between_stages(settings, values) | _alone(settings, values)
     for field in MIXTURE_FIELDS:
         text = (
             f"{field} is a setting of mixtures of experts; set use_moe=True or leave "
@@ -182,5 +179,17 @@ def _between_stages(
         ),
         'dpo_beta is a setting of stage="dpo"; leave it out': (
             v["stage"] != "dpo" and "dpo_beta" in settings
+        ),
+    }
+
+
+def _alone(settings: Mapping[str, Any], v: Mapping[str, Any]) -> dict[str, bool]:
+    """What means something beside another setting only."""
+    return {
+        'max_bad_fraction needs on_bad_line="skip"': (
+            "max_bad_fraction" in settings and v.get("on_bad_line") != "skip"
+        ),
+        "wandb_project needs use_wandb=True": (
+            "wandb_project" in settings and not v.get("use_wandb")
         ),
     }

@@ -8,26 +8,35 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 
 class Group:
     """The ranks that train together; one process is a group that sums nothing.
 
-    Rendezvous is a private file, so no port is ever taken; on one machine gloo talks
-    over the loopback interface.
+    Rendezvous is a private file of one machine, where gloo talks over the loopback
+    interface, or a store that the ranks have in common: no port is ever taken.
     """
 
     def __init__(
-        self, rank: int, size: int, store: Path, device: str, timeout_seconds: float
+        self,
+        rank: int,
+        size: int,
+        store: str | Path | Store,
+        device: str,
+        timeout_seconds: float,
     ) -> None:
         self.rank = rank
         self.size = size
         if size == 1:
             return
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        common = store if isinstance(store, Store) else None
+        if common is None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            init_method=f"file://{store}",
+            init_method=None if common else f"file://{store}",
+            store=common,
             rank=rank,
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -50,3 +59,12 @@ class Group:
         """Leave the group. Ranks may leave at different times."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def leave_at_once() -> None:
+    """Close the connections of a rank that failed and may live on: the others see it.
+
+    Not on CUDA, where that could wait for them.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()

@@ -44,7 +44,8 @@ class Job:
 
     `target` names a function, "package.module:function", that takes (rank, payload,
     record, stop) and returns how it ended; `payload` is plain data. `environment` is
-    set in each process before `target` is imported.
+    set in each process before `target` is imported. `paths` are what each machine must
+    see beside the folder.
     """
 
     target: str
@@ -52,6 +53,19 @@ class Job:
     num_processes: int
     folder: RunFolder
     environment: Mapping[str, str] = field(default_factory=dict)
+    paths: Sequence[str] = ()
+
+    def run(self, rank: int, record: RankRecord, stop: StopRequest) -> None:
+        """Do the part of one rank in this process, and record how it ended."""
+        record.update()
+        module, _, name = self.target.partition(":")
+        try:
+            run = getattr(importlib.import_module(module), name)
+            status = run(rank, self.payload, record, stop)
+        except BaseException as error:
+            record.fail(error)
+            raise
+        record.update(status=status)
 
 
 def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
@@ -235,16 +249,7 @@ def _enter(rank: int, job: Job, parent_pid: int) -> None:
     _redirect_output(job.folder.log_file(rank))
     faulthandler.enable()
     stop = StopRequest()
-    record = RankRecord(job.folder.record_file(rank), rank)
-    record.update()
-    module, _, name = job.target.partition(":")
-    try:
-        run = getattr(importlib.import_module(module), name)
-        status = run(rank, job.payload, record, stop)
-    except BaseException as error:
-        record.fail(error)
-        raise
-    record.update(status=status)
+    job.run(rank, RankRecord(job.folder.record_file(rank), rank), stop)
 
 
 def _redirect_output(log: Path) -> None:

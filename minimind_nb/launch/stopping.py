@@ -17,8 +17,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        self._before = {n: signal.signal(n, self._handle) for n in SIGNALS}
+
+    def restore(self) -> None:
+        """Put back the handlers of before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def ballot(self) -> list[float]:
         """One number for each of `STOP_REASONS`, 1.0 for this rank's reason."""

@@ -101,11 +101,14 @@ class Exit:
     reason: str = ""
 
 
-def judge(folder: RunFolder, exits: list[Exit], asked_to_stop: str = "") -> str:
+def judge(
+    folder: RunFolder, exits: list[Exit], asked_to_stop: str = "", logs: bool = True
+) -> str:
     """Return how a run ended, or raise `TrainingFailed` for its first failure.
 
     `asked_to_stop` is what the parent passed on ("interrupted" or "terminated"): a
     rank that left before it could listen then counts as stopped, not as failed.
+    `logs` tells whether the ranks have logs of their own.
     """
     records = [RankRecord.read(folder.record_file(rank)) for rank in range(len(exits))]
     statuses = {record.status if record else "silent" for record in records}
@@ -115,7 +118,8 @@ def judge(folder: RunFolder, exits: list[Exit], asked_to_stop: str = "") -> str:
         return asked_to_stop
     rank = _first_failure(records, exits)
     phase = record.phase if (record := records[rank]) else "startup"
-    raise TrainingFailed(_explain(folder, rank, records, exits[rank]), rank, phase)
+    text = _explain(folder, rank, records, exits[rank], logs)
+    raise TrainingFailed(text, rank, phase)
 
 
 def _first_failure(records: list[RankRecord | None], exits: list[Exit]) -> int:
@@ -135,7 +139,11 @@ def _first_failure(records: list[RankRecord | None], exits: list[Exit]) -> int:
 
 
 def _explain(
-    folder: RunFolder, rank: int, records: list[RankRecord | None], end: Exit
+    folder: RunFolder,
+    rank: int,
+    records: list[RankRecord | None],
+    end: Exit,
+    logs: bool,
 ) -> str:
     record = records[rank]
     hint = "No checkpoint was written yet: the same call starts anew."
@@ -162,7 +170,8 @@ def _explain(
         for r in records
         if r and r.rank != rank and r.status == "failed"
     ]
-    parts = [head, body, *others, _tail(folder.log_file(rank)), hint]
+    tail = _tail(folder.log_file(rank)) if logs else ""
+    parts = [head, body, *others, tail, hint]
     return "\n".join(part for part in parts if part)
 
 

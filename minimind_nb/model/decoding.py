@@ -52,8 +52,8 @@ class Sampling:
                 self.repetition_penalty > 0,
             ),
             "seed": (
-                "None, or 0 up to 2**63 - 1",
-                self.seed is None or 0 <= self.seed < 1 << 63,
+                "None, or 0 up to 2**64 - 1",
+                self.seed is None or 0 <= self.seed < 1 << 64,
             ),
         }
         problems = [

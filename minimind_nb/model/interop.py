@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer
 
 from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
 from .architecture import MiniMindConfig, MiniMindForCausalLM
+from .families import read_config
 from .weights import Tensors, infer_shape, put_weights, read_pth, read_tensors
 
 if TYPE_CHECKING:
@@ -24,10 +26,11 @@ if TYPE_CHECKING:
 
 _SOURCES = (
     "a run folder, a checkpoint folder, a .pth file or a folder written by "
-    "save_pretrained"
+    "save_pretrained (MiniMind, Llama, Qwen3 or Qwen3-MoE)"
 )
 # By generation, for the names and shapes of the tensors leave them open.
 _GUESSED = ("rms_norm_eps", "num_experts_per_tok", "aux_loss_alpha", "seq_aux")
+_WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")
 
 
 def load(
@@ -40,23 +43,22 @@ def load(
 
     `source` is a run or its folder (`which` picks the "last" checkpoint or the "best"
     on validation), a checkpoint folder, a MiniMind `.pth`, or a folder that
-    `save_pretrained` wrote. A `.pth` says nothing of heads, top-k or theta: they are
-    those of the run beside it that wrote it, else MiniMind's defaults, unless given in
-    `shape` (by `MiniMindConfig`'s names). `tokenizer` replaces the one that lies with
-    the weights (for a `.pth` alone the shipped one). Nothing is downloaded and no code from the source is run.
+    `save_pretrained` wrote, of MiniMind's own kind or a Llama, Qwen3 or Qwen3-MoE. A
+    `.pth` says nothing of heads, top-k or theta: they are those of the run beside it
+    that wrote it, else MiniMind's defaults, and that is printed, unless given in `shape`
+    (by `MiniMindConfig`'s names). `tokenizer` replaces the one that lies with the
+    weights (for a `.pth` alone the shipped one); its entries must be the same. Nothing
+    is downloaded and no code from the source is run.
 
     Raises `FileNotFoundError` where there are no weights, `ValueError` where they do
-    not fit, hold a value that is not finite, or come with another tokenizer's size,
-    `NoGoodCheckpoint` where every checkpoint of the run is damaged.
+    not fit, hold a value that is not finite, come with another tokenizer's entries, or
+    are of a network that MiniMind cannot express, `NoGoodCheckpoint` where every
+    checkpoint of the run is damaged.
     """
     found = find_weights(source, which, tokenizer, **shape)
-    spec = read_tokenizer(found.tokenizer if tokenizer is None else tokenizer)
-    if spec.vocab_size > found.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
-            f"{found.config.vocab_size}: they do not belong together; name the right "
-            "one with tokenizer=…"
-        )
+    spec = choose_tokenizer(found, tokenizer, source)
+    if found.assumed:
+        print(found.describe_assumed())
     model = MiniMindForCausalLM(found.config)
     put_weights(model, found.read(), str(source))
     return model.eval(), load_tokenizer(spec)
@@ -67,12 +69,24 @@ class FoundWeights:
     """Weights on disk: their file, the model they are of, what lies with them.
 
     `tokenizer` and `stage` are None where nothing says so (of a `.pth` its name does).
+    `assumed` is what neither the weights nor anybody said of the network.
     """
 
     file: Path
     config: MiniMindConfig
     tokenizer: TokenizerSpec | None = None
     stage: str | None = None
+    assumed: tuple[str, ...] = ()
+
+    def describe_assumed(self) -> str:
+        """What was assumed, and how to say otherwise; "" where nothing was."""
+        if not self.assumed:
+            return ""
+        values = [f"{name}={getattr(self.config, name)!r}" for name in self.assumed]
+        return (
+            f"{self.file} does not say {', '.join(values)}: these are MiniMind's own. If "
+            f"it was trained with others, name them, as in {self.assumed[0]}=…"
+        )
 
     def read(self) -> dict[str, torch.Tensor]:
         """The tensors by name."""
@@ -110,7 +124,10 @@ def find_weights(
         config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
         stage = _run_of(path).partition("_")[0]
         return FoundWeights(
-            path, config, stage=stage if stage in WEIGHTS_NAMES else None
+            path,
+            config,
+            stage=stage if stage in WEIGHTS_NAMES else None,
+            assumed=_assumed(config, shape),
         )
     if not path.exists():
         near = get_close_matches(
@@ -124,6 +141,43 @@ def find_weights(
             f"{path} is none"
         )
     return _from_folder(path, which, tokenizer)
+
+
+def choose_tokenizer(
+    found: FoundWeights, tokenizer: Any, source: str | os.PathLike[str]
+) -> TokenizerSpec:
+    """The tokenizer that is named, else the weights' own, else the shipped one.
+
+    Raises `ValueError` where it is not the one that the weights were trained with.
+    """
+    if tokenizer is not None and found.tokenizer:
+        check_same_entries(tokenizer, found.tokenizer, source)
+    spec = read_tokenizer(found.tokenizer if tokenizer is None else tokenizer)
+    if spec.vocab_size > found.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
+            f"{found.config.vocab_size}: they do not belong together; name the right "
+            "one with tokenizer=…"
+        )
+    return spec
+
+
+def check_same_entries(
+    given: Any, own: TokenizerSpec, source: str | os.PathLike[str]
+) -> None:
+    """Raise `ValueError` where a token means another id than the weights learned."""
+    vocabularies = [
+        Tokenizer.from_str(spec.json).get_vocab(with_added_tokens=True)
+        for spec in (read_tokenizer(given), own)
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        same = len(vocabularies[0].items() & vocabularies[1].items())
+        name = given if isinstance(given, str | os.PathLike) else "the one given"
+        raise ValueError(
+            f"the weights in {source} were trained with another tokenizer than {name}: "
+            f"only {same:,} of {len(vocabularies[1]):,} entries mean the same. Leave "
+            "tokenizer out, for it comes with the weights"
+        )
 
 
 def model_config(
@@ -146,6 +200,16 @@ def _run_of(path: Path) -> str:
         if path.stem.startswith(f"{begin}_"):
             return stage + path.stem.removeprefix(begin)
     return path.stem
+
+
+def _assumed(config: MiniMindConfig, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the tensors of a `.pth` leave open and nobody said."""
+    names = ["rope_theta", "rms_norm_eps"]
+    if not config.qk_norm and "head_dim" not in given:
+        names.insert(0, "num_attention_heads")
+    if config.use_moe:
+        names += ["num_experts_per_tok", "norm_topk_prob"]
+    return tuple(name for name in names if name not in given)
 
 
 def _from_run_beside(
@@ -189,15 +253,25 @@ def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
         spec = read_tokenizer(run.tokenizer if own else tokenizer)
         config = model_config(settings, spec)
         return FoundWeights(checkpoint / WEIGHTS, config, spec, settings["stage"])
-    kind, expected = fields.get("model_type"), MiniMindConfig.model_type
-    if fields and kind != expected:
-        raise ValueError(f"{path} holds a {kind!r} model, {expected!r} is expected")
-    if not fields or not (path / WEIGHTS).is_file():
+    return _from_saved(path, fields)
+
+
+def _from_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
+    """Weights with a `config.json` of transformers, and the tokenizer beside them."""
+    if not fields:
         raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
-    there = (path / "tokenizer.json").is_file()
-    spec = read_tokenizer(path) if there else None
     try:
-        config = MiniMindConfig.from_dict(fields)
-    except (TypeError, ArithmeticError) as error:
-        raise ValueError(f"{path}/config.json describes no model: {error}") from None
-    return FoundWeights(path / WEIGHTS, config, spec)
+        config = read_config(fields)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if shards := [*path.glob("*.index.json")]:
+        raise ValueError(
+            f"the weights in {path} are in several files ({shards[0].name}): open it "
+            "with transformers and save it in one, save_pretrained(FOLDER, "
+            'max_shard_size="99GB")'
+        )
+    there = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
+    if not there:
+        raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
+    spec = read_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    return FoundWeights(there[0], config, spec)

@@ -14,19 +14,39 @@ from .architecture import MiniMindForCausalLM
 
 _SHOWN_KEYS = 5
 _HEADS = 8
+_FUSED = 3  # axes: experts, outputs, inputs
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDING = "model.embed_tokens.weight"
 Tensors = Mapping[str, torch.Tensor]
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file or a `.pth`. Raises `ValueError`."""
+    """The tensors of a `.safetensors` file or a `.pth`. Raises `ValueError`.
+
+    Experts that lie in one tensor, as transformers holds them in memory, are told apart.
+    """
     if file.suffix != ".safetensors":
-        return read_pth(file)
+        return _split_experts(read_pth(file))
     try:
-        return _check_tensors(file, load_file(file))
+        return _split_experts(_check_tensors(file, load_file(file)))
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); copy it again") from None
+
+
+def _split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    split = {}
+    for name, tensor in tensors.items():
+        at, _, kind = name.partition(".experts.")
+        if kind == "gate_up_proj" and tensor.ndim == _FUSED:
+            for number, both in enumerate(tensor):
+                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
+                    split[f"{at}.experts.{number}.{part}_proj.weight"] = half
+        elif kind == "down_proj" and tensor.ndim == _FUSED:
+            for number, expert in enumerate(tensor):
+                split[f"{at}.experts.{number}.down_proj.weight"] = expert
+        else:
+            split[name] = tensor
+    return split
 
 
 def read_pth(path: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,7 @@
-"""`train` and `evaluate`: what runs in worker processes, from a cell, script or shell."""
+"""`train` and `evaluate`: what runs in worker processes, from a cell, script or shell.
+
+Under torchrun the processes are there: each makes the call and works in place.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
 from ..launch.processes import Job, refuse_unguarded_script, run_processes
+from ..launch.torchrun import Meeting, find_meeting
 from ..launch.verdict import TrainingFailed
 from ..model.interop import find_weights
 from ..monitor.facts import Facts
 from ..monitor.live import choose_view
 from ..monitor.metrics import History
 from ..monitor.report import Run, save_chart, write_summary
+from ..monitor.tracking import track
 from ..session import current_session
 from ..storage.runs import STATE, RunFolder
 from .preparation import Prepared, Settled, prepare, settle
@@ -55,9 +60,27 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
     before anything is started, saying what to change; `TrainingFailed` when the run
     failed, with the traceback of the rank that failed first.
+
+    Under torchrun its processes are the workers, and all of them make this call and get
+    the run; rank 0 shows it.
     """
     refuse_unguarded_script("train")
-    shown = choose_view(view)
+    return Run(_together(functools.partial(_train, cfg, view)))
+
+
+def _together(work: Callable[[Meeting | None], Any]) -> Any:
+    """What `work` returns, plain data; under torchrun rank 0 does it, for all ranks."""
+    meeting = find_meeting()
+    if meeting is None:
+        return work(None)
+    return meeting.take_part(functools.partial(work, meeting))
+
+
+def _train(
+    cfg: TrainConfig, view: bool | _Callback | None, meeting: Meeting | None
+) -> str:
+    """Train, and return the run folder."""
+    shown = track(choose_view(view), cfg)
     prepared = prepare(cfg, shown.note)
     run = Run(prepared.folder.root)
     if prepared.complete:
@@ -66,7 +89,7 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
         further = "max_steps" if limit <= prepared.total_steps else "epochs"
         shown.note(f"{run.folder} is finished; raise {further} to train longer")
         shown.finish(run.history, run.status)
-        return run
+        return str(run.folder)
     shown.start(run.history, {"total_steps": prepared.total_steps})
     status = "failed"
     try:
@@ -75,6 +98,7 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
             prepared.cfg.device,
             lambda: shown.update(run.history),
             shown.note,
+            meeting,
         )
     except KeyboardInterrupt:
         status = "interrupted"
@@ -83,7 +107,7 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
         shown.finish(run.history, status)
         shown.attempt(save_chart, run)
         shown.attempt(write_summary, run, status, prepared.weights_file)
-    return run
+    return str(run.folder)
 
 
 class Scores(dict[str, float]):
@@ -119,6 +143,17 @@ def evaluate(
     what `train` raises.
     """
     refuse_unguarded_script("evaluate")
+    scores = _together(functools.partial(_evaluate, source, data_path, which, settings))
+    return Scores(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
+
+
+def _evaluate(
+    source: str | os.PathLike[str],
+    data_path: str | os.PathLike[str],
+    which: str,
+    settings: Mapping[str, Any],
+    meeting: Meeting | None,
+) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
     shape = settings if Path(source).is_file() else {}
@@ -129,24 +164,24 @@ def evaluate(
     cache = current_session().cache_folder(choices["out_dir"])
     file = locate(data_path, cache, stage)
     choices |= {"stage": stage, "data_path": file, "val_path": file}
-    in_folder = weights.file.suffix == ".safetensors"
+    in_folder = weights.file.suffix in (".safetensors", ".bin")
     init_from = str(weights.file.parent if in_folder else weights.file)
-    settled = settle(TrainConfig(**choices, init_from=init_from))
+    settled = settle(TrainConfig(**choices, init_from=init_from), print)
     cfg, cores = settled.cfg, settled.hardware.cpu_cores
     at = (settled.tokenizer, settled.cache_root, cores)
     corpus = Corpus.prepare(cfg, *at, lambda _: None)
     corpus.judge(cfg, 1.0)
-    with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
+    at_hand = settled.cache_root if meeting else None  # where other machines see it
+    with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=at_hand) as folder:
         run = RunFolder(folder)
         write_tokenizer(settled.tokenizer, run.tokenizer)
         job = functools.partial(
             _job, "measure", settled, run, corpus, initial=weights.file
         )
-        _launch(job, cfg.device, lambda: None, lambda _: None)
+        _launch(job, cfg.device, lambda: None, lambda _: None, meeting)
         scores = json.loads((run.root / "scores.json").read_bytes())
     excerpts = corpus.excerpts(cfg)
-    scores |= {"cut": excerpts.cut, "dropped": excerpts.dropped}
-    return Scores(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
+    return scores | {"cut": excerpts.cut, "dropped": excerpts.dropped}
 
 
 def _home(weights: Path) -> str:
@@ -163,8 +198,11 @@ def _launch(
     device: str | None,
     on_poll: Callable[[], None],
     on_note: Callable[[str], None],
+    meeting: Meeting | None,
 ) -> str:
     """Start the workers; again in another environment where they did not meet."""
+    if meeting:
+        return meeting.launch(make_job({}), on_poll)
     environments = _ENVIRONMENTS[device or "cpu"]
     for environment, following in itertools.pairwise(environments):
         try:
@@ -210,6 +248,7 @@ def _job(
     cfg = settled.cfg
     assert cfg.num_processes
     threads = choose_threads(cfg.num_processes, settled.hardware.cpu_cores)
+    caches = [one["folder"] for one in corpus.describe()]
     payload = {
         "settings": dataclasses.asdict(cfg),
         "folder": str(folder.root),
@@ -225,4 +264,5 @@ def _job(
         num_processes=cfg.num_processes,
         folder=folder,
         environment={**threading, **environment},
+        paths=[path for path in (*caches, payload["initial"]) if path],
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from ..config import (
     PRESETS,
@@ -19,9 +18,8 @@ from ..config import (
     TrainConfig,
 )
 from ..config import STAGES as DEFAULTS
-from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..model.architecture import MiniMindForCausalLM
-from ..model.interop import FoundWeights, find_weights
+from ..model.interop import FoundWeights, check_same_entries, find_weights
 from ..model.weights import check_weights
 from ..storage.runs import RunFolder
 from ..storage.verified import hash_file
@@ -79,6 +77,8 @@ def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
         if own := _own_run(cfg, source):
             return own
         raise
+    if weights.assumed:
+        on_note(weights.describe_assumed())
     has = weights.shape()
     if differences := [
         f"{name}: {has.get(name)!r} there, {value!r} now"
@@ -92,7 +92,7 @@ def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
             'set init_from to other weights, or to "none" for new ones.'
         )
     if cfg.tokenizer and weights.tokenizer:
-        _check_same_entries(cfg.tokenizer, weights.tokenizer, source)
+        check_same_entries(cfg.tokenizer, weights.tokenizer, source)
     with torch.device("meta"):
         model = MiniMindForCausalLM(weights.config)
     check_weights(model, weights.read(), source)
@@ -193,17 +193,3 @@ def _own_run(cfg: TrainConfig, source: str) -> Initial | None:
         return None
     before = RunFolder(own.source).read_config()["settings"]
     return own if before.get("init_from") == source else None
-
-
-def _check_same_entries(given: str, own: TokenizerSpec, source: str) -> None:
-    vocabularies = [
-        Tokenizer.from_str(spec.json).get_vocab(with_added_tokens=True)
-        for spec in (read_tokenizer(given), own)
-    ]
-    if vocabularies[0] != vocabularies[1]:
-        same = len(vocabularies[0].items() & vocabularies[1].items())
-        raise ValueError(
-            f"the weights in {source} were trained with another tokenizer than {given}: "
-            f"only {same:,} of {len(vocabularies[1]):,} entries mean the same. Leave "
-            "tokenizer out, for it comes with the weights"
-        )

@@ -25,6 +25,7 @@ from ..data.demo import DEMO, locate
 from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import Hardware, choose_dtype, detect_hardware
+from ..launch.torchrun import Place
 from ..session import current_session
 from ..storage import verified
 from ..storage.runs import Checkpoint, RunFolder
@@ -252,24 +253,36 @@ def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
     device = cfg.device or ("cuda" if hardware.gpus else "cpu")
     if device == "cuda" and not hardware.gpus:
         raise ValueError('device="cuda", and no GPU was found; take device="cpu"')
+    started = _started_by_torchrun(cfg)
     count = len(hardware.gpus) if device == "cuda" else 1
+    here = started.local_size if started else cfg.num_processes or 1
     if not sys.platform.startswith("linux"):
         count = 1
-        if (cfg.num_processes or 1) > 1:
+        if here > 1:
             raise ValueError("several processes need Linux; take num_processes=1")
-    if device == "cuda" and (cfg.num_processes or 1) > count:
-        raise ValueError(
-            f"num_processes={cfg.num_processes}, and there are {count} GPUs"
-        )
+    if device == "cuda" and here > count:
+        raise ValueError(f"num_processes={here}, and there are {count} GPUs")
     most = 4 * hardware.cpu_cores
-    if (cfg.num_processes or 1) > most:
+    if here > most:
         raise ValueError(
-            f"num_processes={cfg.num_processes} is too many for "
-            f"{hardware.cpu_cores} CPU cores; take at most {most}"
+            f"num_processes={here} is too many for {hardware.cpu_cores} CPU cores; take "
+            f"at most {most}"
         )
+    count = started.size if started else count
     capability = min((gpu.capability for gpu in hardware.gpus), default=None)
     dtype = choose_dtype(device, capability, hardware.cpu_native_bf16)
     return {"device": device, "num_processes": count, "dtype": dtype}
+
+
+def _started_by_torchrun(cfg: TrainConfig) -> Place | None:
+    """Where torchrun put this process; it says how many there are."""
+    place = Place.find()
+    if place and cfg.num_processes not in (None, place.size):
+        raise ValueError(
+            f"num_processes={cfg.num_processes}, and torchrun started {place.size} "
+            "(WORLD_SIZE); leave num_processes out, or start as many"
+        )
+    return place
 
 
 def _total_steps(

@@ -87,7 +87,7 @@ def write_samples(t: Trainer) -> None:
                 pad_id=config.pad_token_id,
                 eos_id=config.eos_token_id,
                 max_new_tokens=t.cfg.sample_tokens or 0,
-                seed=seed_of(t.cfg.seed, t.progress.step, number) >> 1,
+                seed=seed_of(t.cfg.seed, t.progress.step, number),
                 **_SAMPLING,
             )
         answer = str(decode(ids, skip_special_tokens=True))

@@ -88,11 +88,12 @@ def _meet(
     """Take this rank's threads and device, and prove that the others are there."""
     assert cfg.num_processes and cfg.device
     torch.set_num_threads(payload["threads"])
-    device = torch.device(f"cuda:{rank}" if cfg.device == "cuda" else "cpu")
+    index = payload.get("local_rank", rank)
+    device = torch.device(f"cuda:{index}" if cfg.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     record.update(phase="meeting")
-    store, timeout = Path(payload["store"]), cfg.hang_timeout_seconds
+    store, timeout = payload["store"], cfg.hang_timeout_seconds
     group = Group(rank, cfg.num_processes, store, cfg.device, timeout)
     group.meet(device)
     return group, device

@@ -14,7 +14,7 @@ from minimind_nb.config import SHAPE_FIELDS, TrainConfig, kinds, resolve
 MINIMIND_NAMES = (
     "data_path out_dir epochs batch_size learning_rate hidden_size num_hidden_layers "
     "max_seq_len use_moe accumulation_steps grad_clip warmup_iters save_interval "
-    "log_interval num_processes dtype"
+    "log_interval use_wandb num_processes dtype"
 ).split()
 
 
@@ -117,6 +117,7 @@ def test_a_copy_with_an_unknown_name_is_refused_like_a_new_one():
         {"use_moe": True, "aux_loss_alpha": 0.0, "allow_change": ("seed",)},
         {"data_path": "a", "val_path": "b", "on_bad_line": "skip"},
         {"stage": "sft", "sample_prompts": ("a, b", "c"), "use_moe": True},
+        {"use_wandb": True, "wandb_project": "mine"},
         {"stage": "dpo", "dpo_beta": 0.3, "recipe": "demo-dpo", "sample_tokens": 0},
     ],
 )

@@ -165,6 +165,7 @@ def test_a_number_out_of_range_says_the_range(name, value, text):
             {"val_path": "v.jsonl", "val_fraction": 0.1},
             "val_path and val_fraction exclude each other: a validation file replaces",
         ),
+        ({"wandb_project": "mine"}, "wandb_project needs use_wandb=True"),
         ({"max_bad_fraction": 0.1}, 'max_bad_fraction needs on_bad_line="skip"'),
         (
             {"n_routed_experts": 8},
@@ -200,9 +201,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, text):
     assert text in line
 
 
-@pytest.mark.parametrize(
-    "name", ["", "..", ".hidden", "a/b", "a\\b", "a\0b", "cache"]
-)
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a\\b", "a\0b", "cache"])
 def test_a_run_name_must_name_a_folder_in_out_dir(name):
     assert problems(run_name=name) == [
         f"run_name={name!r} cannot be the name of a run folder in out_dir"

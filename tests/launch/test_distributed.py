@@ -1,12 +1,14 @@
 """One process is a group that sums nothing; ballots are counted by urgency."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from minimind_nb.launch.distributed import Group
-from minimind_nb.launch.stopping import STOP_REASONS, count_ballots
+from minimind_nb.launch.stopping import STOP_REASONS, StopRequest, count_ballots
 
 
 def test_one_process_sums_nothing_and_needs_no_store() -> None:
@@ -32,3 +34,13 @@ def test_the_most_urgent_reason_wins() -> None:
     assert count_ballots([0.0, 0.0, 2.0]) == "time_budget"
     assert count_ballots([0.0, 1.0, 1.0]) == "interrupted"
     assert count_ballots([1.0, 1.0, 1.0]) == "terminated"
+
+
+def test_a_wish_to_stop_gives_the_handlers_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "terminated"
+    stop.restore()
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert after == before

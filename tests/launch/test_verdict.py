@@ -101,6 +101,9 @@ def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
         judge(RunFolder(tmp_path), ended(1))
     assert "line 39" in str(failure.value)
     assert "line 9\n" not in str(failure.value)
+    with pytest.raises(TrainingFailed) as failure:
+        judge(RunFolder(tmp_path), ended(1), logs=False)
+    assert "line 39" not in str(failure.value), "it is of an earlier start"
 
 
 def test_a_rank_stopped_before_it_listened_counts_as_stopped(tmp_path: Path) -> None:

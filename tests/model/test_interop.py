@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor as Weights
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimind_nb.config import (
     MIXTURE_FIELDS,
@@ -19,9 +22,13 @@ from minimind_nb.config import (
     resolve,
 )
 from minimind_nb.data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
-from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.model.architecture import (
+    YARN_DEFAULTS,
+    MiniMindConfig,
+    MiniMindForCausalLM,
+)
 from minimind_nb.model.interop import find_weights, load, model_config
-from minimind_nb.model.weights import infer_shape, put_weights
+from minimind_nb.model.weights import infer_shape, put_weights, read_tensors
 from minimind_nb.storage import verified
 from minimind_nb.storage.runs import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
 
@@ -73,7 +80,7 @@ def save(state: Any, path: Path) -> Path:
     return path
 
 
-def same(model: MiniMindForCausalLM, state: dict[str, Tensor]) -> bool:
+def same(model: MiniMindForCausalLM, state: dict[str, Weights]) -> bool:
     found = model.state_dict()
     return found.keys() == state.keys() and all(
         torch.equal(found[name], state[name].float()) for name in found
@@ -207,11 +214,134 @@ def test_a_folder_by_save_pretrained_opens(model, tmp_path, spec):
     assert load(folder)[1].eos_token == spec.eos_token
 
 
-def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / WEIGHTS).write_bytes(b"")
-    with pytest.raises(ValueError, match="holds a 'llama' model, 'minimind' is expect"):
-        load(tmp_path)
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 97,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+}
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    """A folder as transformers writes it, with single fields changed (None: left out)."""
+    fields = {n: v for n, v in {**LLAMA, **changes}.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    state = model_of(num_attention_heads=4, vocab_size=97).state_dict()
+    del state["lm_head.weight"]
+    save_file(state, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gpt2", None])
+def test_a_folder_of_another_kind_of_model_is_refused(kind, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"holds a '?{kind}'? model; minimind, llama, qwen3, qwen3_moe"
+    ):
+        load(write_llama(tmp_path, model_type=kind))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"model_type": "qwen3", "sliding_window": 64},
+        {"layer_types": ["sliding_attention"]},
+        {"quantization_config": {"bits": 4}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+    ],
+)
+def test_what_minimind_has_not_is_named(change, tmp_path):
+    name = list(change)[-1].replace("rope_scaling", "rope scaling")
+    with pytest.raises(
+        ValueError, match=f"MiniMind has no {name}.*without can be read"
+    ):
+        find_weights(write_llama(tmp_path, **change))
+
+
+def test_a_field_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="config.json says nothing of hidden_size"):
+        find_weights(write_llama(tmp_path, hidden_size=None))
+
+
+def test_yarn_of_our_own_kind_is_read(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e5, **YARN_DEFAULTS}
+    config = find_weights(write_llama(tmp_path, rope_parameters=rope)).config
+    assert (config.inference_rope_scaling, config.rope_theta) == (True, 1e5)
+
+
+def test_weights_in_several_files_are_refused(tmp_path):
+    (write_llama(tmp_path) / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="are in several files .model.safetensors.ind"):
+        find_weights(tmp_path)
+
+
+def test_an_output_layer_of_its_own_is_refused(tmp_path):
+    file = write_llama(tmp_path) / WEIGHTS
+    state = read_tensors(file)
+    save_file({**state, "lm_head.weight": torch.ones(97, 32)}, file)
+    with pytest.raises(ValueError, match="lm_head and embed_tokens differ"):
+        load(tmp_path, tokenizer=make_small())
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_mixture_of_transformers_is_read_however_it_was_saved(original, tmp_path):
+    torch.manual_seed(0)
+    shape = {n: v for n, v in LLAMA.items() if n not in ("model_type", "rope_theta")}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    more: dict[str, Any] = {"head_dim": 8, "rope_theta": 1e4}
+    config = Qwen3MoeConfig(**shape, **experts, **more)
+    theirs = Qwen3MoeForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path, save_original_format=original)
+    ours, _ = load(tmp_path, tokenizer=make_small())
+    ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-6
+    assert not ours.config.norm_topk_prob
+
+
+def make_small() -> Tokenizer:
+    """A tokenizer of fewer entries than 97."""
+    inner = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    inner.add_special_tokens(["</s>"])
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("given", "assumed"),
+    [
+        ({}, ("num_attention_heads", "rope_theta", "rms_norm_eps")),
+        ({"head_dim": 4, "rope_theta": 1e4}, ("rms_norm_eps",)),
+    ],
+)
+def test_what_a_pth_leaves_open_is_printed(given, assumed, model, tmp_path, capsys):
+    file = save(model.state_dict(), tmp_path / "a.pth")
+    load(file, **given)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"name them, as in {assumed[0]}=…" in said
+    assert all(f"{name}=" in said for name in assumed)
+    assert find_weights(file, **given).assumed == assumed
+
+
+def test_a_run_beside_or_a_folder_leaves_nothing_open(run, capsys):
+    load(run.root)
+    assert capsys.readouterr().out == ""
+    assert find_weights(run.root).describe_assumed() == ""
+
+
+def test_another_tokenizer_than_the_weights_own_is_refused(run):
+    with pytest.raises(
+        ValueError, match="another tokenizer than the one given: only 0 "
+    ):
+        load(run.root, tokenizer=make_small())
 
 
 @pytest.mark.parametrize("name", ["nowhere", ".", "saved"])

@@ -80,6 +80,8 @@ ELSEWHERE = {
     "hang_timeout_seconds": "test_launch",
     "on_bad_line": "test_preparation",
     "max_bad_fraction": "test_preparation",
+    "use_wandb": "test_tracking",
+    "wandb_project": "test_tracking",
 }
 TIMED = {"seconds", "tokens_per_second", "peak_memory_gib"}
 

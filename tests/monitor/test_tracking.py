@@ -1,0 +1,315 @@
+import importlib
+import importlib.util
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support.runs import train_here
+
+from minimind_nb.config import TrainConfig
+from minimind_nb.monitor import tracking
+from minimind_nb.monitor.live import View
+from minimind_nb.monitor.metrics import History, MetricsLog
+from minimind_nb.monitor.tracking import TrackedView, track
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+# Stands for wandb: writes down what it is told, and does beside it what a test says.
+FAKE = """
+import json, os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+def write(**fields):
+    with open({out!r}, "a") as file:
+        file.write(json.dumps(fields) + "\\n")
+
+class Run(SimpleNamespace):
+    url = None
+    def log(self, values, step):
+        {on_log}
+        write(step=step, values=values)
+    def finish(self, exit_code):
+        write(exit_code=exit_code)
+
+def Settings(**settings):
+    return settings
+
+def init(**given):
+    {on_init}
+    write(tty=os.path.exists("/dev/tty") and _terminal(), **given)
+    return Run(dir=given["dir"] + "/wandb/offline-run-1/files")
+
+def _terminal():
+    try:
+        return bool(open("/dev/tty"))
+    except OSError:
+        return False
+"""
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path):
+    """No key and no setting of wandb's, a home of one's own."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A function that puts a wandb of ours in the place, and reads what it was told."""
+
+    def make(on_init="pass", on_log="pass"):
+        told = tmp_path / "told.jsonl"
+        source = FAKE.format(out=str(told), on_init=on_init, on_log=on_log)
+        (tmp_path / "modules").mkdir()
+        (tmp_path / "modules" / "wandb.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+        return lambda: [json.loads(line) for line in told.read_text().splitlines()]
+
+    return make
+
+
+def tracked(project: str = "MiniMind") -> TrackedView:
+    view = track(View(), TrainConfig(use_wandb=True, wandb_project=project))
+    assert isinstance(view, TrackedView)
+    return view
+
+
+@pytest.fixture
+def session(tmp_path, make_history, add_rows):
+    """A function that is one session of a run: it logs the steps after `begin`."""
+
+    def run(view, begin, *steps, status="finished"):
+        path = tmp_path / "out" / "pretrain_64" / "metrics.jsonl"
+        history = History(path) if path.exists() else make_history()
+        settings = {"settings": {"epochs": 2}}
+        path.with_name("config.json").write_text(json.dumps(settings))
+        view.start(history, {"total_steps": 100})
+        with MetricsLog(path) as log:
+            log.append("event", event="resume" if begin else "start", step=begin)
+        add_rows(history, *steps, expert_load=[[0.25, 0.75]])
+        view.update(history)
+        began = time.monotonic()
+        view.finish(history, status)
+        assert not view.failures
+        return time.monotonic() - began
+
+    return run
+
+
+def notes(view: TrackedView) -> list[str]:
+    return view._view.notes
+
+
+def test_without_use_wandb_the_view_stays_what_it_is():
+    view = View()
+    assert track(view, TrainConfig()) is view
+    assert track(view, {"use_wandb": True}) is view  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])
+def test_without_wandb_it_is_said_how_to_get_it(spec, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    needed = r"needs wandb, which is not installed: pip install 'minimind_nb\[wandb\]'"
+    with pytest.raises(ValueError, match=needed):
+        track(View(), TrainConfig(use_wandb=True))
+
+
+def test_each_row_is_logged_once_over_all_sessions(fake, session, capfd):
+    told = fake()
+    session(tracked(), 0, 1, 2, 3)
+    # Step 3 was lost with its weights, and the wandb run has it already.
+    session(tracked(), 2, 3, 4, status="failed")
+    first, second = [row for row in told() if "id" in row]
+    assert [row["step"] for row in told() if "step" in row] == [1, 2, 3, 4]
+    assert [row["exit_code"] for row in told() if "exit_code" in row] == [0, 1]
+    assert first["id"] == second["id"] and first["resume"] == "allow"
+    assert (first["project"], first["name"]) == ("MiniMind", "pretrain_64")
+    assert (first["mode"], first["tty"]) == ("offline", False)
+    assert first["config"] == {"epochs": 2}
+    values = told()[1]["values"]
+    assert values["train/loss"] == 3.0 and values["train/tokens"] == 4000
+    assert values["train/expert_load"] == {"0": {"0": 0.25, "1": 0.75}}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_rows_that_are_lost_at_a_resume_are_not_logged(fake, session, make_history):
+    make_history([4.0, 4.0, 4.0])
+    told = fake()
+    session(tracked(), 1, 2)
+    rows = [row for row in told() if "step" in row]
+    losses = [(row["step"], row["values"]["train/loss"]) for row in rows]
+    assert losses == [(1, 4.0), (2, 3.0)]
+
+
+def test_another_project_gets_a_run_of_its_own(fake, session):
+    told = fake()
+    session(tracked(), 0, 1)
+    session(tracked("Other"), 1, 2)
+    runs = [row for row in told() if "id" in row]
+    assert [run["project"] for run in runs] == ["MiniMind", "Other"]
+    assert runs[0]["id"] != runs[1]["id"]
+    assert [row["step"] for row in told() if "step" in row] == [1, 1, 2]
+
+
+def test_a_run_that_was_complete_is_not_tracked(fake, make_history):
+    fake()
+    view, history = tracked(), make_history([3.0])
+    view.start(history)
+    view.finish(history, "finished")
+    assert view._process is None and not (history.path.parent / "wandb.json").exists()
+
+
+def test_a_wandb_that_hangs_keeps_nobody_waiting(fake, session, monkeypatch):
+    fake(on_init="time.sleep(600)")
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    view = tracked()
+    assert session(view, 0, 1) < 3
+    assert notes(view)[0].startswith(
+        "wandb was not done within 1 s; the training is not"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "text"),
+    [
+        ("on_init", "raise KeyError('no luck')", "wandb failed (KeyError: 'no luck');"),
+        ("on_log", "raise OSError('no space')", "wandb failed (OSError: no space);"),
+        ("on_init", "os._exit(3)", "wandb ended with exit code 3; the training is not"),
+    ],
+)
+def test_a_wandb_that_fails_is_told_once(place, code, text, fake, session):
+    fake(**{place: code})
+    view = tracked()
+    session(view, 0, 1, 2, 3)
+    told = [note for note in notes(view) if "offline" not in note]
+    assert len(told) == 1 and told[0].startswith(text)
+
+
+def test_a_key_is_found_where_wandb_finds_it(monkeypatch, tmp_path):
+    assert not tracking._has_key()
+    (tmp_path / ".netrc").write_text(
+        f"machine api.wandb.ai login user password {KEY}\n"
+    )
+    assert tracking._has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8080")
+    assert not tracking._has_key()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert tracking._has_key()
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "bad"))
+    (tmp_path / "bad").write_text("machine")
+    assert not tracking._has_key()
+
+
+class DeafServer:
+    """Takes connections on 127.0.0.1, counts them and never answers."""
+
+    def __init__(self) -> None:
+        self.connections: list[socket.socket] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                self.connections.append(self._server.accept()[0])
+            except OSError:
+                return
+
+    def close(self) -> None:
+        for each in (self._server, *self.connections):
+            each.close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that all of wandb's traffic would reach."""
+    server = DeafServer()
+    names = ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    for name in names:
+        monkeypatch.setenv(name, server.address)
+    yield server
+    server.close()
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows in wandb's own file of an offline run: LevelDB's log of records."""
+    records = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, part, rows = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last of its parts
+            record, part = records.Record.FromString(part), b""
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: i.value_json for i in items})
+    return [row for row in rows if row]
+
+
+def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path):
+    pytest.importorskip("wandb")
+    corpus = tmp_path / "corpus.jsonl"
+    lines = (json.dumps({"text": f"The cat saw {n} birds."}) for n in range(40))
+    corpus.write_text("\n".join(lines))
+    settings = {
+        **{"data_path": str(corpus), "out_dir": str(tmp_path / "out")},
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"max_seq_len": 16, "batch_size": 1, "accumulation_steps": 1},
+        **{"max_steps": 3, "log_interval": 1, "sample_tokens": 0, "use_wandb": True},
+        **{"device": "cpu", "num_processes": 1, "dtype": "float32"},
+    }
+    folder = tmp_path / "out" / "pretrain_32"
+    folder.mkdir(parents=True)
+    view, history = tracked(), History(folder / "metrics.jsonl")
+    view.start(history, {"total_steps": 3})
+    train_here(settings)
+    history.refresh()
+    view.finish(history, "finished")
+    (note,) = notes(view)
+    assert note.startswith("wandb is offline (no key); later: wandb sync ")
+    rows = logged(folder)
+    shown = [(int(row["_step"]), float(row["train/loss"])) for row in rows[1:]]
+    assert shown == [(row["step"], row["loss"]) for row in history.select("train")]
+    assert float(rows[0]["eval/loss"]) == history.select("eval")[0]["loss"]
+    assert not server.connections
+
+
+def test_a_server_that_does_not_answer_leaves_it_offline(server, session, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
+    view = tracked()
+    session(view, 0, 1, 2)
+    assert server.connections
+    assert notes(view)[0].startswith("wandb is offline (")
+    folder = Path(view._folder)
+    assert [row["_step"] for row in logged(folder)] == ["1", "2"]
+    written = [p.read_bytes() for p in folder.rglob("*") if p.is_file()]
+    assert not [data for data in written if KEY.encode() in data]
+
+
+def test_nothing_heavy_is_loaded_for_it():
+    code = (
+        "import sys, minimind_nb.monitor.tracking\n"
+        "print({'torch', 'wandb', 'matplotlib', 'IPython'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,289 @@
+"""What is built for Kaggle runs there, as far as a stand-in can show."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 120
+TINY = {
+    "data_path": "corpus.jsonl",
+    "preset": "None",
+    "recipe": "None",
+    "hidden_size": "32",
+    "num_hidden_layers": "1",
+    "num_attention_heads": "4",
+    "max_seq_len": "64",
+    "batch_size": "2",
+    "accumulation_steps": "1",
+    "eval_tokens": "500",
+    "log_interval": "1",
+    "device": "cpu",
+}
+STAND_IN = """#!{python}
+import json, os, sys
+from pathlib import Path
+folder = Path(os.environ["KAGGLE_STAND_IN"])
+with (folder / "calls.txt").open("a") as file:
+    print(*sys.argv[1:], file=file)
+answers = json.loads((folder / "answers.json").read_text())
+line = " ".join(sys.argv[1:])
+for start, (text, code) in answers.items():
+    if line.startswith(start):
+        print(text)
+        sys.exit(code)
+"""
+PUSHED = ["Kernel version 1 successfully pushed.  Please check progress at …", 0]
+ANSWERS = {
+    "kernels status": ["404 Client Error: Not Found", 1],
+    "kernels push": PUSHED,
+    "datasets status ann/minimind-data": ["ready", 0],
+    "datasets status": ["403 Client Error: Forbidden", 1],
+    "datasets create": ["Your private Dataset is being created.", 0],
+    "datasets version": ["Dataset version is being created.", 0],
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kaggle/kernels.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def built(kernels, tmp_path_factory):
+    """All notebooks, wheel and data, built with steps for a first session."""
+    folder = tmp_path_factory.mktemp("built")
+    corpus = folder / "corpus.jsonl"
+    texts = (f"In year {n} there were {n * n} ships in the bay." for n in range(300))
+    corpus.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    build(kernels, folder, 3, kernels.SOURCES)
+    return folder
+
+
+def build(kernels, folder, steps, names=("pretrain",)):
+    settings = (TINY | {"max_steps": str(steps)}).items()
+    parameters = [word for name, value in settings for word in ("-p", name, value)]
+    kernels.main(
+        ["build", "--user", "Ann", "--data", str(folder / "corpus.jsonl")]
+        + ["--notebook", *names, "--out", str(folder / f"out{steps}"), *parameters]
+    )
+
+
+def metadata(folder):
+    return json.loads((folder / "kernel-metadata.json").read_text())
+
+
+def run_on_stand_in(tmp_path, notebook, mount):
+    """Run a built notebook in a fresh environment that lacks only the package."""
+    site, working = tmp_path / "site", tmp_path / "working"
+    site.mkdir(parents=True)
+    working.mkdir()
+    for path in map(Path, sys.path):
+        for entry in path.iterdir() if path.name == "site-packages" else ():
+            link = site / entry.name
+            if "minimind_nb" not in entry.name and not link.is_symlink():
+                link.symlink_to(entry)
+    own = tmp_path / "venv"
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(own)]
+    subprocess.run(venv, check=True)
+    packages = next(own.glob("lib/python*/site-packages"))
+    (packages / "base.pth").write_text(f"{site}\n")
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environ |= {"MINIMIND_NB_INPUTS": str(mount), "OMP_NUM_THREADS": "1"}
+    python = [str(own / "bin" / "python"), "-m", "papermill", "--no-progress-bar"]
+    answer = subprocess.run(
+        [*python, str(notebook), "out.ipynb"],
+        cwd=working,
+        env=environ,
+        timeout=SECONDS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert (packages / "minimind_nb" / "session.py").is_file()
+    return working
+
+
+def test_a_pushed_notebook_runs_and_its_next_version_goes_on(kernels, built, tmp_path):
+    mount = tmp_path / "new" / "input"
+    first = built / "out3"
+    for folder in (first / "datasets").iterdir():
+        shutil.copytree(folder, mount / "datasets" / "ann" / folder.name)
+    notebook = first / "kernels" / "pretrain" / "pretrain.ipynb"
+    working = run_on_stand_in(tmp_path / "1", notebook, mount)
+    checkpoints = working / "out" / "pretrain_32" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000003"]
+
+    build(kernels, built, 6)
+    second = built / "out6"
+    mount = tmp_path / "old" / "input"
+    for folder in (second / "datasets").iterdir():
+        shutil.copytree(folder, mount / folder.name)
+    shutil.copytree(working, mount / "minimind-pretrain")
+    notebook = second / "kernels" / "pretrain" / "pretrain.ipynb"
+    working = run_on_stand_in(tmp_path / "2", notebook, mount)
+    run = working / "out" / "pretrain_32"
+    assert (run / "checkpoints" / "step_00000006").is_dir()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [*range(1, 7)]
+
+
+def test_built_notebooks_are_what_kaggle_takes(kernels, built):
+    for name in kernels.SOURCES:
+        folder = built / "out3" / "kernels" / name
+        values = metadata(folder)
+        assert values["id"] == f"ann/{kernels.slug(values['title'])}"
+        assert (values["is_private"], values["enable_gpu"]) == (True, True)
+        assert values["enable_internet"] is False
+        assert values["machine_shape"] == "NvidiaTeslaT4"
+        assert values["dataset_sources"] == ["ann/minimind-wheel", "ann/minimind-data"]
+        notebook = nbformat.read(folder / values["code_file"], as_version=4)
+        assert notebook.metadata.kernelspec.name == "python3"
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+    baked = nbformat.read(
+        built / "out3" / "kernels" / "pretrain" / "pretrain.ipynb", as_version=4
+    )
+    (cell,) = [c for c in baked.cells if "injected-parameters" in str(c.metadata)]
+    assert "max_steps = 3\n" in cell.source
+    assert 'data_path = "corpus.jsonl"\n' in cell.source
+    assert "preset = None\n" in cell.source
+
+
+def test_a_notebook_without_wheel_says_what_is_missing(tmp_path):
+    sources = set()
+    for name in ("pretrain", "sft", "dpo", "chat", "curves"):
+        notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
+        cells = [c.source for c in notebook.cells if c.cell_type == "code"]
+        sources |= {source for source in cells if "no-index" in source}
+    (source,) = sources
+    code = source.replace('find_spec("minimind_nb")', 'find_spec("minimind_gone")')
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MINIMIND_NB_INPUTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"no wheel of it is below {tmp_path}: add the data set" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "max_step", "3"], "max_step is no parameter .* did you mean max_steps"),
+        (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--user", "a/b"], "no user name of Kaggle"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(kernels, tmp_path, arguments, words):
+    with pytest.raises(SystemExit, match=words):
+        kernels.main(["build", "--user", "ann", "--out", str(tmp_path), *arguments])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(kernels, tmp_path):
+    (tmp_path / "datasets" / "minimind-wheel").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="was not built by this command"):
+        kernels.main(["build", "--user", "ann", "--out", str(tmp_path)])
+
+
+def test_the_users_name_is_found(kernels, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
+    with pytest.raises(kernels.Refused, match="pass --user NAME"):
+        kernels.find_user(None)
+    (tmp_path / ".kaggle").mkdir()
+    key_file = tmp_path / ".kaggle" / "kaggle.json"
+    key_file.write_text('{"username": "bob", "key": "k"}')
+    assert kernels.find_user(None) == "bob"
+    monkeypatch.setenv("KAGGLE_USERNAME", "eve")
+    assert (kernels.find_user(None), kernels.find_user("Ann")) == ("eve", "ann")
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch, built):
+    """A stand-in for the command `kaggle`, and a copy of what was built."""
+    command = tmp_path / "bin" / "kaggle"
+    command.parent.mkdir()
+    command.write_text(STAND_IN.format(python=sys.executable))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("KAGGLE_STAND_IN", str(tmp_path))
+    shutil.copytree(built / "out3", tmp_path / "out")
+
+    def push(*arguments, **answers):
+        said = ANSWERS | answers
+        (tmp_path / "answers.json").write_text(json.dumps(said))
+        return ["push", "--out", str(tmp_path / "out"), "--wait", "0", *arguments]
+
+    return tmp_path, push
+
+
+def test_a_push_attaches_what_exists(kernels, kaggle):
+    folder, push = kaggle
+    only = ("--kernels-only", "--notebook", "pretrain")
+    kernels.main(push(*only))
+    kernel = folder / "out" / "kernels" / "pretrain"
+    assert metadata(kernel)["kernel_sources"] == []
+    complete = ['ann/x has status "KernelWorkerStatus.COMPLETE"', 0]
+    kernels.main(push(*only, **{"kernels status": complete}))
+    assert metadata(kernel)["kernel_sources"] == ["ann/minimind-pretrain"]
+    call = f"kernels push -p {kernel} --accelerator NvidiaTeslaT4"
+    assert (folder / "calls.txt").read_text().splitlines()[-1] == call
+
+
+def test_a_failed_push_is_told_though_it_exits_with_0(kernels, kaggle):
+    _, push = kaggle
+    only = ("--kernels-only", "--notebook", "pretrain")
+    invalid = f"The following are not valid dataset sources: …\n{PUSHED[0]}"
+    for said in ("Kernel push error: …", invalid):
+        with pytest.raises(SystemExit, match="was not pushed as it should be"):
+            kernels.main(push(*only, **{"kernels push": [said, 0]}))
+
+
+def test_a_running_kernel_is_pushed_again_only_when_asked(kernels, kaggle):
+    folder, push = kaggle
+    only = ("--kernels-only", "--notebook", "pretrain")
+    running = {"kernels status": ['ann/x has status "KernelWorkerStatus.RUNNING"', 0]}
+    with pytest.raises(SystemExit, match="is RUNNING: .* push --again"):
+        kernels.main(push(*only, **running))
+    assert "kernels push" not in (folder / "calls.txt").read_text()
+    kernels.main(push(*only, "--again", **running))
+    odd = {"kernels status": ["no connection", 1]}
+    with pytest.raises(SystemExit, match="the state of .* is not known: no connection"):
+        kernels.main(push(*only, **odd))
+
+
+def test_data_sets_are_created_or_get_a_version(kernels, kaggle):
+    folder, push = kaggle
+    with pytest.raises(SystemExit, match="minimind-wheel is not ready yet"):
+        kernels.main(push("--notebook", "pretrain"))
+    calls = (folder / "calls.txt").read_text()
+    data, wheel = (folder / "out/datasets" / f"minimind-{n}" for n in ("data", "wheel"))
+    assert f"datasets version -p {data} -m minimind_nb\n" in calls
+    assert f"datasets create -p {wheel}\n" in calls
+    failed = {"datasets version": ["Dataset version creation error: …", 0]}
+    with pytest.raises(SystemExit, match="was not uploaded: Dataset version creation"):
+        kernels.main(push("--notebook", "pretrain", **failed))
+
+
+def test_nothing_is_pushed_without_command_or_folders(
+    kernels, kaggle, tmp_path, monkeypatch
+):
+    with pytest.raises(SystemExit, match="nothing to push in .*build first"):
+        kernels.main(["push", "--out", str(tmp_path / "empty")])
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(SystemExit, match="no command kaggle: pip install"):
+        kernels.main(["push"])
