@@ -57,7 +57,7 @@ def address(folder: Path) -> Iterator[str]:
     log = folder.parent / "serve.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [*command, str(folder), *options],
+            [*command, *options],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.resources
 import inspect
@@ -10,10 +9,6 @@ import json
 import math
 import os
 import shlex
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +16,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import __version__ as transformers_version
 
+from ..config import WEIGHTS_NAMES
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, write_tokenizer
 from ..storage.runs import WEIGHTS
+from ..storage.verified import beside, rename_flushed
 from . import reopening
 from .architecture import MiniMindConfig, MiniMindForCausalLM
 from .families import FAMILIES, OWN_CODE, describe_own
+from .fresh_process import run_fresh
 from .gguf import check_convertible, convert
 from .interop import choose_tokenizer, find_weights
-from .weights import Tensors, check_weights, put_weights, read_pth
+from .weights import Tensors, put_weights, read_pth
 
 _FILES = ("pth", "gguf")
 FORMATS = (*FAMILIES, "minimind", *_FILES)
 _TOLERANCE = 1e-5
 _ROWS = (1, 16, 1024)  # tokens
 _KEEP = 16
-_SECONDS = 900
 _TEXT = "Hello, 世界!\n  3.14 <|im_end|> 🙂 don't"
 
 _NEXT = {
     "pth": (
-        "# in a clone of MiniMind, the file lying in out/ under MiniMind's own name:",
-        "python eval_llm.py --weight full_sft --hidden_size {width} "
+        "# in a clone of MiniMind, this model's tokenizer in its folder model/:",
+        "cp {at} out/{weight}_{width}{suffix}.pth",
+        "python eval_llm.py --weight {weight} --hidden_size {width} "
         "--num_hidden_layers {layers} --use_moe {moe}",
     ),
     "gguf": ("llama-cli -m {at}", "llama-server -m {at} --host 127.0.0.1"),
@@ -52,11 +50,11 @@ _NEXT = {
     ),
 }
 _NEXT_OF_A_FAMILY = (
-    "transformers serve {at} --host 127.0.0.1",
-    "transformers chat {at}",
+    "transformers serve --host 127.0.0.1 --port 8000",
+    "transformers chat {at} http://127.0.0.1:8000   # while that runs",
     "vllm serve {at} --host 127.0.0.1",
     "lm_eval --model hf --model_args pretrained={at} --tasks ceval-valid",
-    '# for llama.cpp: export(…, "{at}.gguf", format="gguf")',
+    '# for llama.cpp: the same export once more, with format="gguf"',
 )
 
 
@@ -68,6 +66,7 @@ class _Network:
     tensors: Tensors
     tokenizer: TokenizerSpec
     dtype: str
+    stage: str | None
 
 
 def export(
@@ -114,7 +113,7 @@ def export(
     kind = _choose_format(network.config, format)
     if kind == "gguf":
         check_convertible(network.tokenizer)
-    with _aside(final) as aside:
+    with beside(final) as aside:
         if kind == "pth":
             difference = _write_pth(network, aside / final.name)
         elif kind == "gguf":
@@ -123,7 +122,7 @@ def export(
             _write_folder(network, aside, kind)
             difference = _compare(network, aside, kind)
         _check_free(final)
-        os.rename(aside if kind not in _FILES else aside / final.name, final)
+        rename_flushed(aside / final.name if kind in _FILES else aside, final)
     print(_describe(final, kind, network, difference))
     return final
 
@@ -140,9 +139,6 @@ def _read(
     if found.assumed:
         print(found.describe_assumed())
     tensors = found.read()
-    with torch.device("meta"):
-        model = MiniMindForCausalLM(found.config)
-    check_weights(model, tensors, str(source))
     stored = tensors["model.embed_tokens.weight"].dtype
     name = str(stored if dtype is None else dtype).removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
@@ -159,7 +155,7 @@ def _read(
     config = found.config
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
-    return _Network(config, cast, spec, name)
+    return _Network(config, cast, spec, name, found.stage)
 
 
 def _choose_format(config: MiniMindConfig, format: str | None) -> str:
@@ -271,23 +267,10 @@ def _compare(network: _Network, folder: Path, kind: str, gguf: str = "") -> floa
 def _ask_fresh_process(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
     asked, answer = folder / ".question.json", folder / ".answer.safetensors"
     _write_json(asked, question)
-    source = inspect.getsource(reopening)
-    threads = str(torch.get_num_threads())
-    environment = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    failed = "a fresh process cannot open what was written, and nothing is left of it"
     try:
-        ended = subprocess.run(
-            [sys.executable, "-c", source, str(folder), str(asked), str(answer)],
-            env={**os.environ, **environment, "OMP_NUM_THREADS": threads},
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-        if ended.returncode:
-            raise RuntimeError(
-                "a fresh process cannot open what was written, and nothing is left of "
-                f"it:\n{ended.stderr.strip()[-2000:]}"
-            )
+        code = inspect.getsource(reopening)
+        run_fresh(code, folder, asked, answer, failed=failed)
         return {name: tensor.clone() for name, tensor in load_file(answer).items()}
     finally:
         asked.unlink(missing_ok=True)
@@ -301,22 +284,12 @@ def _check_free(final: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _aside(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to write into; what is left in it at the end goes."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _describe(final: Path, kind: str, network: _Network, difference: float) -> str:
     config = network.config
-    known = {"at": shlex.quote(str(final)), "moe": int(config.use_moe)}
+    at = final.absolute() if kind == "pth" else final
+    known = {"at": shlex.quote(str(at)), "moe": int(config.use_moe)}
+    known["suffix"] = "_moe" if config.use_moe else ""
+    known["weight"] = WEIGHTS_NAMES.get(network.stage or "", "full_sft")
     known |= {"width": config.hidden_size, "layers": config.num_hidden_layers}
     lines = [line.format(**known) for line in _NEXT.get(kind, _NEXT_OF_A_FAMILY)]
     checked = (

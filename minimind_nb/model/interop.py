@@ -19,7 +19,14 @@ from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
 from .architecture import MiniMindConfig, MiniMindForCausalLM
 from .families import read_config
-from .weights import Tensors, infer_shape, put_weights, read_pth, read_tensors
+from .weights import (
+    Tensors,
+    check_fit,
+    infer_shape,
+    put_weights,
+    read_pth,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,8 +66,9 @@ def load(
     spec = choose_tokenizer(found, tokenizer, source)
     if found.assumed:
         print(found.describe_assumed())
+    tensors = found.read()
     model = MiniMindForCausalLM(found.config)
-    put_weights(model, found.read(), str(source))
+    put_weights(model, tensors, str(source))
     return model.eval(), load_tokenizer(spec)
 
 
@@ -89,8 +97,10 @@ class FoundWeights:
         )
 
     def read(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
-        return read_tensors(self.file)
+        """The tensors by name. Raises `ValueError` where they do not fit `config`."""
+        tensors = read_tensors(self.file)
+        check_fit(self.config, tensors, str(self.file))
+        return tensors
 
     def shape(self) -> dict[str, Any]:
         """The configuration by `TrainConfig`'s names, of mixtures only where it is one."""

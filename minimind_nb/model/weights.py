@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .architecture import MiniMindForCausalLM
+from .architecture import MiniMindConfig, MiniMindForCausalLM
 
 _SHOWN_KEYS = 5
 _HEADS = 8
@@ -95,6 +95,34 @@ def put_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> No
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
+
+
+def check_fit(config: MiniMindConfig, tensors: Tensors, source: str) -> None:
+    """Raise what `check_weights` raises, without the memory of a model.
+
+    What a configuration from elsewhere counts is compared before anything is built.
+    """
+    mlp = "model.layers.0.mlp"
+    experts = config.n_routed_experts if config.use_moe else 0
+    shared = config.n_shared_experts if config.use_moe else 0
+    for what, prefix, said in (
+        ("layers", "model.layers.", config.num_hidden_layers),
+        ("experts", f"{mlp}.experts.", experts),
+        ("shared experts", f"{mlp}.shared_experts.", shared),
+    ):
+        if (there := _count(tensors, prefix)) != said:
+            raise ValueError(
+                f"{source} holds {there:,} {what} and its configuration says {said!r}: "
+                "they do not belong together"
+            )
+    try:
+        with torch.device("meta"):
+            model = MiniMindForCausalLM(config)
+    except (RuntimeError, ArithmeticError) as error:
+        raise ValueError(
+            f"the configuration of {source} describes no model: {error}"
+        ) from None
+    check_weights(model, tensors, source)
 
 
 def check_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:

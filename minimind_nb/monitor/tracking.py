@@ -6,6 +6,7 @@ it has a process without a terminal, none of that reaches the training or the ce
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -14,6 +15,8 @@ import os
 import secrets
 import sys
 import traceback
+import urllib.error
+import urllib.request
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -210,6 +213,8 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     reason = "" if mode == "offline" and "WANDB_MODE" in os.environ else "no key"
     try:
+        if mode == "online":
+            _ask_server(seconds)  # wandb before 0.31 waits for it beyond any timeout
         run = begin(mode)
     except Exception as error:
         if mode == "offline":
@@ -228,8 +233,7 @@ def _has_key() -> bool:
     """Whether wandb would find a key, in the environment or in a netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    home = Path.home()
+    server, home = _server(), Path.home()
     named = os.environ.get("NETRC")
     for file in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
         try:
@@ -238,6 +242,16 @@ def _has_key() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def _ask_server(seconds: float) -> None:
+    """Raise `OSError` where wandb's server does not answer in time."""
+    with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
+        urllib.request.urlopen(_server(), timeout=seconds).close()
 
 
 def _read_state(folder: Path, project: str) -> dict[str, Any]:

@@ -27,13 +27,10 @@ class DamagedFolder(Exception):
 
 
 @contextlib.contextmanager
-def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a folder to write into, and make it `final` when the block ends well.
+def beside(final: Path) -> Iterator[Path]:
+    """Yield a folder beside `final` to write into; what is left in it at the end goes.
 
-    Every file and the folder are flushed to the disk before the rename, so `final`
-    exists either whole or not at all. `facts`, as they are when the block ends, go
-    into the manifest. An exception in the block removes what was written and goes on;
-    a full disk becomes an `OSError` that says how much there is.
+    A full disk becomes an `OSError` that says how much there is.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
@@ -41,22 +38,42 @@ def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        _write_manifest(aside, final.name, facts)
-        _flush(aside)
-        os.rename(aside, final)
-        _flush(final.parent)
     except BaseException as error:
-        written = sum(path.stat().st_size for path in aside.glob("*"))
-        shutil.rmtree(aside, ignore_errors=True)
         if not _is_full_disk(error):
             raise
+        written = sum(path.stat().st_size for path in aside.rglob("*"))
         free = shutil.disk_usage(final.parent).free
         raise OSError(
             errno.ENOSPC,
             f"the disk is full: {final.name} needs more than {written / 2**20:.1f} MiB, "
-            f"and {free / 2**20:.1f} MiB are free; make room, or lower keep_checkpoints",
+            f"and {free / 2**20:.1f} MiB are free; make room there",
             str(final),
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder to write into, and make it `final` when the block ends well.
+
+    Every file and the folder are flushed to the disk before the rename, so `final`
+    exists either whole or not at all. `facts`, as they are when the block ends, go
+    into the manifest. An exception in the block removes what was written and goes on.
+    """
+    with beside(final) as aside:
+        yield aside
+        _write_manifest(aside, final.name, facts)
+        rename_flushed(aside, final)
+
+
+def rename_flushed(aside: Path, final: Path) -> None:
+    """Give a file or a folder of files its name once its bytes are on the disk."""
+    within = aside.iterdir() if aside.is_dir() else ()
+    for path in (*filter(Path.is_file, within), aside):
+        _flush(path)
+    os.rename(aside, final)
+    _flush(final.parent)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -177,14 +194,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """fsync a file, or a folder with the files in it."""
-    within = path.iterdir() if path.is_dir() else ()
-    for each in (*(file for file in within if file.is_file()), path):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """fsync a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_full_disk(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,13 @@ def spec():
 def exported(tmp_path_factory, spec) -> dict[str, tuple[Path, Path]]:
     """By format: a `.pth` and the folder that came of it."""
     home = tmp_path_factory.mktemp("exported")
-    made = {}
-    for name, fields in NETWORKS.items():
-        file = write_pth(home / f"{name}.pth", **fields)
-        made[name] = file, export(file, home / name, tokenizer=spec)
-    return made
+    files = [write_pth(home / f"{n}.pth", **fields) for n, fields in NETWORKS.items()]
+
+    def write(file: Path) -> tuple[Path, Path]:
+        return file, export(file, file.with_suffix(""), tokenizer=spec)
+
+    with ThreadPoolExecutor(2) as pool:  # each waits for a fresh process
+        return dict(zip(NETWORKS, pool.map(write, files), strict=True))
 
 
 @pytest.fixture
@@ -219,3 +222,36 @@ def test_a_pth_for_minimind_has_both_tied_keys_in_float16(exported, tmp_path, ca
     said = capsys.readouterr().out
     assert "expect intermediate_size=128, and here it is 48: change it there" in said
     assert "python eval_llm.py --weight full_sft --hidden_size 32" in said
+
+
+@pytest.mark.parametrize("fields", [{}, THIRD])
+def test_a_stretched_network_stays_stretched(fields, tmp_path, spec):
+    torch.manual_seed(0)
+    stretched = {"inference_rope_scaling": True, "max_position_embeddings": 8192}
+    model = MiniMindForCausalLM(MiniMindConfig(**{**SHAPE, **fields, **stretched}))
+    model.save_pretrained(tmp_path / "ours")
+    folder = export(tmp_path / "ours", tmp_path / "out", tokenizer=spec)
+    read = json.loads((folder / "config.json").read_bytes())
+    assert read["model_type"] == ("qwen3" if fields else "llama")
+    assert read["rope_parameters"]["rope_type"] == "yarn"
+    ids = torch.arange(100)[None]
+    with torch.inference_mode():
+        assert torch.equal(load(folder)[0](ids).logits, model.eval()(ids).logits)
+
+
+def test_a_pth_that_does_not_read_back_is_not_left(tmp_path, spec, monkeypatch):
+    file = write_pth(tmp_path / "a.pth")
+    other = {n: t + 1 for n, t in torch.load(file, weights_only=True).items()}
+    monkeypatch.setattr(module, "read_pth", lambda _: other)
+    with pytest.raises(RuntimeError, match="pth does not read back as it was written"):
+        export(file, tmp_path / "b.pth", "pth", tokenizer=spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_tokenizer_that_others_read_otherwise_is_refused(tmp_path, spec, monkeypatch):
+    file = write_pth(tmp_path / "a.pth")
+    other = {"ids": torch.tensor([1, 2])}
+    monkeypatch.setattr(module, "_ask_fresh_process", lambda *given: other)
+    with pytest.raises(RuntimeError, match=r"as other tokens .*: \[1, 2\] instead of"):
+        export(file, tmp_path / "out", tokenizer=spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]

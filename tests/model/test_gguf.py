@@ -53,19 +53,20 @@ def test_a_converter_that_fails_is_quoted(tmp_path):
 
 
 @with_extra
-@pytest.mark.parametrize("third", [False, True])
-def test_llama_cpp_answers_as_the_model_does(third, tmp_path, capsys):
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_llama_cpp_answers_as_the_model_does(family, tmp_path, capsys):
     xllamacpp: Any = importlib.import_module("xllamacpp")
 
     torch.manual_seed(0)
-    norm = {"qk_norm": third, "rms_norm_eps": 1e-6 if third else 1e-5}
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MiniMindConfig(
-        **shape, **norm, num_key_value_heads=1, initializer_range=0.2
-    )
+    known: dict[str, Any] = {"num_attention_heads": 2}
+    third = {"qk_norm": True, "rms_norm_eps": 1e-6} if family != "llama" else {}
+    if family == "qwen3_moe":
+        third |= {"use_moe": True, "n_shared_experts": 0}
+        known |= {"num_experts_per_tok": 2, "norm_topk_prob": True}
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    config = MiniMindConfig(**shape, **third, **known, initializer_range=0.2)
     model = MiniMindForCausalLM(config).eval()
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    known: dict[str, Any] = {"num_attention_heads": 2}
     file = export(tmp_path / "a.pth", tmp_path / "a.gguf", "gguf", **known)
     assert "greatest difference 0." in capsys.readouterr().out
     ids = [[5 + n, 300 + 7 * n, 999, 42 + n] for n in range(16)]

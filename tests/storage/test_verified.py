@@ -280,7 +280,7 @@ def test_a_full_disk_says_what_was_written_and_what_is_free(
     assert caught.value.errno == errno.ENOSPC
     said = str(caught.value.strerror)
     assert said.startswith("the disk is full: step_00000008 needs more than 1.0 MiB, ")
-    assert said.endswith("MiB are free; make room, or lower keep_checkpoints")
+    assert said.endswith("MiB are free; make room there")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert verify(folder) == FACTS
 

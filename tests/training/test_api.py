@@ -1,5 +1,6 @@
 """`train` as a user calls it: spawned ranks, one and several."""
 
+import importlib.util
 import json
 import math
 import os
@@ -102,6 +103,15 @@ def test_a_failure_in_one_rank_is_the_error_in_the_cell(settings: Settings) -> N
     assert "Traceback (most recent call last)" in text
     assert "the same call goes on from there" in text
     assert mm.Run(folder.root).status == "failed"
+
+
+def test_a_tracker_that_is_not_there_is_told_before_anything_is_written(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="use_wandb=True needs wandb"):
+        mm.train(mm.TrainConfig(**settings, use_wandb=True))
+    assert not Path(settings["out_dir"]).exists()
 
 
 def test_sigterm_saves_and_the_command_line_exits_with_143(settings: Settings) -> None:

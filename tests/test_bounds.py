@@ -1,0 +1,34 @@
+"""The bounds in pyproject.toml are the versions that the tests run with."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BOUNDS = {
+    requirement.name.lower(): Version(str(requirement.specifier).removeprefix(">="))
+    for requirement in map(
+        Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    )
+}
+BY_HAND = "torch"  # 2.10.0 is several gigabytes
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The versions that a file of constraints fixes."""
+    pairs = (line.split("==") for line in (ROOT / name).read_text().split())
+    return {package.lower(): Version(version) for package, version in pairs}
+
+
+@pytest.mark.parametrize("package", sorted(BOUNDS.keys() - {BY_HAND}))
+def test_the_oldest_environment_has_the_oldest_version_admitted(package: str) -> None:
+    assert pins("constraints-oldest.txt")[package] == BOUNDS[package]
+
+
+@pytest.mark.parametrize("package", sorted(BOUNDS))
+def test_the_pinned_environment_is_within_the_bounds(package: str) -> None:
+    assert pins("constraints.txt")[package] >= BOUNDS[package]
