@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         code = options.run(options)
+    except BrokenPipeError:  # whoever read has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as error:
         failed = getattr(error, "rank", None)
         if _is_first() or str(failed) == os.environ.get("RANK"):

@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -276,6 +277,21 @@ def test_the_exit_code_tells_how_a_run_ended(ending, code, train, capsys):
         assert shown.err == f"minimind-nb: {ending}\n"
     elif isinstance(ending, str):
         assert shown.out == f"FakeRun(status='{ending}')\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    code = (
+        "import sys, minimind_nb.cli as cli\n"
+        "cli._show = lambda _: print('x' * 1_000_000, flush=True)\n"
+        "cli.main(['doctor'])"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as doctor:
+        assert doctor.stdout and doctor.stderr
+        doctor.stdout.read(5)
+        doctor.stdout.close()
+        assert doctor.stderr.read() == ""
+        assert doctor.wait(60) == 128 + signal.SIGPIPE
 
 
 def test_an_error_of_ours_is_not_hidden(train):

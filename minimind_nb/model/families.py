@@ -7,6 +7,7 @@ directions follow from it. The names of the tensors on disk are MiniMind's in al
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,11 @@ _PLAIN: dict[str, Any] = {
     "quantization_config": None,
 }
 _SHIPPED_THETA = 10_000.0
+_MEASURES = ("rms_norm_eps", "rope_theta")
+_COUNTS = (
+    *(name for name in _SAME if name not in _MEASURES),
+    *("intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+)
 
 
 @dataclass(frozen=True)
@@ -217,13 +223,23 @@ def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
 
     Raises `ValueError` for another kind, and for what MiniMind cannot express.
     """
-    kind = fields.get("model_type")
+    kind = str(fields.get("model_type"))
     known = {MiniMindConfig.model_type: read_own} | {
         name: family.read for name, family in FAMILIES.items()
     }
     if kind not in known:
         raise ValueError(f"it holds a {kind!r} model; {', '.join(known)} can be read")
     try:
-        return known[kind](fields)
+        config = known[kind](fields)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"config.json describes no model: {error}") from None
+    for name in (*_COUNTS, *_MEASURES):
+        value = getattr(config, name)
+        counts = isinstance(value, int) and not isinstance(value, bool)
+        measures = name in _MEASURES and isinstance(value, float) and value < math.inf
+        if not ((counts or measures) and value > 0):
+            raise ValueError(
+                f"config.json describes no model: {name} is {value!r}, and a number "
+                "above 0 is expected"
+            )
+    return config
