@@ -31,6 +31,11 @@ SOURCES = {
 }
 ACCELERATOR = "NvidiaTeslaT4"
 BUSY = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
+MARK = ".minimind_nb"  # lies in every folder that this command has made
+BUILT = [
+    *(f"datasets/minimind-{name}" for name in ("wheel", "data")),
+    *(f"kernels/{name}" for name in SOURCES),
+]
 PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -73,8 +78,9 @@ def run_build(options: argparse.Namespace) -> None:
     for file in options.data:
         if not file.is_file():
             raise Refused(f"there is no file {file}")
-    for file in options.out.glob("*/*/*-metadata.json"):
-        shutil.rmtree(file.parent)
+    for folder in (options.out / part for part in BUILT):
+        if (folder / MARK).is_file():
+            shutil.rmtree(folder)
     wheel = write_dataset(options.out, user, "MiniMind wheel")
     build_wheel(wheel)
     sources = [f"{user}/{wheel.name}"]
@@ -86,7 +92,7 @@ def run_build(options: argparse.Namespace) -> None:
     for name in names:
         write_kernel(options.out, user, name, baked[name], sources)
     for folder in sorted(options.out.glob("*/*")):
-        print(folder, *sorted(file.name for file in folder.iterdir()))
+        print(folder, *sorted(f.name for f in folder.iterdir() if f.name != MARK))
 
 
 def find_user(named: str | None) -> str:
@@ -194,6 +200,7 @@ def _make(folder: Path) -> None:
     if folder.exists():
         raise Refused(f"{folder} was not built by this command; take another --out")
     folder.mkdir(parents=True)
+    (folder / MARK).touch()
 
 
 def slug(title: str) -> str:

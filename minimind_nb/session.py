@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,12 +171,29 @@ def _only(found: list[Path], what: str) -> str:
 def process_age_seconds() -> float:
     """Seconds since this process started (0.0 where /proc does not say)."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(_read_stat(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return 0.0
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return max(0.0, uptime - started)
+
+
+def identify_process(pid: int) -> str:
+    """What tells a living process from every other, of any boot of any machine.
+
+    "" where there is none of this number, or /proc does not say.
+    """
+    try:
+        state, started = itemgetter(0, 19)(_read_stat(pid))
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "" if state == "Z" else f"{boot}/{pid}/{started}"
+
+
+def _read_stat(pid: int) -> list[str]:
+    """The fields of `/proc/{pid}/stat` behind the name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import inspect
 import json
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import minimind_nb
 from minimind_nb import cli, diagnosis
@@ -16,6 +18,7 @@ from minimind_nb.cli import field_docstrings, main
 from minimind_nb.config import STAGES, TrainConfig
 from minimind_nb.diagnosis import Verdict
 from minimind_nb.launch.verdict import TrainingFailed
+from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.storage.runs import RunLocked
 from minimind_nb.training import api
 
@@ -277,6 +280,24 @@ def test_the_exit_code_tells_how_a_run_ended(ending, code, train, capsys):
         assert shown.err == f"minimind-nb: {ending}\n"
     elif isinstance(ending, str):
         assert shown.out == f"FakeRun(status='{ending}')\n"
+
+
+def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
+    shape = MiniMindConfig(hidden_size=32, num_hidden_layers=1)
+    torch.save(MiniMindForCausalLM(shape).state_dict(), tmp_path / "a.pth")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    for target, kind, words in (
+        ("a.gguf", "gguf", 'which is not installed: pip install "minimind_nb[gguf]"'),
+        ("full", "llama", "is there already, and nothing is overwritten"),
+        ("new", "qwen3", 'format="qwen3" has no qk_norm=False'),
+    ):
+        given = (str(tmp_path / "a.pth"), str(tmp_path / target), "--format", kind)
+        assert exit_code("export", *given) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("minimind-nb: ") and words in said
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "full"}
 
 
 def test_a_reader_who_has_seen_enough_is_no_error():

@@ -10,21 +10,23 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from support.runs import train_here
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 120
+STEPS = 6
 TINY = {
     "data_path": "corpus.jsonl",
-    "preset": "None",
-    "recipe": "None",
-    "hidden_size": "32",
-    "num_hidden_layers": "1",
-    "num_attention_heads": "4",
-    "max_seq_len": "64",
-    "batch_size": "2",
-    "accumulation_steps": "1",
-    "eval_tokens": "500",
-    "log_interval": "1",
+    "preset": None,
+    "recipe": None,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_seq_len": 64,
+    "batch_size": 2,
+    "accumulation_steps": 1,
+    "eval_tokens": 500,
+    "log_interval": 1,
     "device": "cpu",
 }
 STAND_IN = """#!{python}
@@ -62,48 +64,59 @@ def kernels():
 
 @pytest.fixture(scope="module")
 def built(kernels, tmp_path_factory):
-    """All notebooks, wheel and data, built with steps for a first session."""
+    """What is built of all notebooks, wheel and data."""
     folder = tmp_path_factory.mktemp("built")
     corpus = folder / "corpus.jsonl"
     texts = (f"In year {n} there were {n * n} ships in the bay." for n in range(300))
     corpus.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
-    build(kernels, folder, 3, kernels.SOURCES)
-    return folder
-
-
-def build(kernels, folder, steps, names=("pretrain",)):
-    settings = (TINY | {"max_steps": str(steps)}).items()
-    parameters = [word for name, value in settings for word in ("-p", name, value)]
+    settings = (TINY | {"max_steps": STEPS}).items()
+    parameters = [word for name, value in settings for word in ("-p", name, str(value))]
     kernels.main(
-        ["build", "--user", "Ann", "--data", str(folder / "corpus.jsonl")]
-        + ["--notebook", *names, "--out", str(folder / f"out{steps}"), *parameters]
+        ["build", "--user", "Ann", "--data", str(corpus), "--out", str(folder / "out")]
+        + ["--notebook", *kernels.SOURCES, *parameters]
     )
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def version_before(built, tmp_path_factory):
+    """What a version of the notebook left that ended halfway."""
+    folder = tmp_path_factory.mktemp("before")
+    data = built / "datasets" / "minimind-data" / "corpus.jsonl"
+    where = {"data_path": str(data), "out_dir": str(folder / "out")}
+    train_here(TINY | where | {"max_steps": STEPS // 2, "epochs": 1})
+    return folder
 
 
 def metadata(folder):
     return json.loads((folder / "kernel-metadata.json").read_text())
 
 
-def run_on_stand_in(tmp_path, notebook, mount):
-    """Run a built notebook in a fresh environment that lacks only the package."""
-    site, working = tmp_path / "site", tmp_path / "working"
-    site.mkdir(parents=True)
-    working.mkdir()
+@pytest.fixture
+def lacking(tmp_path):
+    """The site-packages of a fresh environment that lacks only the package."""
+    site, own = tmp_path / "site", tmp_path / "venv"
+    site.mkdir()
     for path in map(Path, sys.path):
         for entry in path.iterdir() if path.name == "site-packages" else ():
             link = site / entry.name
             if "minimind_nb" not in entry.name and not link.is_symlink():
                 link.symlink_to(entry)
-    own = tmp_path / "venv"
     venv = [sys.executable, "-m", "venv", "--without-pip", str(own)]
     subprocess.run(venv, check=True)
     packages = next(own.glob("lib/python*/site-packages"))
     (packages / "base.pth").write_text(f"{site}\n")
+    return packages
+
+
+def run_on_stand_in(packages, mount, *arguments):
+    """Run Python there, with these inputs; gives its working folder and output."""
+    working = mount.parent / "working"
+    working.mkdir()
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environ |= {"MINIMIND_NB_INPUTS": str(mount), "OMP_NUM_THREADS": "1"}
-    python = [str(own / "bin" / "python"), "-m", "papermill", "--no-progress-bar"]
     answer = subprocess.run(
-        [*python, str(notebook), "out.ipynb"],
+        [str(packages.parents[2] / "bin" / "python"), *map(str, arguments)],
         cwd=working,
         env=environ,
         timeout=SECONDS,
@@ -113,36 +126,42 @@ def run_on_stand_in(tmp_path, notebook, mount):
     )
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert (packages / "minimind_nb" / "session.py").is_file()
-    return working
+    return working, answer.stdout
 
 
-def test_a_pushed_notebook_runs_and_its_next_version_goes_on(kernels, built, tmp_path):
-    mount = tmp_path / "new" / "input"
-    first = built / "out3"
-    for folder in (first / "datasets").iterdir():
-        shutil.copytree(folder, mount / "datasets" / "ann" / folder.name)
-    notebook = first / "kernels" / "pretrain" / "pretrain.ipynb"
-    working = run_on_stand_in(tmp_path / "1", notebook, mount)
-    checkpoints = working / "out" / "pretrain_32" / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step_00000003"]
-
-    build(kernels, built, 6)
-    second = built / "out6"
-    mount = tmp_path / "old" / "input"
-    for folder in (second / "datasets").iterdir():
-        shutil.copytree(folder, mount / folder.name)
-    shutil.copytree(working, mount / "minimind-pretrain")
-    notebook = second / "kernels" / "pretrain" / "pretrain.ipynb"
-    working = run_on_stand_in(tmp_path / "2", notebook, mount)
+def test_a_pushed_notebook_goes_on_from_the_version_before(
+    built, version_before, lacking, tmp_path
+):
+    mount = tmp_path / "input"
+    shutil.copytree(built / "datasets", mount / "datasets" / "ann")
+    shutil.copytree(version_before, mount / "notebooks" / "ann" / "minimind-pretrain")
+    notebook = built / "kernels" / "pretrain" / "pretrain.ipynb"
+    papermill = ("-m", "papermill", "--no-progress-bar", notebook, "out.ipynb")
+    working, _ = run_on_stand_in(lacking, mount, *papermill)
     run = working / "out" / "pretrain_32"
-    assert (run / "checkpoints" / "step_00000006").is_dir()
+    assert (run / "checkpoints" / f"step_{STEPS:08}").is_dir()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [*range(1, 7)]
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == [*range(1, STEPS + 1)]
+
+
+def test_all_is_found_in_the_older_layout(built, version_before, lacking, tmp_path):
+    mount = tmp_path / "input"
+    shutil.copytree(built / "datasets", mount)
+    shutil.copytree(version_before, mount / "minimind-pretrain")
+    file = built / "kernels" / "pretrain" / "pretrain.ipynb"
+    cells = [c.source for c in nbformat.read(file, 4).cells if c.cell_type == "code"]
+    until = next(n for n, source in enumerate(cells) if "mm.find_inputs" in source)
+    code = "\n".join([*cells[: until + 1], "print(cfg.data_path, cfg.resume)"])
+    _, found = run_on_stand_in(lacking, mount, "-c", code)
+    data = mount / "minimind-data" / "corpus.jsonl"
+    run = mount / "minimind-pretrain" / "out" / "pretrain_32"
+    assert found.split() == [str(data), str(run)]
 
 
 def test_built_notebooks_are_what_kaggle_takes(kernels, built):
     for name in kernels.SOURCES:
-        folder = built / "out3" / "kernels" / name
+        folder = built / "kernels" / name
         values = metadata(folder)
         assert values["id"] == f"ann/{kernels.slug(values['title'])}"
         assert (values["is_private"], values["enable_gpu"]) == (True, True)
@@ -153,10 +172,10 @@ def test_built_notebooks_are_what_kaggle_takes(kernels, built):
         assert notebook.metadata.kernelspec.name == "python3"
         assert not any(cell.get("outputs") for cell in notebook.cells)
     baked = nbformat.read(
-        built / "out3" / "kernels" / "pretrain" / "pretrain.ipynb", as_version=4
+        built / "kernels" / "pretrain" / "pretrain.ipynb", as_version=4
     )
     (cell,) = [c for c in baked.cells if "injected-parameters" in str(c.metadata)]
-    assert "max_steps = 3\n" in cell.source
+    assert f"max_steps = {STEPS}\n" in cell.source
     assert 'data_path = "corpus.jsonl"\n' in cell.source
     assert "preset = None\n" in cell.source
 
@@ -194,9 +213,15 @@ def test_what_cannot_be_built_is_refused(kernels, tmp_path, arguments, words):
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(kernels, tmp_path):
-    (tmp_path / "datasets" / "minimind-wheel").mkdir(parents=True)
+    theirs = tmp_path / "datasets" / "minimind-wheel"
+    theirs.mkdir(parents=True)
+    (theirs / "dataset-metadata.json").touch()
+    other = tmp_path / "kernels" / "titanic" / "kernel-metadata.json"
+    other.parent.mkdir(parents=True)
+    other.touch()
     with pytest.raises(SystemExit, match="was not built by this command"):
         kernels.main(["build", "--user", "ann", "--out", str(tmp_path)])
+    assert other.exists() and [*theirs.iterdir()]
 
 
 def test_the_users_name_is_found(kernels, tmp_path, monkeypatch):
@@ -221,7 +246,7 @@ def kaggle(tmp_path, monkeypatch, built):
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("KAGGLE_STAND_IN", str(tmp_path))
-    shutil.copytree(built / "out3", tmp_path / "out")
+    shutil.copytree(built, tmp_path / "out")
 
     def push(*arguments, **answers):
         said = ANSWERS | answers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import minimind_nb
 from minimind_nb import cli
 from minimind_nb.config import STAGES
 
@@ -22,6 +23,15 @@ def test_the_readme_shows_commands() -> None:
 def test_every_command_of_the_readme_is_understood(command: str) -> None:
     options = cli._parse(shlex.split(command)[1:])
     assert callable(options.run)
+
+
+def test_every_name_of_the_package_in_the_readme_exists() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        compile(block.replace("…", "0"), "README.md", "exec")
+        for name in re.findall(r"\bmm\.(\w+)", block):
+            assert hasattr(minimind_nb, name), name
 
 
 def test_every_target_of_make_exists() -> None:

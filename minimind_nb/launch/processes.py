@@ -13,6 +13,7 @@ import importlib
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,15 +27,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..session import die_with_parent
+from ..session import die_with_parent, identify_process
 from ..storage.runs import RunFolder
 from .stopping import SIGNALS, StopRequest
-from .verdict import Exit, RankRecord, judge
+from .verdict import SESSION, Exit, RankRecord, judge
 
 POLL_SECONDS = 0.5
 MEETING_SECONDS = 60.0
 IMPORT_SECONDS = 300.0
 GRACE_SECONDS = 5.0
+STACK_SECONDS = 1.0  # for ranks that hang to write down where
+_SCRATCH = "minimind_nb_"
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is lost once CUDA was touched
 
 
@@ -45,7 +48,8 @@ class Job:
     `target` names a function, "package.module:function", that takes (rank, payload,
     record, stop) and returns how it ended; `payload` is plain data. `environment` is
     set in each process before `target` is imported. `paths` are what each machine must
-    see beside the folder.
+    see beside the folder. A rank that gets nowhere for `hang_timeout` seconds hangs;
+    `less_memory` says what to do where one runs out of memory.
     """
 
     target: str
@@ -54,6 +58,8 @@ class Job:
     folder: RunFolder
     environment: Mapping[str, str] = field(default_factory=dict)
     paths: Sequence[str] = ()
+    hang_timeout: float = math.inf
+    less_memory: str = ""
 
     def run(self, rank: int, record: RankRecord, stop: StopRequest) -> None:
         """Do the part of one rank in this process, and record how it ended."""
@@ -78,10 +84,7 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
     for rank in range(job.num_processes):
         job.folder.record_file(rank).unlink(missing_ok=True)
     processes: list[BaseProcess] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="minimind_nb_") as meeting,
-        _relayed_signals() as signals,
-    ):
+    with scratch_folder() as meeting, _relayed_signals() as signals:
         try:
             _start(job, f"{meeting}/store", processes)
             exits = _watch(job, processes, signals, on_poll)
@@ -92,7 +95,44 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.close()
     if signals.count > 1:
         raise KeyboardInterrupt
-    return judge(job.folder, exits, SIGNALS.get(signals.number, ""))
+    asked = SIGNALS.get(signals.number, "")
+    return judge(job.folder, exits, asked, less_memory=job.less_memory)
+
+
+@contextlib.contextmanager
+def scratch_folder(within: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """A temporary folder; those of processes of this machine that died go, too."""
+    if within is None:
+        for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*_*"):
+            pid = left.name.removeprefix(_SCRATCH).partition("_")[0]
+            if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+    prefix = f"{_SCRATCH}{os.getpid()}_"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=within) as folder:
+        yield Path(folder)
+
+
+def end_orphans(folder: RunFolder) -> list[int]:
+    """End ranks of an earlier run here whose parent is gone, and return their pids.
+
+    A number alone proves nothing: the process, and that its parent is another one, are
+    told by when they started. Others are never touched.
+    """
+    ended = []
+    for file in folder.root.glob("rank*.json"):
+        record = RankRecord.read(file)
+        if not (record and record.process and record.parent):
+            continue
+        parent = int(record.parent.split("/")[1])
+        alive = identify_process(record.pid) == record.process
+        if alive and identify_process(parent) != record.parent:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGKILL)
+                ended.append(record.pid)
+    end = time.monotonic() + GRACE_SECONDS
+    while any(map(identify_process, ended)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return ended
 
 
 def refuse_unguarded_script(caller: str) -> None:
@@ -121,7 +161,7 @@ def refuse_unguarded_script(caller: str) -> None:
             f"{path}:{line} calls {caller} at the top level of a script, and every worker "
             "process would run that line again. Put it under a guard:\n\n"
             '    if __name__ == "__main__":\n'
-            "        … = mm.{caller}(…)\n"
+            f"        … = mm.{caller}(…)\n"
         )
 
 
@@ -183,6 +223,7 @@ def _watch(
 ) -> list[Exit]:
     """Wait until all processes have left; end the rest when one failed or hung."""
     exits: dict[int, Exit] = {}
+    hearts = _Heartbeats(job.hang_timeout)
     started = time.monotonic()
     give_up_at = math.inf
     reason = ""
@@ -202,11 +243,42 @@ def _watch(
             give_up_at = time.monotonic() + GRACE_SECONDS
         elif give_up_at == math.inf and _is_stuck(records, time.monotonic() - started):
             give_up_at, reason = 0.0, "the ranks did not meet in time"
+        elif give_up_at == math.inf and hearts.stand_still(records):
+            reason = (
+                f"no step was made for {job.hang_timeout:g} s (hang_timeout_seconds)"
+            )
+            give_up_at = time.monotonic() + STACK_SECONDS
+            _ask_for_stacks(living)
         if time.monotonic() > give_up_at:
             reason = reason or "another rank failed"
             for process in living:
                 process.kill()
     return [exits[rank] for rank in range(len(processes))]
+
+
+class _Heartbeats:
+    """Notices that a rank stands still, by a clock that no other one can mislead."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._heard: dict[int, tuple[float, float]] = {}
+
+    def stand_still(self, records: Sequence[RankRecord | None]) -> bool:
+        """Whether the record of some rank that trains is as it was for too long."""
+        now = time.monotonic()
+        for rank, record in enumerate(records):
+            if not record or record.status != "running" or record.phase != "training":
+                self._heard.pop(rank, None)
+            elif self._heard.get(rank, (math.nan,))[0] != record.time:
+                self._heard[rank] = record.time, now
+        return any(now - heard > self._timeout for _, heard in self._heard.values())
+
+
+def _ask_for_stacks(living: Sequence[BaseProcess]) -> None:
+    """Have ranks write where they are into their logs; one that is stopped cannot."""
+    for process in living:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid or 0, signal.SIGUSR1)
 
 
 def _relay(
@@ -248,6 +320,7 @@ def _enter(rank: int, job: Job, parent_pid: int) -> None:
     os.environ.update(job.environment)
     _redirect_output(job.folder.log_file(rank))
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
     stop = StopRequest()
     job.run(rank, RankRecord(job.folder.record_file(rank), rank), stop)
 
@@ -260,7 +333,7 @@ def _redirect_output(log: Path) -> None:
     os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-    print(f"--- pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    print(f"{SESSION}{os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
 
 def _is_guarded(path: Path, line: int) -> bool:

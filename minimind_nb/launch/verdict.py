@@ -16,13 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..session import identify_process
 from ..storage.runs import RunFolder
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 _LOG_TAIL_LINES = 15
+_BEAT_SECONDS = 1.0
+_STACK = "Stack (most recent call first):"  # what faulthandler writes before one
+_STACK_LINES = 8
+SESSION = "--- pid "
+"""What each session of a rank begins its log with."""
+WAITING = "launch/distributed.py"
+"""In the stack of a rank that waits for the others: it is in `launch.distributed`."""
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "Something outside killed it; when nobody did, the machine ran out "
-    "of memory: take a smaller batch_size or fewer processes.",
+    "of memory.",
     signal.SIGBUS: "/dev/shm or the disk is full: make room and start again.",
     signal.SIGSEGV: "A native library crashed; its stack is in the log.",
     signal.SIGABRT: "A native library gave up; its message is in the log.",
@@ -46,12 +54,19 @@ class TrainingFailed(RuntimeError):
 class RankRecord:
     """One rank's word on itself, kept in a file of the run folder.
 
-    `status` is "running", "failed" or one of `ENDINGS`.
+    `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` say which
+    processes of all these are, as `session.identify_process` does.
     """
 
     file: Path
     rank: int
     pid: int = dataclasses.field(default_factory=os.getpid)
+    process: str = dataclasses.field(
+        default_factory=lambda: identify_process(os.getpid())
+    )
+    parent: str = dataclasses.field(
+        default_factory=lambda: identify_process(os.getppid())
+    )
     phase: str = "startup"
     status: str = "running"
     step: int = 0
@@ -71,6 +86,11 @@ class RankRecord:
         # No fsync: the reader is a process of this machine, not the next boot.
         aside.write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
         os.replace(aside, self.file)
+
+    def beat(self) -> None:
+        """Show that this rank gets on, between steps too; at most once a second."""
+        if time.time() - self.time >= _BEAT_SECONDS:
+            self.update()
 
     def fail(self, error: BaseException) -> None:
         """Record an exception, with its traceback, as the end of this rank."""
@@ -102,13 +122,18 @@ class Exit:
 
 
 def judge(
-    folder: RunFolder, exits: list[Exit], asked_to_stop: str = "", logs: bool = True
+    folder: RunFolder,
+    exits: list[Exit],
+    asked_to_stop: str = "",
+    logs: bool = True,
+    less_memory: str = "",
 ) -> str:
     """Return how a run ended, or raise `TrainingFailed` for its first failure.
 
     `asked_to_stop` is what the parent passed on ("interrupted" or "terminated"): a
     rank that left before it could listen then counts as stopped, not as failed.
-    `logs` tells whether the ranks have logs of their own.
+    `logs` tells whether the ranks have logs of their own; `less_memory` what to do
+    where memory ran out.
     """
     records = [RankRecord.read(folder.record_file(rank)) for rank in range(len(exits))]
     statuses = {record.status if record else "silent" for record in records}
@@ -116,25 +141,33 @@ def judge(
         return status
     if asked_to_stop and not any(r and r.phase == "training" for r in records):
         return asked_to_stop
-    rank = _first_failure(records, exits)
+    stacks = [
+        _stack(folder.log_file(rank)) if logs else "" for rank in range(len(exits))
+    ]
+    rank = _first_failure(records, exits, stacks)
     phase = record.phase if (record := records[rank]) else "startup"
-    text = _explain(folder, rank, records, exits[rank], logs)
+    text = _explain(folder, rank, records, exits[rank], stacks if logs else [])
+    if exits[rank].code == -signal.SIGKILL and not exits[rank].reason:
+        text = f"{text}\n{less_memory}".rstrip()
     raise TrainingFailed(text, rank, phase)
 
 
-def _first_failure(records: list[RankRecord | None], exits: list[Exit]) -> int:
+def _first_failure(
+    records: list[RankRecord | None], exits: list[Exit], stacks: list[str]
+) -> int:
     """The rank at the root: the earliest error, or an earlier or silent death.
 
     Survivors of a dead peer record "connection closed" at almost the same moment as
-    the parent sees the death, so the silent one goes first within a second.
+    the parent sees the death, so the silent one goes first within a second. Of ranks
+    that the parent ended because they hung, one that did not wait for the others.
     """
     moments = []
     for rank, (record, end) in enumerate(zip(records, exits, strict=True)):
         if record and record.status == "failed":
             moments.append((record.time, rank))
         elif not (record and record.status in ENDINGS):
-            killed_by_us = 1e9 if end.reason else 0.0
-            moments.append((end.time - 1.0 + killed_by_us, rank))
+            later = 1e9 * bool(end.reason) + 1e9 * (WAITING in stacks[rank])
+            moments.append((end.time - 1.0 + later, rank))
     return min(moments)[1] if moments else 0
 
 
@@ -143,8 +176,9 @@ def _explain(
     rank: int,
     records: list[RankRecord | None],
     end: Exit,
-    logs: bool,
+    stacks: list[str],
 ) -> str:
+    """The failure of a rank in words; `stacks` is empty where there are no logs."""
     record = records[rank]
     hint = "No checkpoint was written yet: the same call starts anew."
     if folder.checkpoint_folders():
@@ -170,9 +204,25 @@ def _explain(
         for r in records
         if r and r.rank != rank and r.status == "failed"
     ]
-    tail = _tail(folder.log_file(rank)) if logs else ""
+    if end.reason and any(stacks):
+        nowhere = (
+            "  no line of Python: it is stopped, or in a call that does not return"
+        )
+        others += [f"rank {n} was in:\n{s or nowhere}" for n, s in enumerate(stacks)]
+    tail = _tail(folder.log_file(rank)) if stacks else ""
     parts = [head, body, *others, tail, hint]
     return "\n".join(part for part in parts if part)
+
+
+def _stack(log: Path) -> str:
+    """The Python stack that a hung rank wrote when it was asked to; "" if none."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    _, found, stack = text.rpartition(SESSION)[2].rpartition(_STACK)
+    lines = [line for line in stack.splitlines() if line.startswith("  File ")]
+    return "\n".join(lines[:_STACK_LINES]) if found else ""
 
 
 def _tail(log: Path) -> str:

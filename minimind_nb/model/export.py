@@ -37,14 +37,15 @@ _TEXT = "Hello, 世界!\n  3.14 <|im_end|> 🙂 don't"
 
 _NEXT = {
     "pth": (
-        "# in a clone of MiniMind, this model's tokenizer in its folder model/:",
+        "# in a clone of MiniMind {clone}, this model's tokenizer in model/:",
         "cp {at} out/{weight}_{width}{suffix}.pth",
         "python eval_llm.py --weight {weight} --hidden_size {width} "
         "--num_hidden_layers {layers} --use_moe {moe}",
     ),
     "gguf": ("llama-cli -m {at}", "llama-server -m {at} --host 127.0.0.1"),
     "minimind": (
-        '# AutoModelForCausalLM.from_pretrained("{at}", trust_remote_code=True)',
+        "# AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)",
+        'pip install "lm_eval[hf]"',
         "lm_eval --model hf --model_args pretrained={at},trust_remote_code=True "
         "--tasks ceval-valid",
     ),
@@ -53,6 +54,7 @@ _NEXT_OF_A_FAMILY = (
     "transformers serve --host 127.0.0.1 --port 8000",
     "transformers chat {at} http://127.0.0.1:8000   # while that runs",
     "vllm serve {at} --host 127.0.0.1",
+    'pip install "lm_eval[hf]"',
     "lm_eval --model hf --model_args pretrained={at} --tasks ceval-valid",
     '# for llama.cpp: the same export once more, with format="gguf"',
 )
@@ -93,12 +95,13 @@ def export(
     "bfloat16") is the precision to store in, as the weights are unless given.
 
     A folder and a GGUF file are opened by a fresh process before they get their name,
-    and logits and token ids compared with the source's; a `.pth` is read back. Nothing
+    and its logits, of a folder also its token ids, compared with the source's; a `.pth`
+    is read back. Nothing
     is overwritten, and nothing is left behind by a failure.
 
     Raises what `load` raises; `FileExistsError` where something is in the way;
-    `ValueError` for an unknown format or precision, or one that cannot hold the network
-    or its numbers; `ImportError` without the extra; `RuntimeError` where what was
+    `ValueError` for an unknown format or precision, one that cannot hold the network or
+    its numbers, or GGUF without the extra; `RuntimeError` where what was
     written does not compute the same.
     """
     if format is not None and format not in FORMATS:
@@ -225,8 +228,8 @@ def _write_gguf(network: _Network, aside: Path, name: str) -> float:
 
 
 def _compare(network: _Network, folder: Path, kind: str, gguf: str = "") -> float:
-    """The greatest difference of logits, relative to the greatest logit, between the
-    source and what a fresh process opens. Raises `RuntimeError`."""
+    """The greatest difference of logits between the source and what a fresh process
+    opens. Raises `RuntimeError` above 1e-5 of the greatest logit, fp32's rounding."""
     config = network.config
     longest, size = config.max_position_embeddings, config.vocab_size
     rows = [[(7919 * n + 1) % size for n in range(min(k, longest))] for k in _ROWS]
@@ -286,9 +289,12 @@ def _check_free(final: Path) -> None:
 
 def _describe(final: Path, kind: str, network: _Network, difference: float) -> str:
     config = network.config
-    at = final.absolute() if kind == "pth" else final
-    known = {"at": shlex.quote(str(at)), "moe": int(config.use_moe)}
+    path = str(final.absolute())
+    known = {"path": path, "at": shlex.quote(path), "moe": int(config.use_moe)}
     known["suffix"] = "_moe" if config.use_moe else ""
+    known["clone"] = (
+        "as it is now" if config.qk_norm else "of its second generation, without q_norm"
+    )
     known["weight"] = WEIGHTS_NAMES.get(network.stage or "", "full_sft")
     known |= {"width": config.hidden_size, "layers": config.num_hidden_layers}
     lines = [line.format(**known) for line in _NEXT.get(kind, _NEXT_OF_A_FAMILY)]
@@ -309,11 +315,16 @@ def _misfits(kind: str, config: MiniMindConfig) -> list[str]:
         return []
     width, third = config.hidden_size, config.qk_norm
     inner = math.ceil((width * math.pi if third else width * 8 // 3) / 64) * 64
-    expected = {
+    expected: dict[str, Any] = {
         "intermediate_size": inner,
         "num_attention_heads": 8,
-        "num_key_value_heads": 4 if config.qk_norm else 2,
+        "num_key_value_heads": 4 if third else 2,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6 if third else 1e-5,
+        "inference_rope_scaling": False,
     }
+    if config.use_moe:
+        expected |= {"num_experts_per_tok": 1 if third else 2, "norm_topk_prob": True}
     return [
         f"MiniMind's scripts expect {name}={value}, and here it is "
         f"{getattr(config, name)}: change it there."

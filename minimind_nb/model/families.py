@@ -103,11 +103,12 @@ class Family:
             foreign.append(f"layer_types={fields['layer_types']!r}")
         yarn, theta = _read_rope(fields)
         if yarn is None:
-            foreign.append(f"rope scaling {fields.get('rope_parameters')!r}")
+            rope = fields.get("rope_parameters") or fields.get("rope_scaling")
+            foreign.append(f"rope scaling {rope!r}")
         if foreign:
             raise ValueError(
-                f"MiniMind has no {', '.join(foreign)}: a {self.architecture} without "
-                "can be read"
+                f"MiniMind has no {', '.join(foreign)}; only a {self.architecture} "
+                "without it can be read"
             )
         known: dict[str, Any] = {"rope_theta": theta, **self.ours, **(yarn or {})}
         for name, theirs in ({n: (n,) for n in _SAME} | dict(self.renamed)).items():

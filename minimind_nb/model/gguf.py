@@ -26,8 +26,8 @@ convert_hf_to_gguf.main()
 
 
 def check_convertible(spec: TokenizerSpec) -> None:
-    """Raise `ValueError` for a tokenizer that llama.cpp would cut otherwise, and
-    `ImportError` where the converter is not installed."""
+    """Raise `ValueError` for a tokenizer that llama.cpp would cut otherwise, and where
+    the converter is not installed."""
     vocabulary = json.loads(spec.json)
     cut = vocabulary.get("pre_tokenizer") or {}
     plain = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
@@ -39,7 +39,7 @@ def check_convertible(spec: TokenizerSpec) -> None:
         )
     missing = [name for name in _MODULES if not _is_installed(name)]
     if missing:
-        raise ImportError(
+        raise ValueError(
             f"GGUF needs {', '.join(missing)}, which is not installed: "
             'pip install "minimind_nb[gguf]"'
         )
@@ -47,8 +47,6 @@ def check_convertible(spec: TokenizerSpec) -> None:
 
 def convert(folder: Path, file: Path, dtype: str) -> None:
     """Write the GGUF file of a Llama or Qwen3 folder. Raises `RuntimeError`."""
-    if dtype not in _KINDS:
-        raise ValueError(f'GGUF has no {dtype}: give dtype="float32" or "float16"')
     arguments = (folder, "--outfile", file, "--outtype", _KINDS[dtype])
     run_fresh(_CONVERT, *arguments, failed="llama.cpp's converter failed")
 

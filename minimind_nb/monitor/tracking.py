@@ -13,6 +13,7 @@ import multiprocessing
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import traceback
 import urllib.error
@@ -226,7 +227,8 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
     if mode != "offline":
         return run, f"wandb: {run.url}" if run.url else ""
     why = f" ({reason})" if reason else ""
-    return run, f"wandb is offline{why}; later: wandb sync {Path(run.dir).parent}"
+    synced = shlex.quote(str(Path(run.dir).parent))
+    return run, f"wandb is offline{why}; later: wandb sync {synced}"
 
 
 def _has_key() -> bool:

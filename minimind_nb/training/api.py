@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,12 @@ from ..data.corpus import Corpus, detect_format
 from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
-from ..launch.processes import Job, refuse_unguarded_script, run_processes
+from ..launch.processes import (
+    Job,
+    refuse_unguarded_script,
+    run_processes,
+    scratch_folder,
+)
 from ..launch.torchrun import Meeting, find_meeting
 from ..launch.verdict import TrainingFailed
 from ..model.interop import find_weights
@@ -34,6 +38,7 @@ from ..monitor.tracking import track
 from ..session import current_session
 from ..storage.runs import STATE, RunFolder
 from .preparation import Prepared, Settled, prepare, settle
+from .worker import smaller_batch
 
 _Callback = Callable[[History], object]
 # On two T4 over PCIe hangs were reported until peer-to-peer, or shared memory, was off.
@@ -172,7 +177,7 @@ def _evaluate(
     corpus = Corpus.prepare(cfg, *at, lambda _: None)
     corpus.judge(cfg, 1.0)
     at_hand = settled.cache_root if meeting else None  # where other machines see it
-    with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=at_hand) as folder:
+    with scratch_folder(at_hand) as folder:
         run = RunFolder(folder)
         write_tokenizer(settled.tokenizer, run.tokenizer)
         job = functools.partial(
@@ -246,7 +251,7 @@ def _job(
     **more: Any,
 ) -> Job:
     cfg = settled.cfg
-    assert cfg.num_processes
+    assert cfg.num_processes and cfg.hang_timeout_seconds
     threads = choose_threads(cfg.num_processes, settled.hardware.cpu_cores)
     caches = [one["folder"] for one in corpus.describe()]
     payload = {
@@ -265,4 +270,6 @@ def _job(
         folder=folder,
         environment={**threading, **environment},
         paths=[path for path in (*caches, payload["initial"]) if path],
+        hang_timeout=cfg.hang_timeout_seconds,
+        less_memory=smaller_batch(cfg),
     )

@@ -32,6 +32,7 @@ def evaluate_rows(parts: Parts, rows: ValidationRows) -> dict[str, float]:
             sums[1] += (moved.targets != IGNORED).sum()
             sums[2] += batch.samples
             sums[3:] += losses.measures
+            parts.record.beat()
     parts.model.train(training)
     group.sum(sums)
     total, targets, samples, *measures = sums.tolist()

@@ -75,6 +75,7 @@ def _compute(
                 found, _, _ = answer_log_probabilities(model, batch)
             numbers = [document for pair in pairs for document, _, _ in pair]
             sums[numbers] = found.double()
+            t.record.beat()
         if t.clock.is_over():
             t.stop.reason = t.stop.reason or "time_budget"
         votes = torch.tensor(t.stop.ballot(), device=t.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CHANGEABLE_ON_RESUME, TrainConfig
+from ..launch.processes import end_orphans
 from ..storage import verified
 from ..storage.runs import RunFolder
 
@@ -20,11 +21,13 @@ def meet_run(cfg: TrainConfig, on_note: _Note) -> tuple[RunFolder, TrainConfig]:
 
     A copy is made once: where the run folder is there already and stands at least as
     far, it goes on. Where a run goes on, the configuration comes back as
-    `compare_settings` returns it. Raises `FileNotFoundError` where the path is no run,
+    `compare_settings` returns it. What a killed run left running is ended. Raises `FileNotFoundError` where the path is no run,
     `FileExistsError` where another run is in the way.
     """
     assert cfg.run_name
     folder = source = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    if ended := end_orphans(folder):
+        on_note(f"ended processes that a killed run had left: {ended}")
     if not folder.exists() and folder.checkpoint_folders():
         raise FileExistsError(
             f"{folder.root} holds checkpoints, and no {folder.config_file.name} that "

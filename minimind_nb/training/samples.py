@@ -90,6 +90,7 @@ def write_samples(t: Trainer) -> None:
                 seed=seed_of(t.cfg.seed, t.progress.step, number),
                 **_SAMPLING,
             )
+        t.record.beat()
         answer = str(decode(ids, skip_special_tokens=True))
         where = t.progress.position()
         t.metrics.append(

@@ -137,6 +137,7 @@ class Parts:
     device: torch.device
     model: MiniMindForCausalLM
     autocast: torch.autocast
+    record: RankRecord
 
 
 @dataclass
@@ -159,7 +160,6 @@ class Trainer(Parts):
     config: dict[str, Any]
     metrics: MetricsLog
     clock: SessionClock
-    record: RankRecord
     stop: StopRequest
     since_log: SinceLog = field(default_factory=SinceLog)
     failed_saves: int = 0

@@ -33,6 +33,8 @@ from .samples import choose_prompts
 from .stages import STAGES
 from .trainer import Parts, Progress, SessionClock, Trainer
 
+_PARENT_FIRST_SECONDS = 10.0
+
 
 def run(
     rank: int, payload: Mapping[str, Any], record: RankRecord, stop: StopRequest
@@ -56,7 +58,7 @@ def run(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise MemoryError(smaller_batch(cfg)) from error
+            raise MemoryError(f"out of memory: {smaller_batch(cfg)}") from error
         group.close()
     return ending
 
@@ -74,7 +76,9 @@ def measure(
     corpus = Corpus.reopen(payload["corpus"], cfg.val_fraction)
     rows = corpus.validation_rows(cfg, pad_id)
     assert rows is not None
-    parts = Parts(cfg, STAGES[cfg.stage], group, device, model, _autocast(cfg, device))
+    stage, autocast = STAGES[cfg.stage], _autocast(cfg, device)
+    record.update(phase="training")
+    parts = Parts(cfg, stage, group, device, model, autocast, record)
     scores = {**evaluate_rows(parts, rows), "documents": len(rows.documents)}
     if rank == 0:
         write_text(folder.root / "scores.json", json.dumps(scores))
@@ -93,8 +97,9 @@ def _meet(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     record.update(phase="meeting")
-    store, timeout = payload["store"], cfg.hang_timeout_seconds
-    group = Group(rank, cfg.num_processes, store, cfg.device, timeout)
+    # The parent, which can say where each rank stood, is to notice first.
+    timeout = cfg.hang_timeout_seconds + _PARENT_FIRST_SECONDS
+    group = Group(rank, cfg.num_processes, payload["store"], cfg.device, timeout)
     group.meet(device)
     return group, device
 
@@ -213,15 +218,15 @@ def smaller_batch(cfg: TrainConfig) -> str:
     """What to set so that less memory does for the same global batch."""
     assert cfg.batch_size and cfg.accumulation_steps
     rows, steps = cfg.batch_size, cfg.accumulation_steps
-    found = f"out of memory with batch_size={rows}, accumulation_steps={steps}"
+    found = f"of batch_size={rows}, accumulation_steps={steps}"
     if rows == 1:
         return (
-            f"{found}; a row cannot be halved: lower max_seq_len={cfg.max_seq_len} or "
-            "the model's size"
+            f"a row {found} cannot be halved: lower max_seq_len={cfg.max_seq_len} or "
+            "the model's size, or take fewer processes"
         )
     divisor = next(n for n in range(2, rows + 1) if rows % n == 0)
     return (
-        f"{found}; the same global batch in less memory: batch_size={rows // divisor}, "
+        f"the global batch {found} needs less memory as batch_size={rows // divisor}, "
         f"accumulation_steps={steps * divisor}, with "
         'allow_change=["batch_size", "accumulation_steps"] to go on with this run'
     )

@@ -209,6 +209,7 @@ def test_a_script_without_its_guard_is_refused(tmp_path: Path, guarded: bool) ->
     if not guarded:
         assert f"{script}:5 calls evaluate at the top level of a script" in done.stderr
         assert 'if __name__ == "__main__":' in done.stderr
+        assert "        … = mm.evaluate(…)" in done.stderr
 
 
 def test_a_script_that_cannot_be_read_again_is_refused(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.reopening import reopened_here
 from support.small_models import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,7 +143,10 @@ def test_a_folder_that_computes_something_else_is_not_left(tmp_path, spec, monke
     wrong = {**family.fixed, "rms_norm_eps": 1.0}
     other = module.dataclasses.replace(family, fixed=wrong)
     monkeypatch.setitem(module.FAMILIES, "llama", other)
-    with pytest.raises(RuntimeError, match="something else: logits differ by up to"):
+    with (
+        reopened_here(),
+        pytest.raises(RuntimeError, match="something else: logits differ by up to"),
+    ):
         export(file, tmp_path / "out", "llama", tokenizer=spec)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
@@ -230,7 +234,8 @@ def test_a_stretched_network_stays_stretched(fields, tmp_path, spec):
     stretched = {"inference_rope_scaling": True, "max_position_embeddings": 8192}
     model = MiniMindForCausalLM(MiniMindConfig(**{**SHAPE, **fields, **stretched}))
     model.save_pretrained(tmp_path / "ours")
-    folder = export(tmp_path / "ours", tmp_path / "out", tokenizer=spec)
+    with reopened_here():
+        folder = export(tmp_path / "ours", tmp_path / "out", tokenizer=spec)
     read = json.loads((folder / "config.json").read_bytes())
     assert read["model_type"] == ("qwen3" if fields else "llama")
     assert read["rope_parameters"]["rope_type"] == "yarn"

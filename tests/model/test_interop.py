@@ -28,7 +28,7 @@ from minimind_nb.model.architecture import (
     MiniMindForCausalLM,
 )
 from minimind_nb.model.interop import find_weights, load, model_config
-from minimind_nb.model.weights import infer_shape, put_weights, read_tensors
+from minimind_nb.model.weights import read_tensors
 from minimind_nb.storage import verified
 from minimind_nb.storage.runs import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
 
@@ -262,7 +262,7 @@ def test_a_folder_of_another_kind_of_model_is_refused(kind, tmp_path):
 def test_what_minimind_has_not_is_named(change, tmp_path):
     name = list(change)[-1].replace("rope_scaling", "rope scaling")
     with pytest.raises(
-        ValueError, match=f"MiniMind has no {name}.*without can be read"
+        ValueError, match=f"MiniMind has no {name}.*without it can be read"
     ):
         find_weights(write_llama(tmp_path, **change))
 
@@ -360,43 +360,6 @@ def test_a_tokenizer_too_large_for_the_weights_is_refused(tmp_path):
         load(file)
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", EMBEDDING])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_named(value, name, model, tmp_path):
-    state = model.state_dict()
-    state[name].view(-1)[3] = value
-    file = save(state, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=f"not finite, in {name}"):
-        load(file)
-
-
-def test_missing_extra_and_misshapen_tensors_are_named(model):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = model_of(num_hidden_layers=1, hidden_size=16).state_dict()
-    del state["model.norm.weight"]
-    state["extra"] = torch.ones(2, 3)
-    with pytest.raises(ValueError) as caught:
-        put_weights(model, state, "elsewhere")
-    head, *lines, more, advice = str(caught.value).splitlines()
-    assert head == "the weights in elsewhere are of another shape:"
-    assert lines[0] == "  extra: 2×3 there, missing in this model"
-    assert lines[1] == f"  {EMBEDDING}: 6400×16 there, 6400×32 in this model"
-    assert len(lines) == 5 and more.startswith("  and ")
-    assert advice == "Set the shape they have, or train under another run_name."
-    assert same(model, before)
-    small = {n: t for n, t in before.items() if n != "model.norm.weight"}
-    with pytest.raises(
-        ValueError, match="norm.weight: missing there, 32 in this model"
-    ):
-        put_weights(model, small, "elsewhere")
-
-
-def test_a_head_of_its_own_is_refused(model, tmp_path):
-    state = {**model.state_dict(), "lm_head.weight": torch.zeros(6400, 32)}
-    with pytest.raises(ValueError, match="lm_head and embed_tokens differ in "):
-        load(save(state, tmp_path / "weights.pth"))
-
-
 class Hostile:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -411,36 +374,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(model, tmp_path):
     with pytest.raises(ValueError, match="hostile.pth is no file of weights: "):
         load(save(state, tmp_path / "hostile.pth"))
     assert not mark.exists()
-
-
-def test_a_file_that_is_no_pickle_is_refused(tmp_path):
-    (tmp_path / "a.pth").write_text("text")
-    with pytest.raises(ValueError, match="a.pth is no file of weights: "):
-        load(tmp_path / "a.pth")
-
-
-@pytest.mark.parametrize(
-    "state", [{"model": {}, "step": 1}, [torch.ones(2)], {1: torch.ones(2)}]
-)
-def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
-    with pytest.raises(ValueError, match="is no bare state dict: names with tensors"):
-        load(save(state, tmp_path / "resume.pth"))
-
-
-@pytest.mark.parametrize("gone", ["embed_tokens", "q_proj", "mlp", ""])
-def test_a_state_dict_of_another_model_is_told_by_what_it_lacks(gone, model):
-    state = {n: t for n, t in model.state_dict().items() if gone not in n}
-    with pytest.raises(
-        ValueError, match=f"no MiniMind state dict .*{gone}.* it holds "
-    ):
-        infer_shape(state)
-
-
-@pytest.mark.parametrize("shape", [(), (5,)])
-def test_a_misshapen_embedding_is_no_minimind(shape, model):
-    state = {**model.state_dict(), EMBEDDING: torch.ones(shape)}
-    with pytest.raises(ValueError, match="this is no MiniMind state dict "):
-        infer_shape(state)
 
 
 def test_a_models_configuration_comes_from_the_settings(spec):
@@ -493,23 +426,6 @@ def test_a_weights_file_beside_its_run_has_that_runs_shape(tmp_path, spec):
     assert (asked.config.num_attention_heads, asked.config.rope_theta) == (8, 1e6)
     other = save(model_of(num_hidden_layers=1).state_dict(), found.file)
     assert find_weights(other).config.num_hidden_layers == 1
-
-
-def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(model, tmp_path):
-    state = dict(model.state_dict())
-    huge = torch.zeros(1).expand(6400, 100_000)
-    for odd in (
-        huge,
-        state[EMBEDDING].to(torch.float8_e4m3fn),
-        state[EMBEDDING].long(),
-        state[EMBEDDING].to(torch.complex64),
-        state[EMBEDDING].to_sparse(),
-        state[EMBEDDING].to("meta"),
-    ):
-        file = save({**state, EMBEDDING: odd}, tmp_path / "odd.pth")
-        text = rf"odd\.pth holds {EMBEDDING} as \w+ in [\d,]+ bytes; expected is one of"
-        with pytest.raises(ValueError, match=text):
-            load(file)
 
 
 def test_damaged_folders_are_refused_in_plain_words(model, tmp_path, spec):

@@ -72,6 +72,9 @@ class StoppingRecord:
         self.stop_at = stop_at
         self.reason = reason
 
+    def beat(self) -> None:
+        self.record.beat()
+
     def update(self, **changes: Any) -> None:
         self.record.update(**changes)
         if self.stop_at is not None and changes.get("step") == self.stop_at - 1:

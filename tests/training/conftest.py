@@ -71,12 +71,11 @@ def dpo_settings(sft_settings: Settings, pair_file: Path) -> Settings:
     return {**sft_settings, **pairs}
 
 
-@pytest.fixture
-def settings(tmp_path: Path, corpus_file: Path) -> Settings:
-    """12 steps of 8 rows of 32 tokens, across an epoch's end."""
+@pytest.fixture(scope="session")
+def twelve_steps(corpus_file: Path) -> Settings:
+    """12 steps of 8 rows of 32 tokens, across an epoch's end, wherever they are made."""
     return {
         "data_path": str(corpus_file),
-        "out_dir": str(tmp_path / "out"),
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -92,9 +91,14 @@ def settings(tmp_path: Path, corpus_file: Path) -> Settings:
         "log_interval": 1,
         "eval_tokens": 500,
         "sample_tokens": 2,
-        "num_processes": 1,
         "device": "cpu",
         "dtype": "float32",
         "val_fraction": 0.05,
         "seed": 7,
     }
+
+
+@pytest.fixture
+def settings(tmp_path: Path, twelve_steps: Settings) -> Settings:
+    """The same in one process, below the test's own folder."""
+    return {**twelve_steps, "out_dir": str(tmp_path / "out"), "num_processes": 1}

@@ -54,32 +54,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def two(corpus_file: Path) -> Settings:
-    """12 steps of 8 rows of 32 tokens, for two processes, wherever they come from."""
-    return {
-        "data_path": str(corpus_file),
-        "run_name": "run",
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "max_seq_len": 32,
-        "batch_size": 2,
-        "accumulation_steps": 2,
-        "learning_rate": 3e-3,
-        "warmup_iters": 3,
-        "dropout": 0.1,
-        "epochs": 3,
-        "max_steps": 12,
-        "save_interval": 4,
-        "eval_interval": 4,
-        "log_interval": 1,
-        "eval_tokens": 500,
-        "sample_tokens": 0,
-        "device": "cpu",
-        "dtype": "float32",
-        "val_fraction": 0.05,
-        "seed": 7,
-    }
+def two(twelve_steps: Settings) -> Settings:
+    """For two processes, wherever they come from."""
+    rows = {"batch_size": 2, "num_hidden_layers": 1, "dropout": 0.1, "sample_tokens": 0}
+    return {**twelve_steps, **rows, "run_name": "run"}
 
 
 @pytest.fixture(scope="module")

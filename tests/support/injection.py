@@ -1,0 +1,159 @@
+"""Faults at named points of a run: at which, on which rank, after which step, and what.
+
+`injection:run` in place of the worker wraps the functions that stand at these points and
+is the worker of always otherwise. Where no test asks for it, none of this is loaded.
+"""
+
+import dataclasses
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind_nb.launch.processes import Job
+from minimind_nb.launch.stopping import StopRequest
+from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.training import api
+
+# The function that a point is in front of (or behind), in the order of a step.
+POINTS = {
+    "batch": ("data.batches", "TrainingStream.next_step", "before"),
+    "after_backward": ("training.optim", "FlatGradients.vote", "before"),
+    "before_step": ("training.loop", "update_weights", "before"),
+    "after_step": ("training.loop", "count_step", "after"),
+    "before_save": ("training.loop", "save_checkpoint", "before"),
+    "half_a_file": ("training.checkpoint", "save_file", "half"),
+    "after_a_file": ("training.checkpoint", "save_file", "after"),
+    "before_manifest": ("storage.verified", "_write_manifest", "before"),
+    "before_rename": ("storage.verified", "rename_flushed", "before"),
+    "after_rename": ("storage.verified", "rename_flushed", "after"),
+    "prune": ("storage.runs", "RunFolder.prune_checkpoints", "before"),
+    "weights_file": ("training.loop", "export_weights", "before"),
+    "exit": ("launch.distributed", "Group.close", "before"),
+}
+SAVING = list(POINTS)[4:12]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at a point on a rank once it has made `step` steps; only once.
+
+    `marker` is the file that says that it has happened.
+    """
+
+    point: str
+    action: str
+    marker: str
+    rank: int = 0
+    step: int = 5
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, *faults: Fault) -> None:
+    """Have the next runs of `train` meet these faults, each once."""
+    real = api.run_processes
+
+    def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
+        return real(with_faults(job, *faults), on_poll)
+
+    monkeypatch.setattr(api, "run_processes", run_processes)
+
+
+def with_faults(job: Job, *faults: Fault) -> Job:
+    """The same job, with faults."""
+    plain = [dataclasses.asdict(fault) for fault in faults]
+    return dataclasses.replace(
+        job,
+        target=f"{__name__}:run",
+        payload={**job.payload, "faults": plain, "target": job.target},
+    )
+
+
+def run(
+    rank: int, payload: Mapping[str, Any], record: RankRecord, stop: StopRequest
+) -> str:
+    """The worker of always, with the faults of this rank in it."""
+    for fields in payload["faults"]:
+        fault = Fault(**fields)
+        if fault.rank == rank:
+            _wrap(fault, record)
+    module, _, name = payload["target"].partition(":")
+    return getattr(importlib.import_module(module), name)(rank, payload, record, stop)
+
+
+def _wrap(fault: Fault, record: RankRecord) -> None:
+    module, path, place = POINTS[fault.point]
+    owner: Any = importlib.import_module(f"minimind_nb.{module}")
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    real = getattr(owner, name)
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        due = record.step == fault.step and not Path(fault.marker).exists()
+        if due and place == "before":
+            _strike(fault, given)
+        answer = real(*given, **named)
+        if due and place == "half":
+            os.truncate(given[1], os.path.getsize(given[1]) // 2)
+        if due and place != "before":
+            _strike(fault, given)
+        return answer
+
+    setattr(owner, name, wrapped)
+
+
+def _strike(fault: Fault, given: tuple[Any, ...]) -> None:
+    Path(fault.marker).write_text(json.dumps(time.time()))
+    _ACTIONS[fault.action](given)
+
+
+def _fail(_: Any) -> None:
+    raise ValueError(f"injected on purpose in {os.getpid()}")
+
+
+def _hang(_: Any) -> None:
+    while True:
+        pass
+
+
+def _sleep_deaf(_: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def _spoil_gradients(given: tuple[Any, ...]) -> None:
+    given[0].flat[0] = float("nan")
+
+
+def _fill_disk(_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _signal(number: int, whom: Callable[[], int] = os.getpid) -> Callable[[Any], None]:
+    return lambda _: os.kill(whom(), number)
+
+
+_ACTIONS: dict[str, Callable[[Any], None]] = {
+    "raise": _fail,
+    "exit": lambda _: sys.exit(0),
+    "leave": lambda _: os._exit(0),
+    "kill": _signal(signal.SIGKILL),
+    "stop": _signal(signal.SIGSTOP),
+    "sigterm": _signal(signal.SIGTERM),
+    "sigterm_to_parent": _signal(signal.SIGTERM, os.getppid),
+    "kill_parent": _signal(signal.SIGKILL, os.getppid),
+    "hang": _hang,
+    "sleep_deaf": _sleep_deaf,
+    "nan": _spoil_gradients,
+    "no_space": _fill_disk,
+}

@@ -1,0 +1,318 @@
+"""Two spawned ranks meet faults: told at once, nothing left, resumed bit for bit."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.injection import SAVING, Fault, inject
+from support.runs import Settings, state_hashes
+
+import minimind_nb as mm
+from minimind_nb.launch import processes
+from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.session import identify_process
+from minimind_nb.storage.runs import RunFolder
+
+row = pytest.mark.fault
+slow = pytest.mark.slow
+HANG_SECONDS = 5.0
+
+
+@pytest.fixture
+def two(settings: Settings) -> Settings:
+    """Two ranks, 12 steps, a save every 4."""
+    changes = {"num_processes": 2, "batch_size": 1, "dropout": 0.1, "max_steps": 12}
+    saving = {"save_interval": 4, "hang_timeout_seconds": HANG_SECONDS}
+    return {**settings, **changes, **saving}
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[int, str, str]]:
+    """What the run that nothing befalls ends with, once it was made."""
+    return {}
+
+
+class Witness:
+    """Runs `two`, and says how long a failure took to be told and what is left."""
+
+    def __init__(
+        self,
+        two: Settings,
+        unbroken: dict,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.cfg = mm.TrainConfig(**two)
+        self._monkeypatch = monkeypatch
+        self.folder = RunFolder(Path(two["out_dir"]) / "pretrain_32")
+        self.marker = str(tmp_path / "happened")
+        if not unbroken:
+            straight = {**two, "out_dir": str(tmp_path / "straight")}
+            mm.train(mm.TrainConfig(**straight), view=False)
+            there = RunFolder(tmp_path / "straight" / "pretrain_32")
+            unbroken["state"] = state_hashes(there)
+        self.expected = unbroken["state"]
+
+    def fault(self, point: str, action: str, rank: int = 1, step: int = 5) -> Fault:
+        return Fault(point, action, self.marker, rank, step)
+
+    def inject(self, point: str, action: str, rank: int = 1, step: int = 5) -> None:
+        inject(self._monkeypatch, self.fault(point, action, rank, step))
+
+    def records(self) -> list[RankRecord]:
+        found = [RankRecord.read(self.folder.record_file(rank)) for rank in range(2)]
+        return [record for record in found if record]
+
+    def seconds_since_fault(self) -> float:
+        return time.time() - json.loads(Path(self.marker).read_text())
+
+    def living(self) -> list[int]:
+        """The ranks that still run."""
+        records = self.records()
+        return [r.pid for r in records if identify_process(r.pid) == r.process]
+
+    def resume(self) -> None:
+        """The same call once more ends as if nothing had been."""
+        assert not self.living()
+        assert not self.folder.is_locked()
+        run = mm.train(self.cfg, view=False)
+        assert run.status == "finished"
+        assert state_hashes(self.folder) == self.expected
+
+
+@pytest.fixture
+def witness(
+    two: Settings,
+    unbroken: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Witness:
+    """Of slow rows the ranks are forked, which spares each the long imports."""
+    if request.node.get_closest_marker("slow"):
+        fork = multiprocessing.get_context("fork")
+        monkeypatch.setattr(processes, "_SPAWN", fork)
+    return Witness(two, unbroken, tmp_path, monkeypatch)
+
+
+def dies(
+    point: str, action: str, rank: int, text: str, id: str, *marks: pytest.MarkDecorator
+) -> object:
+    return pytest.param((point, action, rank), text, id=id, marks=(row(id), *marks))
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        dies("after_backward", "kill", 1, "rank 1 was killed by SIGKILL", "F01", slow),
+        dies("after_backward", "kill", 0, "rank 0 was killed by SIGKILL", "F02"),
+        dies("before_step", "raise", 1, "rank 1 failed", "F06", slow),
+        dies("batch", "leave", 1, "rank 1 left", "F08"),
+        dies("batch", "exit", 1, "rank 1 failed", "F08", slow),
+    ],
+)
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(
+    fault: tuple[str, str, int],
+    text: str,
+    witness: Witness,
+    record_property: Callable[[str, object], None],
+) -> None:
+    point, action, rank = fault
+    witness.inject(point, action, rank)
+    with pytest.raises(mm.TrainingFailed, match=f"^{text} at step 5 of 12") as failure:
+        mm.train(witness.cfg, view=False)
+    seconds = witness.seconds_since_fault()
+    record_property("death_to_exception_seconds", seconds)
+    assert seconds < 10
+    assert failure.value.rank == rank
+    assert ("injected on purpose" in str(failure.value)) == (action == "raise")
+    assert state_hashes(witness.folder)[0] == 4
+    witness.resume()
+
+
+@row("F07")
+@slow
+def test_two_errors_are_both_told_the_first_first(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = Fault("batch", "raise", str(tmp_path / "other"), rank=0)
+    inject(monkeypatch, witness.fault("batch", "raise"), other)
+    with pytest.raises(mm.TrainingFailed, match="(?s)^rank . failed.*failed too: Val"):
+        mm.train(witness.cfg, view=False)
+    records = sorted(witness.records(), key=lambda record: record.time)
+    assert records[0].status == "failed"
+    witness.resume()
+
+
+@pytest.mark.parametrize(
+    ("point", "action"),
+    [
+        pytest.param("after_backward", "stop", id="F17", marks=row("F17")),
+        pytest.param("batch", "hang", id="F18", marks=(row("F18"), slow)),
+    ],
+)
+def test_a_rank_that_hangs_is_ended_and_all_say_where_they_were(
+    point: str,
+    action: str,
+    witness: Witness,
+    record_property: Callable[[str, object], None],
+) -> None:
+    witness.inject(point, action)
+    told = "rank 1 was ended at step 5 of 12: no step was made for 5 s"
+    with pytest.raises(mm.TrainingFailed, match=told) as failure:
+        mm.train(witness.cfg, view=False)
+    seconds = witness.seconds_since_fault()
+    record_property("hang_to_exit_seconds", seconds)
+    assert seconds < HANG_SECONDS + 10
+    text = str(failure.value)
+    assert re.search("rank 0 was in:\n(  File .*\n)*  File .*distributed.*in sum", text)
+    place = "no line of Python: it is stopped" if action == "stop" else ".* in _hang"
+    assert re.search(f"rank 1 was in:\n  {place}", text)
+    witness.resume()
+
+
+@pytest.mark.parametrize(
+    ("action", "rank"),
+    [
+        pytest.param("sigterm_to_parent", 1, id="F10", marks=(row("F10"), slow)),
+        pytest.param("sigterm", 1, id="F11", marks=(row("F11"), slow)),
+    ],
+)
+def test_sigterm_loses_no_step(action: str, rank: int, witness: Witness) -> None:
+    witness.inject("batch", action, rank)
+    run = mm.train(witness.cfg, view=False)
+    assert run.status == "terminated"
+    first, second = witness.records()
+    assert first.step == second.step < 12
+    assert state_hashes(witness.folder)[0] == first.step
+    witness.resume()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(point, marks=(row("F20"), *([slow] * (point != "half_a_file"))))
+        for point in SAVING
+    ],
+)
+def test_a_save_that_is_killed_leaves_the_checkpoint_before(
+    point: str, witness: Witness
+) -> None:
+    witness.inject(point, "kill", rank=0, step=8)
+    with pytest.raises(mm.TrainingFailed, match="rank 0 was killed by SIGKILL at step"):
+        mm.train(witness.cfg, view=False)
+    whole = SAVING.index(point) >= SAVING.index("after_rename")
+    assert state_hashes(witness.folder)[0] == (8 if whole else 4)
+    witness.resume()
+    assert not [*witness.folder.checkpoints.glob(".*")], "half a save is removed"
+
+
+@row("F48")
+@slow
+def test_a_gradient_of_one_rank_that_is_not_finite_is_skipped_by_both(
+    witness: Witness,
+) -> None:
+    witness.inject("after_backward", "nan")
+    run = mm.train(witness.cfg, view=False)
+    assert run.status == "finished"
+    last = run.history.last("train")
+    assert last and last["skipped_steps"] == 1
+    assert state_hashes(witness.folder)[1:] != witness.expected[1:]
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        pytest.param("kill_parent", id="F03", marks=row("F03")),
+        pytest.param("sleep_deaf", id="F04", marks=(row("F04"), slow)),
+    ],
+)
+def test_no_rank_outlives_its_parent(
+    action: str, witness: Witness, record_property: Callable[[str, object], None]
+) -> None:
+    fault = witness.fault("batch", action)
+    code = (
+        "import json, sys, pytest, minimind_nb as mm\n"
+        "from support.injection import Fault, inject\n"
+        "if __name__ == '__main__':\n"
+        "    settings, fault = map(json.loads, sys.argv[1:])\n"
+        "    inject(pytest.MonkeyPatch(), Fault(**fault))\n"
+        "    mm.train(mm.TrainConfig(**settings), view=False)\n"
+    )
+    script = Path(witness.marker).with_name("script.py")
+    script.write_text(code)
+    given = [{**vars(witness.cfg)}, vars(fault)]
+    parent = subprocess.Popen(
+        [sys.executable, str(script), *map(json.dumps, given)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while not Path(witness.marker).exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    if action == "sleep_deaf":
+        time.sleep(0.5)
+        parent.kill()
+    assert parent.wait(60) == -signal.SIGKILL
+    died = time.monotonic()
+    while witness.living() and time.monotonic() < died + 10:
+        time.sleep(0.02)
+    record_property("parent_death_to_last_rank_seconds", time.monotonic() - died)
+    assert time.monotonic() - died < 3
+    witness.resume()
+
+
+@row("F56")
+@slow
+def test_a_port_that_is_taken_is_no_matter(witness: Witness) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 29500))
+        witness.resume()
+
+
+@row("F47")
+@slow
+def test_less_data_than_a_global_batch_trains(two: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"text": "only one"}\n')
+    run = mm.train(mm.TrainConfig(**{**two, "data_path": str(file)}), view=False)
+    assert run.status == "finished"
+
+
+@row("F31")
+@slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_goes_on_with_the_same_samples(
+    before: int,
+    after: int,
+    two: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def train(out: str, ranks: int, **more: object) -> list[tuple[float, ...]]:
+        size = {"num_processes": ranks, "accumulation_steps": 4 // ranks}
+        settings = {**two, **size, "dropout": 0.0, "out_dir": str(tmp_path / out)}
+        run = mm.train(mm.TrainConfig(**{**settings, **more}), view=False)
+        rows = run.history.select("train")
+        return [(row["step"], row["samples"], row["loss"]) for row in rows]
+
+    straight = train("straight", before)
+    train("changed", before, max_steps=6)
+    changed = train("changed", after, max_steps=12)
+    assert [row[:2] for row in changed] == [row[:2] for row in straight]
+    assert np.allclose(changed, straight, atol=1e-5, rtol=0)
+    told = f"{after} processes instead of {before}: .* the loss does to rounding"
+    assert re.search(told, capsys.readouterr().out)
