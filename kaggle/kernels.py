@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ SOURCES = {
 }
 ACCELERATOR = "NvidiaTeslaT4"
 BUSY = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
+PATIENCE_SECONDS = 3600  # for the upload of a data set
 MARK = ".minimind_nb"  # lies in every folder that this command has made
 BUILT = [
     *(f"datasets/minimind-{name}" for name in ("wheel", "data")),
@@ -73,11 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
 def run_build(options: argparse.Namespace) -> None:
     """Write data set and kernel folders below `--out`, replacing those of before."""
     user = find_user(options.user)
-    names = options.notebook or ["pretrain"]
+    names = list(dict.fromkeys(options.notebook or ["pretrain"]))
     baked = choose_parameters(names, options.p)
-    for file in options.data:
-        if not file.is_file():
-            raise Refused(f"there is no file {file}")
+    check_data(options.data)
     for folder in (options.out / part for part in BUILT):
         if (folder / MARK).is_file():
             shutil.rmtree(folder)
@@ -95,6 +95,16 @@ def run_build(options: argparse.Namespace) -> None:
         print(folder, *sorted(f.name for f in folder.iterdir() if f.name != MARK))
 
 
+def check_data(files: list[Path]) -> None:
+    """Raise `Refused` for files that are not there, or would replace each other."""
+    names = [file.name for file in files]
+    for file in files:
+        if not file.is_file():
+            raise Refused(f"there is no file {file}")
+        if file.name in ("dataset-metadata.json", MARK) or names.count(file.name) > 1:
+            raise Refused(f"{file.name} is taken, or given twice: rename that file")
+
+
 def find_user(named: str | None) -> str:
     """The user's name: as given, from KAGGLE_USERNAME, or from kaggle.json."""
     user = named or os.environ.get("KAGGLE_USERNAME")
@@ -104,9 +114,9 @@ def find_user(named: str | None) -> str:
             user = json.loads(file.read_bytes()).get("username")
         except (ValueError, AttributeError):
             user = None
-    if not user or not re.fullmatch(r"[\w-]+", user):
+    if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", user):
         raise Refused(
-            "no user name of Kaggle (letters, digits, hyphens): pass --user NAME, set "
+            f"{user!r} is no user name of Kaggle (letters, digits, hyphens): pass --user NAME, set "
             f"KAGGLE_USERNAME, or put the file from Kaggle's settings at {file}"
         )
     return user.lower()
@@ -271,7 +281,10 @@ def find_state(kernel: str) -> str | None:
     # Kaggle answers for kernels that do not exist as for those one may not see.
     if re.search(r"40[34]|not found|cannot access", said, re.IGNORECASE):
         return None
-    raise Refused(f"the state of {kernel} is not known: {said.strip()}")
+    raise Refused(
+        f"the state of {kernel} is not known (kaggle said {said.strip()!r}): does "
+        f"`kaggle kernels status {kernel}` work, and is the key in place?"
+    )
 
 
 def push_dataset(folder: Path, message: str, seconds: float) -> None:
@@ -285,7 +298,11 @@ def push_dataset(folder: Path, message: str, seconds: float) -> None:
     if "is being created" not in said:
         raise Refused(f"{folder} was not uploaded: {said.strip()}")
     end = time.monotonic() + seconds
-    while "ready" not in (said := _kaggle("datasets", "status", name).stdout.lower()):
+    time.sleep(min(seconds, 5))  # the version before may be ready still
+    while not re.search(
+        r"(?<!not )\bready\b",
+        said := _kaggle("datasets", "status", name).stdout.lower(),
+    ):
         if time.monotonic() > end or "error" in said:
             raise Refused(f"{name} is not ready yet ({said.strip()}): push again later")
         time.sleep(5)
@@ -296,14 +313,23 @@ def _kaggle(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command, its errors among what it prints."""
-    return subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    """Run a command, its errors among what it prints; nobody answers its questions."""
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        limit = f"{PATIENCE_SECONDS / 60:.0f} min"
+        raise Refused(f"`{shlex.join(command)}` did not end in {limit}") from None
+    except OSError as error:
+        raise Refused(f"`{command[0]}` cannot be run: {error}") from None
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     dtype = "precision of the weights written: float16, bfloat16 or float32"
     parser.add_argument("--dtype", help=dtype)
     parser.add_argument("--tokenizer", help=_TOKENIZER)
+    _add_fields(parser, SHAPE_FIELDS)
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +292,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from .model.export import export
 
-    choices = _given(options, ("format", "which", "tokenizer", "dtype"))
+    choices = _given(options, ("format", "which", "tokenizer", "dtype", *SHAPE_FIELDS))
     _show(export(options.source, options.folder, **choices))
     return 0
 

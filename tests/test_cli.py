@@ -15,7 +15,7 @@ import torch
 import minimind_nb
 from minimind_nb import cli, diagnosis
 from minimind_nb.cli import field_docstrings, main
-from minimind_nb.config import STAGES, TrainConfig
+from minimind_nb.config import SHAPE_FIELDS, STAGES, TrainConfig
 from minimind_nb.diagnosis import Verdict
 from minimind_nb.launch.verdict import TrainingFailed
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
@@ -55,7 +55,15 @@ COMMANDS = {
     "dpo": [*OPTIONS, "ddp"],
     "eval": EVALUATION,
     "chat": CHAT,
-    "export": ["source", "folder", "format", "which", "dtype", "tokenizer"],
+    "export": [
+        "source",
+        "folder",
+        "format",
+        "which",
+        "dtype",
+        "tokenizer",
+        *SHAPE_FIELDS,
+    ],
     "tokenizer": ["data_path", "out_dir", "vocab_size"],
     "plan": [*OPTIONS, "ddp", "stage"],
     "doctor": ["out_dir"],

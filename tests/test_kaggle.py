@@ -203,7 +203,8 @@ def test_a_notebook_without_wheel_says_what_is_missing(tmp_path):
     [
         (["-p", "max_step", "3"], "max_step is no parameter .* did you mean max_steps"),
         (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
-        (["--user", "a/b"], "no user name of Kaggle"),
+        (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
+        (["--user", "a/b"], "is no user name of Kaggle"),
     ],
 )
 def test_what_cannot_be_built_is_refused(kernels, tmp_path, arguments, words):
@@ -287,7 +288,7 @@ def test_a_running_kernel_is_pushed_again_only_when_asked(kernels, kaggle):
     assert "kernels push" not in (folder / "calls.txt").read_text()
     kernels.main(push(*only, "--again", **running))
     odd = {"kernels status": ["no connection", 1]}
-    with pytest.raises(SystemExit, match="the state of .* is not known: no connection"):
+    with pytest.raises(SystemExit, match="is not known .*'no connection'"):
         kernels.main(push(*only, **odd))
 
 

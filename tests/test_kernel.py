@@ -47,6 +47,7 @@ def run_cell(client: BlockingKernelClient, code: str) -> tuple[str, list[dict]]:
     return reply["content"]["status"], outputs
 
 
+@pytest.mark.fault("F12")
 def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
     kernel: tuple[KernelManager, BlockingKernelClient], tmp_path: Path
 ) -> None:

@@ -33,6 +33,9 @@ _FIRST_STAND_IN = 0xF0000  # private use, plane 15
 _MOST_SECONDS = 1.0  # for a conversation of few messages
 _MESSAGES = 50  # from so many on it takes longer
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_ANSWERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_MOST = 1_000_000  # a number in a template
+_WIDE = re.compile(r"[%:<>^]0?\d{5,}")  # in what formats a number
 
 
 class Layout(NamedTuple):
@@ -61,7 +64,8 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Answers are what it marks by `{% generation %}`; without that, what it adds to the
-    prompt. Raises `ValueError` for a tokenizer without a template.
+    prompt. Raises `ValueError` for a tokenizer without a template, or with one that
+    could take all memory.
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
@@ -73,6 +77,7 @@ class ChatTemplate:
                 "put one beside its tokenizer.json as chat_template.jinja, or set "
                 "tokenizer.chat_template before you give it"
             )
+        _refuse_bombs(spec.chat_template)
         self._render_template: Any = render_jinja_template
         self._template = spec.chat_template
         self._marks_answers = bool(_GENERATION.search(spec.chat_template))
@@ -218,6 +223,34 @@ def limited_time() -> Iterator[Callable[[int], object]]:
     finally:
         start(0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def _refuse_bombs(template: str) -> None:
+    """Raise `ValueError` for arithmetic by which some characters become gigabytes.
+
+    It is one call into C, which no limit of time interrupts.
+    """
+    import jinja2
+    from jinja2 import nodes
+
+    grammar = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = grammar.parse(_ANSWERS.sub("", template))
+    except jinja2.TemplateSyntaxError:
+        return  # told of when it is used
+    for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Const)):
+        value = getattr(node, "value", None)
+        if (
+            isinstance(node, nodes.Pow)
+            or (isinstance(node, nodes.Mul) and node.find(nodes.Mul))
+            or (isinstance(value, int) and abs(value) > _MOST)
+            or (isinstance(value, str) and _WIDE.search(value))
+        ):
+            raise ValueError(
+                f"the tokenizer's chat template computes, in line {node.lineno}, what "
+                "no conversation needs and could take all memory (a power, a product of "
+                "products, a huge number): give the tokenizer another template"
+            )
 
 
 def _refusal(what: str) -> Fault:

@@ -163,6 +163,8 @@ def _read_files(place: "Traversable") -> tuple[bytes, dict[str, Any]]:
     if place.is_file() and place.name != "tokenizer.json":
         return place.read_bytes(), {}
     folder = place if place.is_dir() else Path(str(place)).parent
+    if place.name != "tokenizer.json" and not place.is_dir():
+        folder = Path(str(place))  # it is not there, and its neighbours are not meant
     file = folder / "tokenizer.json"
     if not file.is_file():
         held = [one.name for one in folder.iterdir()] if place.is_dir() else []

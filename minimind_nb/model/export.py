@@ -109,7 +109,7 @@ def export(
             f"format={format!r} is unknown; there are {', '.join(FORMATS)}"
         )
     final = Path(folder)
-    _check_free(final)
+    _check_free(final, format not in _FILES)
     if dtype is None and format == "pth":
         dtype = torch.float16
     network = _read(source, which, tokenizer, dtype, **shape)
@@ -124,7 +124,7 @@ def export(
         else:
             _write_folder(network, aside, kind)
             difference = _compare(network, aside, kind)
-        _check_free(final)
+        _check_free(final, kind not in _FILES)
         rename_flushed(aside / final.name if kind in _FILES else aside, final)
     print(_describe(final, kind, network, difference))
     return final
@@ -280,11 +280,16 @@ def _ask_fresh_process(folder: Path, question: dict[str, Any]) -> dict[str, Any]
         answer.unlink(missing_ok=True)
 
 
-def _check_free(final: Path) -> None:
-    if final.is_file() or (final.is_dir() and any(final.iterdir())):
+def _check_free(final: Path, is_folder: bool) -> None:
+    """Raise where anything lies but, for a folder, an empty one."""
+    empty = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
+    if os.path.lexists(final) and not (is_folder and empty):
         raise FileExistsError(
             f"{final} is there already, and nothing is overwritten: name another place"
         )
+    parents = [parent for parent in final.absolute().parents if parent.exists()]
+    if not parents[0].is_dir():
+        raise NotADirectoryError(f"{parents[0]} is no folder to write {final} into")
 
 
 def _describe(final: Path, kind: str, network: _Network, difference: float) -> str:

@@ -7,7 +7,6 @@ directions follow from it. The names of the tensors on disk are MiniMind's in al
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ _PLAIN: dict[str, Any] = {
     "quantization_config": None,
 }
 _SHIPPED_THETA = 10_000.0
+_MOST = 1 << 31  # and more of nothing
 _MEASURES = ("rms_norm_eps", "rope_theta")
 _COUNTS = (
     *(name for name in _SAME if name not in _MEASURES),
@@ -237,10 +237,17 @@ def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
     for name in (*_COUNTS, *_MEASURES):
         value = getattr(config, name)
         counts = isinstance(value, int) and not isinstance(value, bool)
-        measures = name in _MEASURES and isinstance(value, float) and value < math.inf
-        if not ((counts or measures) and value > 0):
+        measures = name in _MEASURES and isinstance(value, float)
+        if not ((counts or measures) and 0 < value < _MOST):
             raise ValueError(
                 f"config.json describes no model: {name} is {value!r}, and a number "
+                "above 0 is expected"
+            )
+    for name in YARN_DEFAULTS if config.rope_parameters else ():
+        value = (config.rope_parameters or {})[name]
+        if not (isinstance(value, int | float) and 0 < value < _MOST):
+            raise ValueError(
+                f"rope_parameters describe no YaRN: {name} is {value!r}, and a number "
                 "above 0 is expected"
             )
     return config

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
-from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unknown
+from ..config import (
+    MIXTURE_FIELDS,
+    SHAPE_FIELDS,
+    WEIGHTS_NAMES,
+    TrainConfig,
+    describe_unknown,
+)
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.runs import STATE, WEIGHTS, RunFolder
@@ -38,6 +44,9 @@ _SOURCES = (
 # By generation, for the names and shapes of the tensors leave them open.
 _GUESSED = ("rms_norm_eps", "num_experts_per_tok", "aux_loss_alpha", "seq_aux")
 _WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")
+CONFIG = "config.json"
+# Tokenizers of other kinds than tokenizer.json, which has to be made of them.
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load(
@@ -127,6 +136,14 @@ def find_weights(
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
+    TrainConfig(**shape)  # says which values cannot be
+    if path.name in _WEIGHTS_FILES and (path.parent / CONFIG).is_file():
+        path = path.parent
+    if path.is_file() and path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} has no {CONFIG} beside it to say what network it is of; put the "
+            "one it was saved with there"
+        )
     if path.is_file():
         tensors = read_pth(path)
         if found := _from_run_beside(path, tensors, shape):
@@ -162,6 +179,8 @@ def choose_tokenizer(
     """
     if tokenizer is not None and found.tokenizer:
         check_same_entries(tokenizer, found.tokenizer, source)
+    if tokenizer is None and not found.tokenizer and found.file.suffix != ".pth":
+        print(f"{source} comes without a tokenizer: the shipped one is taken")
     spec = read_tokenizer(found.tokenizer if tokenizer is None else tokenizer)
     if spec.vocab_size > found.config.vocab_size:
         raise ValueError(
@@ -283,5 +302,11 @@ def _from_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
     there = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
     if not there:
         raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
-    spec = read_tokenizer(path) if (path / "tokenizer.json").is_file() else None
-    return FoundWeights(there[0], config, spec)
+    if (path / "tokenizer.json").is_file():
+        return FoundWeights(there[0], config, read_tokenizer(path))
+    if others := [name for name in _OTHER_TOKENIZERS if (path / name).exists()]:
+        raise ValueError(
+            f"{path} has a tokenizer ({others[0]}) and no tokenizer.json: make one with "
+            f'AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")'
+        )
+    return FoundWeights(there[0], config)

@@ -75,6 +75,8 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
 def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Refuse what is no plain number for number: some bytes may claim to be gigabytes."""
     for name, tensor in tensors.items():
+        if not tensor.numel():
+            raise ValueError(f"{path} holds nothing in {name}: copy it again")
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         held = tensor.untyped_storage().nbytes() if plain else 0
         if not plain or tensor.dtype not in _PRECISIONS or held < tensor.nbytes:
@@ -118,7 +120,7 @@ def check_fit(config: MiniMindConfig, tensors: Tensors, source: str) -> None:
     try:
         with torch.device("meta"):
             model = MiniMindForCausalLM(config)
-    except (RuntimeError, ArithmeticError) as error:
+    except (RuntimeError, ArithmeticError, TypeError) as error:
         raise ValueError(
             f"the configuration of {source} describes no model: {error}"
         ) from None
@@ -152,7 +154,7 @@ def check_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> 
         raise ValueError(
             f"the weights in {source} are of another shape:\n  "
             + "\n  ".join(differences)
-            + "\nSet the shape they have, or train under another run_name."
+            + "\nSet the shape that they have, or take other weights."
         )
 
 

@@ -35,6 +35,12 @@ def meet_run(cfg: TrainConfig, on_note: _Note) -> tuple[RunFolder, TrainConfig]:
         )
     if isinstance(cfg.resume, str) and cfg.resume != "auto":
         source = RunFolder(cfg.resume)
+        if source.root.is_file():
+            raise ValueError(
+                f"resume={cfg.resume!r} is a file: weights alone, rounded, without "
+                "moments, from which no run can go on. Name the run's folder, or begin "
+                f"from the weights with init_from={cfg.resume!r}"
+            )
         if not source.exists():
             raise FileNotFoundError(
                 f"resume={cfg.resume!r} is no run folder (there is no "

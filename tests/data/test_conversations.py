@@ -344,6 +344,7 @@ def test_a_template_that_does_not_serve_is_told_of(template, reason):
     assert re.search(reason, fault.reason)
 
 
+@pytest.mark.fault("F64")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(layout, "_MOST_SECONDS", 0.05)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}"
@@ -376,6 +377,7 @@ def test_a_conversation_that_the_template_refuses_stands_among_others():
 GOOD = talk("u: a", "a: b")
 
 
+@pytest.mark.fault("F43")
 @pytest.mark.parametrize(
     ("messages", "kind", "reason"),
     [
@@ -492,6 +494,7 @@ def test_an_unanswered_turn_is_good_for_talking_and_at_the_end_of_a_row():
         assert check_conversation({"conversations": messages}) is None
 
 
+@pytest.mark.fault("F43")
 @pytest.mark.parametrize(
     ("check", "row", "kind", "reason"),
     [

@@ -65,6 +65,7 @@ def test_a_conversation_that_just_fits_is_whole(open_chats):
     ]
 
 
+@pytest.mark.fault("F44")
 def test_a_longer_one_ends_after_the_last_answer_that_fits(open_chats):
     cache = open_chats(
         [

@@ -79,6 +79,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault("F39")
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: repr(line[:40]))
 def test_bad_line_is_refused_at_its_place_and_its_neighbours_are_read(line):
     kind, column, reason = REFUSED[line]
@@ -107,6 +108,7 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.fault("F40")
 @pytest.mark.parametrize("line", ACCEPTED, ids=lambda line: repr(line[:40]))
 def test_unusual_but_valid_line_is_accepted_with_its_text_unchanged(line):
     result = read(line)
@@ -120,6 +122,7 @@ def test_blank_lines_are_counted_and_keep_the_numbers_physical():
     assert result.blank == 4
 
 
+@pytest.mark.fault("F41")
 def test_many_keys_are_fine():
     keys = ", ".join(f'"{n}": 0' for n in range(100_000))
     assert len(read(f'{{"text": "a", {keys}}}'.encode()).rows) == 1
@@ -154,6 +157,7 @@ def test_chunks_of_any_size_hold_whole_lines_and_the_whole_file(tmp_path, name, 
     assert [bad.line for bad in problems] == [3, 4]
 
 
+@pytest.mark.fault("F41")
 @pytest.mark.parametrize("size", [1 << 20, 64 << 20])
 def test_line_over_the_limit_is_refused_and_the_next_one_is_read(tmp_path, size):
     path = tmp_path / "long.jsonl"
@@ -168,6 +172,7 @@ def test_line_over_the_limit_is_refused_and_the_next_one_is_read(tmp_path, size)
     assert problems[0].excerpt.startswith('{"text": "xxx')
 
 
+@pytest.mark.fault("F41")
 def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
     path = tmp_path / "long.jsonl.gz"
     with gzip.GzipFile(path, "wb", compresslevel=1) as stream:
@@ -209,6 +214,7 @@ WHOLE_FILE = {
 }
 
 
+@pytest.mark.fault("F40")
 @pytest.mark.parametrize("name", WHOLE_FILE)
 def test_other_formats_get_one_line_with_cause_and_fix(tmp_path, name):
     data, message = WHOLE_FILE[name]
@@ -227,6 +233,7 @@ def test_gzip_damaged_far_from_its_beginning_is_named(tmp_path):
         list(iter_chunks(path, 1 << 16))
 
 
+@pytest.mark.fault("F42")
 def test_missing_file_suggests_a_near_name(tmp_path):
     (tmp_path / "corpus.jsonl").write_bytes(GOOD)
     with pytest.raises(FileNotFoundError, match=r"did you mean .*/corpus\.jsonl\?"):
@@ -235,6 +242,7 @@ def test_missing_file_suggests_a_near_name(tmp_path):
         check_file(tmp_path / "nowhere" / "x.jsonl")
 
 
+@pytest.mark.fault("F42")
 def test_folder_is_no_file(tmp_path):
     with pytest.raises(IsADirectoryError, match=r"is a folder: name a \.jsonl file"):
         check_file(tmp_path)
@@ -285,6 +293,7 @@ def test_unknown_policy_is_refused():
         Tally("x", on_bad_line="ignore")
 
 
+@pytest.mark.fault("F42")
 def test_file_of_blank_lines_is_refused():
     total = Tally("x.jsonl")
     total.add(0, [], read(b"\n \n").blank)

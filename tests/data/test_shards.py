@@ -380,6 +380,7 @@ def test_ids_over_65536_are_kept(make_source, root):
     assert cache.tokens.tolist() == [1, 70_000, 70_000, 2]
 
 
+@pytest.mark.fault("F46")
 def test_an_id_beyond_the_vocabulary_is_refused(make_source, root, byte_spec):
     spec = dataclasses.replace(byte_spec, vocab_size=68)
     assert len(open_cache(make_source(["aAa"], spec=spec), root)) == 1
@@ -394,6 +395,7 @@ def test_key_depends_on_content_and_not_on_the_name(make_source):
     assert make_source(["b"]).key() != key
 
 
+@pytest.mark.fault("F61")
 def test_key_depends_on_all_that_decides_about_ids(make_source, monkeypatch):
     source = make_source(["a"])
     spec = source.tokenizer
@@ -426,6 +428,7 @@ def test_second_opening_builds_nothing(make_source, root, no_building):
     assert again.facts == first.facts
 
 
+@pytest.mark.fault("F61")
 def test_changed_data_is_tokenised_anew(make_source, root):
     file = Path(make_source(["aa"]).path)
     before = file.stat()
@@ -435,6 +438,7 @@ def test_changed_data_is_tokenised_anew(make_source, root):
     assert texts_of(open_cache(source, root)) == [b"bb"]
 
 
+@pytest.mark.fault("F23")
 @pytest.mark.parametrize("name", ["tokens", "offsets", "hashes", "manifest.json"])
 def test_damaged_cache_is_made_anew(make_source, root, name):
     source = make_source(["a", "b"])
@@ -514,6 +518,7 @@ def test_missing_file_is_named_and_nothing_is_made(tmp_path, byte_spec, root):
     assert not root.exists()
 
 
+@pytest.mark.fault("F59")
 def test_of_two_processes_one_builds_and_the_other_waits(tmp_path, make_source, root):
     source = make_source([f"text {n}" for n in range(100)])
     openers = [start_opener(tmp_path, source, root, 1, SLOW_BUILD) for _ in range(2)]
@@ -535,6 +540,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path, make_source, 
     assert contents(Path(outputs[0][-1].split()[0])) == contents(alone.folder)
 
 
+@pytest.mark.fault("F60")
 def test_death_during_a_build_leaves_nothing_that_is_used(tmp_path, make_source, root):
     source = make_source([f"{n} {ENGLISH}" for n in range(300)])
     with start_opener(tmp_path, source, root, 2, DEATH_AT_PART_3) as opener:

@@ -69,6 +69,7 @@ def test_two_ranks_finish_and_each_has_its_own_log(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.fault("F08")
 @pytest.mark.parametrize(
     ("action", "text"),
     [
@@ -122,6 +123,7 @@ def test_a_rank_that_imports_is_given_longer_than_one_that_meets() -> None:
     assert not processes._is_stuck([waiting], 9999.0), "one process meets nobody"
 
 
+@pytest.mark.fault("F11")
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
     job = make_job(tmp_path, 2, action="sigterm", ranks=[1])
     assert run_processes(job, lambda: None) == "terminated"
@@ -167,6 +169,7 @@ def test_ranks_that_do_not_meet_are_ended(
     assert failure.value.phase == "meeting"
 
 
+@pytest.mark.fault("F03")
 def test_no_rank_outlives_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(

@@ -368,6 +368,7 @@ class Hostile:
         return os.system, (f"touch {self.mark}",)
 
 
+@pytest.mark.fault("F64")
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(model, tmp_path):
     mark = tmp_path / "ran"
     state = {**model.state_dict(), "x": Hostile(mark)}

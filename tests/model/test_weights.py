@@ -73,7 +73,7 @@ def test_missing_extra_and_misshapen_tensors_are_named():
     assert lines[0] == "  extra: 2×3 there, missing in this model"
     assert lines[1] == f"  {EMBEDDING}: 64×16 there, 64×32 in this model"
     assert len(lines) == 5 and more.startswith("  and ")
-    assert advice == "Set the shape they have, or train under another run_name."
+    assert advice == "Set the shape that they have, or take other weights."
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     small = {n: t for n, t in before.items() if n != "model.norm.weight"}
     with pytest.raises(
@@ -113,6 +113,7 @@ def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
         read_pth(save(state, tmp_path / "resume.pth"))
 
 
+@pytest.mark.fault("F64")
 def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(tmp_path):
     _, state = make()
     huge = torch.zeros(1).expand(64, 100_000)

@@ -111,6 +111,7 @@ def test_a_run_without_a_last_word_runs_while_its_lock_is_held(run):
     assert run.status() == "killed"
 
 
+@pytest.mark.fault("F58")
 def test_the_lock_is_for_one_writer_and_names_the_holder(run):
     with held_elsewhere(run) as holder:
         assert run.is_locked()
@@ -197,6 +198,7 @@ def test_repairing_sets_a_damaged_checkpoint_aside(run):
     assert "sha256" in aside.with_name(f"{aside.name}.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize("repair", [False, True])
 def test_no_run_starts_anew_where_no_checkpoint_is_good(repair, run):
     spoil(save(run, 4))
@@ -263,6 +265,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(loss, run):
     assert best is not None and best.step == 4
 
 
+@pytest.mark.fault("F30")
 def test_pruning_goes_on_where_a_folder_cannot_be_removed(run, monkeypatch, capsys):
     for step in (4, 8, 12, 16):
         save(run, step)
@@ -292,6 +295,7 @@ def test_moving_aside_keeps_every_earlier_run(run):
     assert kept == [{"number": 0}, {"number": 1}, {"number": 2}]
 
 
+@pytest.mark.fault("F20")
 def test_what_a_killed_save_left_is_removed_by_the_holder_of_the_lock(run):
     leftover = run.checkpoints / ".step_00000020.1.tmp"
     leftover.mkdir(parents=True)

@@ -109,6 +109,7 @@ def test_the_folder_appears_only_when_the_block_has_ended(tmp_path):
     assert final.is_dir()
 
 
+@pytest.mark.fault("F21")
 def test_an_error_in_the_block_leaves_nothing_and_goes_on(tmp_path):
     with pytest.raises(RuntimeError, match="halt"):
         with writing(tmp_path / "cache", {}) as aside:
@@ -139,6 +140,7 @@ def test_a_folder_that_is_there_is_never_written_over(folder):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_writer_leaves_no_folder_under_the_final_name(point, tmp_path):
     final = tmp_path / "step_00000004"
@@ -168,6 +170,7 @@ def test_a_writer_killed_after_the_rename_leaves_a_whole_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [final.name]
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("kept", ["nothing", "a byte", "half", "all but a byte"])
 def test_a_cut_file_is_found(name, kept, folder):
@@ -182,6 +185,7 @@ def test_a_cut_file_is_found(name, kept, folder):
         assert said == f"{name} has {left[kept]} of {size} bytes"
 
 
+@pytest.mark.fault("F23")
 def test_every_one_of_200_flipped_bits_is_found(folder):
     draw = random.Random(0)
     files = sorted(folder.iterdir())
@@ -198,6 +202,7 @@ def test_every_one_of_200_flipped_bits_is_found(folder):
     assert verify(folder) == FACTS
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
@@ -214,6 +219,7 @@ def test_a_folder_with_other_files_is_found(edit, text, folder):
     assert text in damage(folder)
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize(
     ("old", "new"),
     [('"step":4', '"step":5'), ('"format":1', '"format":2'), ("}\n", "}\r\n")],
@@ -247,6 +253,7 @@ def test_a_manifest_that_is_no_text_is_found(folder):
     assert "manifest.json cannot be read" in damage(folder)
 
 
+@pytest.mark.fault("F24")
 def test_a_renamed_folder_is_found(folder):
     renamed = folder.rename(folder.with_name("step_00000008"))
     assert damage(renamed) == "it was written as step_00000004, so it was renamed"
@@ -256,6 +263,7 @@ def test_a_folder_that_is_not_there_is_found(tmp_path):
     assert "manifest.json cannot be read" in damage(tmp_path / "nowhere")
 
 
+@pytest.mark.fault("F36")
 def test_a_folder_of_another_format_names_both(folder, monkeypatch):
     monkeypatch.setattr(verified, "FORMAT", 2)
     assert damage(folder) == (
@@ -264,6 +272,7 @@ def test_a_folder_of_another_format_names_both(folder, monkeypatch):
     )
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_says_what_was_written_and_what_is_free(
     code, folder, tmp_path, monkeypatch

@@ -135,6 +135,11 @@ def _spoil_gradients(given: tuple[Any, ...]) -> None:
     given[0].flat[0] = float("nan")
 
 
+def _skew_clock(_: Any) -> None:
+    real = time.time
+    time.time = lambda: real() + 3600
+
+
 def _fill_disk(_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -156,4 +161,5 @@ _ACTIONS: dict[str, Callable[[Any], None]] = {
     "sleep_deaf": _sleep_deaf,
     "nan": _spoil_gradients,
     "no_space": _fill_disk,
+    "skew": _skew_clock,
 }

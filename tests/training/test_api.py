@@ -57,6 +57,7 @@ def test_two_ranks_equal_one_over_20_steps(settings: Settings, tmp_path: Path) -
     assert len(memory) == 2
 
 
+@pytest.mark.fault("F01")
 def test_three_ranks_killed_and_resumed_equal_an_unbroken_run(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_three_ranks_killed_and_resumed_equal_an_unbroken_run(
     assert rows == expected, "the same samples and losses, step by step"
 
 
+@pytest.mark.fault("F06")
 def test_a_failure_in_one_rank_is_the_error_in_the_cell(settings: Settings) -> None:
     cfg = mm.TrainConfig(**{**settings, "max_steps": 3})
     folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
@@ -114,6 +116,7 @@ def test_a_tracker_that_is_not_there_is_told_before_anything_is_written(
     assert not Path(settings["out_dir"]).exists()
 
 
+@pytest.mark.fault("F10")
 def test_sigterm_saves_and_the_command_line_exits_with_143(settings: Settings) -> None:
     settings = {**settings, "max_steps": 100_000, "epochs": 20_000}
     settings |= {"save_interval": 50_000, "eval_interval": 50_000, "log_interval": 50}

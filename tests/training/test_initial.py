@@ -344,6 +344,7 @@ def test_a_shape_that_differs_shows_both_values(
     assert text.endswith('or to "none" for new ones.')
 
 
+@pytest.mark.fault("F46")
 def test_another_tokenizer_than_the_weights_is_refused(
     sft: Settings, corpus_file: Path, tmp_path: Path
 ) -> None:
@@ -366,6 +367,7 @@ def test_the_tokenizer_comes_with_the_weights(
     assert begin({**sft, **there})[0].cfg.vocab_size == 300, "and may be named"
 
 
+@pytest.mark.fault("F51")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_name_the_tensor(
     value: float, sft: Settings, weights_file: Path, tmp_path: Path

@@ -105,8 +105,8 @@ def test_the_loss_is_the_mean_over_the_global_targets(settings: Settings) -> Non
     assert metric_rows(folder, "train", "tokens")[-1][0] == sum(n for _, n in seen)
 
 
-def poison(steps: set[int]):
-    """Make the gradient of some steps (1-based) not a number."""
+def poison(steps: set[int], factor: float = math.nan):
+    """Multiply the loss of some steps (1-based), by default by what is no number."""
 
     def change(trainer: Trainer) -> None:
         objective = trainer.stage.objective
@@ -114,13 +114,14 @@ def poison(steps: set[int]):
         def poisoned(model, batch, cfg):
             found = objective(model, batch, cfg)
             bad = model.training and trainer.progress.step + 1 in steps
-            return found._replace(loss=found.loss * (math.nan if bad else 1.0))
+            return found._replace(loss=found.loss * (factor if bad else 1.0))
 
         trainer.stage = Stage(poisoned)
 
     return change
 
 
+@pytest.mark.fault("F48")
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     settings: Settings,
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert [rate for (rate,) in metric_rows(folder, "train", "loss")][2] == "nan"
 
 
+@pytest.mark.fault("F49")
 def test_too_many_such_steps_end_the_run_and_name_the_lines(settings: Settings) -> None:
     settings = {**settings, "max_skipped_steps": 2}
     with pytest.raises(FloatingPointError) as error:
@@ -160,6 +162,23 @@ def test_too_many_such_steps_end_the_run_and_name_the_lines(settings: Settings) 
     assert state_hashes(folder)[0] == 4, "the last good checkpoint is kept"
 
 
+@pytest.mark.fault("F52")
+def test_a_spike_of_the_loss_is_shown_and_changes_no_plan(
+    settings: Settings, tmp_path: Path
+) -> None:
+    def rows(out: str, factor: float) -> list[tuple[float, ...]]:
+        changed = {**settings, "out_dir": str(tmp_path / out)}
+        _, folder = train_here(changed, change=poison({5}, factor))
+        names = ("step", "samples", "learning_rate", "skipped_steps", "loss")
+        return metric_rows(folder, "train", *names)
+
+    calm, spiky = rows("calm", 1.0), rows("spiky", 10.0)
+    assert [row[:4] for row in spiky] == [row[:4] for row in calm]
+    assert spiky[4][4] == pytest.approx(10 * calm[4][4])
+    assert spiky[5][4] < 2 * calm[5][4]
+
+
+@pytest.mark.fault("F50")
 def test_an_fp16_overflow_halves_the_scale_and_skips(settings: Settings) -> None:
     def scale(trainer: Trainer) -> None:
         objective = trainer.stage.objective
@@ -176,6 +195,7 @@ def test_an_fp16_overflow_halves_the_scale_and_skips(settings: Settings) -> None
     assert rows[0] == (2.0**126, 1)
 
 
+@pytest.mark.fault("F50")
 def test_a_loss_scale_below_1_ends_the_run(settings: Settings) -> None:
     def scale(trainer: Trainer) -> None:
         poison({1})(trainer)
@@ -185,6 +205,7 @@ def test_a_loss_scale_below_1_ends_the_run(settings: Settings) -> None:
         train_here(settings, change=scale)
 
 
+@pytest.mark.fault("F53")
 def test_a_deadline_saves_and_stops(settings: Settings, tmp_path: Path) -> None:
     ending, folder = train_here({**settings, "max_session_hours": 1e-6})
     assert ending == "time_budget"

@@ -40,6 +40,7 @@ def test_a_missing_file_is_named(settings: Settings) -> None:
     refuse({**settings, "val_path": missing}, FileNotFoundError, "does not exist")
 
 
+@pytest.mark.fault("F39")
 def test_a_malformed_row_is_named_by_line(settings: Settings, tmp_path: Path) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text('{"text": "good"}\n{"text": 3}\n')
@@ -54,6 +55,7 @@ def test_a_file_of_empty_texts_has_nothing_to_train_on(
     refuse({**settings, "data_path": str(data)}, ValueError, "has no text to train on")
 
 
+@pytest.mark.fault("F47")
 def test_one_document_trains_without_validation(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -73,6 +75,7 @@ def test_a_tokenizer_that_is_not_there_is_refused(settings: Settings) -> None:
     refuse({**settings, "tokenizer": "nowhere"}, FileNotFoundError, "no tokenizer at")
 
 
+@pytest.mark.fault("F29")
 def test_a_file_in_the_place_of_out_dir(settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
@@ -81,6 +84,7 @@ def test_a_file_in_the_place_of_out_dir(settings: Settings, tmp_path: Path) -> N
     assert file.read_text() == "mine"
 
 
+@pytest.mark.fault("F29")
 def test_a_read_only_out_dir(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +95,7 @@ def test_a_read_only_out_dir(
     refuse(settings, OSError, r"cannot be written \(Read-only file system\)")
 
 
+@pytest.mark.fault("F28")
 def test_a_disk_too_small_is_refused_before_the_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch._dynamo  # pyright: ignore[reportUnusedImport]  # so that forks have it  # noqa: F401
 from support.injection import SAVING, Fault, inject
 from support.runs import Settings, state_hashes
 
@@ -272,6 +273,14 @@ def test_no_rank_outlives_its_parent(
     record_property("parent_death_to_last_rank_seconds", time.monotonic() - died)
     assert time.monotonic() - died < 3
     witness.resume()
+
+
+@row("F54")
+@slow
+def test_ranks_whose_clocks_differ_by_an_hour_end_together(witness: Witness) -> None:
+    witness.inject("batch", "skew", step=1)
+    assert mm.train(witness.cfg, view=False).status == "finished"
+    assert state_hashes(witness.folder) == witness.expected
 
 
 @row("F56")

@@ -20,6 +20,7 @@ def notes_of(settings: Settings) -> tuple[list[str], bool]:
     return notes, prepared.complete
 
 
+@pytest.mark.fault("F37")
 def test_a_finished_run_is_complete(settings: Settings) -> None:
     _, folder = train_here({**settings, "max_steps": 2})
     before = tree(folder.root)
@@ -29,6 +30,7 @@ def test_a_finished_run_is_complete(settings: Settings) -> None:
     assert after == before
 
 
+@pytest.mark.fault("F32")
 def test_another_setting_is_refused_with_three_ways_on(settings: Settings) -> None:
     _, folder = train_here({**settings, "max_steps": 2})
     before = tree(folder.root)
@@ -56,6 +58,7 @@ def test_allow_change_goes_on_with_the_new_value(settings: Settings) -> None:
     assert samples == [8, 16, 24, 32, 36, 40, 44, 48], "none repeated, none skipped"
 
 
+@pytest.mark.fault("F37")
 def test_more_steps_continue_a_finished_run_and_say_so(settings: Settings) -> None:
     train_here({**settings, "max_steps": 4})
     notes, complete = notes_of({**settings, "max_steps": 8})
@@ -117,6 +120,28 @@ def test_a_copy_never_lands_on_a_run_that_stands_behind(
         notes_of({**settings, **there, "resume": str(source.root)})
 
 
+@pytest.mark.fault("F38")
+def test_a_weights_file_is_nothing_to_go_on_from(settings: Settings) -> None:
+    train_here({**settings, "max_steps": 2})
+    file = str(Path(settings["out_dir"]) / "pretrain_32.pth")
+    with pytest.raises(ValueError, match="weights alone, rounded, .* with init_from="):
+        train_here({**settings, "resume": file, "run_name": "other"})
+    assert not (Path(settings["out_dir"]) / "other").exists()
+
+
+@pytest.mark.fault("F36")
+def test_a_run_of_an_earlier_version_goes_on(settings: Settings) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    config = folder.read_config()
+    del config["settings"]["wandb_project"], config["settings"]["sample_tokens"]
+    config["settings"]["gone_since"] = 7
+    config["versions"] |= {"torch": "2.5.0", "minimind_nb": "0.0.1"}
+    folder.write_config(config)
+    ending, _ = train_here({**settings, "max_steps": 4})
+    assert (ending, state_hashes(folder)[0]) == ("finished", 4)
+
+
+@pytest.mark.fault("F38")
 def test_resume_from_a_path_that_is_no_run(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no run folder"):
         notes_of({**settings, "resume": str(tmp_path)})
@@ -149,6 +174,7 @@ def test_the_same_content_under_another_name_goes_on(
     assert "goes on from step 2 of 12" in notes_of(settings)[0][0]
 
 
+@pytest.mark.fault("F31")
 def test_more_processes_keep_the_global_batch(settings: Settings) -> None:
     train_here({**settings, "max_steps": 2})
     two = {**settings, "num_processes": 2, "accumulation_steps": 2}
@@ -167,6 +193,7 @@ def test_processes_that_cannot_keep_the_global_batch_are_refused(
         notes_of({**settings, "num_processes": 3})
 
 
+@pytest.mark.fault("F22")
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +209,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     assert state_hashes(folder) == state_hashes(straight)
 
 
+@pytest.mark.fault("F35")
 def test_a_checkpoint_of_another_shape_is_refused(settings: Settings) -> None:
     _, folder = train_here({**settings, "max_steps": 2})
     other = {**settings, "hidden_size": 48, "run_name": "pretrain_32"}
@@ -193,6 +221,7 @@ def test_a_checkpoint_of_another_shape_is_refused(settings: Settings) -> None:
     assert state_hashes(folder) == weights
 
 
+@pytest.mark.fault("F58")
 def test_a_run_in_use_is_refused(settings: Settings) -> None:
     folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
     with folder.lock(), pytest.raises(RuntimeError, match="is in use by pid"):
@@ -211,6 +240,7 @@ def test_the_same_call_goes_on_after_the_accumulation_was_adjusted(
         notes_of({**two, "accumulation_steps": 4})
 
 
+@pytest.mark.fault("F32")
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_another_global_batch_takes_every_sample_once(
     settings: Settings, batch_size: int
@@ -225,6 +255,7 @@ def test_another_global_batch_takes_every_sample_once(
     assert metric_rows(folder, *columns)[-1] == metric_rows(straight, *columns)[-1]
 
 
+@pytest.mark.fault("F37")
 def test_more_epochs_take_every_sample_of_them(settings: Settings) -> None:
     settings = {**settings, "max_steps": None, "log_interval": 100}
     _, folder = train_here({**settings, "epochs": 1})

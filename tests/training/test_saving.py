@@ -28,6 +28,7 @@ class FailingWriter:
         self.real(tensors, path)
 
 
+@pytest.mark.fault("F27")
 def test_a_save_that_fails_is_tried_again_at_the_next_interval(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +42,7 @@ def test_a_save_that_fails_is_tried_again_at_the_next_interval(
     assert sorted(names) == ["step_00000008", "step_00000012"], "no half folder is left"
 
 
+@pytest.mark.fault("F27")
 def test_three_in_a_row_end_the_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

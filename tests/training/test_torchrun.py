@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.storage.runs import RunFolder
 
 TIMED = {"seconds", "tokens_per_second", "peak_memory_gib"}
-SECONDS = 120.0
+SECONDS = 240.0
 # Stops after its first step, as if the session ended.
 STOPPED = {"max_session_hours": 1e-6}
+# As long as nobody ends it.
+MORE = {"max_steps": 100_000, "epochs": 20_000, "save_interval": 50_000}
+MORE |= {"eval_interval": 50_000, "log_interval": 20}
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -40,6 +46,7 @@ def main(settings, root, rank):
         told[name] = mm.train(cfg).status
     told["again"] = mm.train(mm.TrainConfig(**settings, out_dir=str(root / "straight"))).status
     told["scores"] = dict(mm.evaluate(root / "straight" / "run", settings["data_path"], max_seq_len=32, eval_tokens=300))
+    fit = worker.fit
     if rank == 1:
         worker.fit = fail
     try:
@@ -47,10 +54,14 @@ def main(settings, root, rank):
     except mm.TrainingFailed as error:
         told["failed"] = str(error)
     (root / f"told{rank}.json").write_text(json.dumps(told))
+    worker.fit = fit
+    if rank == 0:
+        print("ENDLESS", flush=True)
+    mm.train(mm.TrainConfig(**settings | MORE, out_dir=str(root / "ended")))
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"]))
-""".replace("STOPPED", repr(STOPPED))
+""".replace("STOPPED", repr(STOPPED)).replace("MORE", repr(MORE))
 
 
 @pytest.fixture(scope="module")
@@ -104,20 +115,43 @@ def rows_of(folder: RunFolder) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
-def test_two_ranks_of_torchrun_equal_two_spawned_ones(
-    two: Settings, straight: RunFolder, tmp_path: Path
-) -> None:
-    """Straight, stopped by the one and resumed by the other; and a failure."""
-    assert mm.Run(spawn(two, tmp_path / "resumed", **STOPPED).root).status == (
-        "time_budget"
-    )
-    script = tmp_path / "script.py"
+@pytest.fixture(scope="module")
+def torchruns(
+    two: Settings, straight: RunFolder, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """Where two ranks have done what SCRIPT says, and what was printed.
+
+    There lies a spawned run that lost its last steps; the endless one gets SIGTERM.
+    """
+    root = tmp_path_factory.mktemp("torchrun")
+    shutil.copytree(straight.root, root / "resumed" / "run")
+    shutil.rmtree(RunFolder(root / "resumed" / "run").checkpoint_folder(12))
+    script = root / "script.py"
     script.write_text(SCRIPT)
     place = ("--standalone", "--nproc_per_node=2", str(script))
-    process = torchrun(*place, json.dumps(two), str(tmp_path))
-    (output,) = finish(process)
-    assert process.returncode == 0, output
-    told = [json.loads((tmp_path / f"told{r}.json").read_text()) for r in range(2)]
+    process = torchrun(*place, json.dumps(two), str(root))
+    assert process.stdout is not None
+    bound = threading.Timer(SECONDS, process.kill)
+    bound.start()
+    output = ""
+    try:
+        for line in process.stdout:
+            output += line
+            if "ENDLESS" in output and re.match("step [1-9]", line):
+                process.send_signal(signal.SIGTERM)
+                break
+        return root, output + finish(process)[0]
+    finally:
+        bound.cancel()
+
+
+def test_two_ranks_of_torchrun_equal_two_spawned_ones(
+    two: Settings, straight: RunFolder, torchruns: tuple[Path, str]
+) -> None:
+    """Straight, begun by the one and resumed by the other; and a failure."""
+    root, output = torchruns
+    assert (root / "told1.json").exists(), output
+    told = [json.loads((root / f"told{r}.json").read_text()) for r in range(2)]
     assert "num_processes=3, and torchrun started 2" in told[0]["refused"]
     assert told[0]["failed"].startswith(
         "rank 1 failed before its first step: ValueError: rank 1 trips\nTraceback"
@@ -130,13 +164,15 @@ def test_two_ranks_of_torchrun_equal_two_spawned_ones(
     assert endings == ["finished", "finished", "time_budget", "finished"]
     assert told[0]["scores"]["documents"] > 0
     names = ("straight", "resumed", "stopped")
-    here = {name: RunFolder(tmp_path / name / "run") for name in names}
+    here = {name: RunFolder(root / name / "run") for name in names}
     assert rows_of(here["straight"]) == rows_of(straight)
     assert state_hashes(here["straight"]) == state_hashes(straight)
+    began = [r["step"] for r in rows_of(here["resumed"]) if r.get("event") == "resume"]
+    assert began == [8]
     assert state_hashes(here["resumed"]) == state_hashes(straight)
     assert state_hashes(here["stopped"])[0] == 1
-    assert state_hashes(spawn(two, tmp_path / "stopped")) == state_hashes(straight)
-    shown = output.count("\nstep 12/12")
+    assert state_hashes(spawn(two, root / "stopped")) == state_hashes(straight)
+    shown = output.count("\nfinished · step 12 of 12 ·")
     assert shown == 3, "straight, resumed and again, by rank 0 only"
     assert not (here["straight"].log_file(0)).exists()
     files = {path.name for path in here["straight"].root.iterdir()}
@@ -169,18 +205,8 @@ def test_two_machines_train_what_one_does(
     assert rows_of(RunFolder(tmp_path / "run")) == rows_of(straight)
 
 
-def test_sigterm_to_torchrun_saves(two: Settings, tmp_path: Path) -> None:
-    two = {**two, "max_steps": 100_000, "epochs": 20_000, "save_interval": 50_000}
-    two |= {"eval_interval": 50_000, "log_interval": 20, "out_dir": str(tmp_path)}
-    place = ("--standalone", "--nproc_per_node=2", "-m", "minimind_nb", "pretrain")
-    process = torchrun(*place, *options(two))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step ") and not line.startswith("step 0"):
-            process.send_signal(signal.SIGTERM)
-            break
-    finish(process)
-    folder = RunFolder(tmp_path / "run")
+def test_sigterm_to_torchrun_saves(torchruns: tuple[Path, str]) -> None:
+    folder = RunFolder(torchruns[0] / "ended" / "run")
     records = [RankRecord.read(folder.record_file(rank)) for rank in range(2)]
     assert [record.status for record in records if record] == ["terminated"] * 2
     assert {record.step for record in records if record} == {state_hashes(folder)[0]}

@@ -1,0 +1,173 @@
+"""Files from strangers that were made to do harm: refused, soon, and harmless."""
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import struct
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind_nb.data import layout
+from minimind_nb.data.conversations import ChatEncoder
+from minimind_nb.data.faults import Fault
+from minimind_nb.data.tokenizer import read_tokenizer
+from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.model.interop import load
+from minimind_nb.storage import verified
+
+pytestmark = pytest.mark.fault("F64")
+SECONDS, MIB = 2.0, 200
+CONVERSATION = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+]
+
+
+class Evil:
+    """Touches a file where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.fixture(autouse=True)
+def harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing outside was written, no time was lost, and no memory taken."""
+    monkeypatch.chdir(tmp_path)
+    before, began = peak_mib(), time.monotonic()
+    yield
+    assert time.monotonic() - began < SECONDS
+    assert peak_mib() - before < MIB
+    assert not [*tmp_path.rglob("pwned*")] and not [*tmp_path.parent.glob("pwned*")]
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def own_folder(place: Path) -> Path:
+    """A folder that opens, to be spoiled."""
+    shape = MiniMindConfig(hidden_size=32, num_hidden_layers=1)
+    MiniMindForCausalLM(shape).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_bare_pickle_is_not_run(protocol: int) -> None:
+    Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol))
+    with pytest.raises(ValueError, match="is no file of weights"):
+        load("evil.pth")
+
+
+def test_a_pickle_within_torchs_archive_is_not_run() -> None:
+    torch.save({"model.embed_tokens.weight": Evil()}, "evil.pth")
+    with pytest.raises(ValueError, match="is no file of weights"):
+        load("evil.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["../pwned", "/tmp/pwned_by_minimind", "a/../../pwned"]
+)
+def test_an_archive_writes_nothing_elsewhere(name: str) -> None:
+    torch.save({"a": torch.zeros(2)}, "evil.pth")
+    with zipfile.ZipFile("evil.pth", "a") as archive:
+        archive.writestr(name, b"pwned")
+    with pytest.raises(ValueError):
+        load("evil.pth")
+    assert not Path("/tmp/pwned_by_minimind").exists()
+
+
+def test_an_archive_that_unfolds_to_gigabytes_is_not_unfolded() -> None:
+    with zipfile.ZipFile("evil.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
+        archive.writestr("archive/version", b"3")
+    with pytest.raises(ValueError, match="is no file of weights"):
+        load("evil.pth")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 1 << 40) + b"{}",
+        struct.pack("<Q", 60) + b'{"a":{"dtype":"F32","shape":[1099511627776],"data_o',
+        b"\xff" * 64,
+        b"",
+    ],
+    ids=["1 TiB of header", "cut within", "no number", "empty"],
+)
+def test_a_safetensors_header_that_lies_is_refused(header: bytes) -> None:
+    folder = own_folder(Path("folder"))
+    (folder / "model.safetensors").write_bytes(header)
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load(folder)
+
+
+def test_a_configuration_that_claims_a_billion_layers_is_refused() -> None:
+    folder = own_folder(Path("folder"))
+    fields = json.loads((folder / "config.json").read_bytes())
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        (folder / "config.json").write_text(json.dumps({**fields, name: 1_000_000_000}))
+        with pytest.raises(ValueError, match="1000000000"):
+            load(folder)
+
+
+def test_code_beside_the_weights_is_not_run() -> None:
+    folder = own_folder(Path("folder"))
+    fields = json.loads((folder / "config.json").read_bytes())
+    code = {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.E"}}
+    (folder / "evil.py").write_text("import os; os.system('touch pwned')")
+    (folder / "config.json").write_text(json.dumps({**fields, **code}))
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 9 ** (9 ** 10) }}",
+        "{{ 'a' * 99999 * 99999 }}",
+        "{{ 'a' * 9999999999 }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch pwned') }}",
+    ],
+    ids=["power", "products", "product", "format", "endless", "classes", "globals"],
+)
+def test_a_chat_template_does_no_harm(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setattr(layout, "_MOST_SECONDS", 0.5)
+    Path("t").mkdir()
+    spec = read_tokenizer()
+    (Path("t") / "tokenizer.json").write_text(spec.json)
+    (Path("t") / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template})
+    )
+    with contextlib.suppress(ValueError, TimeoutError):
+        (said,) = ChatEncoder(read_tokenizer("t")).encode([CONVERSATION])
+        assert isinstance(said, Fault)
+
+
+def test_a_manifest_that_names_files_elsewhere_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    with verified.writing(tmp_path / "step", {}) as aside:
+        (aside / "a").write_text("a")
+    manifest = tmp_path / "step" / verified.MANIFEST
+    listed = json.loads(manifest.read_bytes())
+    listed["files"]["../secret"] = {
+        "size": 1,
+        "sha256": verified.hash_file(tmp_path / "secret"),
+    }
+    del listed["sha256"]
+    manifest.write_text(verified._seal(verified.canonical_json(listed)))
+    with pytest.raises(verified.DamagedFolder, match="../secret is missing"):
+        verified.verify(tmp_path / "step")
