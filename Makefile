@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest check clean
+.PHONY: setup demo test test-oldest faults check clean
 
 setup: .venv/.ready
 
@@ -41,6 +41,10 @@ OLD := .venv-oldest/bin
 
 test-oldest: .venv-oldest/.ready
 	$(OLD)/python -m pytest tests
+
+# Every row of the list of faults, a thousand random kills, flipped bits: faults.md.
+faults: setup
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 check: setup
 	$(BIN)/ruff check .

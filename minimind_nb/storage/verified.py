@@ -27,14 +27,17 @@ class DamagedFolder(Exception):
 
 
 @contextlib.contextmanager
-def beside(final: Path) -> Iterator[Path]:
+def beside(final: Path, needed: int = 0) -> Iterator[Path]:
     """Yield a folder beside `final` to write into; what is left in it at the end goes.
 
-    A full disk becomes an `OSError` that says how much there is.
+    Where fewer than `needed` bytes are free nothing is begun. That, and a disk that is
+    full while it is written to, is an `OSError` that says how much there is.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    if shutil.disk_usage(final.parent).free < needed:
+        raise _full_disk(final, needed, "")
     aside.mkdir()
     try:
         yield aside
@@ -42,26 +45,22 @@ def beside(final: Path) -> Iterator[Path]:
         if not _is_full_disk(error):
             raise
         written = sum(path.stat().st_size for path in aside.rglob("*"))
-        free = shutil.disk_usage(final.parent).free
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: {final.name} needs more than {written / 2**20:.1f} MiB, "
-            f"and {free / 2**20:.1f} MiB are free; make room there",
-            str(final),
-        ) from error
+        more = "" if needed else "more than "
+        raise _full_disk(final, needed or written, more) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def writing(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+def writing(final: Path, facts: Mapping[str, Any], needed: int = 0) -> Iterator[Path]:
     """Yield a folder to write into, and make it `final` when the block ends well.
 
     Every file and the folder are flushed to the disk before the rename, so `final`
     exists either whole or not at all. `facts`, as they are when the block ends, go
-    into the manifest. An exception in the block removes what was written and goes on.
+    into the manifest. An exception in the block removes what was written and goes on;
+    a disk without `needed` bytes is what it is in `beside`.
     """
-    with beside(final) as aside:
+    with beside(final, needed) as aside:
         yield aside
         _write_manifest(aside, final.name, facts)
         rename_flushed(aside, final)
@@ -200,6 +199,16 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _full_disk(final: Path, needed: int, more: str) -> OSError:
+    free = shutil.disk_usage(final.parent).free
+    return OSError(
+        errno.ENOSPC,
+        f"the disk is full: {final.name} needs {more}{needed / 2**20:.1f} MiB, and "
+        f"{free / 2**20:.1f} MiB are free; make room there",
+        str(final),
+    )
 
 
 def _is_full_disk(error: BaseException) -> bool:

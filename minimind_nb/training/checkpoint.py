@@ -39,10 +39,12 @@ def save_checkpoint(t: Trainer) -> Path:
         }
         text = json.dumps(state, indent=2, ensure_ascii=False)
         facts = {"step": t.progress.step, "val_loss": t.progress.val_loss}
-        with verified.writing(target, facts) as aside:
-            weights = {name: p.detach() for name, p in t.model.named_parameters()}
+        weights = {name: p.detach() for name, p in t.model.named_parameters()}
+        kept = moments(t.optimizer, t.model)
+        needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
+        with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)
-            save_file(moments(t.optimizer, t.model), aside / OPTIMIZER)
+            save_file(kept, aside / OPTIMIZER)
             (aside / STATE).write_text(text, encoding="utf-8")
     verified.verify(target)
     return target

@@ -11,15 +11,13 @@ import importlib.metadata
 import itertools
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, count_parameters, resolve
+from ..config import TrainConfig, resolve
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
 from ..data.jsonl import check_file
@@ -30,12 +28,11 @@ from ..session import current_session
 from ..storage import verified
 from ..storage.runs import Checkpoint, RunFolder
 from .checkpoint import read_progress
+from .disk import check_room, check_writable
 from .initial import Initial, find_initial
 from .resuming import compare_hashes, meet_run
 from .trainer import Progress
 
-_CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
-_EXPORT_BYTES = 2
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 _ROWS = {
     "pretrain": '{"text": "…"}',
@@ -142,8 +139,8 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
     settled = settle(cfg, on_note)
     initial = settled.initial
     accumulation_asked = settled.cfg.accumulation_steps
-    _check_writable(Path(settled.cfg.out_dir))
-    _check_disk(settled.cfg)
+    check_writable(Path(settled.cfg.out_dir))
+    check_room(settled.cfg, settled.cache_root)
     folder, resolved = meet_run(settled.cfg, on_note)
     settled = dataclasses.replace(settled, cfg=resolved)
     corpus = open_corpus(settled, on_note)
@@ -309,35 +306,4 @@ def _tell_horizon(done: int, total: int, folder: RunFolder, on_note: _Note) -> N
             f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
             "schedule is recomputed for the new total, which differs from a run planned "
             "that long from the start"
-        )
-
-
-def _check_writable(out_dir: Path) -> None:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"out_dir cannot be written ({error.strerror}); choose a folder of your own "
-            "with out_dir=…",
-            str(out_dir),
-        ) from error
-
-
-def _check_disk(cfg: TrainConfig) -> None:
-    parameters = count_parameters(cfg.shape())["total"]
-    kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
-    assert cfg.run_name
-    run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
-    there = 0 if cfg.resume is False else len(run.checkpoint_folders())
-    missing = max(1, kept - there)
-    needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
-    free = shutil.disk_usage(Path(cfg.out_dir)).free
-    if needed > free:
-        raise OSError(
-            f"{cfg.out_dir} has {free / 2**30:.1f} GiB free; {missing} checkpoints of "
-            f"{parameters / 1e6:.0f} M parameters and the weights file need "
-            f"{needed / 2**30:.1f} GiB. Make room, or choose another out_dir."
         )

@@ -12,7 +12,7 @@ from support.runs import Settings, tree
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.faults import DataError
 from minimind_nb.hardware import Gpu, Hardware
-from minimind_nb.training import preparation
+from minimind_nb.training import disk, preparation
 from minimind_nb.training.preparation import prepare, settle
 
 
@@ -102,8 +102,20 @@ def test_a_disk_too_small_is_refused_before_the_run(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
     refuse(settings, OSError, "GiB free; 4 checkpoints of")
+
+
+@pytest.mark.fault("F28")
+def test_a_disk_too_small_for_the_tokens_is_refused(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1 << 40
+
+    monkeypatch.setattr(disk, "_CACHE_SHARE", 1e12)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
+    refuse(settings, OSError, "1024.0 GiB free; 4 checkpoints of .* need .* GiB. Make")
 
 
 def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
@@ -116,7 +128,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(OSError, match="GiB free; 1 checkpoints of"):
         prepare(TrainConfig(**settings), lambda _: None)
 

@@ -2,14 +2,17 @@
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.runs import Settings, metric_rows, state_hashes, train_here
 
+from minimind_nb.storage import verified
 from minimind_nb.storage.runs import RunFolder
 from minimind_nb.storage.verified import verify
 from minimind_nb.training import checkpoint
+from minimind_nb.training.trainer import Trainer
 
 
 class FailingWriter:
@@ -40,6 +43,21 @@ def test_a_save_that_fails_is_tried_again_at_the_next_interval(
     assert ("save", 8) in events
     names = [path.name for path in folder.checkpoints.iterdir()]
     assert sorted(names) == ["step_00000008", "step_00000012"], "no half folder is left"
+
+
+@pytest.mark.fault("F27")
+def test_a_save_that_does_not_fit_is_not_begun(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(_: Trainer) -> None:
+        left = SimpleNamespace(free=1 << 10)
+        monkeypatch.setattr(verified.shutil, "disk_usage", lambda _: left)
+
+    needs = r"the disk is full: step_\d+ needs \d\.\d MiB, and 0.0 MiB are free; make"
+    with pytest.raises(OSError, match=needs):
+        train_here(settings, change=fill)
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert not [*folder.checkpoints.iterdir()]
 
 
 @pytest.mark.fault("F27")

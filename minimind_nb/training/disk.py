@@ -1,0 +1,60 @@
+"""Whether a run can write where it is to, and has room for all that it will write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..config import TrainConfig, count_parameters
+from ..data.demo import DEMO
+from ..storage.runs import RunFolder
+
+_CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
+_EXPORT_BYTES = 2
+_CACHE_SHARE = 0.9  # of the bytes of a JSONL file; 0.68 of texts, 0.89 of chats
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raise `OSError` where nothing can be written in `out_dir`; it is made."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"out_dir cannot be written ({error.strerror}); choose a folder of your own "
+            "with out_dir=…",
+            str(out_dir),
+        ) from error
+
+
+def check_room(cfg: TrainConfig, cache: Path) -> None:
+    """Raise `OSError` where checkpoints, or a token cache yet to be made, do not fit."""
+    parameters = count_parameters(cfg.shape())["total"]
+    kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
+    assert cfg.run_name
+    run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    there = 0 if cfg.resume is False else len(run.checkpoint_folders())
+    missing = max(1, kept - there)
+    needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
+    words = (
+        f"{missing} checkpoints of {parameters / 1e6:.0f} M parameters and the weights"
+    )
+    tokens = 0
+    cache.mkdir(parents=True, exist_ok=True)
+    if not any(cache.iterdir()) and cfg.data_path != DEMO:
+        tokens = int(Path(cfg.data_path or "").stat().st_size * _CACHE_SHARE)
+    if cache.stat().st_dev == Path(cfg.out_dir).stat().st_dev:
+        needed, tokens = needed + tokens, 0
+    for place, bytes_needed, what in (
+        (Path(cfg.out_dir), needed, words),
+        (cache, tokens, "the tokens of the data"),
+    ):
+        free = shutil.disk_usage(place).free
+        if bytes_needed > free:
+            raise OSError(
+                f"{place} has {free / 2**30:.1f} GiB free; {what} need "
+                f"{bytes_needed / 2**30:.1f} GiB. Make room, or choose another out_dir."
+            )
