@@ -1,15 +1,25 @@
 """Training inside a real Jupyter kernel: interrupted, resumed, and one output left."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import nbformat
+import papermill
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
+from support.runs import state_hashes
 
+import minimind_nb as mm
 from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.session import identify_process
+from minimind_nb.storage.runs import RunFolder
 
 SECONDS = 120
 SETTINGS = (
@@ -91,3 +101,154 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
     )
     assert outputs[-1]["text"].startswith("finished")
     assert outputs[-1]["text"].strip().endswith("True"), "the handler is as before"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """Two ranks, 300 steps, a save every 5."""
+    corpus_file = tmp_path / "corpus.jsonl"
+    texts = (" ".join(str(n * k % 97) for k in range(n % 25 + 5)) for n in range(70))
+    corpus_file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return {
+        **{"data_path": str(corpus_file), "out_dir": str(tmp_path / "out")},
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"max_seq_len": 32, "batch_size": 1, "accumulation_steps": 1, "seed": 7},
+        **{"max_steps": 300, "epochs": 1000, "save_interval": 5, "sample_tokens": 0},
+        **{"eval_interval": 100, "num_processes": 2, "device": "cpu", "dropout": 0.1},
+    }
+
+
+def wait_for_step(folder: RunFolder, step: int) -> list[RankRecord]:
+    """The ranks' records once all have made so many steps."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        found = [RankRecord.read(folder.record_file(rank)) for rank in range(2)]
+        records = [record for record in found if record and record.step >= step]
+        if len(records) == len(found):
+            return records
+        time.sleep(0.05)
+    pytest.fail(f"no rank has come to step {step}")
+
+
+def seconds_to_die(records: list[RankRecord]) -> float:
+    began = time.monotonic()
+    while any(identify_process(r.pid) == r.process for r in records):
+        assert time.monotonic() - began < 10, "a rank lives on"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def check_it_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The same call ends as a run that nothing befell."""
+    folders = []
+    for out in (settings["out_dir"], str(tmp_path / "straight")):
+        cfg = mm.TrainConfig(**{**settings, "out_dir": out})
+        run = mm.train(cfg, view=False)
+        assert run.status == "finished"
+        folders.append(RunFolder(Path(run.folder)))
+    assert state_hashes(folders[0]) == state_hashes(folders[1])
+
+
+@pytest.mark.fault("F14")
+@pytest.mark.slow
+def test_a_killed_kernel_takes_its_ranks_along(
+    kernel: tuple[KernelManager, BlockingKernelClient],
+    settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    manager, client = kernel
+    code = f"import minimind_nb as mm\nmm.train(mm.TrainConfig(**{settings!r}))"
+    client.execute(code)
+    folder = RunFolder(tmp_path / "out" / "pretrain_32")
+    records = wait_for_step(folder, 12)
+    manager.restart_kernel(now=True)
+    assert seconds_to_die(records) < 3
+    assert not folder.is_locked()
+    check_it_goes_on(settings, tmp_path)
+
+
+def write_notebook(file: Path, code: str) -> Path:
+    cell = nbformat.v4.new_code_cell(code)
+    about = {
+        "kernelspec": {"name": "python3", "display_name": "", "language": "python"}
+    }
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=about), file)
+    return file
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.slow
+def test_a_cell_that_takes_too_long_leaves_no_ranks(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    endless = {**settings, "max_steps": 100_000}
+    code = f"import minimind_nb as mm\nmm.train(mm.TrainConfig(**{endless!r}))"
+    notebook = write_notebook(tmp_path / "a.ipynb", code)
+    with pytest.raises(Exception, match="(?i)timed? ?out"):
+        papermill.execute_notebook(
+            notebook, tmp_path / "b.ipynb", execution_timeout=40, progress_bar=False
+        )
+    folder = RunFolder(tmp_path / "out" / "pretrain_32")
+    records = wait_for_step(folder, 5)
+    assert seconds_to_die(records) < 3
+    assert folder.newest_good_checkpoint()
+
+
+@pytest.mark.fault("F16")
+@pytest.mark.slow
+def test_a_killed_papermill_takes_kernel_and_ranks_along(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    code = f"import minimind_nb as mm\nmm.train(mm.TrainConfig(**{settings!r}))"
+    notebook = write_notebook(tmp_path / "a.ipynb", code)
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook),
+        str(tmp_path / "b.ipynb"),
+    ]
+    papermill_itself = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    folder = RunFolder(tmp_path / "out" / "pretrain_32")
+    records = wait_for_step(folder, 12)
+    papermill_itself.kill()
+    papermill_itself.wait()
+    assert seconds_to_die(records) < 5  # the kernel has 2 s, the ranks 3
+    check_it_goes_on(settings, tmp_path)
+
+
+@pytest.mark.fault("F65", "F66")
+@pytest.mark.slow
+def test_one_kernel_trains_again_and_again_and_leaks_nothing(
+    kernel: tuple[KernelManager, BlockingKernelClient], settings: dict[str, Any]
+) -> None:
+    _, client = kernel
+    few = {**settings, "max_steps": 4}
+    run_cell(
+        client,
+        "import minimind_nb as mm, threading, os, signal\n"
+        "def state():\n"
+        "    handlers = [signal.getsignal(n) for n in (2, 15)]\n"
+        "    fds = len(os.listdir('/proc/self/fd'))\n"
+        "    return fds, threading.active_count(), dict(os.environ), handlers\n"
+        f"def train(**more): return mm.train(mm.TrainConfig(**{{**{few!r}, **more}}))\n"
+        "first = train(run_name='a')\nbefore = state()\n",
+    )
+    status, outputs = run_cell(
+        client,
+        "try: train(run_name='b', hidden_size=30)\n"
+        "except ValueError as error: print('refused', error)\n"
+        "class Odd: pass\n"
+        "try: train(run_name='c', epochs=Odd())\n"
+        "except Exception as error: print('epochs' in str(error))",
+    )
+    assert status == "ok" and outputs[-1]["text"].endswith("True\n")
+    status, outputs = run_cell(
+        client,
+        "async def later(): return train(run_name='d')\n"
+        "second = await later()\nthird = train(run_name='e')\n"
+        "after = state()\n"
+        "print(second.status, third.status, after[0] - before[0], after[1:] == before[1:])",
+    )
+    assert status == "ok"
+    assert outputs[-1]["text"] == "finished finished 0 True\n"

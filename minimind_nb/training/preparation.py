@@ -177,7 +177,7 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
         total_steps = _total_steps(corpus, resolved, checkpoint)
         complete = folder.status() == "finished" and done >= total_steps
         if not complete:
-            _tell_horizon(done, total_steps, folder, on_note)
+            _tell_horizon(done, total_steps, folder, resolved, on_note)
             if initial and not checkpoint:
                 on_note(f"begins from {initial.source}")
             _tell_rejected(corpus, folder, on_note)
@@ -296,12 +296,15 @@ def _total_steps(
     return min(total, cfg.max_steps or total)
 
 
-def _tell_horizon(done: int, total: int, folder: RunFolder, on_note: _Note) -> None:
+def _tell_horizon(
+    done: int, total: int, folder: RunFolder, cfg: TrainConfig, on_note: _Note
+) -> None:
     if not done:
         return
     on_note(f"{folder.root} goes on from step {done:,} of {total:,}")
     before = folder.read_config()["settings"]
-    if folder.status() == "finished" and done < total:
+    longer = any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps"))
+    if longer and folder.status() == "finished" and done < total:
         on_note(
             f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
             "schedule is recomputed for the new total, which differs from a run planned "

@@ -58,6 +58,19 @@ def test_allow_change_goes_on_with_the_new_value(settings: Settings) -> None:
     assert samples == [8, 16, 24, 32, 36, 40, 44, 48], "none repeated, none skipped"
 
 
+def test_a_finished_run_that_lost_its_last_checkpoint_makes_it_again(
+    settings: Settings,
+) -> None:
+    _, folder = train_here(settings)
+    whole = state_hashes(folder)
+    shutil.rmtree(folder.checkpoint_folder(12))
+    notes: list[str] = []
+    prepare(TrainConfig(**settings), notes.append)
+    assert notes == [f"{folder.root} goes on from step 8 of 12"]
+    train_here(settings)
+    assert state_hashes(folder) == whole
+
+
 @pytest.mark.fault("F37")
 def test_more_steps_continue_a_finished_run_and_say_so(settings: Settings) -> None:
     train_here({**settings, "max_steps": 4})
