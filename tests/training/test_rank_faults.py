@@ -26,6 +26,7 @@ from minimind_nb.storage.runs import RunFolder
 
 row = pytest.mark.fault
 slow = pytest.mark.slow
+spawned = pytest.mark.spawned
 HANG_SECONDS = 5.0
 
 
@@ -101,8 +102,8 @@ def witness(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Witness:
-    """Of slow rows the ranks are forked, which spares each the long imports."""
-    if request.node.get_closest_marker("slow"):
+    """Ranks are forked, which spares each the long imports; spawned where it is said."""
+    if not request.node.get_closest_marker("spawned"):
         fork = multiprocessing.get_context("fork")
         monkeypatch.setattr(processes, "_SPAWN", fork)
     return Witness(two, unbroken, tmp_path, monkeypatch)
@@ -118,7 +119,9 @@ def dies(
     ("fault", "text"),
     [
         dies("after_backward", "kill", 1, "rank 1 was killed by SIGKILL", "F01", slow),
-        dies("after_backward", "kill", 0, "rank 0 was killed by SIGKILL", "F02"),
+        dies(
+            "after_backward", "kill", 0, "rank 0 was killed by SIGKILL", "F02", spawned
+        ),
         dies("before_step", "raise", 1, "rank 1 failed", "F06", slow),
         dies("batch", "leave", 1, "rank 1 left", "F08"),
         dies("batch", "exit", 1, "rank 1 failed", "F08", slow),
