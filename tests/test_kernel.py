@@ -245,10 +245,15 @@ def test_one_kernel_trains_again_and_again_and_leaks_nothing(
     assert status == "ok" and outputs[-1]["text"].endswith("True\n")
     status, outputs = run_cell(
         client,
-        "async def later(): return train(run_name='d')\n"
-        "second = await later()\nthird = train(run_name='e')\n"
+        "async def later(): return train(run_name='d')\nsecond = await later()\n",
+    )
+    status, outputs = run_cell(
+        client,
+        "third = train(run_name='e')\n"
         "after = state()\n"
-        "print(second.status, third.status, after[0] - before[0], after[1:] == before[1:])",
+        "print(second.status, third.status, after[0] - before[0], "
+        "{k: v for k, v in after[2].items() if before[2].get(k) != v}, "
+        "after[1] - before[1], after[3] == before[3])",
     )
     assert status == "ok"
-    assert outputs[-1]["text"] == "finished finished 0 True\n"
+    assert outputs[-1]["text"] == "finished finished 0 {} 0 True\n"
