@@ -5,6 +5,7 @@ vocabulary shipped with the package, a ``tokenizer.json``, a Hugging Face folder
 tokenizer object. Only ``load_tokenizer`` imports transformers.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -51,7 +52,7 @@ class TokenizerSpec:
     eos_id: int
     vocab_size: int
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 in hex over all that decides about ids and templates.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +40,7 @@ def choose_prompts(
     cache, documents = stream.cache, stream.excerpts.documents
     if validation is not None:
         cache, documents = validation.cache, validation.documents
-    decode = load_tokenizer(tokenizer).decode
+    decode = _decoder(tokenizer)
     chosen: dict[str, Prompt] = {}
     for number in documents.tolist():
         ids = cache.document(number)
@@ -62,6 +65,11 @@ def _find_question(marks: np.ndarray) -> tuple[int, slice]:
     return end, slice(int(turns[last]), int(turns[last + 1]))
 
 
+@functools.lru_cache(maxsize=1)
+def _decoder(tokenizer: TokenizerSpec) -> Callable[..., Any]:
+    return load_tokenizer(tokenizer).decode
+
+
 def _encode(text: str, cfg: TrainConfig, tokenizer: TokenizerSpec) -> Prompt:
     if cfg.stage == "pretrain":
         ids = [tokenizer.bos_id, *BulkEncoder(tokenizer, 1).encode([text])[0].tolist()]
@@ -78,7 +86,7 @@ def write_samples(t: Trainer) -> None:
     if not t.prompts:  # none asked for, or not rank 0
         return
     config = t.model.config
-    decode = load_tokenizer(t.folder.tokenizer).decode
+    decode = _decoder(t.tokenizer)
     for number, prompt in enumerate(t.prompts):
         with t.autocast:
             (ids,) = continue_ids(

@@ -13,6 +13,7 @@ import torch
 
 from ..config import TrainConfig
 from ..data.batches import StepBatch, TrainingStream, ValidationRows
+from ..data.tokenizer import TokenizerSpec
 from ..launch.distributed import Group
 from ..launch.stopping import StopRequest
 from ..launch.verdict import RankRecord
@@ -150,6 +151,7 @@ class Trainer(Parts):
     gradients: FlatGradients
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    tokenizer: TokenizerSpec
     stream: TrainingStream
     validation: ValidationRows | None
     prompts: list[Prompt]

@@ -144,6 +144,7 @@ def build(
         optimizer=optimizer,
         scaler=scaler,
         autocast=_autocast(cfg, device),
+        tokenizer=tokenizer,
         stream=stream,
         validation=validation,
         prompts=choose_prompts(cfg, tokenizer, stream, validation) if is_first else [],
