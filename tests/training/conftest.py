@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import multiprocessing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch._dynamo  # what each rank would import by itself
 from support.runs import Settings
+
+from minimind_nb.launch import processes
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +100,13 @@ def twelve_steps(corpus_file: Path) -> Settings:
         "val_fraction": 0.05,
         "seed": 7,
     }
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forked, which spares each the long imports of a spawned one."""
+    assert torch._dynamo
+    monkeypatch.setattr(processes, "_SPAWN", multiprocessing.get_context("fork"))
 
 
 @pytest.fixture

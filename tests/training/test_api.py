@@ -57,6 +57,7 @@ def test_two_ranks_equal_one_over_20_steps(settings: Settings, tmp_path: Path) -
     assert len(memory) == 2
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.fault("F01")
 def test_three_ranks_killed_and_resumed_equal_an_unbroken_run(
     settings: Settings, tmp_path: Path
@@ -87,6 +88,7 @@ def test_three_ranks_killed_and_resumed_equal_an_unbroken_run(
     assert rows == expected, "the same samples and losses, step by step"
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.fault("F06")
 def test_a_failure_in_one_rank_is_the_error_in_the_cell(settings: Settings) -> None:
     cfg = mm.TrainConfig(**{**settings, "max_steps": 3})
@@ -170,6 +172,7 @@ def losses_of(folder: RunFolder) -> list[float]:
     return [loss for (loss,) in metric_rows(folder, "train", "loss")]
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("seq_aux", [True, False])
 def test_two_ranks_of_a_mixture_equal_one(
     settings: Settings, tmp_path: Path, seq_aux: bool
@@ -191,6 +194,7 @@ def test_two_ranks_of_a_mixture_equal_one(
         assert [sum(layer) for layer in b] == pytest.approx([1, 1])
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_with_an_expert_that_gets_no_token_end_together(
     sft_settings: Settings, tmp_path: Path
 ) -> None:
@@ -208,6 +212,7 @@ def test_two_ranks_with_an_expert_that_gets_no_token_end_together(
     assert metric_rows(two, "train", "samples")[-1][0] % 2 == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_of_preferences_equal_one(
     dpo_settings: Settings, tmp_path: Path
 ) -> None:
@@ -250,6 +255,7 @@ def rank_settings(count: int) -> Settings:
     return {"num_processes": count, "device": "cpu", "dtype": "float32"}
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_file_of_text_is_measured_by_two_processes_as_by_hand(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch._dynamo  # pyright: ignore[reportUnusedImport]  # so that forks have it  # noqa: F401
 from support.injection import SAVING, Fault, inject
 from support.runs import Settings, state_hashes
 
@@ -62,7 +61,10 @@ class Witness:
         self.marker = str(tmp_path / "happened")
         if not unbroken:
             straight = {**two, "out_dir": str(tmp_path / "straight")}
-            mm.train(mm.TrainConfig(**straight), view=False)
+            with monkeypatch.context() as patch:
+                fork = multiprocessing.get_context("fork")
+                patch.setattr(processes, "_SPAWN", fork)
+                mm.train(mm.TrainConfig(**straight), view=False)
             there = RunFolder(tmp_path / "straight" / "pretrain_32")
             unbroken["state"] = state_hashes(there)
         self.expected = unbroken["state"]
@@ -104,8 +106,7 @@ def witness(
 ) -> Witness:
     """Ranks are forked, which spares each the long imports; spawned where it is said."""
     if not request.node.get_closest_marker("spawned"):
-        fork = multiprocessing.get_context("fork")
-        monkeypatch.setattr(processes, "_SPAWN", fork)
+        request.getfixturevalue("forked")
     return Witness(two, unbroken, tmp_path, monkeypatch)
 
 
@@ -239,7 +240,7 @@ def test_a_gradient_of_one_rank_that_is_not_finite_is_skipped_by_both(
 @pytest.mark.parametrize(
     "action",
     [
-        pytest.param("kill_parent", id="F03", marks=row("F03")),
+        pytest.param("kill_parent", id="F03", marks=(row("F03"), slow)),
         pytest.param("sleep_deaf", id="F04", marks=(row("F04"), slow)),
     ],
 )
