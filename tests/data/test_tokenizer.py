@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from tokenizers import (
 )
 
 from minimind_nb.data.tokenizer import (
-    TokenizerSpec,
     load_tokenizer,
     read_tokenizer,
     write_tokenizer,
@@ -86,9 +86,7 @@ def test_spec_travels_and_is_given_back_as_it_is():
 def test_fingerprint_ignores_layout_and_nothing_else():
     spec = read_tokenizer()
     content = json.loads(spec.json)
-    wide = TokenizerSpec(
-        **{**vars(spec), "json": json.dumps(content, indent=4, sort_keys=True)}
-    )
+    wide = replace(spec, json=json.dumps(content, indent=4, sort_keys=True))
     assert wide.fingerprint == spec.fingerprint
     assert len(spec.fingerprint) == 64
     content["model"]["merges"].pop()
@@ -97,8 +95,7 @@ def test_fingerprint_ignores_layout_and_nothing_else():
         {"chat_template": "other"},
         {"eos_token": "<|endoftext|>"},
     ):
-        other = TokenizerSpec(**{**vars(spec), **change})
-        assert other.fingerprint != spec.fingerprint
+        assert replace(spec, **change).fingerprint != spec.fingerprint
 
 
 def test_fingerprint_survives_transformers_and_its_folder(tmp_path: Path):

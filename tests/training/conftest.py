@@ -12,6 +12,7 @@ import torch._dynamo  # what each rank would import by itself
 from support.runs import Settings
 
 from minimind_nb.launch import processes
+from minimind_nb.training import api
 
 
 @pytest.fixture(scope="session")
@@ -99,14 +100,20 @@ def twelve_steps(corpus_file: Path) -> Settings:
         "dtype": "float32",
         "val_fraction": 0.05,
         "seed": 7,
+        "hang_timeout_seconds": 120.0,  # what hangs in a test shall be seen
     }
 
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are forked, which spares each the long imports of a spawned one."""
+    """Ranks are forked, which spares each the long imports of a spawned one.
+
+    With one thread each: OpenMP's pool of this process is dead in a fork, and a tensor
+    large enough to be shared out would wait for it without end.
+    """
     assert torch._dynamo
     monkeypatch.setattr(processes, "_SPAWN", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(api, "choose_threads", lambda *_: 1)
 
 
 @pytest.fixture
