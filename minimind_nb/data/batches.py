@@ -8,7 +8,7 @@ are trained on, a pair of answers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -219,13 +219,18 @@ class TrainingStream:
         begin = self.samples
         end = min(begin + self.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
-        micro_batches = []
-        stride = self.size * self.batch_size
-        for first in range(begin + self.rank * self.batch_size, end, stride):
-            samples = range(first, min(first + self.batch_size, end))
-            micro_batches.append(self.reader.read([self._row(n) for n in samples]))
+        micro_batches = [
+            self.reader.read([self._row(n) for n in samples])
+            for samples in self.shares(begin, end)
+        ]
         self.samples = end
         return StepBatch(micro_batches, end - begin, *self._count(begin, end))
+
+    def shares(self, begin: int, end: int) -> Iterator[range]:
+        """The samples of this rank's micro-batches in the step from begin to end."""
+        stride = self.size * self.batch_size
+        for first in range(begin + self.rank * self.batch_size, end, stride):
+            yield range(first, min(first + self.batch_size, end))
 
     def _count(self, begin: int, end: int) -> tuple[int, int]:
         """Text tokens and terms of the loss of some samples."""
@@ -246,9 +251,9 @@ class TrainingStream:
             found.append((ids, np.concatenate([[False], targets != IGNORED])))
         return found
 
-    def lines(self, begin: int, end: int) -> list[int]:
-        """The physical lines of the file that samples begin to end come from."""
-        documents = {piece[0] for n in range(begin, end) for piece in self._row(n)}
+    def lines(self, samples: Iterable[int]) -> list[int]:
+        """The physical lines of the file that samples come from."""
+        documents = {piece[0] for n in samples for piece in self._row(n)}
         return sorted(set(self.cache.lines[sorted(documents)].tolist()))
 
     def _row(self, sample: int) -> list[Piece]:

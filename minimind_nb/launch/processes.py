@@ -5,11 +5,11 @@ Imports no torch: a worker must watch its parent before that long import.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import faulthandler
 import importlib
+import io
 import math
 import multiprocessing
 import os
@@ -133,36 +133,6 @@ def end_orphans(folder: RunFolder) -> list[int]:
     while any(map(identify_process, ended)) and time.monotonic() < end:
         time.sleep(0.02)
     return ended
-
-
-def refuse_unguarded_script(caller: str) -> None:
-    """Raise where spawned processes would run the calling script again.
-
-    Spawned processes import the main script; a call of `caller` at its top level,
-    outside `if __name__ == "__main__":`, would start processes from there without end.
-    """
-    main = sys.modules["__main__"]
-    file = getattr(main, "__file__", None)
-    if file is None or getattr(main, "__spec__", None) is not None:
-        return
-    path = Path(file)
-    if not path.is_file():
-        raise RuntimeError(
-            f"the main script {file} cannot be read again by worker processes; save "
-            "it as a file and run that, or use a notebook or the command line"
-        )
-    frame: FrameType | None = sys._getframe()
-    while frame and not (
-        frame.f_globals is main.__dict__ and frame.f_code.co_name == "<module>"
-    ):
-        frame = frame.f_back
-    if frame and not _is_guarded(path, line := frame.f_lineno):
-        raise RuntimeError(
-            f"{path}:{line} calls {caller} at the top level of a script, and every worker "
-            "process would run that line again. Put it under a guard:\n\n"
-            '    if __name__ == "__main__":\n'
-            f"        … = mm.{caller}(…)\n"
-        )
 
 
 class _Signals:
@@ -325,26 +295,25 @@ def _enter(rank: int, job: Job, parent_pid: int) -> None:
     job.run(rank, RankRecord(job.folder.record_file(rank), rank), stop)
 
 
+class _Log(io.FileIO):
+    """A log whose disk may be full, which must not end what writes into it."""
+
+    def write(self, data: Any, /) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
 def _redirect_output(log: Path) -> None:
     """Send everything this process prints, native libraries too, to its log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-    print(f"{SESSION}{os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
-
-
-def _is_guarded(path: Path, line: int) -> bool:
-    """Whether a line of a script stands under `if __name__ == "__main__":`."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except SyntaxError:
-        return True  # a compiled or zipped launcher: not a script that we can judge
-    return any(
-        isinstance(node, ast.If)
-        and "__name__" in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
-        and node.lineno <= line <= (node.end_lineno or line)
-        for node in tree.body
+    sys.stdout = io.TextIOWrapper(
+        _Log(1, "w", closefd=False), "utf-8", line_buffering=True
     )
+    sys.stderr = io.TextIOWrapper(
+        _Log(2, "w", closefd=False), "utf-8", line_buffering=True
+    )
+    print(f"{SESSION}{os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")

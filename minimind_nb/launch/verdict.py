@@ -18,10 +18,13 @@ from typing import Any
 
 from ..session import identify_process
 from ..storage.runs import RunFolder
+from ..storage.verified import is_full_disk
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 _LOG_TAIL_LINES = 15
 _BEAT_SECONDS = 1.0
+_RECORD_BYTES = 1 << 14
+_SHORT_ERROR = 1 << 10
 _STACK = "Stack (most recent call first):"  # what faulthandler writes before one
 _STACK_LINES = 8
 SESSION = "--- pid "
@@ -80,12 +83,16 @@ class RankRecord:
         for name, value in changes.items():
             setattr(self, name, value)
         self.time = time.time()
-        fields = dataclasses.asdict(self)
-        del fields["file"]
         aside = self.file.with_name(f".{self.file.name}.tmp")
         # No fsync: the reader is a process of this machine, not the next boot.
-        aside.write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
-        os.replace(aside, self.file)
+        try:
+            aside.write_bytes(self._encode())
+            os.replace(aside, self.file)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            if not is_full_disk(error):
+                raise
+            self._overwrite()
 
     def beat(self) -> None:
         """Show that this rank gets on, between steps too; at most once a second."""
@@ -98,6 +105,21 @@ class RankRecord:
         self.update(
             status="failed", error=f"{type(error).__name__}: {error}", traceback=text
         )
+
+    def _encode(self) -> bytes:
+        """The fields as JSON, and blanks that make room for what there may be to say."""
+        fields = dataclasses.asdict(self)
+        del fields["file"]
+        return json.dumps(fields, ensure_ascii=False).encode().ljust(_RECORD_BYTES)
+
+    def _overwrite(self) -> None:
+        """Write into the file's own bytes, which a full disk still has."""
+        while len(self._encode()) > _RECORD_BYTES:
+            self.traceback = self.traceback[len(self.traceback) // 2 + 1 :]
+            self.error = self.error[: max(_SHORT_ERROR, len(self.error) // 2)]
+        with self.file.open("r+b") as file:
+            file.write(self._encode())
+            file.truncate()
 
     @classmethod
     def read(cls, file: Path) -> RankRecord | None:

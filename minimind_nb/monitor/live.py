@@ -16,7 +16,15 @@ from typing import Any
 
 from ..session import current_session, running_kernel
 from .metrics import History, Row
-from .progress import STATUS_WORDS, Plan, describe, figures, outcome, position
+from .progress import (
+    STATUS_WORDS,
+    Plan,
+    describe,
+    failed_saves,
+    figures,
+    outcome,
+    position,
+)
 
 # A drawing takes 0.2 s of the cores that the workers need, and an update sends 70 kB.
 REDRAW_SECONDS = 5.0
@@ -38,15 +46,19 @@ class View:
         self.plan: Plan = {}
         self.notes: list[str] = []
         self.failures: Counter[str] = Counter()
+        self._failed_saves = 0
 
     def start(self, history: History, plan: Plan | None = None) -> None:
         self.plan = plan or {}
+        self._failed_saves = len(failed_saves(history))
         self.update(history)
 
     def update(self, history: History) -> None:
+        self._tell_failed_saves(history)
         self.attempt(self._update, history)
 
     def finish(self, history: History, status: str) -> None:
+        self._tell_failed_saves(history)
         self.attempt(self._finish, history, status)
 
     def note(self, text: str) -> None:
@@ -66,6 +78,12 @@ class View:
                 text = f"{name} failed ({type(error).__name__}: {error})"
                 with contextlib.suppress(OSError, ValueError):  # stderr may be gone
                     print(f"{text}; the training is not affected", file=sys.stderr)
+
+    def _tell_failed_saves(self, history: History) -> None:
+        failed = failed_saves(history)
+        for text in failed[self._failed_saves :]:
+            self.note(text)
+        self._failed_saves = len(failed)
 
     def _update(self, history: History) -> None:
         pass

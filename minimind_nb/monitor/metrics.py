@@ -3,6 +3,7 @@
 Standard library only, because every worker imports this module.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -22,14 +23,16 @@ Row = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends rows to a metrics file, each flushed to the system before it returns.
+    """Appends rows to a metrics file, each handed to the system before it returns.
 
     A half line left at the end by a killed writer is closed with a newline and never
-    rewritten. Raises OSError when the file cannot be opened or written.
+    rewritten. What a full disk does not take is kept and goes ahead of the next row.
+    Raises OSError when the file cannot be opened or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "a+b")
+        self._file = open(path, "a+b", buffering=0)
+        self._pending = b""
         if self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
@@ -48,17 +51,32 @@ class MetricsLog:
         """
         row = {"kind": kind} | {name: _plain(value) for name, value in fields.items()}
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
+        self._pending += line.encode()
+        try:
+            self._write_pending()
+        except OSError as error:
+            if not verified.is_full_disk(error):
+                raise
 
     def close(self) -> None:
-        self._file.close()
+        """Write what is pending, and close; raises OSError where the disk is full."""
+        try:
+            self._write_pending()
+        finally:
+            self._file.close()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            return self.close()
+        with contextlib.suppress(OSError):  # it says less than what is under way
+            self.close()
 
 
 class History:

@@ -88,6 +88,13 @@ def outcome(history: History, status: str = "") -> str:
     return " · ".join(parts)
 
 
+def failed_saves(history: History) -> list[str]:
+    """A line for each save that failed and was left to the next one."""
+    events = history.select("event")
+    failed = (row for row in events if row.get("event") == "save_failed")
+    return [f"saving at step {row['step']:,} failed: {row['error']}" for row in failed]
+
+
 def perplexity_text(loss: float) -> str:
     """exp(loss) to four digits."""
     return f"{math.inf if loss > LARGEST_LOSS else math.exp(loss):,.4g}"

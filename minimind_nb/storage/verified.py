@@ -42,7 +42,7 @@ def beside(final: Path, needed: int = 0) -> Iterator[Path]:
     try:
         yield aside
     except BaseException as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         written = sum(path.stat().st_size for path in aside.rglob("*"))
         more = "" if needed else "more than "
@@ -159,6 +159,16 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk, or a quota on it, has no room left.
+
+    safetensors raises an error of its own, with the number in its text only.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return any(number == n or f"(os error {n})" in str(error) for n in codes)
+
+
 def _write_manifest(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     files = {
         path.name: {"size": path.stat().st_size, "sha256": hash_file(path)}
@@ -209,10 +219,3 @@ def _full_disk(final: Path, needed: int, more: str) -> OSError:
         f"{free / 2**20:.1f} MiB are free; make room there",
         str(final),
     )
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """safetensors raises an error of its own, with the number in its text only."""
-    number = error.errno if isinstance(error, OSError) else None
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    return any(number == n or f"(os error {n})" in str(error) for n in codes)

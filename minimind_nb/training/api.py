@@ -21,12 +21,8 @@ from ..data.corpus import Corpus, detect_format
 from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
-from ..launch.processes import (
-    Job,
-    refuse_unguarded_script,
-    run_processes,
-    scratch_folder,
-)
+from ..launch.processes import Job, run_processes, scratch_folder
+from ..launch.scripts import refuse_unguarded_script
 from ..launch.torchrun import Meeting, find_meeting
 from ..launch.verdict import TrainingFailed
 from ..model.interop import find_weights

@@ -16,7 +16,7 @@ from .checkpoint import export_weights, save_checkpoint
 from .evaluation import evaluate_rows
 from .optim import learning_rate
 from .samples import seed_of, write_samples
-from .trainer import SinceLog, Trainer
+from .trainer import SinceLog, Trainer, lines_text
 
 _MOST_FAILED_SAVES = 3
 
@@ -107,8 +107,8 @@ def update_weights(t: Trainer, norm: float) -> None:
 def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> None:
     """Move the run on by one step; too many skipped ones end it.
 
-    Skipped steps count, so that schedule and data never depend on them. Raises
-    `FloatingPointError` naming the lines of the data.
+    Skipped steps count, so that schedule and data never depend on them; the metrics
+    name the lines of the data. Raises `FloatingPointError` naming them.
     """
     progress = t.progress
     progress.step += 1
@@ -117,14 +117,19 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
     progress.seconds += seconds
     progress.val_loss = None
     t.record.update(step=progress.step)
-    scale_too_small = t.scaler.is_enabled() and t.scaler.get_scale() < 1.0
+    if not progress.skipped_in_a_row:
+        return
+    lines = t.stream.lines(range(progress.samples - batch.samples, progress.samples))
+    found = {"loss": loss, "loss_scale": (scale := t.scaler.get_scale())}
+    where = progress.position()
+    t.metrics.append("event", **where, event="skipped_step", **found, lines=lines)
+    scale_too_small = t.scaler.is_enabled() and scale < 1.0
     if scale_too_small or progress.skipped_in_a_row >= t.cfg.max_skipped_steps:
-        lines = t.stream.lines(progress.samples - batch.samples, progress.samples)
         raise FloatingPointError(
             f"{progress.skipped_in_a_row} steps in a row had a gradient that is not "
-            f"finite (loss {loss}, loss scale {t.scaler.get_scale()}). The last one "
-            f"came from the lines {lines[:20]} of the data. Weights and moments are "
-            "those before. Lower learning_rate, or look at those lines."
+            f"finite (loss {loss}, loss scale {scale}). The last one came from "
+            f"{lines_text(lines)} of the data. Weights and moments are those before. "
+            "Lower learning_rate, or look at those lines."
         )
 
 
@@ -153,7 +158,6 @@ def save(t: Trainer, final: bool) -> None:
     except (OSError, SafetensorError, DamagedFolder) as error:
         t.failed_saves += 1
         t.metrics.append("event", **where, event="save_failed", error=str(error))
-        print(f"Saving at step {t.progress.step} failed: {error}", flush=True)
         if final or t.failed_saves == _MOST_FAILED_SAVES:
             raise OSError(
                 f"saving at step {t.progress.step} failed ({t.failed_saves} in a row): "

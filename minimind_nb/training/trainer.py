@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,7 @@ from .stages import Stage
 _REMEMBERED_STEPS = 200
 _FIRST_SAVE_SECONDS = 10.0  # assumed until one was measured
 _PERCENTILES = 20
+_NAMED_LINES = 20
 
 
 class SessionClock:
@@ -165,3 +169,23 @@ class Trainer(Parts):
     stop: StopRequest
     since_log: SinceLog = field(default_factory=SinceLog)
     failed_saves: int = 0
+
+    @contextlib.contextmanager
+    def blaming_data(self) -> Iterator[None]:
+        """Add to what is raised in a step the lines of the data this rank had in it."""
+        try:
+            yield
+        except Exception as error:
+            shares = self.stream.shares(self.progress.samples, self.stream.samples)
+            if lines := self.stream.lines(itertools.chain(*shares)):
+                where = (
+                    f"step {self.progress.step + 1}, in which rank {self.group.rank}"
+                )
+                error.add_note(f"in {where} had {lines_text(lines)} of the data")
+            raise
+
+
+def lines_text(lines: list[int]) -> str:
+    """ "the lines [2, 5, 9]", as many as one can look at."""
+    rest = len(lines) - _NAMED_LINES
+    return f"the lines {lines[:_NAMED_LINES]}" + f" and {rest} more" * (rest > 0)

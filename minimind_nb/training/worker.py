@@ -51,7 +51,7 @@ def run(
         record.update(phase="training")
         try:
             trainer = build(payload, group, device, record, stop)
-            with trainer.metrics:
+            with trainer.metrics, trainer.blaming_data():
                 log_start(trainer, "resume" if payload["checkpoint"] else "start")
                 ending = prepare_reference(trainer, lambda: initial_model(payload))
                 ending = ending or fit(trainer)

@@ -267,8 +267,13 @@ def test_lines_are_those_the_samples_come_from(make_cache):
     cache = make_cache(["", "aaaaaa", "", "bb", "c", ""])
     stream = make_stream(cache, max_seq_len=4)
     assert stream.rows == 3
-    assert stream.lines(0, 3) == stream.lines(3, 6) == stream.lines(1, 5) == [2, 4, 5]
-    assert stream.lines(2, 2) == []
+    assert (
+        stream.lines(range(0, 3))
+        == stream.lines(range(3, 6))
+        == stream.lines(range(1, 5))
+        == [2, 4, 5]
+    )
+    assert stream.lines(range(2, 2)) == []
     read = [
         np.concatenate([ids for ids, _ in stream.pieces(sample)]).tolist()
         for sample in range(3)
@@ -276,7 +281,7 @@ def test_lines_are_those_the_samples_come_from(make_cache):
     letters = {2: 67, 4: 68, 5: 69}
     for row in range(3):
         there = [n for n, letter in letters.items() if letter in read[row]]
-        assert stream.lines(row, row + 1) == there
+        assert stream.lines(range(row, row + 1)) == there
 
 
 def test_every_token_of_real_documents_is_a_target_once_an_epoch(make_cache):

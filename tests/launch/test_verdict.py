@@ -1,5 +1,7 @@
 """Who failed first, and what is said about it."""
 
+import errno
+import json
 import signal
 from pathlib import Path
 
@@ -35,6 +37,32 @@ def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
         TrainingFailed, match=r"rank 1 left at step 5 of 12 \(exit code 0"
     ):
         judge(RunFolder(tmp_path), ended(0, 0))
+
+
+@pytest.mark.fault("F27")
+def test_a_word_fits_on_a_full_disk_where_the_last_one_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = write(tmp_path, 0, step=5)
+    size = record.file.stat().st_size
+
+    def fail(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    record.update(step=6)
+    found = RankRecord.read(record.file)
+    assert found and found.step == 6
+    try:
+        raise ValueError("今" * size)
+    except ValueError as error:
+        record.fail(error)
+    assert record.file.stat().st_size == size
+    told = json.loads(record.file.read_bytes())
+    assert told["status"] == "failed"
+    assert told["error"].startswith("ValueError: 今今")
+    assert [path.name for path in tmp_path.iterdir()] == ["rank0.json"]
 
 
 def test_of_two_errors_the_earlier_is_the_root_and_both_are_shown(

@@ -126,6 +126,29 @@ def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
     ]
 
 
+@pytest.mark.fault("F27")
+def test_a_save_that_fails_is_told_once(make_history, capsys):
+    def fail(step):
+        with MetricsLog(history.path) as log:
+            told = f"the disk is full at {step}"
+            log.append("event", event="save_failed", step=step, error=told)
+        history.refresh()
+
+    history, view = make_history(), TerminalView()
+    fail(2)  # in an earlier session
+    view.start(history)
+    fail(4)
+    view.update(history)
+    view.update(history)
+    fail(6)
+    view.finish(history, "failed")
+    told = [line for line in capsys.readouterr().err.splitlines() if "saving" in line]
+    assert told == [
+        "saving at step 4 failed: the disk is full at 4",
+        "saving at step 6 failed: the disk is full at 6",
+    ]
+
+
 def test_the_pass_of_the_reference_model_is_seen(make_history, capsys):
     history, view = make_history(stage="dpo"), TerminalView()
     view.start(history)

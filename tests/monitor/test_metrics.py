@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import math
 import os
@@ -42,6 +44,37 @@ def test_a_row_is_on_disk_before_append_returns(tmp_path):
     assert json.loads(path.read_bytes()) == {"kind": "train", "step": 1, "loss": 1.0}
     log.close()
     log.close()
+
+
+@pytest.mark.fault("F27")
+def test_rows_that_a_full_disk_does_not_take_come_before_the_next(tmp_path):
+    class Disk(io.FileIO):
+        room = 10
+
+        def write(self, data, /):
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = super().write(data[: self.room])
+            self.room -= taken
+            return taken
+
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log._file = disk = Disk(path, "ab")
+    for step in (1, 2):
+        log.append("train", step=step, loss=1.0)
+    assert path.stat().st_size == 10
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    log = MetricsLog(path)
+    log._file = disk = Disk(path, "ab")
+    log.append("train", step=1, loss=1.0)
+    disk.room = 1 << 20
+    log.append("train", step=2, loss=1.0)
+    log.close()
+    history = History(path)
+    assert history.column("train", "step") == [1, 2]
+    assert history.damaged_lines == 1
 
 
 def test_non_finite_values_are_strings_on_disk_and_floats_in_history(tmp_path):

@@ -4,8 +4,8 @@
 is the worker of always otherwise. Where no test asks for it, none of this is loaded.
 """
 
+import contextlib
 import dataclasses
-import errno
 import importlib
 import json
 import os
@@ -140,8 +140,17 @@ def _skew_clock(_: Any) -> None:
     time.time = lambda: real() + 3600
 
 
-def _fill_disk(_: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _fill_disk(given: tuple[Any, ...]) -> None:
+    fill_disk(given[0].folder.root.parent / "filler")
+
+
+def fill_disk(filler: Path) -> None:
+    """Write into a file until its file system takes no byte more."""
+    with filler.open("ab", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
 
 
 def _signal(number: int, whom: Callable[[], int] = os.getpid) -> Callable[[Any], None]:
@@ -160,6 +169,6 @@ _ACTIONS: dict[str, Callable[[Any], None]] = {
     "hang": _hang,
     "sleep_deaf": _sleep_deaf,
     "nan": _spoil_gradients,
-    "no_space": _fill_disk,
+    "fill_disk": _fill_disk,
     "skew": _skew_clock,
 }

@@ -12,6 +12,7 @@ from support.runs import (
     train_here,
 )
 
+from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.runs import RunFolder
 from minimind_nb.training.loop import Trainer
 from minimind_nb.training.samples import seed_of
@@ -149,6 +150,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert not torch.equal(states[2][0][0], states[3][0][0])
     assert metric_rows(folder, "train", "skipped_steps") == [(0,), (0,), (1,), (1,)]
     assert [rate for (rate,) in metric_rows(folder, "train", "loss")][2] == "nan"
+    skipped = [e for e in History(folder.metrics_file).select("event") if "lines" in e]
+    assert [(row["event"], row["step"]) for row in skipped] == [("skipped_step", 3)]
+    assert math.isnan(skipped[0]["loss"])
+    assert len(skipped[0]["lines"]) > 1
+    assert {*skipped[0]["lines"]} <= set(range(1, 71))
 
 
 @pytest.mark.fault("F49")

@@ -142,7 +142,12 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on(
     record_property("death_to_exception_seconds", seconds)
     assert seconds < 10
     assert failure.value.rank == rank
-    assert ("injected on purpose" in str(failure.value)) == (action == "raise")
+    text = str(failure.value)
+    assert ("injected on purpose" in text) == (action == "raise")
+    blamed = re.search(
+        r"in step 6, in which rank 1 had the lines \[\d.* of the data", text
+    )
+    assert bool(blamed) == (action == "raise")
     assert state_hashes(witness.folder)[0] == 4
     witness.resume()
 
