@@ -10,18 +10,19 @@ with the weights and moments of the run that nothing befell.
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,27 +30,30 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch._dynamo  # what every forked rank would otherwise import by itself
-from support.injection import POINTS, Fault, with_faults
+from support.injection import POINTS, SAVING, VALIDATING, Fault, inject
+from support.rows import PLACES, ROWS
 from support.runs import state_hashes
 
 from minimind_nb import TrainConfig, TrainingFailed, load, train
 from minimind_nb.data import shards
 from minimind_nb.data.tokenizer import read_tokenizer
-from minimind_nb.launch import processes, verdict
-from minimind_nb.launch.processes import run_processes
+from minimind_nb.launch import processes
+from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.monitor.metrics import History
 from minimind_nb.storage import verified
 from minimind_nb.storage.runs import RunFolder
 from minimind_nb.training import api
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, SAVE_EVERY = 12, 4
+STEPS, SAVE_EVERY, VALIDATE_EVERY = 12, 4, 6
 FLIPS = 200
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 RUN = {
     **SHAPE,
     **{"max_seq_len": 32, "batch_size": 2, "accumulation_steps": 1, "epochs": 50},
-    **{"max_steps": STEPS, "save_interval": SAVE_EVERY, "eval_interval": 6},
-    **{"log_interval": 1, "eval_tokens": 300, "sample_tokens": 0, "dropout": 0.1},
+    **{"max_steps": STEPS, "save_interval": SAVE_EVERY},
+    **{"eval_interval": VALIDATE_EVERY, "eval_tokens": 300, "sample_tokens": 2},
+    **{"log_interval": 1, "dropout": 0.1},
     **{"device": "cpu", "dtype": "float32", "seed": 7, "hang_timeout_seconds": 60.0},
 }
 Lines = list[str]
@@ -96,36 +100,52 @@ def describe_rows() -> Lines:
 
 
 def tabulate_rows(cases: list[ElementTree.Element], seconds: float) -> Lines:
-    """Rows survived, and how long what took."""
-    tests: dict[str, list[str]] = defaultdict(list)
+    """Rows survived, by the place where they are shown, and how long what took."""
+    outcomes: dict[str, Counter[str]] = {name: Counter() for name in ROWS}
     took: dict[str, list[float]] = defaultdict(list)
     for case in cases:
-        outcome = next((c.tag for c in case if c.tag != "properties"), "passed")
+        tags = {part.tag for part in case}
+        outcome = next((t for t in ("failure", "error", "skipped") if t in tags), "")
         for found in case.iter("property"):
             name, value = found.get("name", ""), found.get("value", "")
             if name == "fault":
-                tests[value].append("passed" if outcome.startswith("sys") else outcome)
+                outcomes[value][outcome or "passed"] += 1
             else:
                 took[name].append(float(value))
-    survived = [name for name, outcomes in tests.items() if {*outcomes} == {"passed"}]
-    lost = sorted(tests.keys() - {*survived})
+    survived = {name for name, found in outcomes.items() if {*found} == {"passed"}}
+    places = [
+        f"{places[0]} {len(survived & {*names})} of {len(names)} ({places[1]})"
+        for places in PLACES.items()
+        if (names := [name for name, (place, _) in ROWS.items() if place == places[0]])
+    ]
     lines = [
         "## Rows",
         "",
-        f"{len(survived)} of {len(tests)} rows survived, by "
-        f"{sum(map(len, tests.values()))} tests in {seconds / 60:.1f} min."
-        + (f" Not: {', '.join(lost)}." if lost else ""),
+        f"{len(survived)} of {len(ROWS)} rows survived, by {len(cases)} tests in "
+        f"{seconds / 60:.1f} min: {', '.join(places)}.",
         "",
-        "| row | tests |",
-        "| --- | --- |",
-        *(f"| {name} | {', '.join(sorted(tests[name]))} |" for name in sorted(tests)),
-        "",
+        "| row | place | fault | tests |",
+        "| --- | --- | --- | --- |",
     ]
+    for name, (place, words) in ROWS.items():
+        found = ", ".join(f"{n} {what}" for what, n in sorted(outcomes[name].items()))
+        lines += [f"| {name} | {place} | {words} | {found or 'none'} |"]
+    lines += [""]
     for name, values in sorted(took.items()):
         words = name.removesuffix("_seconds").replace("_", " ")
         middle, worst = statistics.median(values), max(values)
         lines += [f"- {words}: median {middle:.2f} s, worst {worst:.2f} s"]
     return [*lines, ""]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL for a rank: at a point after a step, or `delay` seconds into the run."""
+
+    rank: int
+    point: str = ""
+    step: int = 0
+    delay: float = 0.0
 
 
 class Campaign:
@@ -148,37 +168,43 @@ class Campaign:
 
     def kill(self, ranks: int, kills: int) -> Lines:
         """Kill so many runs, each once, and see what becomes of them."""
-        straight = self._train(f"straight_{ranks}", ranks, None, None)
-        expected = state_hashes(straight)
-        lost, wrong, orphans, seconds = [], [], 0, []
         began = time.monotonic()
-        for number in range(kills):
-            fault, delay = self._choose(ranks, number)
-            name = f"run_{ranks}_{number}"
-            folder = self._train(name, ranks, fault, delay)
-            reached = self._step(folder, ranks)
-            found = folder.newest_good_checkpoint()
-            kept = found.step if found else 0
-            seconds.append(self._told)
-            orphans += self._count_living(folder, ranks)
-            lost.append(reached - kept)
-            self._train(name, ranks, None, None)
-            due = SAVE_EVERY * (reached // SAVE_EVERY)
-            same = state_hashes(folder) == expected
-            # The save of the step just made may be the very one that was killed.
-            if not same or kept < due - SAVE_EVERY * (reached == due):
-                wrong.append(f"{number}: {fault or delay}")
-            subprocess.run(["rm", "-rf", folder.root], check=True)
-            if number % 20 == 19:
-                print(f"{number + 1} of {kills} kills, {len(wrong)} wrong", flush=True)
-        survived = kills - len(wrong)
-        bound = 1 - 0.05 ** (1 / kills) if not wrong else math.nan
-        minutes = (time.monotonic() - began) / 60
+        straight, _ = self._train(f"straight_{ranks}", ranks)
+        duration = time.monotonic() - began
+        expected = state_hashes(straight)
+        lost: list[int] = []
+        wrong: list[str] = []
+        seconds: list[float] = []
+        orphans = missed = 0
+        while len(seconds) < kills:
+            kill, name = self._choose(ranks, duration), f"{ranks}_{len(seconds)}"
+            folder, told = self._train(name, ranks, kill)
+            if told is None:  # the run was over before its moment came
+                missed += 1
+            else:
+                records = [RankRecord.read(folder.record_file(r)) for r in range(ranks)]
+                reached = max((record.step for record in records if record), default=0)
+                found = folder.newest_good_checkpoint()
+                kept = found.step if found else 0
+                seconds.append(told)
+                lost.append(reached - kept)
+                orphans += sum(Path(f"/proc/{r.pid}").exists() for r in records if r)
+                self._train(name, ranks)
+                due = SAVE_EVERY * (reached // SAVE_EVERY)
+                same = state_hashes(folder) == expected
+                # The save of the step just made may be the very one that was killed.
+                if not same or kept < due - SAVE_EVERY * (reached == due):
+                    wrong.append(f"{len(seconds)}: {kill}")
+                if len(seconds) % 20 == 0:
+                    print(f"{len(seconds)} kills, {len(wrong)} wrong", flush=True)
+            shutil.rmtree(folder.root)
+        bound = f"{1 - 0.05 ** (1 / kills):.2%}" if not wrong else "more"
         return [
             f"## Kills of runs of {ranks} process{'es' * (ranks > 1)}",
             "",
-            f"{survived} of {kills} survived (95 % bound on the share that is not: "
-            f"{bound:.2%}), {minutes:.1f} min. Steps lost: mean "
+            f"{kills - len(wrong)} of {kills} survived (95 % bound on the share that is "
+            f"not: {bound}), {(time.monotonic() - began) / 60:.1f} min; {missed} more "
+            f"runs were over before their moment came. Steps lost: mean "
             f"{statistics.mean(lost):.2f}, most {max(lost)}, with a save every "
             f"{SAVE_EVERY}. From the kill to the exception: median "
             f"{statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s. "
@@ -187,73 +213,52 @@ class Campaign:
             "",
         ]
 
-    def _choose(self, ranks: int, number: int) -> tuple[Fault | None, float | None]:
-        """A named point of a rank, or any moment."""
+    def _choose(self, ranks: int, duration: float) -> Kill:
+        """A rank and a named point of a step of its, or any moment."""
         rank, step = self._draw.randrange(ranks), self._draw.randrange(STEPS)
         if self._draw.random() < 1 / 4:
-            return None, self._draw.uniform(0.0, self._duration)
-        points = list(POINTS)
-        point = self._draw.choice(points)
-        if point in points[4:12]:  # of a save, which rank 0 makes
+            return Kill(rank, delay=self._draw.uniform(0.0, duration))
+        point = self._draw.choice(list(POINTS))
+        if point in SAVING:  # which rank 0 does
             rank, step = 0, SAVE_EVERY * self._draw.randint(1, STEPS // SAVE_EVERY)
-        if point == "after_step":
+        elif point in VALIDATING:
+            step = VALIDATE_EVERY * self._draw.randint(0, STEPS // VALIDATE_EVERY)
+        elif point == "after_step":
             step += 1
-        if point == "exit":
+        elif point == "exit":
             step = STEPS
-        marker = str(self._folder / f"marker_{ranks}_{number}")
-        return Fault(point, "kill", marker, rank, step), None
+        return Kill(rank, point, step)
 
     def _train(
-        self, name: str, ranks: int, fault: Fault | None, delay: float | None
-    ) -> RunFolder:
+        self, name: str, ranks: int, kill: Kill | None = None
+    ) -> tuple[RunFolder, float | None]:
+        """The run, and the seconds from the kill to the exception if it was met."""
         out = self._folder / "out"
         settings = {**RUN, "num_processes": ranks, "run_name": name}
         cfg = TrainConfig(**settings, data_path=str(self._data), out_dir=str(out))
         folder = RunFolder(out / name)
-        killed: list[float] = []
+        marker = self._folder / f"marker_{name}"
+        marker.unlink(missing_ok=True)
         started = time.monotonic()
 
-        def kill_in_time(_: object) -> None:
-            record = verdict.RankRecord.read(folder.record_file(self._draw_rank(ranks)))
-            if (
-                delay is not None
-                and not killed
-                and record
-                and record.status == "running"
-            ):
-                if time.monotonic() - started > delay:
-                    killed.append(time.time())
-                    os.kill(record.pid, signal.SIGKILL)
+        def kill_in_time(_: History) -> None:
+            due = kill and not kill.point and time.monotonic() - started > kill.delay
+            if not kill or not due or marker.exists():
+                return
+            record = RankRecord.read(folder.record_file(kill.rank))
+            if record and record.status == "running":
+                os.kill(record.pid, signal.SIGKILL)
+                marker.write_text(json.dumps(time.time()))
 
-        real = run_processes
         with pytest.MonkeyPatch.context() as patch:
-            if fault:
-                patch.setattr(
-                    api,
-                    "run_processes",
-                    lambda job, on_poll: real(with_faults(job, fault), on_poll),
-                )
+            if kill and kill.point:
+                fault = Fault(kill.point, "kill", str(marker), kill.rank, kill.step)
+                inject(patch, fault)
             try:
-                run = train(cfg, view=kill_in_time)
-                self._told = 0.0
-                if fault is None and delay is None:
-                    self._duration = time.monotonic() - started
-                    assert run.status == "finished", run.status
+                assert train(cfg, view=kill_in_time).status == "finished"
             except TrainingFailed:
-                at = killed[0] if killed else float(Path(fault.marker).read_text())  # pyright: ignore[reportOptionalMemberAccess]
-                self._told = time.time() - at
-        return folder
-
-    def _draw_rank(self, ranks: int) -> int:
-        return ranks - 1
-
-    def _step(self, folder: RunFolder, ranks: int) -> int:
-        records = [verdict.RankRecord.read(folder.record_file(r)) for r in range(ranks)]
-        return max((record.step for record in records if record), default=0)
-
-    def _count_living(self, folder: RunFolder, ranks: int) -> int:
-        records = [verdict.RankRecord.read(folder.record_file(r)) for r in range(ranks)]
-        return sum(Path(f"/proc/{r.pid}").exists() for r in records if r)
+                return folder, time.time() - json.loads(marker.read_text())
+        return folder, None
 
 
 def flip_bits(folder: Path) -> Lines:

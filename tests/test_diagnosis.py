@@ -166,6 +166,7 @@ def test_an_intact_run_is_intact_in_every_part(run):
     ]
 
 
+@pytest.mark.fault("F22", "F23")
 def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     (run.checkpoint_folder(2) / "weights").write_text("1235")
     (run.reference / "chosen").unlink()
@@ -185,6 +186,7 @@ def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.fault("F24")
 def test_what_is_gone_is_said_to_be_gone(run, tmp_path):
     shutil.rmtree(run.checkpoints)
     shutil.rmtree(tmp_path / "out" / "cache")

@@ -131,6 +131,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
     assert [(r.step, r.status) for r in records if r] == [(5, "terminated")] * 2
 
 
+@pytest.mark.fault("F105")
 def test_an_interrupt_of_the_parent_reaches_the_ranks(tmp_path: Path) -> None:
     sent: list[int] = []
 
@@ -158,6 +159,7 @@ def test_a_second_interrupt_kills_a_rank_that_hangs(tmp_path: Path) -> None:
     assert not any(map(is_alive, pids(tmp_path, 1)))
 
 
+@pytest.mark.fault("F106")
 def test_ranks_that_do_not_meet_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from minimind_nb.launch import scripts
 
 
+@pytest.mark.fault("F107")
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_script_without_its_guard_is_refused(tmp_path: Path, guarded: bool) -> None:
     guard = "if __name__ == '__main__':" if guarded else "if True:"

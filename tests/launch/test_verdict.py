@@ -39,7 +39,7 @@ def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
         judge(RunFolder(tmp_path), ended(0, 0))
 
 
-@pytest.mark.fault("F27")
+@pytest.mark.fault("F101")
 def test_a_word_fits_on_a_full_disk_where_the_last_one_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +134,7 @@ def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
     assert "line 39" not in str(failure.value), "it is of an earlier start"
 
 
+@pytest.mark.fault("F105")
 def test_a_rank_stopped_before_it_listened_counts_as_stopped(tmp_path: Path) -> None:
     assert judge(RunFolder(tmp_path), ended(-15), "terminated") == "terminated"
 

@@ -46,7 +46,7 @@ def test_a_row_is_on_disk_before_append_returns(tmp_path):
     log.close()
 
 
-@pytest.mark.fault("F27")
+@pytest.mark.fault("F101")
 def test_rows_that_a_full_disk_does_not_take_come_before_the_next(tmp_path):
     class Disk(io.FileIO):
         room = 10
@@ -103,6 +103,7 @@ def test_a_value_json_cannot_hold_is_refused_and_writes_nothing(tmp_path):
     assert path.read_bytes() == b""
 
 
+@pytest.mark.fault("F102")
 def test_a_half_line_is_closed_and_never_rewritten(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_rows(path, ("train", {"step": 1, "loss": 3.0}))

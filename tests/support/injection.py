@@ -39,8 +39,11 @@ POINTS = {
     "prune": ("storage.runs", "RunFolder.prune_checkpoints", "before"),
     "weights_file": ("training.loop", "export_weights", "before"),
     "exit": ("launch.distributed", "Group.close", "before"),
+    "validation": ("training.loop", "evaluate_rows", "before"),
+    "answer": ("training.loop", "write_samples", "before"),
 }
 SAVING = list(POINTS)[4:12]
+VALIDATING = list(POINTS)[13:]
 
 
 @dataclass(frozen=True)

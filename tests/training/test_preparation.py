@@ -195,6 +195,7 @@ def test_elsewhere_than_on_linux_one_process_trains(
     refuse({**settings, "num_processes": 2}, ValueError, "several processes need Linux")
 
 
+@pytest.mark.fault("F109")
 def test_a_refused_run_leaves_the_run_that_is_there_untouched(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Two spawned ranks meet faults: told at once, nothing left, resumed bit for bit."""
+"""Two ranks meet faults: told at once, nothing left, resumed bit for bit."""
 
 import json
 import multiprocessing
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.injection import SAVING, Fault, inject
+from support.injection import SAVING, VALIDATING, Fault, inject
 from support.runs import Settings, state_hashes
 
 import minimind_nb as mm
@@ -104,8 +104,8 @@ def witness(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Witness:
-    """Ranks are forked, which spares each the long imports; spawned where it is said."""
-    if not request.node.get_closest_marker("spawned"):
+    """Ranks are spawned where it is said, or time is no matter; else forked."""
+    if not {"spawned", "slow"} & {mark.name for mark in request.node.iter_markers()}:
         request.getfixturevalue("forked")
     return Witness(two, unbroken, tmp_path, monkeypatch)
 
@@ -227,6 +227,19 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before(
     assert state_hashes(witness.folder)[0] == (8 if whole else 4)
     witness.resume()
     assert not [*witness.folder.checkpoints.glob(".*")], "half a save is removed"
+
+
+@row("F112")
+@slow
+@pytest.mark.parametrize("point", VALIDATING)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_during_a_validation_loses_nothing(
+    point: str, rank: int, witness: Witness
+) -> None:
+    witness.inject(point, "kill", rank=rank, step=8)
+    with pytest.raises(mm.TrainingFailed, match=f"rank {rank} was killed by SIGKILL"):
+        mm.train(witness.cfg, view=False)
+    witness.resume()
 
 
 @row("F48")

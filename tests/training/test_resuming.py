@@ -58,6 +58,7 @@ def test_allow_change_goes_on_with_the_new_value(settings: Settings) -> None:
     assert samples == [8, 16, 24, 32, 36, 40, 44, 48], "none repeated, none skipped"
 
 
+@pytest.mark.fault("F103")
 def test_a_finished_run_that_lost_its_last_checkpoint_makes_it_again(
     settings: Settings,
 ) -> None:
@@ -278,6 +279,7 @@ def test_more_epochs_take_every_sample_of_them(settings: Settings) -> None:
     assert metric_rows(folder, "train", "samples")[-1] == (2 * rows,)
 
 
+@pytest.mark.fault("F104")
 def test_weights_that_were_not_written_at_the_end_are_written_by_the_next_call(
     settings: Settings,
 ) -> None:
