@@ -147,6 +147,16 @@ def _fill_disk(given: tuple[Any, ...]) -> None:
     fill_disk(given[0].folder.root.parent / "filler")
 
 
+def _corrupt(given: tuple[Any, ...]) -> None:
+    """Flip a bit in the largest file of the folder that has just got its name."""
+    largest = max(given[1].iterdir(), key=os.path.getsize)
+    with largest.open("r+b") as file:
+        file.seek(os.path.getsize(largest) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
 def fill_disk(filler: Path) -> None:
     """Write into a file until its file system takes no byte more."""
     with filler.open("ab", buffering=0) as file:
@@ -172,6 +182,7 @@ _ACTIONS: dict[str, Callable[[Any], None]] = {
     "hang": _hang,
     "sleep_deaf": _sleep_deaf,
     "nan": _spoil_gradients,
+    "corrupt": _corrupt,
     "fill_disk": _fill_disk,
     "skew": _skew_clock,
 }

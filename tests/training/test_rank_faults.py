@@ -229,6 +229,22 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before(
     assert not [*witness.folder.checkpoints.glob(".*")], "half a save is removed"
 
 
+@row("F23")
+@slow
+def test_a_checkpoint_that_decays_is_set_aside_and_the_one_before_it_used(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decays = witness.fault("after_rename", "corrupt", rank=0, step=8)
+    killed = Fault("batch", "kill", str(tmp_path / "killed"), rank=1, step=9)
+    inject(monkeypatch, decays, killed)
+    with pytest.raises(mm.TrainingFailed, match="rank 1 was killed by SIGKILL at step"):
+        mm.train(witness.cfg, view=False)
+    assert state_hashes(witness.folder)[0] == 4
+    witness.resume()
+    aside = [path.name for path in witness.folder.checkpoints.glob("*.corrupt")]
+    assert aside == ["step_00000008.corrupt"]
+
+
 @row("F112")
 @slow
 @pytest.mark.parametrize("point", VALIDATING)
