@@ -218,7 +218,7 @@ class Campaign:
         rank, step = self._draw.randrange(ranks), self._draw.randrange(STEPS)
         if self._draw.random() < 1 / 4:
             return Kill(rank, delay=self._draw.uniform(0.0, duration))
-        point = self._draw.choice(list(POINTS))
+        point = self._draw.choice([p for p in POINTS if p != "reference"])
         if point in SAVING:  # which rank 0 does
             rank, step = 0, SAVE_EVERY * self._draw.randint(1, STEPS // SAVE_EVERY)
         elif point in VALIDATING:

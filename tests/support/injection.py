@@ -24,7 +24,8 @@ from minimind_nb.launch.stopping import StopRequest
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.training import api
 
-# The function that a point is in front of (or behind), in the order of a step.
+# The function that a point is in front of (or behind): of a step, then of a save, then
+# what else there is.
 POINTS = {
     "batch": ("data.batches", "TrainingStream.next_step", "before"),
     "after_backward": ("training.optim", "FlatGradients.vote", "before"),
@@ -41,9 +42,10 @@ POINTS = {
     "exit": ("launch.distributed", "Group.close", "before"),
     "validation": ("training.loop", "evaluate_rows", "before"),
     "answer": ("training.loop", "write_samples", "before"),
+    "reference": ("training.reference", "answer_log_probabilities", "before"),
 }
 SAVING = list(POINTS)[4:12]
-VALIDATING = list(POINTS)[13:]
+VALIDATING = list(POINTS)[13:15]
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,24 @@ def test_a_kill_during_a_validation_loses_nothing(
     witness.resume()
 
 
+@row("F108")
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_while_the_reference_is_computed_loses_nothing(
+    rank: int, dpo_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(out: str) -> RunFolder:
+        where = {"out_dir": str(tmp_path / out), "num_processes": 2, "batch_size": 2}
+        cfg = mm.TrainConfig(**{**dpo_settings, **where, "max_steps": 4})
+        return RunFolder(mm.train(cfg, view=False).folder)
+
+    straight = state_hashes(train("straight"))
+    inject(monkeypatch, Fault("reference", "kill", str(tmp_path / "m"), rank, step=0))
+    with pytest.raises(mm.TrainingFailed, match=f"rank {rank} was killed by SIGKILL"):
+        train("killed")
+    assert state_hashes(train("killed")) == straight
+
+
 @row("F48")
 @slow
 def test_a_gradient_of_one_rank_that_is_not_finite_is_skipped_by_both(

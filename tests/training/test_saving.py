@@ -45,6 +45,25 @@ def test_a_save_that_fails_is_tried_again_at_the_next_interval(
     assert sorted(names) == ["step_00000008", "step_00000012"], "no half folder is left"
 
 
+@pytest.mark.fault("F21")
+def test_what_cannot_be_made_a_file_ends_the_run_and_leaves_no_half_of_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.save_file
+
+    def save_file(tensors: Any, path: Path) -> None:
+        real(tensors, path)
+        if path.parent.name.startswith(".step_00000008") and "optimizer" in path.name:
+            raise TypeError("cannot pickle a generator")
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(TypeError, match="cannot pickle"):
+        train_here(settings)
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step_00000004"]
+    assert state_hashes(folder)[0] == 4
+
+
 @pytest.mark.fault("F27")
 def test_a_save_that_does_not_fit_is_not_begun(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
