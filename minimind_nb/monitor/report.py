@@ -13,7 +13,14 @@ from ..storage import verified
 from ..storage.runs import RunFolder
 from .facts import Table, shorten
 from .metrics import History, Row, find_metrics
-from .progress import STATUS_WORDS, duration, loss_text, outcome, position
+from .progress import (
+    STATUS_WORDS,
+    duration,
+    failed_saves,
+    loss_text,
+    outcome,
+    position,
+)
 
 if TYPE_CHECKING:
     from .plots import Chart
@@ -263,6 +270,8 @@ def result_facts(history: History) -> dict[str, str]:
     events = history.select("event")
     if resumes := [f"{e['step']:,}" for e in events if e["event"] == "resume"]:
         facts["resumed at step"] = ", ".join(resumes)
+    if failed := failed_saves(history):
+        facts["last of the saves that failed"] = failed[-1]
     if history.damaged_lines:
         facts["damaged lines in metrics.jsonl"] = f"{history.damaged_lines:,}"
     return facts

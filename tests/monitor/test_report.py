@@ -3,8 +3,15 @@ import os
 
 import pytest
 
+from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.monitor.plots import Chart
-from minimind_nb.monitor.report import Run, runs, save_chart, write_summary
+from minimind_nb.monitor.report import (
+    Run,
+    result_facts,
+    runs,
+    save_chart,
+    write_summary,
+)
 
 SETTINGS = {"stage": "pretrain", "hidden_size": 64, "preset": None}
 CONFIG = {"settings": SETTINGS, "explicit": ["hidden_size"]}
@@ -30,6 +37,14 @@ def test_a_run_opens_by_its_folder(run, add_rows):
     )
     add_rows(run.history, 4, loss=1.0)
     assert again.history.column("train", "loss") == [5.0, 4.0, 3.0, 1.0]
+
+
+def test_a_save_that_failed_is_in_the_summary(run):
+    assert "failed" not in str(result_facts(run.history))
+    with MetricsLog(run.history.path) as log:
+        log.append("event", event="save_failed", step=3, error="the disk is full")
+    told = "saving at step 3 failed: the disk is full"
+    assert result_facts(run.history)["last of the saves that failed"] == told
 
 
 def test_a_run_without_a_row_yet_is_a_run(run):
