@@ -58,16 +58,18 @@ class Session:
             return KAGGLE_SESSION_HOURS - KAGGLE_MARGIN_HOURS
         return max_session_hours
 
-    def seconds_left(self, max_session_hours: float | None) -> float | None:
+    def seconds_left(
+        self, max_session_hours: float | None, call_seconds: float = 0.0
+    ) -> float | None:
         """Seconds until the session ends, or None where nothing ends it.
 
         On Kaggle and Colab the clock started with the kernel; elsewhere a session is
-        one call of `train`, so it starts now.
+        one call of `train`, which began `call_seconds` ago.
         """
         hours = self.hours(max_session_hours)
         if hours is None:
             return None
-        age = 0.0 if self.kind == "plain" else process_age_seconds()
+        age = call_seconds if self.kind == "plain" else process_age_seconds()
         return hours * 3600 - age
 
 

@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +36,7 @@ _MOST_SECONDS = 1.0  # for a conversation of few messages
 _MESSAGES = 50  # from so many on it takes longer
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _ANSWERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_MOST_BYTES = 1 << 27  # of memory, for one rendering
 _MOST = 1_000_000  # a number in a template
 _WIDE = re.compile(r"[%:<>^]0?\d{5,}")  # in what formats a number
 
@@ -182,15 +185,22 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text, and if asked for, where the template says that answers lie."""
         try:
-            texts, spans = self._render_template(
-                [messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=answers,
-                add_generation_prompt=prompt,
-                **self._names,
-            )
+            with _limited_memory():
+                texts, spans = self._render_template(
+                    [messages],
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=answers,
+                    add_generation_prompt=prompt,
+                    **self._names,
+                )
         except (ImportError, TimeoutError):
             raise
+        except MemoryError:
+            raise Fault(
+                "chat_template",
+                "the tokenizer's chat template takes all memory that it is given "
+                f"({_MOST_BYTES >> 20} MiB): give the tokenizer another template",
+            ) from None
         except Exception as error:  # a template may fail in any way that Python does
             raise Fault(
                 "chat_template", f"the tokenizer's chat template fails: {error}"
@@ -203,8 +213,8 @@ def limited_time() -> Iterator[Callable[[int], object]]:
     """Give a function that starts the time allowed for so many messages (again).
 
     Templates that mark no answers are rendered for each of them, so that the time grows
-    with the square of the messages. Where it is over, `TimeoutError` is raised, but on the main thread only, where alone
-    that can be told.
+    with the square of the messages. Where it is over, `TimeoutError` is raised, but on
+    the main thread only, where alone that can be told.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda messages: None
@@ -225,10 +235,34 @@ def limited_time() -> Iterator[Callable[[int], object]]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let the block take no more than so many bytes; on the main thread of Linux.
+
+    What two threads did to the one limit of a process could not be undone in order.
+    """
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or not sys.platform.startswith("linux"):
+        yield
+        return
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", "rb") as file:
+        pages = int(file.read().split()[0])
+    most = pages * resource.getpagesize() + _MOST_BYTES
+    if before != resource.RLIM_INFINITY:
+        most = min(most, before)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+
+
 def _refuse_bombs(template: str) -> None:
     """Raise `ValueError` for arithmetic by which some characters become gigabytes.
 
-    It is one call into C, which no limit of time interrupts.
+    It is one call into C, which no limit of time interrupts. What this does not see ends
+    at the limit of memory.
     """
     import jinja2
     from jinja2 import nodes

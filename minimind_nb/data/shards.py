@@ -33,6 +33,8 @@ from .tokenizer import TokenizerSpec
 CHUNK_BYTES = 2 << 20
 # Below this a pool of helpers costs more than it saves: two start in 0.9 s of processor
 # time, and one process alone tokenises 16 MB in 2.1 s.
+_CACHE_SHARE = 0.9  # of the bytes of a JSONL file; 0.68 of texts, 0.89 of chats
+_GZIP_RATIO = 3
 _ALONE_BYTES = 16 << 20
 _REPORT_SECONDS = 5.0
 _REJECTED = "rejected.jsonl"
@@ -230,6 +232,12 @@ def token_type(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+def estimate_bytes(file: Path) -> int:
+    """What the token cache of a JSONL file takes on the disk, about."""
+    unpacked = _GZIP_RATIO if file.suffix == ".gz" else 1
+    return int(file.stat().st_size * unpacked * _CACHE_SHARE)
+
+
 def _content_hash(raw: bytes) -> bytes:
     return hashlib.blake2b(raw, digest_size=8).digest()
 
@@ -247,7 +255,7 @@ def _build(
     facts["record_format"] = source.record_format
     if before.st_size < _ALONE_BYTES and not source.path.endswith(".gz"):
         processes = 1
-    with verified.writing(folder, facts) as aside:
+    with verified.writing(folder, facts, estimate_bytes(Path(source.path))) as aside:
         chunks = iter_chunks(source.path, CHUNK_BYTES)
         with contextlib.closing(_encode_chunks(source, chunks, processes)) as parts:
             facts |= _write_parts(parts, aside, tally, on_progress, before.st_size)

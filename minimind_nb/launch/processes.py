@@ -13,31 +13,30 @@ import io
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
+from types import ModuleType
 from typing import Any
 
-from ..session import die_with_parent, identify_process
+from ..session import die_with_parent
 from ..storage.runs import RunFolder
-from .stopping import SIGNALS, StopRequest
+from .leftovers import scratch_folder
+from .stopping import HEARD, Signals, StopRequest, heard_signals, on_main_thread
 from .verdict import SESSION, Exit, RankRecord, judge
 
 POLL_SECONDS = 0.5
 MEETING_SECONDS = 60.0
 IMPORT_SECONDS = 300.0
 GRACE_SECONDS = 5.0
+_LONGEST_LOOK = 10 * POLL_SECONDS
 STACK_SECONDS = 1.0  # for ranks that hang to write down where
-_SCRATCH = "minimind_nb_"
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is lost once CUDA was touched
 
 
@@ -49,7 +48,8 @@ class Job:
     record, stop) and returns how it ended; `payload` is plain data. `environment` is
     set in each process before `target` is imported. `paths` are what each machine must
     see beside the folder. A rank that gets nowhere for `hang_timeout` seconds hangs;
-    `less_memory` says what to do where one runs out of memory.
+    `less_memory` says what to do where one runs out of memory. `lock` is the descriptor
+    of the folder's lock, which the ranks inherit: it is free when the last has left.
     """
 
     target: str
@@ -60,6 +60,7 @@ class Job:
     paths: Sequence[str] = ()
     hang_timeout: float = math.inf
     less_memory: str = ""
+    lock: int | None = None
 
     def run(self, rank: int, record: RankRecord, stop: StopRequest) -> None:
         """Do the part of one rank in this process, and record how it ended."""
@@ -77,14 +78,20 @@ class Job:
 def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
     """Run a job to its end and return how it ended, calling `on_poll` twice a second.
 
-    An interrupt or SIGTERM of this process is passed on, and the ranks stop at the
-    end of a step; a second one kills them and raises `KeyboardInterrupt`. Raises
-    `TrainingFailed` when a rank failed, died or hung.
+    An interrupt, SIGTERM or SIGHUP of this process is passed on, and the ranks stop at
+    the end of a step; a second interrupt kills them and raises `KeyboardInterrupt`.
+    Raises `TrainingFailed` when a rank failed, died or hung, and `RuntimeError` in a
+    process that may have no children.
     """
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError(
+            "this process is a daemon of multiprocessing, which may start none of its "
+            "own; train from the main process, or from one with daemon=False"
+        )
     for rank in range(job.num_processes):
         job.folder.record_file(rank).unlink(missing_ok=True)
     processes: list[BaseProcess] = []
-    with scratch_folder() as meeting, _relayed_signals() as signals:
+    with scratch_folder() as meeting, heard_signals() as signals:
         try:
             _start(job, f"{meeting}/store", processes)
             exits = _watch(job, processes, signals, on_poll)
@@ -93,75 +100,10 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.kill()
                 process.join()
                 process.close()
-    if signals.count > 1:
+    if signals.interrupts > 1:
         raise KeyboardInterrupt
-    asked = SIGNALS.get(signals.number, "")
+    asked = HEARD.get(signals.number, "")
     return judge(job.folder, exits, asked, less_memory=job.less_memory)
-
-
-@contextlib.contextmanager
-def scratch_folder(within: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """A temporary folder; those of processes of this machine that died go, too."""
-    if within is None:
-        for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*_*"):
-            pid = left.name.removeprefix(_SCRATCH).partition("_")[0]
-            if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(left, ignore_errors=True)
-    prefix = f"{_SCRATCH}{os.getpid()}_"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=within) as folder:
-        yield Path(folder)
-
-
-def end_orphans(folder: RunFolder) -> list[int]:
-    """End ranks of an earlier run here whose parent is gone, and return their pids.
-
-    A number alone proves nothing: the process, and that its parent is another one, are
-    told by when they started. Others are never touched.
-    """
-    ended = []
-    for file in folder.root.glob("rank*.json"):
-        record = RankRecord.read(file)
-        if not (record and record.process and record.parent):
-            continue
-        parent = int(record.parent.split("/")[1])
-        alive = identify_process(record.pid) == record.process
-        if alive and identify_process(parent) != record.parent:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(record.pid, signal.SIGKILL)
-                ended.append(record.pid)
-    end = time.monotonic() + GRACE_SECONDS
-    while any(map(identify_process, ended)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return ended
-
-
-class _Signals:
-    """Interrupts and SIGTERMs that came to this process while a job ran."""
-
-    number = 0
-    count = 0
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        self.number = self.number or number
-        self.count += 1
-
-
-@contextlib.contextmanager
-def _relayed_signals() -> Iterator[_Signals]:
-    """Count signals instead of raising, so that no line of ours is cut in two."""
-    signals = _Signals()
-    # Only the main thread may set handlers, and only it gets the signals.
-    numbers = SIGNALS if _on_main_thread() else ()
-    before = {number: signal.signal(number, signals.handle) for number in numbers}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
@@ -170,48 +112,65 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
     Without torch's wrapper, which leaves a file in the temporary folder for each rank
     that fails.
     """
-    # A kernel interrupt reaches the whole process group. A worker that still imports
-    # would die of it, so children inherit SIG_IGN until they can listen.
-    on_main = _on_main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if on_main else None
+    # An interrupt of the kernel, and a terminal that closes, reach the whole process
+    # group. A worker that still imports would die of it, so children inherit SIG_IGN.
+    numbers = (signal.SIGINT, signal.SIGHUP) if on_main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     job = dataclasses.replace(job, payload={**job.payload, "store": store})
+    lock = None if job.lock is None else _Inherited(job.lock)
+    # They need nothing of the main script, whose imports could take longer than a
+    # parent lives that nobody watches yet.
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         for rank in range(job.num_processes):
-            process = _SPAWN.Process(target=_enter, args=(rank, job, os.getpid()))
+            process = _SPAWN.Process(target=_enter, args=(rank, job, os.getpid(), lock))
             process.start()
             processes.append(process)
     finally:
-        if on_main:
-            signal.signal(signal.SIGINT, handler)
+        sys.modules["__main__"] = main
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Inherited:
+    """An open descriptor, under the same number in a process that is spawned with it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __reduce__(self) -> tuple[type[_Inherited], tuple[int]]:
+        spawning: Any = get_spawning_popen()
+        return _Inherited, (spawning.duplicate_for_child(self.descriptor),)
 
 
 def _watch(
     job: Job,
     processes: list[BaseProcess],
-    signals: _Signals,
+    signals: Signals,
     on_poll: Callable[[], None],
 ) -> list[Exit]:
     """Wait until all processes have left; end the rest when one failed or hung."""
     exits: dict[int, Exit] = {}
+    records: list[RankRecord | None] = [None for _ in processes]
     hearts = _Heartbeats(job.hang_timeout)
-    started = time.monotonic()
+    looked = time.time()
     give_up_at = math.inf
     reason = ""
     while len(exits) < len(processes):
         living = [p for rank, p in enumerate(processes) if rank not in exits]
         connection.wait([p.sentinel for p in living], timeout=POLL_SECONDS)
+        dead = {rank for rank, p in enumerate(processes) if not p.is_alive()}
+        for rank in dead - exits.keys():
+            exits[rank] = Exit(processes[rank].exitcode, looked, reason)
+        looked = time.time()
         on_poll()
-        for rank, process in enumerate(processes):
-            if rank not in exits and not process.is_alive():
-                exits[rank] = Exit(process.exitcode, time.time(), reason)
-        ranks = range(len(processes))
-        records = [RankRecord.read(job.folder.record_file(rank)) for rank in ranks]
+        records = _read_records(job.folder, records)
         _relay(signals, processes, records)
-        if signals.count > 1:
+        if signals.interrupts > 1:
             give_up_at, reason = 0.0, "a second interrupt"
         elif give_up_at == math.inf and _is_decided(records, exits):
             give_up_at = time.monotonic() + GRACE_SECONDS
-        elif give_up_at == math.inf and _is_stuck(records, time.monotonic() - started):
+        elif give_up_at == math.inf and _is_stuck(records, hearts.watched):
             give_up_at, reason = 0.0, "the ranks did not meet in time"
         elif give_up_at == math.inf and hearts.stand_still(records):
             reason = (
@@ -226,16 +185,32 @@ def _watch(
     return [exits[rank] for rank in range(len(processes))]
 
 
+def _read_records(
+    folder: RunFolder, before: Sequence[RankRecord | None]
+) -> list[RankRecord | None]:
+    """Each rank's word; where it cannot be read just now, the one before."""
+    files = [folder.record_file(rank) for rank in range(len(before))]
+    return [RankRecord.read(file) or b for file, b in zip(files, before, strict=True)]
+
+
 class _Heartbeats:
-    """Notices that a rank stands still, by a clock that no other one can mislead."""
+    """Notices that a rank stands still, by a clock that no other one can mislead.
+
+    `watched` are the seconds in which this process looked: where all were stopped, and
+    went on hours later, no rank stood still.
+    """
 
     def __init__(self, timeout: float) -> None:
+        self.watched = 0.0
+        self._looked = time.monotonic()
         self._timeout = timeout
         self._heard: dict[int, tuple[float, float]] = {}
 
     def stand_still(self, records: Sequence[RankRecord | None]) -> bool:
         """Whether the record of some rank that trains is as it was for too long."""
         now = time.monotonic()
+        self.watched += min(now - self._looked, _LONGEST_LOOK)
+        self._looked, now = now, self.watched
         for rank, record in enumerate(records):
             if not record or record.status != "running" or record.phase != "training":
                 self._heard.pop(rank, None)
@@ -248,19 +223,21 @@ def _ask_for_stacks(living: Sequence[BaseProcess]) -> None:
     """Have ranks write where they are into their logs; one that is stopped cannot."""
     for process in living:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid or 0, signal.SIGUSR1)
+            assert process.pid
+            os.kill(process.pid, signal.SIGUSR1)
 
 
 def _relay(
-    signals: _Signals,
+    signals: Signals,
     processes: list[BaseProcess],
     records: Sequence[RankRecord | None],
 ) -> None:
     """Pass a signal on, at every poll again, to the ranks that listen by now."""
+    number = signal.SIGTERM if signals.number == signal.SIGHUP else signals.number
     for process, record in zip(processes, records, strict=True):
-        if signals.number and record and process.is_alive() and process.pid:
+        if number and record and process.is_alive() and process.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signals.number)
+                os.kill(process.pid, number)
 
 
 def _is_decided(
@@ -282,7 +259,7 @@ def _is_stuck(records: Sequence[RankRecord | None], waited: float) -> bool:
     return bool(meeting) and time.time() - max(meeting) > MEETING_SECONDS
 
 
-def _enter(rank: int, job: Job, parent_pid: int) -> None:
+def _enter(rank: int, job: Job, parent_pid: int, _lock: _Inherited | None) -> None:
     """The first lines of every worker process."""
     die_with_parent(parent_pid)
     if os.getppid() != parent_pid:
@@ -309,7 +286,8 @@ def _redirect_output(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.close(descriptor)
+    if descriptor not in (1, 2):  # it is one of them where these were closed
+        os.close(descriptor)
     sys.stdout = io.TextIOWrapper(
         _Log(1, "w", closefd=False), "utf-8", line_buffering=True
     )

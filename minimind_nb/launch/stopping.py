@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 STOP_REASONS = ("terminated", "interrupted", "time_budget")
 SIGNALS: dict[int, str] = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+"""What a rank listens to."""
+HEARD: dict[int, str] = {**SIGNALS, signal.SIGHUP: "terminated"}
+"""What a parent passes on: a terminal that closes, too."""
 
 
 class StopRequest:
@@ -30,6 +36,41 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or SIGNALS[number]
+
+
+class Signals:
+    """The first signal that came to this process while a job ran, and the interrupts.
+
+    A SIGTERM may well come twice for one wish: `timeout` sends it to the process and
+    to its group.
+    """
+
+    number = 0
+    interrupts = 0
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        self.number = self.number or number
+        self.interrupts += number == signal.SIGINT
+
+
+@contextlib.contextmanager
+def heard_signals() -> Iterator[Signals]:
+    """Count signals instead of raising, so that no line of ours is cut in two."""
+    signals = Signals()
+    # Only the main thread may set handlers, and only it gets the signals.
+    numbers = [*HEARD] if on_main_thread() else []
+    if numbers and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def count_ballots(sums: list[float]) -> str | None:

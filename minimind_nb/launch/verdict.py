@@ -6,10 +6,12 @@ success, so exit codes are read only for ranks that left without a word.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ from typing import Any
 
 from ..session import identify_process
 from ..storage.runs import RunFolder
-from ..storage.verified import is_full_disk
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 _LOG_TAIL_LINES = 15
@@ -29,12 +30,14 @@ _STACK = "Stack (most recent call first):"  # what faulthandler writes before on
 _STACK_LINES = 8
 SESSION = "--- pid "
 """What each session of a rank begins its log with."""
-WAITING = "launch/distributed.py"
-"""In the stack of a rank that waits for the others: it is in `launch.distributed`."""
+WAITING = ("launch/distributed.py", "in norm_and_slots")
+"""In the stack of a rank that waits for the others: it is in `launch.distributed`, or,
+on CUDA, where the host first needs what a sum gives."""
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "Something outside killed it; when nobody did, the machine ran out "
     "of memory.",
-    signal.SIGBUS: "/dev/shm or the disk is full: make room and start again.",
+    signal.SIGBUS: "/dev/shm or the disk is full: make room and start again; or a file "
+    "that was being read, such as the token cache, was cut: `minimind-nb verify` tells.",
     signal.SIGSEGV: "A native library crashed; its stack is in the log.",
     signal.SIGABRT: "A native library gave up; its message is in the log.",
 }
@@ -79,7 +82,7 @@ class RankRecord:
     traceback: str = ""
 
     def update(self, **changes: Any) -> None:
-        """Set fields and write them down."""
+        """Set fields and write them down, as well as a full or failing disk lets it."""
         for name, value in changes.items():
             setattr(self, name, value)
         self.time = time.time()
@@ -89,15 +92,22 @@ class RankRecord:
             aside.write_bytes(self._encode())
             os.replace(aside, self.file)
         except OSError as error:
-            aside.unlink(missing_ok=True)
-            if not is_full_disk(error):
-                raise
-            self._overwrite()
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            try:
+                self._overwrite()
+            except OSError:
+                print(f"{self.file} cannot be written: {error}", file=sys.stderr)
 
     def beat(self) -> None:
         """Show that this rank gets on, between steps too; at most once a second."""
-        if time.time() - self.time >= _BEAT_SECONDS:
+        if abs(time.time() - self.time) >= _BEAT_SECONDS:
             self.update()
+
+    def is_orphan(self) -> bool:
+        """Whether the parent that this rank names is not there any more."""
+        _, number, _ = [*self.parent.split("/"), "", ""][:3]
+        return number.isdecimal() and identify_process(int(number)) != self.parent
 
     def fail(self, error: BaseException) -> None:
         """Record an exception, with its traceback, as the end of this rank."""
@@ -113,7 +123,7 @@ class RankRecord:
         return json.dumps(fields, ensure_ascii=False).encode().ljust(_RECORD_BYTES)
 
     def _overwrite(self) -> None:
-        """Write into the file's own bytes, which a full disk still has."""
+        """Write into the file's own bytes, which most full disks still have."""
         while len(self._encode()) > _RECORD_BYTES:
             self.traceback = self.traceback[len(self.traceback) // 2 + 1 :]
             self.error = self.error[: max(_SHORT_ERROR, len(self.error) // 2)]
@@ -126,16 +136,19 @@ class RankRecord:
         """The record in a file, or None where none was written."""
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-            return cls(file=file, **fields)
+            record = cls(file=file, **fields)
         except (OSError, ValueError, TypeError):
             return None
+        kinds = ((record.parent, str), (record.pid, int), (record.process, str))
+        return record if all(isinstance(v, kind) for v, kind in kinds) else None
 
 
 @dataclass(frozen=True)
 class Exit:
     """How a process left: its exit code (negative: a signal), when, by whose will.
 
-    `reason` is the parent's, when the parent killed it.
+    `time` is when it was last seen alive, in seconds since 1970; `reason` is the
+    parent's, when the parent killed it.
     """
 
     code: int | None
@@ -179,17 +192,17 @@ def _first_failure(
 ) -> int:
     """The rank at the root: the earliest error, or an earlier or silent death.
 
-    Survivors of a dead peer record "connection closed" at almost the same moment as
-    the parent sees the death, so the silent one goes first within a second. Of ranks
-    that the parent ended because they hung, one that did not wait for the others.
+    Survivors of a dead peer record "connection closed" after the moment at which it was
+    last seen alive. Of ranks that the parent ended because they hung, one that did not
+    wait for the others.
     """
     moments = []
     for rank, (record, end) in enumerate(zip(records, exits, strict=True)):
         if record and record.status == "failed":
             moments.append((record.time, rank))
         elif not (record and record.status in ENDINGS):
-            later = 1e9 * bool(end.reason) + 1e9 * (WAITING in stacks[rank])
-            moments.append((end.time - 1.0 + later, rank))
+            waits = any(place in stacks[rank] for place in WAITING)
+            moments.append((end.time + 1e9 * bool(end.reason) + 1e9 * waits, rank))
     return min(moments)[1] if moments else 0
 
 
@@ -204,7 +217,9 @@ def _explain(
     record = records[rank]
     hint = "No checkpoint was written yet: the same call starts anew."
     if folder.checkpoint_folders():
-        hint = "The last checkpoint is intact: the same call goes on from there."
+        hint = "The same call goes on from the newest checkpoint that verifies."
+    if not folder.root.exists():
+        hint = f"{folder.root} is gone: it was moved or deleted. Put it back to go on."
     where = "before its first step"
     if record and record.step:
         where = f"at step {record.step} of {record.total_steps}"

@@ -54,11 +54,11 @@ class View:
         self.update(history)
 
     def update(self, history: History) -> None:
-        self._tell_failed_saves(history)
+        self.attempt(self._tell_failed_saves, history)
         self.attempt(self._update, history)
 
     def finish(self, history: History, status: str) -> None:
-        self._tell_failed_saves(history)
+        self.attempt(self._tell_failed_saves, history)
         self.attempt(self._finish, history, status)
 
     def note(self, text: str) -> None:

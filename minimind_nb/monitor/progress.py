@@ -92,7 +92,9 @@ def failed_saves(history: History) -> list[str]:
     """A line for each save that failed and was left to the next one."""
     events = history.select("event")
     failed = (row for row in events if row.get("event") == "save_failed")
-    return [f"saving at step {row['step']:,} failed: {row['error']}" for row in failed]
+    return [
+        f"saving at step {row['step']:,} failed: {row.get('error')}" for row in failed
+    ]
 
 
 def perplexity_text(loss: float) -> str:

@@ -106,10 +106,11 @@ class RunFolder:
         return "running" if self.is_locked() else "killed"
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[int]:
         """Hold the folder for one writer. Raises `RunLocked` at once, never waits.
 
-        The kernel frees the lock when its holder ends, however that happens.
+        Yields the descriptor. The kernel frees the lock when its holder, and all that
+        inherited the descriptor, have ended, however that happens.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with self.lock_file.open("a+", encoding="utf-8", errors="replace") as file:
@@ -124,7 +125,7 @@ class RunFolder:
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}\n")
             file.flush()
-            yield
+            yield file.fileno()
 
     def is_locked(self) -> bool:
         """Whether a living process holds the lock."""
@@ -151,7 +152,7 @@ class RunFolder:
         silently start again, the next time neither.
         """
         damaged: dict[Path, str] = {}
-        found = _first_good(self.checkpoint_folders(), damaged)
+        found = self._first_good(self.checkpoint_folders(), damaged)
         if found is None and damaged:
             lines = [f"\n  {folder.name}: {damaged[folder]}" for folder in damaged]
             raise NoGoodCheckpoint(
@@ -167,7 +168,42 @@ class RunFolder:
 
     def best_checkpoint(self) -> Checkpoint | None:
         """The good checkpoint of lowest validation loss, or None."""
-        return _first_good(sorted(self.checkpoint_folders(), key=_manifest_loss), {})
+        folders = sorted(self.checkpoint_folders(), key=_manifest_loss)
+        return self._first_good(folders, {})
+
+    def check(self, folder: Path) -> Checkpoint:
+        """A checkpoint folder of this run that verifies.
+
+        Raises `DamagedFolder` where it does not, or is of another step or run.
+        """
+        facts = verified.verify(folder)
+        step = facts.get("step")
+        if not isinstance(step, int) or self.checkpoint_folder(step) != folder:
+            raise verified.DamagedFolder(
+                f"it holds step {step!r}, not what it is named"
+            )
+        own = self._run_id()
+        if own and facts.get("run", own) != own:
+            raise verified.DamagedFolder("it is of another run")
+        return Checkpoint(folder, facts)
+
+    def _run_id(self) -> str | None:
+        try:
+            return self.read_config().get("run")
+        except (OSError, ValueError):
+            return None
+
+    def _first_good(
+        self, folders: list[Path], damaged: dict[Path, str]
+    ) -> Checkpoint | None:
+        """The first that is good; what is wrong with those before goes into `damaged`."""
+        for folder in folders:
+            try:
+                return self.check(folder)
+            except verified.DamagedFolder as damage:
+                damaged[folder] = str(damage)
+                print(f"Checkpoint {folder} is not used: {damage}")
+        return None
 
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest and the best one.
@@ -189,17 +225,6 @@ class RunFolder:
         """Rename the run folder to `{name}.old{n}`; nothing is deleted."""
         names = (f"{self.root.name}.old{n}" for n in itertools.count(1))
         return self.root.rename(verified.first_free(self.root, names))
-
-
-def _first_good(folders: list[Path], damaged: dict[Path, str]) -> Checkpoint | None:
-    """The first that verifies; how those before it are damaged goes into `damaged`."""
-    for folder in folders:
-        try:
-            return Checkpoint(folder, verified.verify(folder))
-        except verified.DamagedFolder as damage:
-            damaged[folder] = str(damage)
-            print(f"Checkpoint {folder} is damaged and not used: {damage}")
-    return None
 
 
 def _try_lock(file: IO[Any], kind: int, attempts: int) -> bool:

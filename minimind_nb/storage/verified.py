@@ -199,6 +199,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"format {manifest.get('format')} is not the format {FORMAT} known here; "
             "it needs another version of minimind_nb"
         )
+    kinds = {"facts": dict, "files": dict, "name": str}
+    if wrong := [
+        k for k, kind in kinds.items() if not isinstance(manifest.get(k), kind)
+    ]:
+        raise DamagedFolder(f"{MANIFEST} has no {', '.join(wrong)}")
     return manifest
 
 

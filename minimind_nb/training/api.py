@@ -5,6 +5,7 @@ Under torchrun the processes are there: each makes the call and works in place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,13 +22,14 @@ from ..data.corpus import Corpus, detect_format
 from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
-from ..launch.processes import Job, run_processes, scratch_folder
+from ..launch.leftovers import scratch_folder
+from ..launch.processes import Job, run_processes
 from ..launch.scripts import refuse_unguarded_script
 from ..launch.torchrun import Meeting, find_meeting
 from ..launch.verdict import TrainingFailed
 from ..model.interop import find_weights
 from ..monitor.facts import Facts
-from ..monitor.live import choose_view
+from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
 from ..monitor.report import Run, save_chart, write_summary
 from ..monitor.tracking import track
@@ -82,22 +84,35 @@ def _train(
 ) -> str:
     """Train, and return the run folder."""
     shown = track(choose_view(view), cfg)
-    prepared = prepare(cfg, shown.note)
+    with contextlib.ExitStack() as held:
+        prepared = prepare(cfg, shown.note, held)
+        return _run(prepared, shown, meeting)
+
+
+def _run(prepared: Prepared, shown: View, meeting: Meeting | None) -> str:
+    """Train what is prepared, while its lock is held, and return the run folder."""
     run = Run(prepared.folder.root)
+    history = run.history
+
+    def show() -> None:
+        with contextlib.suppress(OSError):  # the metrics may be there at the next look
+            history.refresh()
+        shown.update(history)
+
     if prepared.complete:
-        shown.start(run.history)
+        shown.start(history)
         limit = prepared.cfg.max_steps or math.inf
         further = "max_steps" if limit <= prepared.total_steps else "epochs"
         shown.note(f"{run.folder} is finished; raise {further} to train longer")
-        shown.finish(run.history, run.status)
+        shown.finish(history, run.status)
         return str(run.folder)
-    shown.start(run.history, {"total_steps": prepared.total_steps})
+    shown.start(history, {"total_steps": prepared.total_steps})
     status = "failed"
     try:
         status = _launch(
             functools.partial(training_job, prepared),
             prepared.cfg.device,
-            lambda: shown.update(run.history),
+            show,
             shown.note,
             meeting,
         )
@@ -105,7 +120,8 @@ def _train(
         status = "interrupted"
         raise
     finally:
-        shown.finish(run.history, status)
+        show()
+        shown.finish(history, status)
         shown.attempt(save_chart, run)
         shown.attempt(write_summary, run, status, prepared.weights_file)
     return str(run.folder)
@@ -218,7 +234,8 @@ def _launch(
 
 def training_job(prepared: Prepared, environment: Mapping[str, str]) -> Job:
     """What the workers of a prepared run get."""
-    left = current_session().seconds_left(prepared.cfg.max_session_hours)
+    age = time.monotonic() - prepared.began
+    left = current_session().seconds_left(prepared.cfg.max_session_hours, age)
     checkpoint = prepared.checkpoint
     return _job(
         "run",
@@ -233,6 +250,8 @@ def training_job(prepared: Prepared, environment: Mapping[str, str]) -> Job:
         checkpoint=str(checkpoint.folder) if checkpoint else None,
         # The monotonic clock of Linux is one for all processes.
         deadline=None if left is None else time.monotonic() + left,
+        lock=prepared.lock,
+        less_memory=smaller_batch(prepared.cfg),
     )
 
 
@@ -244,6 +263,8 @@ def _job(
     environment: Mapping[str, str],
     *,
     initial: Path | None,
+    lock: int | None = None,
+    less_memory: str = "",
     **more: Any,
 ) -> Job:
     cfg = settled.cfg
@@ -267,5 +288,6 @@ def _job(
         environment={**threading, **environment},
         paths=[path for path in (*caches, payload["initial"]) if path],
         hang_timeout=cfg.hang_timeout_seconds,
-        less_memory=smaller_batch(cfg),
+        less_memory=less_memory,
+        lock=lock,
     )

@@ -28,7 +28,8 @@ def save_checkpoint(t: Trainer) -> Path:
     """Write a checkpoint of the state after `t.progress.step` steps, and verify it.
 
     fp32 weights (tied ones once), AdamW's moments by parameter name, and the rest as
-    JSON. An intact checkpoint of this step is left as it is. Raises `OSError`.
+    JSON. An intact checkpoint of this step is left as it is, a damaged one set aside.
+    Raises `OSError`, or `DamagedFolder` where it is not what was written.
     """
     target = t.folder.checkpoint_folder(t.progress.step)
     if not target.exists():
@@ -39,6 +40,7 @@ def save_checkpoint(t: Trainer) -> Path:
         }
         text = json.dumps(state, indent=2, ensure_ascii=False)
         facts = {"step": t.progress.step, "val_loss": t.progress.val_loss}
+        facts |= {"run": t.config["run"]}
         weights = {name: p.detach() for name, p in t.model.named_parameters()}
         kept = moments(t.optimizer, t.model)
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
@@ -46,7 +48,11 @@ def save_checkpoint(t: Trainer) -> Path:
             save_file(weights, aside / WEIGHTS)
             save_file(kept, aside / OPTIMIZER)
             (aside / STATE).write_text(text, encoding="utf-8")
-    verified.verify(target)
+    try:
+        verified.verify(target)
+    except verified.DamagedFolder as damage:
+        verified.set_aside(target, str(damage))
+        raise
     return target
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ..config import TrainConfig, count_parameters
 from ..data.demo import DEMO
+from ..data.shards import estimate_bytes
 from ..storage.runs import RunFolder
 
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 _EXPORT_BYTES = 2
-_CACHE_SHARE = 0.9  # of the bytes of a JSONL file; 0.68 of texts, 0.89 of chats
 
 
 def check_writable(out_dir: Path) -> None:
@@ -36,16 +36,19 @@ def check_room(cfg: TrainConfig, cache: Path) -> None:
     kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
     assert cfg.run_name
     run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    if run.status() == "finished" and cfg.resume is not False:
+        return  # perhaps nothing is left to do, and a save asks for itself
     there = 0 if cfg.resume is False else len(run.checkpoint_folders())
     missing = max(1, kept - there)
     needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
     words = (
-        f"{missing} checkpoints of {parameters / 1e6:.0f} M parameters and the weights"
+        f"{missing} checkpoint{'s' * (missing > 1)} of {parameters / 1e6:.1f} M "
+        "parameters and the weights"
     )
     tokens = 0
     cache.mkdir(parents=True, exist_ok=True)
     if not any(cache.iterdir()) and cfg.data_path != DEMO:
-        tokens = int(Path(cfg.data_path or "").stat().st_size * _CACHE_SHARE)
+        tokens = estimate_bytes(Path(cfg.data_path or ""))
     if cache.stat().st_dev == Path(cfg.out_dir).stat().st_dev:
         needed, tokens = needed + tokens, 0
     for place, bytes_needed, what in (
@@ -55,6 +58,6 @@ def check_room(cfg: TrainConfig, cache: Path) -> None:
         free = shutil.disk_usage(place).free
         if bytes_needed > free:
             raise OSError(
-                f"{place} has {free / 2**30:.1f} GiB free; {what} need "
-                f"{bytes_needed / 2**30:.1f} GiB. Make room, or choose another out_dir."
+                f"{place} has {free / 2**20:,.0f} MiB free; {what} need "
+                f"{bytes_needed / 2**20:,.0f} MiB. Make room there."
             )

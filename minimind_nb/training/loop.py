@@ -135,11 +135,13 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
 
 def validate(t: Trainer) -> None:
     """Measure the loss on held-out samples, where there are any; ask the prompts."""
+    began = time.monotonic()
     if t.validation is not None:
         scores = evaluate_rows(t, t.validation)
         t.progress.val_loss = scores["loss"]
         t.metrics.append("eval", **t.progress.position(), **scores)
     write_samples(t)
+    t.clock.add_validation(time.monotonic() - began)
 
 
 def save(t: Trainer, final: bool) -> None:

@@ -6,12 +6,15 @@ them have passed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import math
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,7 @@ from ..storage.runs import Checkpoint, RunFolder
 from .checkpoint import read_progress
 from .disk import check_room, check_writable
 from .initial import Initial, find_initial
-from .resuming import compare_hashes, meet_run
+from .resuming import compare_hashes, find_checkpoint, keep_origin, meet_run
 from .trainer import Progress
 
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
@@ -59,7 +62,8 @@ class Prepared:
 
     `config` is what config.json holds; `initial_file` the weights it begins, or began,
     from, None for new ones and where they are lost; `total_steps` its horizon;
-    `complete` tells that there is nothing left to do.
+    `complete` tells that there is nothing left to do; `began` is when the call began,
+    on the monotonic clock in seconds; `lock` the descriptor of the lock, if it is held.
     """
 
     settled: Settled
@@ -70,6 +74,8 @@ class Prepared:
     initial_file: Path | None
     total_steps: int
     complete: bool
+    began: float
+    lock: int | None
 
     @property
     def cfg(self) -> TrainConfig:
@@ -129,20 +135,24 @@ def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
     return corpus
 
 
-def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
+def prepare(
+    cfg: TrainConfig, on_note: _Note, held: contextlib.ExitStack | None = None
+) -> Prepared:
     """Settle a run, meet the one that is there, tokenise, and write config.json.
 
-    Raises the errors of `settle`, `OSError` for a folder that cannot be written or a
+    The run folder's lock goes into `held`, to be kept as long as the run lasts; without
+    it, it is free again at the end. Raises the errors of `settle`, `OSError` for a folder that cannot be written or a
     disk too small, `RunLocked`, `NoGoodCheckpoint`, and `RuntimeError` for a run there
     that is a different one.
     """
+    began = time.monotonic()
     settled = settle(cfg, on_note)
     initial = settled.initial
     accumulation_asked = settled.cfg.accumulation_steps
     check_writable(Path(settled.cfg.out_dir))
-    check_room(settled.cfg, settled.cache_root)
     folder, resolved = meet_run(settled.cfg, on_note)
     settled = dataclasses.replace(settled, cfg=resolved)
+    check_room(resolved, settled.cache_root)
     corpus = open_corpus(settled, on_note)
     config = _describe(cfg, settled, corpus)
     config["accumulation_asked"] = accumulation_asked
@@ -153,26 +163,24 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
             f"init_from={str(file)!r} is the file that this run would write its own "
             "weights to; rename it, or take another out_dir"
         )
-    with folder.lock():
+    with contextlib.ExitStack() as here:
+        kept_by = here if held is None else held
+        lock = kept_by.enter_context(folder.lock())
         checkpoint = None
         if folder.exists() and resolved.resume is False:
             inside = file and os.path.relpath(file, folder.root)
             kept = folder.move_aside()
             on_note(f"the earlier run is kept as {kept}")
+            lock = kept_by.enter_context(folder.lock())  # the other one went along
             if inside and not inside.startswith(os.pardir):
                 file = kept / inside  # the weights to begin from were its own
         elif folder.exists():
             compare_hashes(folder, config, resolved, on_note)
-            checkpoint = folder.newest_good_checkpoint(repair=True)
+            checkpoint = find_checkpoint(folder)
         if not checkpoint:
             _spare(weights_file, on_note)
-        else:
-            before = folder.read_config()
-            config["settings"]["init_from"] = before["settings"].get("init_from")
-            if config["hashes"]["initial"] != before["hashes"].get("initial"):
-                file = None  # other weights, which this run has nothing to do with
-            config["hashes"]["initial"] = before["hashes"].get("initial")
-            config["began_from"] = before.get("began_from")
+        elif not keep_origin(config, folder.read_config()):
+            file = None  # other weights, which this run has nothing to do with
         done = checkpoint.step if checkpoint else 0
         total_steps = _total_steps(corpus, resolved, checkpoint)
         complete = folder.status() == "finished" and done >= total_steps
@@ -186,7 +194,16 @@ def prepare(cfg: TrainConfig, on_note: _Note) -> Prepared:
             write_tokenizer(settled.tokenizer, folder.tokenizer)
             folder.write_config(config)
     return Prepared(
-        settled, folder, corpus, checkpoint, config, file, total_steps, complete
+        settled=settled,
+        folder=folder,
+        corpus=corpus,
+        checkpoint=checkpoint,
+        config=config,
+        initial_file=file,
+        total_steps=total_steps,
+        complete=complete,
+        began=began,
+        lock=None if held is None else lock,
     )
 
 
@@ -203,6 +220,7 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
     """What config.json holds of a run that is settled, `cfg` being what was asked."""
     initial = settled.initial
     return {
+        "run": uuid.uuid4().hex,
         "settings": dataclasses.asdict(settled.cfg),
         "explicit": sorted(cfg.explicit()),
         "hashes": {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from ..config import CHANGEABLE_ON_RESUME, TrainConfig
-from ..launch.processes import end_orphans
+from ..launch.leftovers import end_orphans
+from ..monitor.metrics import History
 from ..storage import verified
-from ..storage.runs import RunFolder
+from ..storage.runs import Checkpoint, NoGoodCheckpoint, RunFolder
 
 _Note = Callable[[str], None]
 
@@ -21,8 +22,10 @@ def meet_run(cfg: TrainConfig, on_note: _Note) -> tuple[RunFolder, TrainConfig]:
 
     A copy is made once: where the run folder is there already and stands at least as
     far, it goes on. Where a run goes on, the configuration comes back as
-    `compare_settings` returns it. What a killed run left running is ended. Raises `FileNotFoundError` where the path is no run,
-    `FileExistsError` where another run is in the way.
+    `compare_settings` returns it. What a killed run left running is ended.
+
+    Raises `FileNotFoundError` where the path is no run, `FileExistsError` where another
+    run is in the way, `ValueError` where its configuration is none.
     """
     assert cfg.run_name
     folder = source = RunFolder(Path(cfg.out_dir) / cfg.run_name)
@@ -74,8 +77,7 @@ def compare_settings(
     """
     config = folder.read_config()
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    settings = {k: v for k, v in config["settings"].items() if k in known}
-    before = TrainConfig(**settings)
+    before = _read_settings(folder, config, known)
     allowed = CHANGEABLE_ON_RESUME | set(cfg.allow_change)
     if before.num_processes != cfg.num_processes:
         cfg = _keep_global_batch(before, cfg, on_note)
@@ -92,6 +94,25 @@ def compare_settings(
         names = [line.partition(":")[0] for line in differences]
         raise _other_run(folder, differences, names)
     return cfg
+
+
+def _read_settings(
+    folder: RunFolder, config: Mapping[str, Any], known: Set[str]
+) -> TrainConfig:
+    """The configuration of a run that is there, of which nothing is open."""
+    settings = {k: v for k, v in config.get("settings", {}).items() if k in known}
+    hashes = config.get("hashes")
+    try:
+        before = TrainConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder.config_file}: {error}") from None
+    batch = (before.batch_size, before.accumulation_steps, before.num_processes)
+    if None in batch or not isinstance(hashes, dict):
+        raise ValueError(
+            f"{folder.config_file} lacks settings or hashes of the run; put the file "
+            "back as it was, or start anew with resume=False"
+        )
+    return before
 
 
 def compare_hashes(
@@ -122,8 +143,48 @@ def compare_hashes(
             "not those it began from; resume=False begins from them"
         )
     if changed := [name for name in changed if name not in cfg.allow_change]:
-        differences = [f"the content of {name} is another" for name in changed]
+        there, now = before["hashes"], config["hashes"]
+        differences = [
+            f"the content of {name}: {_short(there.get(key))} there, {_short(now[key])} now"
+            for key, name in settings.items()
+            if name in changed
+        ]
         raise _other_run(folder, differences, changed)
+
+
+def find_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """The newest good checkpoint, or None where none was ever written.
+
+    Raises `NoGoodCheckpoint`: a run must not silently start again.
+    """
+    if found := folder.newest_good_checkpoint(repair=True):
+        return found
+    events = History(folder.metrics_file).select("event")
+    saved = [row["step"] for row in events if row.get("event") == "save"]
+    if not saved:
+        return None
+    raise NoGoodCheckpoint(
+        f"{folder.metrics_file} tells of a checkpoint at step {saved[-1]}, and there is "
+        f"none in {folder.checkpoints}. Put it back, or start anew with resume=False, "
+        "which keeps this folder under another name."
+    )
+
+
+def keep_origin(config: dict[str, Any], before: Mapping[str, Any]) -> bool:
+    """Where a run goes on, it is the run it was; whether from the weights at hand."""
+    config["run"] = before.get("run", config["run"])
+    config["settings"]["init_from"] = before["settings"].get("init_from")
+    config["began_from"] = before.get("began_from")
+    own = before["hashes"].get("initial")
+    same = config["hashes"]["initial"] == own
+    config["hashes"]["initial"] = own
+    return same
+
+
+def _short(digest: object) -> str:
+    """The first digits of a hash, behind the name of what it is of."""
+    kind, dash, digits = str(digest).rpartition("-")
+    return f"{kind}{dash}{digits[:12]}"
 
 
 def _keep_global_batch(
@@ -133,15 +194,16 @@ def _keep_global_batch(
     rows = cfg.batch_size * cfg.num_processes
     if before.global_batch % rows:
         raise RuntimeError(
-            f"the run has a global batch of {before.global_batch} rows, which "
-            f"{cfg.num_processes} processes of batch_size={cfg.batch_size} cannot keep; "
+            f"the run has a global batch of {before.global_batch} rows, made by "
+            f"{before.num_processes}, which {cfg.num_processes} processes of batch_size={cfg.batch_size} cannot keep; "
             'set a batch_size that divides it, with allow_change=["batch_size"]'
         )
     steps = before.global_batch // rows
+    dropout = ", and dropout draws other numbers" if cfg.dropout else ""
     on_note(
         f"{cfg.num_processes} processes instead of {before.num_processes}: with "
-        f"accumulation_steps={steps} the samples of every step stay the same; the loss "
-        "does to rounding"
+        f"accumulation_steps={steps} the samples of every step stay the same; weights "
+        f"and loss are no longer equal to the last bit{dropout}"
     )
     return dataclasses.replace(cfg, accumulation_steps=steps)
 

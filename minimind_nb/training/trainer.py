@@ -35,14 +35,15 @@ _NAMED_LINES = 20
 class SessionClock:
     """Knows a deadline on the monotonic clock (None: there is none).
 
-    The margin is the 95th percentile of the step times plus two saves, so that the
-    last save fits in even when it is slow.
+    The margin is the 95th percentile of the step times plus the longest validation and
+    two saves, so that the last save fits in even when it is slow.
     """
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
         self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
         self._longest_save = 0.0
+        self._longest_validation = 0.0
 
     def add_step(self, seconds: float) -> None:
         """Remember how long a step took."""
@@ -52,12 +53,17 @@ class SessionClock:
         """Remember how long a save took."""
         self._longest_save = max(self._longest_save, seconds)
 
+    def add_validation(self, seconds: float) -> None:
+        """Remember how long a validation took, answers included."""
+        self._longest_validation = max(self._longest_validation, seconds)
+
     def margin_seconds(self) -> float:
-        """The time that one more step and the save after it may take."""
+        """The time that one more step, a validation and the save after may take."""
         slow = max(self._steps, default=0.0)
         if len(self._steps) > _PERCENTILES:
             slow = statistics.quantiles(self._steps, n=_PERCENTILES)[-1]
-        return slow + 2 * (self._longest_save or _FIRST_SAVE_SECONDS)
+        saves = 2 * (self._longest_save or _FIRST_SAVE_SECONDS)
+        return slow + self._longest_validation + saves
 
     def is_over(self) -> bool:
         """Whether another step could miss the deadline."""
@@ -178,9 +184,7 @@ class Trainer(Parts):
         except Exception as error:
             shares = self.stream.shares(self.progress.samples, self.stream.samples)
             if lines := self.stream.lines(itertools.chain(*shares)):
-                where = (
-                    f"step {self.progress.step + 1}, in which rank {self.group.rank}"
-                )
+                where = f"step {self.progress.step + 1}, where rank {self.group.rank}"
                 error.add_note(f"in {where} had {lines_text(lines)} of the data")
             raise
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .samples import choose_prompts
 from .stages import STAGES
 from .trainer import Parts, Progress, SessionClock, Trainer
 
-_PARENT_FIRST_SECONDS = 10.0
+_LONG_SECONDS = 7 * 24 * 3600.0
 
 
 def run(
@@ -41,35 +41,49 @@ def run(
 ) -> str:
     """Train as `payload` says, from wherever its checkpoint stands; how it ended.
 
-    Rank 0 holds the run folder's lock as long as it lives. Raises `MemoryError` naming
-    the batch and accumulation that keep the global batch in less memory.
+    Raises `MemoryError` naming the batch and accumulation that keep the global batch in
+    less memory.
     """
     cfg = TrainConfig(**payload["settings"])
-    lock = RunFolder(payload["folder"]).lock() if rank == 0 else nullcontext()
-    with lock:
-        group, device = _meet(rank, payload, cfg, record)
-        record.update(phase="training")
-        try:
-            trainer = build(payload, group, device, record, stop)
-            with trainer.metrics, trainer.blaming_data():
-                log_start(trainer, "resume" if payload["checkpoint"] else "start")
-                ending = prepare_reference(trainer, lambda: initial_model(payload))
-                ending = ending or fit(trainer)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(f"out of memory: {smaller_batch(cfg)}") from error
-        group.close()
+    group, device = _meet(rank, payload, cfg, record)
+    record.update(phase="training")
+    with _advising(smaller_batch(cfg)):
+        trainer = build(payload, group, device, record, stop)
+        with trainer.metrics, trainer.blaming_data():
+            log_start(trainer, "resume" if payload["checkpoint"] else "start")
+            ending = prepare_reference(trainer, lambda: initial_model(payload))
+            ending = ending or fit(trainer)
+    group.close()
     return ending
 
 
 def measure(
     rank: int, payload: Mapping[str, Any], record: RankRecord, stop: StopRequest
 ) -> str:
-    """Evaluate the weights of `payload` on all its documents, into `scores.json`."""
+    """Evaluate the weights of `payload` on all its documents, into `scores.json`.
+
+    Raises `MemoryError` naming what to lower.
+    """
     cfg = TrainConfig(**payload["settings"])
-    folder = RunFolder(payload["folder"])
     group, device = _meet(rank, payload, cfg, record)
+    lower = f"lower batch_size={cfg.batch_size} or max_seq_len={cfg.max_seq_len}"
+    with _advising(lower):
+        scores = _score(payload, cfg, group, device, record)
+    if rank == 0:
+        folder = RunFolder(payload["folder"])
+        write_text(folder.root / "scores.json", json.dumps(scores))
+    group.close()
+    return "finished"
+
+
+def _score(
+    payload: Mapping[str, Any],
+    cfg: TrainConfig,
+    group: Group,
+    device: torch.device,
+    record: RankRecord,
+) -> dict[str, float]:
+    folder = RunFolder(payload["folder"])
     model = initial_model(payload).eval()
     nn.Module.to(model, device)
     pad_id = read_tokenizer(folder.tokenizer).pad_id
@@ -79,11 +93,18 @@ def measure(
     stage, autocast = STAGES[cfg.stage], _autocast(cfg, device)
     record.update(phase="training")
     parts = Parts(cfg, stage, group, device, model, autocast, record)
-    scores = {**evaluate_rows(parts, rows), "documents": len(rows.documents)}
-    if rank == 0:
-        write_text(folder.root / "scores.json", json.dumps(scores))
-    group.close()
-    return "finished"
+    return {**evaluate_rows(parts, rows), "documents": len(rows.documents)}
+
+
+@contextlib.contextmanager
+def _advising(advice: str) -> Iterator[None]:
+    """Where memory runs out, raise `MemoryError` that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory: {advice}") from error
 
 
 def _meet(
@@ -97,8 +118,10 @@ def _meet(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     record.update(phase="meeting")
-    # The parent, which can say where each rank stood, is to notice first.
-    timeout = cfg.hang_timeout_seconds + _PARENT_FIRST_SECONDS
+    # Where a parent watches, it notices a hang, and can tell it from a machine that
+    # slept, which a collective cannot.
+    watched = "local_rank" not in payload
+    timeout = _LONG_SECONDS if watched else cfg.hang_timeout_seconds
     group = Group(rank, cfg.num_processes, payload["store"], cfg.device, timeout)
     group.meet(device)
     return group, device

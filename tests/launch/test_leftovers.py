@@ -1,5 +1,6 @@
 """What a killed parent left is found and ended; what is somebody else's never is."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_nb.launch.processes import end_orphans, scratch_folder
+from minimind_nb.launch.leftovers import end_orphans, scratch_folder
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.session import identify_process
 from minimind_nb.storage.runs import RunFolder
@@ -83,10 +84,28 @@ def test_temporary_folders_of_the_dead_go_and_of_the_living_stay(
     sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    kept = [f"minimind_nb_{sleeper.pid}_x", "minimind_nb_demo", "minimind_nb_1a_x"]
-    for name in (f"minimind_nb_{GONE}_x", *kept):
+    with scratch_folder() as folder:
+        here = "_".join(folder.name.split("_")[:3])
+    _, pid, started = identify_process(sleeper.pid).split("/")
+    kept = [
+        f"{here}_{pid}_{started}_x",
+        f"minimind_nb_0123456789ab_{GONE}_{started}_x",  # of another container
+        "minimind_nb_demo",
+        here,
+    ]
+    gone = [f"{here}_{GONE}_{started}_x", f"{here}_{pid}_1_x"]
+    for name in (*kept, *gone):
         (tmp_path / name).mkdir()
     with scratch_folder() as folder:
         found = {path.name for path in tmp_path.iterdir()}
         assert found == {*kept, folder.name}
     assert {path.name for path in tmp_path.iterdir()} == {*kept}
+
+
+@pytest.mark.fault("F110")
+@pytest.mark.parametrize("broken", [{"parent": 5}, {"parent": "x"}, {"pid": "1"}])
+def test_a_record_that_is_none_stops_nobody(broken: dict, tmp_path: Path) -> None:
+    folder = leave(tmp_path, 1, "a/1/2", "b/3/4")
+    file = folder.record_file(0)
+    file.write_text(json.dumps(json.loads(file.read_text()) | broken))
+    assert end_orphans(folder) == []

@@ -44,15 +44,19 @@ POINTS = {
     "answer": ("training.loop", "write_samples", "before"),
     "reference": ("training.reference", "answer_log_probabilities", "before"),
 }
-SAVING = list(POINTS)[4:12]
-VALIDATING = list(POINTS)[13:15]
+SAVING: list[str] = [
+    *("before_save", "half_a_file", "after_a_file", "before_manifest"),
+    *("before_rename", "after_rename", "prune", "weights_file"),
+]
+VALIDATING = ["validation", "answer"]
 
 
 @dataclass(frozen=True)
 class Fault:
     """What happens at a point on a rank once it has made `step` steps; only once.
 
-    `marker` is the file that says that it has happened.
+    At points after a function, the steps made before it count. `marker` is the file
+    that says that it has happened.
     """
 
     point: str
@@ -141,8 +145,14 @@ def _spoil_gradients(given: tuple[Any, ...]) -> None:
 
 
 def _skew_clock(_: Any) -> None:
-    real = time.time
-    time.time = lambda: real() + 3600
+    wall, steady = time.time, time.monotonic
+    time.time = lambda: wall() + 3600
+    time.monotonic = lambda: steady() + 3600
+
+
+def _stop_the_parent(_: Any) -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(1.5)  # it hears that at its next look
 
 
 def _fill_disk(given: tuple[Any, ...]) -> None:
@@ -179,7 +189,7 @@ _ACTIONS: dict[str, Callable[[Any], None]] = {
     "kill": _signal(signal.SIGKILL),
     "stop": _signal(signal.SIGSTOP),
     "sigterm": _signal(signal.SIGTERM),
-    "sigterm_to_parent": _signal(signal.SIGTERM, os.getppid),
+    "sigterm_to_parent": _stop_the_parent,
     "kill_parent": _signal(signal.SIGKILL, os.getppid),
     "hang": _hang,
     "sleep_deaf": _sleep_deaf,

@@ -103,7 +103,7 @@ def test_a_disk_too_small_is_refused_before_the_run(
         free = 1000
 
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
-    refuse(settings, OSError, "GiB free; 4 checkpoints of")
+    refuse(settings, OSError, "MiB free; 4 checkpoints of")
 
 
 @pytest.mark.fault("F28")
@@ -113,9 +113,11 @@ def test_a_disk_too_small_for_the_tokens_is_refused(
     class Usage:
         free = 1 << 40
 
-    monkeypatch.setattr(disk, "_CACHE_SHARE", 1e12)
+    monkeypatch.setattr(disk, "estimate_bytes", lambda _: 1 << 50)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
-    refuse(settings, OSError, "1024.0 GiB free; 4 checkpoints of .* need .* GiB. Make")
+    refuse(
+        settings, OSError, "1,048,576 MiB free; 4 checkpoints of .* need .* MiB. Make"
+    )
 
 
 def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
@@ -129,7 +131,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
         free = 1000
 
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(OSError, match="GiB free; 1 checkpoints of"):
+    with pytest.raises(OSError, match="MiB free; 1 checkpoint of"):
         prepare(TrainConfig(**settings), lambda _: None)
 
 

@@ -15,6 +15,7 @@ from minimind_nb.monitor.metrics import History
 
 pytestmark = pytest.mark.usefixtures("forked")
 
+TYPED = ("transformers", "vllm", "lm_eval", "python")
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
     "KAGGLE_USERNAME": "a_person_by_name",
@@ -57,6 +58,11 @@ def test_no_key_and_no_home_folder_gets_into_files_or_outputs(
         assert not [path for path, text in written.items() if secret.encode() in text]
     home_text = str(home).encode()
     assert not [path for path, text in written.items() if home_text in text]
+    # What is to be typed into a shell names folders in full, and nothing else does.
+    told = [line for line in said.getvalue().splitlines() if str(home) in line]
+    assert all(
+        line.lstrip().startswith(TYPED) or "exported" in line for line in told
+    ), told
 
 
 @pytest.mark.fault("S02")

@@ -1,0 +1,65 @@
+"""What processes that were killed left behind: other processes, temporary folders."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..session import identify_process
+from ..storage.runs import RunFolder
+from .verdict import RankRecord
+
+_GRACE_SECONDS = 5.0
+_SCRATCH = "minimind_nb_"
+
+
+@contextlib.contextmanager
+def scratch_folder(within: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """A temporary folder; those of processes that died here go, too.
+
+    Their names tell the boot and the container, since others may share the place, and
+    number and start of the process.
+    """
+    me = identify_process(os.getpid())
+    prefix = _SCRATCH
+    if me:  # else /proc tells of nobody
+        boot, pid, started = me.split("/")
+        place = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        prefix += f"{hashlib.sha256(place.encode()).hexdigest()[:12]}_"
+        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*_*_*"):
+            owner = left.name.removeprefix(prefix).split("_")[:2]
+            alive = owner[0].isdecimal() and identify_process(int(owner[0]))
+            if alive != "/".join([boot, *owner]):
+                shutil.rmtree(left, ignore_errors=True)
+        prefix += f"{pid}_{started}_"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=within) as folder:
+        yield Path(folder)
+
+
+def end_orphans(folder: RunFolder) -> list[int]:
+    """End ranks of an earlier run here whose parent is gone, and return their pids.
+
+    A number alone proves nothing: the process, and that its parent is another one, are
+    told by when they started. Others are never touched.
+    """
+    ended = []
+    for file in folder.root.glob("rank*.json"):
+        record = RankRecord.read(file)
+        if not record or not record.process:
+            continue
+        alive = identify_process(record.pid) == record.process
+        if alive and record.is_orphan():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGKILL)
+                ended.append(record.pid)
+    end = time.monotonic() + _GRACE_SECONDS
+    while any(map(identify_process, ended)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return ended
