@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
@@ -70,21 +71,29 @@ class Verdict(Table):
 def verify(run_dir: str | os.PathLike[str]) -> Verdict:
     """Check every byte that a run keeps against the manifests it was written with.
 
-    A row for each checkpoint, the newest first, for the reference of a preference run,
-    and for the token caches that it used: "intact", or how it is damaged. Changes
-    nothing, and may run beside a training. Raises `FileNotFoundError` for a folder that
-    is no run, naming the runs near it.
+    A row for each checkpoint, the newest first, those set aside too, for the reference
+    of a preference run, and for the token caches that it used: "intact", or how it is
+    damaged. Changes nothing, and may run beside a training. Raises `FileNotFoundError`
+    for a folder that is no run, naming the runs near it, `NotADirectoryError` for a
+    file.
     """
+    if Path(run_dir).is_file():
+        raise NotADirectoryError(f"{run_dir} is a file; name the folder of a run")
     run = Run(run_dir)
     files = RunFolder(run.folder)
-    rows = [["checkpoint", p.name, _state(p)] for p in files.checkpoint_folders()]
+    folders = files.checkpoint_folders()
+    rows = [["checkpoint", p.name, _state(p, files.check)] for p in folders]
     rows = rows or [["checkpoint", "", "none yet"]]
+    for aside in sorted(files.checkpoints.glob("*.corrupt*.txt")):
+        reason = aside.read_text(encoding="utf-8", errors="replace").strip()
+        rows.append(["checkpoint", aside.stem, f"was set aside: {reason}"])
     if files.reference.exists():
         rows.append(["reference", files.reference.name, _state(files.reference)])
-    hashes = run.config.get("hashes", {}) if files.exists() else {}
+    hashes = run.config.get("hashes") if files.exists() else {}
+    hashes = hashes if isinstance(hashes, dict) else {}
     root = current_session().cache_folder(files.root.absolute().parent)
     for name in dict.fromkeys(hashes.get(part) for part in ("data", "validation")):
-        if name:
+        if isinstance(name, str) and Path(name).name == name != "..":
             missing = "not here; it is made again from the data when it is needed"
             there = (root / name).exists()
             rows.append(
@@ -93,9 +102,9 @@ def verify(run_dir: str | os.PathLike[str]) -> Verdict:
     return Verdict(f"What lies in {files.root}", rows)
 
 
-def _state(folder: Path) -> str:
+def _state(folder: Path, check: Callable[[Path], object] = verified.verify) -> str:
     try:
-        verified.verify(folder)
+        check(folder)
     except verified.DamagedFolder as damage:
         return f"damaged: {damage}" if folder.exists() else "removed meanwhile"
     return _INTACT

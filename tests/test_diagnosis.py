@@ -3,6 +3,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.runs import tree
@@ -135,8 +136,8 @@ def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch)
     assert facts["training uses"] == "unknown until that is mended"
 
 
-def seal(folder: Path, **files: str) -> Path:
-    with verified.writing(folder, {}) as aside:
+def seal(folder: Path, facts: dict[str, Any] | None = None, **files: str) -> Path:
+    with verified.writing(folder, facts or {}) as aside:
         for name, text in files.items():
             (aside / name).write_text(text)
     return folder
@@ -148,8 +149,8 @@ def run(tmp_path) -> RunFolder:
     folder = RunFolder(tmp_path / "out" / "dpo_32")
     cache = {"data": "tokens-1", "validation": "tokens-1"}
     folder.write_config({"settings": {}, "hashes": cache | {"initial": None}})
-    for place in (folder.checkpoint_folder(2), folder.checkpoint_folder(4)):
-        seal(place, weights="1234")
+    for step in (2, 4):
+        seal(folder.checkpoint_folder(step), {"step": step}, weights="1234")
     seal(folder.reference, chosen="12")
     seal(tmp_path / "out" / "cache" / "tokens-1", tokens="123")
     return folder
@@ -184,6 +185,29 @@ def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     assert not verify(run.root).intact
     (run.checkpoint_folder(4) / "weights").write_text("1234")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.fault("F115")
+def test_checkpoints_set_aside_and_those_of_others_are_told(run):
+    verified.set_aside(run.checkpoint_folder(4), "it was dropped")
+    seal(run.checkpoint_folder(6), {"step": 6, "run": "other"}, weights="1")
+    run.write_config(run.read_config() | {"run": "own"})
+    assert [row[1:] for row in verify(run.root).rows[:3]] == [
+        ["step_00000006", "damaged: it is of another run"],
+        ["step_00000002", "intact"],
+        ["step_00000004.corrupt", "was set aside: it was dropped"],
+    ]
+
+
+@pytest.mark.parametrize("hashes", [["x"], {"data": 5}, {"data": ".."}, None])
+def test_a_spoiled_configuration_names_no_cache(hashes, run):
+    run.write_config(run.read_config() | {"hashes": hashes})
+    assert "token cache" not in {row[0] for row in verify(run.root).rows}
+
+
+def test_a_file_is_no_run(run):
+    with pytest.raises(NotADirectoryError, match="name the folder of a run"):
+        verify(run.config_file)
 
 
 @pytest.mark.fault("F24")

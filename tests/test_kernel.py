@@ -249,6 +249,24 @@ def test_one_kernel_trains_again_and_again_and_leaks_nothing(
     )
     status, outputs = run_cell(
         client,
+        "import json\n"
+        "def strike(number, of_rank_1=False):\n"
+        "    def view(history):\n"
+        "        if history.last('train') and not struck:\n"
+        "            file = history.path.with_name('rank1.json')\n"
+        "            pid = json.loads(file.read_text())['pid']\n"
+        "            struck.append(os.kill(pid if of_rank_1 else os.getpid(), number))\n"
+        "    struck = []\n"
+        "    return view\n"
+        f"cfg = mm.TrainConfig(**{ {**settings, 'run_name': 'f'}!r})\n"
+        "try: mm.train(cfg, view=strike(9, of_rank_1=True))\n"
+        "except mm.TrainingFailed as error: print(error.rank)\n"
+        "print(mm.train(cfg, view=strike(2)).status)\n",
+    )
+    assert status == "ok", outputs
+    assert "".join(one.get("text", "") for one in outputs).endswith("1\ninterrupted\n")
+    status, outputs = run_cell(
+        client,
         "third = train(run_name='e')\n"
         "after = state()\n"
         "print(second.status, third.status, after[0] - before[0], "

@@ -1,5 +1,8 @@
 """Spawned ranks: started, watched, judged, and none left behind."""
 
+import contextlib
+import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -144,6 +147,79 @@ def test_an_interrupt_of_the_parent_reaches_the_ranks(tmp_path: Path) -> None:
     job = make_job(tmp_path, 1, pause=0.4)
     assert run_processes(job, interrupt) == "interrupted"
     assert sent
+
+
+@pytest.mark.fault("F116")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_is_one_wish(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    sent: list[int] = []
+
+    def send() -> None:
+        record = RankRecord.read(tmp_path / "rank0.json")
+        if record and record.step >= 2 and len(sent) < 2:
+            sent.append(record.step)
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    job = make_job(tmp_path, 1, pause=0.4)
+    assert run_processes(job, send) == "terminated"
+    assert len(sent) == 2
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.fault("F117")
+def test_ranks_that_slept_with_their_parent_did_not_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now)
+    hearts = processes._Heartbeats(60.0)
+    same = [record()]
+    assert not hearts.stand_still(same)
+    now += 9999.0
+    assert not hearts.stand_still(same), "nobody looked"
+    found = []
+    for _ in range(120):
+        now += 0.5
+        found.append(hearts.stand_still(same))
+    assert found.index(True) == 110, "after 60 s, of which 5 had passed asleep"
+
+
+@pytest.mark.fault("F118")
+def test_a_slow_display_blames_nobody_else(tmp_path: Path) -> None:
+    """The survivor's broken connection is noticed before the parent looks again."""
+    job = make_job(tmp_path, 2, action="kill", ranks=[1], pause=0.5)
+    with pytest.raises(TrainingFailed, match="^rank 1 was killed by SIGKILL"):
+        run_processes(job, lambda: time.sleep(3.0))
+
+
+@pytest.mark.fault("F58")
+def test_the_lock_is_free_when_the_last_rank_has_left(tmp_path: Path) -> None:
+    held = contextlib.ExitStack()
+    job = make_job(tmp_path, 1, pause=0.2)
+    lock = held.enter_context(job.folder.lock())
+    locked: list[bool] = []
+
+    def let_go() -> None:
+        record = RankRecord.read(tmp_path / "rank0.json")
+        if record and 2 <= record.step < 9:
+            held.close()
+            locked.append(job.folder.is_locked())
+
+    run_processes(dataclasses.replace(job, lock=lock), let_go)
+    assert locked and all(locked), "the rank holds it too"
+    assert not job.folder.is_locked()
+
+
+def test_a_process_that_may_have_no_children_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = multiprocessing.current_process()
+    monkeypatch.setitem(me._config, "daemon", True)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RuntimeError, match="may start none of its own"):
+        run_processes(make_job(tmp_path, 1), lambda: None)
 
 
 def test_a_second_interrupt_kills_a_rank_that_hangs(tmp_path: Path) -> None:

@@ -78,6 +78,12 @@ ROWS = {
     "F111": ("D", "temporary folders of processes that died"),
     "F112": ("M", "a kill during a validation or an answer"),
     "F113": ("D", "a drawing or a tracker that fails beside the training"),
+    "F114": ("S", "checkpoints that are gone, deleted or behind a link to nowhere"),
+    "F115": ("S", "a checkpoint of another run among a run's own"),
+    "F116": ("M", "SIGTERM twice, as `timeout` sends it; a terminal that closes"),
+    "F117": ("M", "a machine that sleeps for longer than a rank may hang"),
+    "F118": ("M", "a display that takes its time, or fails, while a rank dies"),
+    "F119": ("M", "a call without standard output"),
     "S01": ("M", "keys and home folders stay out of every file and output"),
     "S02": ("M", "no port is open beyond this machine"),
 }

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.launch.processes import Job
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.monitor.metrics import History
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.runs import RunFolder, RunLocked
 from minimind_nb.training import api, worker
 
 REPORTED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
@@ -107,6 +109,75 @@ def test_a_failure_in_one_rank_is_the_error_in_the_cell(settings: Settings) -> N
     assert "Traceback (most recent call last)" in text
     assert "goes on from the newest checkpoint that verifies" in text
     assert mm.Run(folder.root).status == "failed"
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.fault("F58")
+def test_a_second_call_is_refused_from_preparation_to_end(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = mm.TrainConfig(**settings)
+    refused: list[float] = []
+
+    def call_again() -> None:
+        began = time.monotonic()
+        with pytest.raises(RunLocked, match=f"is in use by pid {os.getpid()} on"):
+            mm.train(cfg, view=False)
+        refused.append(time.monotonic() - began)
+
+    real = api.run_processes
+
+    def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
+        call_again()
+        ending = real(job, on_poll)
+        call_again()
+        return ending
+
+    monkeypatch.setattr(api, "run_processes", run_processes)
+    assert mm.train(cfg, view=False).status == "finished"
+    assert len(refused) == 2 and max(refused) < 1.0
+    assert not RunFolder(Path(settings["out_dir"]) / "pretrain_32").is_locked()
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.fault("F118")
+def test_metrics_that_cannot_be_read_for_a_moment_end_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = History.refresh, []
+
+    def refresh(history: History) -> None:
+        if history.rows and len(failed) < 2:
+            failed.append(1)
+            raise OSError(24, "Too many open files")
+        real(history)
+
+    monkeypatch.setattr(History, "refresh", refresh)
+    shown: list[int] = []
+    cfg = mm.TrainConfig(**settings)
+    assert mm.train(cfg, view=lambda h: shown.append(h.rows[-1]["step"])).status
+    assert len(failed) == 2
+    assert shown[-1] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F119", "F03")
+def test_a_script_without_outputs_trains_and_is_imported_once(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Its imports may take long, and no rank makes them again."""
+    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script.write_text(
+        f"open({str(seen)!r}, 'a').write('imported ')\n"
+        "import minimind_nb as mm\n"
+        "if __name__ == '__main__':\n"
+        f"    mm.train(mm.TrainConfig(**{settings!r}))\n"
+    )
+    command = f"exec {sys.executable} {script} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert folder.status() == "finished"
+    assert seen.read_text() == "imported "
 
 
 def test_a_tracker_that_is_not_there_is_told_before_anything_is_written(

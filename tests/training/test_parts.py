@@ -175,7 +175,7 @@ def test_without_a_deadline_a_session_is_never_over() -> None:
     assert not SessionClock(None).is_over()
 
 
-def test_the_margin_is_a_slow_step_and_two_saves(
+def test_the_margin_is_a_slow_step_a_validation_and_two_saves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 100.0)
@@ -186,6 +186,9 @@ def test_the_margin_is_a_slow_step_and_two_saves(
     clock.add_save(5.0)
     clock.add_save(4.0)
     assert 11.0 <= clock.margin_seconds() < 13.0, "one outlier in 100 does not count"
+    clock.add_validation(20.0)
+    clock.add_validation(15.0)
+    assert 31.0 <= clock.margin_seconds() < 33.0
     assert not clock.is_over()
     clock.deadline = 110.0
     assert clock.is_over()

@@ -10,7 +10,7 @@ from support.runs import Settings, metric_rows, state_hashes, train_here, tree
 from minimind_nb.config import TrainConfig
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.model.interop import load
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.runs import NoGoodCheckpoint, RunFolder
 from minimind_nb.training.preparation import prepare
 
 
@@ -56,6 +56,58 @@ def test_allow_change_goes_on_with_the_new_value(settings: Settings) -> None:
     assert ending == "finished"
     samples = [row[0] for row in metric_rows(folder, "train", "samples")]
     assert samples == [8, 16, 24, 32, 36, 40, 44, 48], "none repeated, none skipped"
+
+
+@pytest.mark.fault("F114")
+@pytest.mark.parametrize("place", ["gone", "a link to nowhere"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
+    place: str, settings: Settings, tmp_path: Path
+) -> None:
+    _, folder = train_here(settings)
+    folder.lock_file.unlink()
+    before = tree(folder.root.parent)
+    folder.checkpoints.rename(tmp_path / "elsewhere")
+    if place != "gone":
+        folder.checkpoints.symlink_to(tmp_path / "nowhere")
+    told = r"tells of a checkpoint at step 12, and there is none in .* resume=False"
+    with pytest.raises(NoGoodCheckpoint, match=told):
+        prepare(TrainConfig(**settings), lambda _: None)
+    folder.checkpoints.unlink(missing_ok=True)
+    (tmp_path / "elsewhere").rename(folder.checkpoints)
+    folder.lock_file.unlink()  # it tells who held it last
+    assert tree(folder.root.parent) == before
+    assert prepare(TrainConfig(**settings), lambda _: None).complete
+
+
+@pytest.mark.fault("F115")
+def test_a_checkpoint_of_another_run_is_set_aside(
+    settings: Settings, tmp_path: Path
+) -> None:
+    _, other = train_here({**settings, "seed": 8, "out_dir": str(tmp_path / "other")})
+    _, folder = train_here({**settings, "max_steps": 8})
+    whole = state_hashes(folder)
+    shutil.copytree(other.checkpoint_folder(12), folder.checkpoint_folder(12))
+    notes: list[str] = []
+    prepare(TrainConfig(**settings), notes.append)
+    assert notes[0] == f"{folder.root} goes on from step 8 of 12"
+    reason = folder.checkpoints / "step_00000012.corrupt.txt"
+    assert reason.read_text() == "it is of another run\n"
+    assert state_hashes(folder) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"settings": {}}, {"hashes": None}, {"settings": {"hidden_size": "x"}}],
+    ids=str,
+)
+def test_a_configuration_that_was_spoiled_is_named(
+    change: dict, settings: Settings
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 1})
+    config = json.loads(folder.config_file.read_bytes())
+    folder.config_file.write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"pretrain_32/config\.json"):
+        prepare(TrainConfig(**settings), lambda _: None)
 
 
 @pytest.mark.fault("F103")
