@@ -13,7 +13,7 @@ import numpy as np
 
 from .encoding import BulkEncoder
 from .faults import Fault
-from .layout import ESCAPE, ChatTemplate, Layout, Message, limited_time
+from .layout import ESCAPE, ChatTemplate, Layout, Message, limited
 from .tokenizer import TokenizerSpec
 
 TRAINED, TURN, USER = 1, 2, 4
@@ -163,7 +163,8 @@ class ChatEncoder:
         a conversation that the template does not take stands the `Fault`.
         """
         layouts: list[Layout | Fault] = []
-        with limited_time() as start:
+        characters = sum(_length(messages) for messages in conversations)
+        with limited(characters) as start:
             for number, messages in enumerate(conversations):
                 start(len(messages))
                 first = untrained[number] if untrained else 0
@@ -185,7 +186,7 @@ class ChatEncoder:
         They are those that `encode` gives before that answer. Raises `Fault`, a
         `ValueError`, where the template does not take them.
         """
-        with limited_time() as start:
+        with limited(_length(messages)) as start:
             start(len(messages))
             layout = self._template.lay_out(messages, answered=False)
         return np.concatenate(self._encode_pieces(layout.pieces()))
@@ -203,6 +204,11 @@ class ChatEncoder:
         ids = [*self._encoder.encode_ordinary(said), *self._encoder.encode(parts[1::2])]
         order = [n // 2 + len(said) * (n % 2) for n in range(len(parts))]
         return np.concatenate([ids[n] for n in order])
+
+
+def _length(messages: Sequence[Message]) -> int:
+    """The characters of a conversation."""
+    return sum(len(text) for message in messages for text in message.values())
 
 
 def _mark(

@@ -36,7 +36,8 @@ _MOST_SECONDS = 1.0  # for a conversation of few messages
 _MESSAGES = 50  # from so many on it takes longer
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _ANSWERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-_MOST_BYTES = 1 << 27  # of memory, for one rendering
+_MOST_BYTES = 1 << 27  # of memory
+_BYTES_A_CHARACTER = 32
 _MOST = 1_000_000  # a number in a template
 _WIDE = re.compile(r"[%:<>^]0?\d{5,}")  # in what formats a number
 
@@ -185,21 +186,20 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text, and if asked for, where the template says that answers lie."""
         try:
-            with _limited_memory():
-                texts, spans = self._render_template(
-                    [messages],
-                    chat_template=self._template,
-                    return_assistant_tokens_mask=answers,
-                    add_generation_prompt=prompt,
-                    **self._names,
-                )
+            texts, spans = self._render_template(
+                [messages],
+                chat_template=self._template,
+                return_assistant_tokens_mask=answers,
+                add_generation_prompt=prompt,
+                **self._names,
+            )
         except (ImportError, TimeoutError):
             raise
         except MemoryError:
             raise Fault(
                 "chat_template",
-                "the tokenizer's chat template takes all memory that it is given "
-                f"({_MOST_BYTES >> 20} MiB): give the tokenizer another template",
+                "the tokenizer's chat template takes more memory than it is given "
+                f"({_MOST_BYTES >> 20} MiB and more): give the tokenizer another one",
             ) from None
         except Exception as error:  # a template may fail in any way that Python does
             raise Fault(
@@ -209,12 +209,14 @@ class ChatTemplate:
 
 
 @contextlib.contextmanager
-def limited_time() -> Iterator[Callable[[int], object]]:
-    """Give a function that starts the time allowed for so many messages (again).
+def limited(characters: int) -> Iterator[Callable[[int], object]]:
+    """Limit time and memory, and give a function that starts the time (again).
 
-    Templates that mark no answers are rendered for each of them, so that the time grows
-    with the square of the messages. Where it is over, `TimeoutError` is raised, but on
-    the main thread only, where alone that can be told.
+    It takes how many messages the time is for: templates that mark no answers are
+    rendered for each of them, so that it grows with their square. Where it is over,
+    `TimeoutError` is raised; where the memory for so many characters in all is,
+    `MemoryError`. Both on the main thread only: time cannot be told elsewhere, and what
+    two threads did to a process' one limit could not be undone in order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda messages: None
@@ -229,26 +231,23 @@ def limited_time() -> Iterator[Callable[[int], object]]:
     before = signal.signal(signal.SIGVTALRM, stop)
     start = functools.partial(signal.setitimer, signal.ITIMER_VIRTUAL)
     try:
-        yield lambda messages: start(_MOST_SECONDS * (1 + (messages / _MESSAGES) ** 2))
+        with _limited_memory(_MOST_BYTES + _BYTES_A_CHARACTER * characters):
+            yield lambda count: start(_MOST_SECONDS * (1 + (count / _MESSAGES) ** 2))
     finally:
         start(0)
         signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Let the block take no more than so many bytes; on the main thread of Linux.
-
-    What two threads did to the one limit of a process could not be undone in order.
-    """
-    on_main = threading.current_thread() is threading.main_thread()
-    if not on_main or not sys.platform.startswith("linux"):
+def _limited_memory(more: int) -> Iterator[None]:
+    """Let the block take no more than so many bytes more, on Linux."""
+    if not sys.platform.startswith("linux"):
         yield
         return
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm", "rb") as file:
         pages = int(file.read().split()[0])
-    most = pages * resource.getpagesize() + _MOST_BYTES
+    most = pages * resource.getpagesize() + more
     if before != resource.RLIM_INFINITY:
         most = min(most, before)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
