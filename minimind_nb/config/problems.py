@@ -14,6 +14,7 @@ from .resolution import fill_defaults
 Kinds = Mapping[str, tuple[type, ...]]
 """The types that each setting may have."""
 
+_LONGEST_NAME = 200  # bytes; a file system takes 255, and names get endings
 _AT_LEAST = {
     0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
     "grad_clip seed sample_tokens",
@@ -148,6 +149,7 @@ def _contradictions(
             name in ("", "cache")  # token caches lie there
             or name.startswith(f"{WEIGHTS_NAMES['sft']}_")  # weights of another run
             or not name.isprintable()
+            or len(name.encode()) > _LONGEST_NAME
             or name.startswith(".")
             or not {"/", "\\"}.isdisjoint(name)
         ),

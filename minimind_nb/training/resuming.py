@@ -85,6 +85,13 @@ def compare_settings(
     elif cfg.accumulation_steps == config.get("accumulation_asked"):
         steps = before.accumulation_steps
         cfg = dataclasses.replace(cfg, accumulation_steps=steps)
+    for name in ("device", "dtype"):
+        there, now = getattr(before, name), getattr(cfg, name)
+        if there != now:
+            on_note(
+                f"{name}={now!r} instead of {there!r}: weights and loss are no longer "
+                "equal to the last bit"
+            )
     differences = [
         f"{name}: {getattr(before, name)!r} there, {getattr(cfg, name)!r} now"
         for name in sorted(known - allowed)

@@ -201,7 +201,9 @@ def test_settings_that_contradict_each_other_are_refused(settings, text):
     assert text in line
 
 
-@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a\\b", "a\0b", "cache"])
+@pytest.mark.parametrize(
+    "name", ["", "..", ".hidden", "a/b", "a\\b", "a\0b", "cache", "n" * 201]
+)
 def test_a_run_name_must_name_a_folder_in_out_dir(name):
     assert problems(run_name=name) == [
         f"run_name={name!r} cannot be the name of a run folder in out_dir"

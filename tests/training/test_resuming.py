@@ -368,6 +368,12 @@ def test_a_run_with_other_settings_is_not_copied(
     assert not (tmp_path / "elsewhere" / "pretrain_32").exists()
 
 
+def test_another_precision_is_told(settings: Settings) -> None:
+    train_here({**settings, "max_steps": 2})
+    notes, _ = notes_of({**settings, "dtype": "bfloat16"})
+    assert notes[0].startswith("dtype='bfloat16' instead of 'float32': weights and")
+
+
 def test_what_is_asked_may_change_and_what_is_learned_may_not(
     dpo_settings: Settings,
 ) -> None:
