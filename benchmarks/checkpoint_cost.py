@@ -47,8 +47,8 @@ def measure(preset: str, device: str, out_dir: str) -> str:
     assert default.save_interval and default.batch_size and default.accumulation_steps
     one: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 1, "num_processes": 1}
     cfg = TrainConfig(**common, **one, preset=preset, max_steps=50, sample_tokens=0)
-    prepared = prepare(cfg, lambda _: None)
-    payload = api.training_job(prepared, {}).payload
+    with prepare(cfg) as prepared:
+        payload = api.training_job(prepared, {}).payload
     record = RankRecord(prepared.folder.record_file(0), 0)
     stop = StopRequest()
     place = torch.device(device)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .monitor.metrics import History
     from .monitor.report import Run, runs
     from .planning import plan, preview
-    from .session import find_input, find_inputs, input_runs
+    from .storage.inputs import find_input, find_inputs, input_runs
     from .training.api import evaluate, train
 
 __version__ = "0.1.0"
@@ -51,10 +51,10 @@ _HOMES = {
     "evaluate": "training.api",
     "examine": "examination",
     "export": "model.export",
-    "find_input": "session",
-    "find_inputs": "session",
+    "find_input": "storage.inputs",
+    "find_inputs": "storage.inputs",
     "generate": "model.generation",
-    "input_runs": "session",
+    "input_runs": "storage.inputs",
     "inspect": "monitor.inspector",
     "load": "model.interop",
     "load_tokenizer": "data.tokenizer",

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import dataclasses
-import glob
-import json
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .config import TrainConfig
+from .ancestry import oldest_age_seconds
 
 KAGGLE_SESSION_HOURS = 12.0
 KAGGLE_MARGIN_HOURS = 0.5
-_PARENT_CHECK_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
-# Settings that name files, values of them that name none, and who goes before whom.
-_SOURCES = ("data_path", "val_path", "tokenizer", "init_from", "resume")
-_WORDS = ("demo", "auto", "none")
-_BEFORE = {"sft": "pretrain", "dpo": "sft"}
-_Path = TypeVar("_Path")
 
 
 @dataclass(frozen=True)
@@ -63,13 +47,15 @@ class Session:
     ) -> float | None:
         """Seconds until the session ends, or None where nothing ends it.
 
-        On Kaggle and Colab the clock started with the kernel; elsewhere a session is
-        one call of `train`, which began `call_seconds` ago.
+        On Kaggle and Colab the clock started with the session, whose age is that of
+        the oldest process above this one: a restarted kernel, or a command started from
+        a cell, is younger. Elsewhere a session is one call of `train`, which began
+        `call_seconds` ago.
         """
         hours = self.hours(max_session_hours)
         if hours is None:
             return None
-        age = call_seconds if self.kind == "plain" else process_age_seconds()
+        age = call_seconds if self.kind == "plain" else oldest_age_seconds()
         return hours * 3600 - age
 
 
@@ -97,120 +83,3 @@ def current_session(environ: Mapping[str, str] | None = None) -> Session:
         return Session("kaggle", run_type == "Batch", Path("/kaggle/temp"), inputs)
     kind = "colab" if "COLAB_RELEASE_TAG" in environ else "plain"
     return Session(kind, inputs=inputs)
-
-
-def find_input(path: _Path) -> _Path | str:
-    """The file or folder of this name below the mounted inputs.
-
-    `path` is returned as it is where it exists, is absolute or no path ("demo", "auto",
-    "none"), where nothing is mounted, and where nothing of that name is there. Several
-    parts, `"minimind-sft/out"`, choose among several places. Raises `ValueError` where
-    several remain.
-    """
-    inputs = current_session().inputs
-    if inputs is None or not isinstance(path, str | os.PathLike) or path in _WORDS:
-        return path
-    if Path(path).is_absolute() or Path(path).exists():
-        return path
-    found = sorted(inputs.rglob(glob.escape(os.fspath(Path(path)))))
-    return _only(found, os.fspath(path)) if found else path
-
-
-def input_runs(stage: str | None = None, run_name: str | None = None) -> list[Path]:
-    """The run folders below the mounted inputs, of a stage and a name if given."""
-    inputs = current_session().inputs
-    return _runs_below(inputs, stage, run_name) if inputs else []
-
-
-def find_inputs(cfg: TrainConfig) -> TrainConfig:
-    """The same configuration, its files and runs found below the mounted inputs.
-
-    Where `out_dir` has no run of this stage, resume="auto" becomes the run that a
-    previous version of the notebook left; and where there is none either, init_from
-    becomes the run of the stage before, unless `out_dir` has one. Where nothing is
-    mounted, nothing changes. Raises `ValueError` where there are several to choose from.
-    """
-    if current_session().inputs is None:
-        return cfg
-    found = {name: find_input(getattr(cfg, name)) for name in _SOURCES}
-    own = _runs_below(Path(cfg.out_dir), cfg.stage, cfg.run_name)
-    runs = input_runs(cfg.stage, cfg.run_name)
-    if cfg.resume == "auto" and runs and not own:
-        found["resume"] = _only(runs, 'resume="auto"')
-    before = _BEFORE.get(cfg.stage)
-    goes_on = found["resume"] != cfg.resume or (own and cfg.resume is not False)
-    if before and cfg.init_from in (None, "auto") and not goes_on:
-        earlier = input_runs(before)
-        if earlier and not _runs_below(Path(cfg.out_dir), before, None):
-            found["init_from"] = _only(earlier, 'init_from="auto"')
-    return dataclasses.replace(cfg, **found)
-
-
-def _runs_below(root: Path, stage: str | None, run_name: str | None) -> list[Path]:
-    found = []
-    for file in sorted(root.rglob("config.json")):
-        if not (file.parent / "checkpoints").is_dir():
-            continue
-        with contextlib.suppress(ValueError, AttributeError):
-            settings = json.loads(file.read_bytes()).get("settings", {})
-            if stage in (None, settings.get("stage")) and run_name in (
-                None,
-                file.parent.name,
-            ):
-                found.append(file.parent)
-    return found
-
-
-def _only(found: list[Path], what: str) -> str:
-    if len(found) > 1:
-        listing = "\n  ".join(map(str, found))
-        raise ValueError(
-            f"{what} may mean several of the inputs; name one of them:\n  {listing}"
-        )
-    return str(found[0])
-
-
-def process_age_seconds() -> float:
-    """Seconds since this process started (0.0 where /proc does not say)."""
-    try:
-        started = int(_read_stat(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return 0.0
-    return max(0.0, uptime - started)
-
-
-def identify_process(pid: int) -> str:
-    """What tells a living process from every other, of any boot of any machine.
-
-    "" where there is none of this number, or /proc does not say.
-    """
-    try:
-        state, started = itemgetter(0, 19)(_read_stat(pid))
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-    return "" if state == "Z" else f"{boot}/{pid}/{started}"
-
-
-def _read_stat(pid: int) -> list[str]:
-    """The fields of `/proc/{pid}/stat` behind the name, which may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Make this process end when `parent_pid` ends, however that one died.
-
-    The kernel's parent-death signal acts within milliseconds but belongs to the
-    *thread* that created this process, so a thread also looks once a second.
-    """
-    # Elsewhere than on Linux the thread below is all there is.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent_pid:
-            time.sleep(_PARENT_CHECK_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -81,7 +81,7 @@ def test_processors_and_precision_are_those_a_run_takes(gpus, bf16, text, place)
 
 def test_the_place_says_when_the_session_ends(place, monkeypatch):
     assert doctor()["place"] == "plain, nothing ends the session"
-    monkeypatch.setattr("minimind_nb.session.process_age_seconds", lambda: 3600.0)
+    monkeypatch.setattr("minimind_nb.session.oldest_age_seconds", lambda: 3600.0)
     place(session=Session("kaggle", batch=True))
     assert doctor()["place"] == "kaggle (batch run), 10.5 hours left"
 

@@ -17,8 +17,8 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from support.runs import state_hashes
 
 import minimind_nb as mm
+from minimind_nb.ancestry import identify_process
 from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.session import identify_process
 from minimind_nb.storage.runs import RunFolder
 
 SECONDS = 120

@@ -19,7 +19,7 @@ PACKAGE = "minimind_nb"
 # Each room may import from the rooms before it only.
 ROOMS = (
     {"config"},
-    {"session", "hardware"},
+    {"ancestry", "session", "hardware"},
     {"storage"},
     {"data"},
     {"launch"},

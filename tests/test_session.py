@@ -1,40 +1,11 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from minimind_nb import session
-from minimind_nb.config import TrainConfig
-from minimind_nb.session import (
-    Session,
-    current_session,
-    find_input,
-    find_inputs,
-    input_runs,
-    process_age_seconds,
-)
+from minimind_nb.session import Session, current_session
 
 KAGGLE = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
-
-FAMILY = """
-import os, subprocess, sys, time
-child = '''
-import ctypes, os, sys, time
-if sys.argv[2] == "thread":
-    ctypes.CDLL = lambda _: object()
-from minimind_nb.session import die_with_parent
-die_with_parent(int(sys.argv[1]))
-print(os.getpid(), flush=True)
-time.sleep(60)
-'''
-subprocess.Popen([sys.executable, "-c", child, str(os.getpid()), sys.argv[1]])
-time.sleep(60)
-"""
 
 
 def test_kaggle_is_known_by_its_run_type():
@@ -79,132 +50,6 @@ def test_a_plain_session_starts_with_the_call():
 
 
 @pytest.mark.parametrize("kind", ["kaggle", "colab"])
-def test_a_hosted_sessions_clock_started_with_the_kernel(kind, monkeypatch):
-    monkeypatch.setattr(session, "process_age_seconds", lambda: 600.0)
+def test_a_hosted_sessions_clock_started_with_the_session(kind, monkeypatch):
+    monkeypatch.setattr(session, "oldest_age_seconds", lambda: 600.0)
     assert Session(kind).seconds_left(1.0) == 3000.0
-
-
-def test_a_process_knows_its_age():
-    code = (
-        "import time; time.sleep(0.3)\n"
-        "from minimind_nb.session import process_age_seconds as age\n"
-        "print(age())"
-    )
-    began = time.monotonic()
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert 0.25 <= float(answer.stdout) <= time.monotonic() - began + 0.1
-
-
-def test_an_age_that_nothing_tells_is_zero(monkeypatch):
-    def refuse(self, *_args, **_options):
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert process_age_seconds() == 0.0
-
-
-@pytest.mark.parametrize("means", ["kernel", "thread"])
-def test_a_child_dies_with_its_killed_parent(means):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", FAMILY, means], stdout=subprocess.PIPE
-    )
-    assert parent.stdout
-    with parent.stdout as output:
-        child = int(output.readline())
-        parent.kill()
-        parent.wait()
-        # The pipe reaches its end when the last process that holds it is gone.
-        os.set_blocking(output.fileno(), False)
-        limit = time.monotonic() + 3
-        while output.read() != b"" and time.monotonic() < limit:
-            time.sleep(0.02)
-        ended = time.monotonic() < limit
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-    assert ended
-
-
-LAYOUTS = ("notebooks/ann/minimind-{}/out", "minimind-{}/out")
-
-
-@pytest.fixture
-def mount(tmp_path, monkeypatch):
-    working, inputs = tmp_path / "working", tmp_path / "input"
-    working.mkdir()
-    inputs.mkdir()
-    monkeypatch.chdir(working)
-    monkeypatch.setenv("MINIMIND_NB_INPUTS", str(inputs))
-    return inputs
-
-
-def leave_run(out_dir, stage, name):
-    run = out_dir / name
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"settings": {"stage": stage}}))
-    return run
-
-
-def test_a_file_is_found_below_the_inputs_by_its_name(mount):
-    file = mount / "datasets" / "ann" / "texts" / "a [1].jsonl"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    assert find_input("a [1].jsonl") == str(file)
-    for path in (None, "demo", "auto", "b.jsonl", "/a [1].jsonl"):
-        assert find_input(path) == path
-    Path("a [1].jsonl").touch()
-    assert find_input("a [1].jsonl") == "a [1].jsonl"
-
-
-def test_of_several_files_one_must_be_named(mount):
-    for folder in ("one", "two"):
-        (mount / folder).mkdir()
-        (mount / folder / "c.jsonl").touch()
-    with pytest.raises(ValueError, match="c.jsonl may mean several of the inputs"):
-        find_input("c.jsonl")
-    assert find_input("two/c.jsonl") == str(mount / "two" / "c.jsonl")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_goes_on_from_the_version_before(mount, layout):
-    cfg = TrainConfig(data_path="demo")
-    assert find_inputs(cfg) == cfg
-    run = leave_run(mount / layout.format("pretrain"), "pretrain", "pretrain_512")
-    assert input_runs() == input_runs("pretrain", "pretrain_512") == [run]
-    assert find_inputs(cfg).resume == str(run)
-    assert find_inputs(TrainConfig(data_path="demo", resume=False)).resume is False
-    assert find_inputs(TrainConfig(data_path="demo", run_name="b")).resume == "auto"
-    leave_run(Path("out"), "pretrain", "pretrain_512")
-    assert find_inputs(cfg) == cfg
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_stage_begins_from_the_stage_before(mount, layout):
-    cfg = TrainConfig(stage="sft", data_path="demo")
-    before = leave_run(mount / layout.format("pretrain"), "pretrain", "pretrain_512")
-    assert find_inputs(cfg).init_from == str(before)
-    own = leave_run(mount / layout.format("sft"), "sft", "sft_512")
-    goes_on = find_inputs(cfg)
-    assert (goes_on.resume, goes_on.init_from) == (str(own), None)
-    leave_run(Path("out"), "pretrain", "pretrain_512")
-    anew = TrainConfig(stage="sft", data_path="demo", resume=False)
-    assert find_inputs(anew).init_from is None
-
-
-def test_of_several_runs_one_must_be_named(mount):
-    for name in ("a", "b"):
-        leave_run(mount / name, "pretrain", "pretrain_512")
-    with pytest.raises(ValueError, match='resume="auto" may mean several'):
-        find_inputs(TrainConfig(data_path="demo"))
-    with pytest.raises(ValueError, match='init_from="auto" may mean several'):
-        find_inputs(TrainConfig(stage="sft", data_path="demo"))
-
-
-def test_where_nothing_is_mounted_nothing_changes(monkeypatch):
-    monkeypatch.delenv("MINIMIND_NB_INPUTS", raising=False)
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    cfg = TrainConfig(data_path="nowhere.jsonl")
-    assert find_inputs(cfg) is cfg
-    assert find_input("nowhere.jsonl") == "nowhere.jsonl"
-    assert input_runs() == []

@@ -4,13 +4,14 @@ Standard library only, so that a front end can build, check and explain a
 configuration without loading torch.
 """
 
-from .fields import TrainConfig, kinds, resolve
+from .fields import PATH_FIELDS, TrainConfig, kinds, resolve
 from .presets import (
     CHANGEABLE_ON_RESUME,
     MIXTURE_FIELDS,
     PRESETS,
     RECIPES,
     SHAPE_FIELDS,
+    STAGE_BEFORE,
     STAGES,
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
@@ -21,10 +22,12 @@ from .resolution import count_parameters
 __all__ = [
     "CHANGEABLE_ON_RESUME",
     "MIXTURE_FIELDS",
+    "PATH_FIELDS",
     "PRESETS",
     "RECIPES",
     "SHAPE_FIELDS",
     "STAGES",
+    "STAGE_BEFORE",
     "TRAINING_SHAPE_FIELDS",
     "TrainConfig",
     "WEIGHTS_NAMES",

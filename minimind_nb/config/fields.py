@@ -14,7 +14,7 @@ from .presets import SHAPE_FIELDS, WEIGHTS_NAMES
 from .problems import Kinds, describe_unknown, find_problems, list_problems
 from .resolution import fill_defaults
 
-_PATHS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
+PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,8 @@ class TrainConfig:
     """Newest checkpoints kept, besides the one of lowest validation loss; at least 2."""
     max_session_hours: float | None = None
     """Hours after which the run saves and stops; 11.5 on Kaggle, none elsewhere. The
-    clock of Kaggle and Colab starts with the kernel."""
+    clock of Kaggle and Colab starts with the session, that of other places with the
+    call."""
     device: str | None = None
     """"cuda" or "cpu"; every GPU there is unless set."""
     num_processes: int | None = None
@@ -186,7 +187,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             plain = _plain(value)
-            if name in _PATHS and isinstance(plain, str):
+            if name in PATH_FIELDS and isinstance(plain, str):
                 plain = os.path.expanduser(plain)  # noqa: PTH111 - a Path drops "./"
             object.__setattr__(self, name, plain)
         if problems := find_problems(self.explicit(), kinds()):

@@ -150,6 +150,9 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """Defaults by stage; the machine's own device, processes and precision go before."""
 
+STAGE_BEFORE = {"sft": "pretrain", "dpo": "sft"}
+"""The stage whose weights init_from="auto" begins from."""
+
 WEIGHTS_NAMES = {"pretrain": "pretrain", "sft": "full_sft", "dpo": "dpo"}
 """What MiniMind calls the weights of a stage: `full_sft_512.pth`."""
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..session import die_with_parent
+from ..ancestry import die_with_parent, without_main_script
 from ..storage import verified
 from .conversations import TRAINED
 from .encoding import BulkEncoder
@@ -31,10 +31,10 @@ from .records import RECORD_FORMATS, VERSION, Document
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
-# Below this a pool of helpers costs more than it saves: two start in 0.9 s of processor
-# time, and one process alone tokenises 16 MB in 2.1 s.
 _CACHE_SHARE = 0.9  # of the bytes of a JSONL file; 0.68 of texts, 0.89 of chats
 _GZIP_RATIO = 3
+# Below this a pool of helpers costs more than it saves: two start in 0.9 s of processor
+# time, and one process alone tokenises 16 MB in 2.1 s.
 _ALONE_BYTES = 16 << 20
 _REPORT_SECONDS = 5.0
 _REJECTED = "rejected.jsonl"
@@ -319,7 +319,8 @@ def _encode_chunks(
         waiting: deque[concurrent.futures.Future[_Encoded]] = deque()
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_encode_in_helper, chunk))
+                with without_main_script():  # it is here that helpers are started
+                    waiting.append(pool.submit(_encode_in_helper, chunk))
                 if len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
             while waiting:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..session import identify_process
+from ..ancestry import identify_process
 from ..storage.runs import RunFolder
 from .verdict import RankRecord
 

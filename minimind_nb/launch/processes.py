@@ -22,10 +22,9 @@ from multiprocessing import connection
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from ..session import die_with_parent
+from ..ancestry import die_with_parent, without_main_script
 from ..storage.runs import RunFolder
 from .leftovers import scratch_folder
 from .stopping import HEARD, Signals, StopRequest, heard_signals, on_main_thread
@@ -118,16 +117,13 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     job = dataclasses.replace(job, payload={**job.payload, "store": store})
     lock = None if job.lock is None else _Inherited(job.lock)
-    # They need nothing of the main script, whose imports could take longer than a
-    # parent lives that nobody watches yet.
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         for rank in range(job.num_processes):
             process = _SPAWN.Process(target=_enter, args=(rank, job, os.getpid(), lock))
-            process.start()
+            with without_main_script():
+                process.start()
             processes.append(process)
     finally:
-        sys.modules["__main__"] = main
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -23,9 +23,9 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from ..ancestry import die_with_parent
 from ..data.faults import DataError
 from ..hardware import choose_threads, count_cores
-from ..session import die_with_parent
 from ..storage.runs import NoGoodCheckpoint, RunFolder, RunLocked
 from ..storage.verified import write_text
 from .distributed import leave_at_once

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..session import identify_process
+from ..ancestry import identify_process
 from ..storage.runs import RunFolder
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
@@ -61,7 +61,7 @@ class RankRecord:
     """One rank's word on itself, kept in a file of the run folder.
 
     `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` say which
-    processes of all these are, as `session.identify_process` does.
+    processes of all these are, as `ancestry.identify_process` does.
     """
 
     file: Path

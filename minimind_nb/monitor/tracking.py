@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..ancestry import die_with_parent, without_main_script
 from ..config import TrainConfig
-from ..session import die_with_parent
 from ..storage import verified
 from ..storage.runs import RunFolder
 from .live import View
@@ -95,7 +95,8 @@ class TrackedView(View):
             args=(theirs, metrics, known_bytes, self._project, INIT_SECONDS),
             daemon=True,
         )
-        self._process.start()
+        with without_main_script():
+            self._process.start()
         theirs.close()
 
     def _listen(self) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -55,7 +56,12 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.tokenizer = self.root / "tokenizer"
         self.reference = self.root / "reference"
-        self.lock_file = self.root / "lock"
+
+    @property
+    def lock_file(self) -> Path:
+        """Beside the folder, whose name it guards, there or not yet."""
+        root = self.root.resolve()
+        return root.with_name(f".{root.name}.lock")
 
     def log_file(self, rank: int) -> Path:
         """Where all output of a rank goes."""
@@ -110,9 +116,10 @@ class RunFolder:
         """Hold the folder for one writer. Raises `RunLocked` at once, never waits.
 
         Yields the descriptor. The kernel frees the lock when its holder, and all that
-        inherited the descriptor, have ended, however that happens.
+        inherited the descriptor, have ended, however that happens. The folder need not
+        be there, and may be moved and made anew.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.lock_file.parent.mkdir(parents=True, exist_ok=True)
         with self.lock_file.open("a+", encoding="utf-8", errors="replace") as file:
             # Whoever only asks `is_locked` holds a shared lock for some microseconds.
             if not _try_lock(file, fcntl.LOCK_EX, attempts=10):
@@ -220,6 +227,10 @@ class RunFolder:
                 shutil.rmtree(folder)
             except OSError as error:
                 print(f"Checkpoint {folder} could not be removed: {error}")
+
+    def is_aside(self) -> bool:
+        """Whether `move_aside` gave the folder its name."""
+        return re.search(r"\.old\d+$", self.root.name) is not None
 
     def move_aside(self) -> Path:
         """Rename the run folder to `{name}.old{n}`; nothing is deleted."""

@@ -24,7 +24,6 @@ from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
 from ..launch.leftovers import scratch_folder
 from ..launch.processes import Job, run_processes
-from ..launch.scripts import refuse_unguarded_script
 from ..launch.torchrun import Meeting, find_meeting
 from ..launch.verdict import TrainingFailed
 from ..model.interop import find_weights
@@ -67,7 +66,6 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
     Under torchrun its processes are the workers, and all of them make this call and get
     the run; rank 0 shows it.
     """
-    refuse_unguarded_script("train")
     return Run(_together(functools.partial(_train, cfg, view)))
 
 
@@ -84,8 +82,7 @@ def _train(
 ) -> str:
     """Train, and return the run folder."""
     shown = track(choose_view(view), cfg)
-    with contextlib.ExitStack() as held:
-        prepared = prepare(cfg, shown.note, held)
+    with prepare(cfg, shown.note) as prepared:
         return _run(prepared, shown, meeting)
 
 
@@ -159,7 +156,6 @@ def evaluate(
     are cut to fit a row, and of those `dropped` because no whole answer fits. Raises
     what `train` raises.
     """
-    refuse_unguarded_script("evaluate")
     scores = _together(functools.partial(_evaluate, source, data_path, which, settings))
     return Scores(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
 
@@ -236,14 +232,14 @@ def training_job(prepared: Prepared, environment: Mapping[str, str]) -> Job:
     """What the workers of a prepared run get."""
     age = time.monotonic() - prepared.began
     left = current_session().seconds_left(prepared.cfg.max_session_hours, age)
-    checkpoint = prepared.checkpoint
+    checkpoint, initial_file = prepared.start
     return _job(
         "run",
         prepared.settled,
         prepared.folder,
         prepared.corpus,
         environment,
-        initial=prepared.initial_file,
+        initial=initial_file,
         config=prepared.config,
         weights_file=str(prepared.weights_file),
         total_steps=prepared.total_steps,

@@ -30,14 +30,18 @@ def check_writable(out_dir: Path) -> None:
         ) from error
 
 
-def check_room(cfg: TrainConfig, cache: Path) -> None:
-    """Raise `OSError` where checkpoints, or a token cache yet to be made, do not fit."""
-    parameters = count_parameters(cfg.shape())["total"]
-    kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
-    assert cfg.run_name
+def check_room(cfg: TrainConfig, cache: Path | None = None) -> None:
+    """Raise `OSError` where the checkpoints do not fit that the run has yet to write.
+
+    Nor, with `cache`, the tokens that may have to be put there first: those count where
+    nothing is there yet, for else they may be what is there.
+    """
+    assert cfg.run_name and cfg.data_path
     run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
     if run.status() == "finished" and cfg.resume is not False:
         return  # perhaps nothing is left to do, and a save asks for itself
+    parameters = count_parameters(cfg.shape())["total"]
+    kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
     there = 0 if cfg.resume is False else len(run.checkpoint_folders())
     missing = max(1, kept - there)
     needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
@@ -46,18 +50,21 @@ def check_room(cfg: TrainConfig, cache: Path) -> None:
         "parameters and the weights"
     )
     tokens = 0
-    cache.mkdir(parents=True, exist_ok=True)
-    if not any(cache.iterdir()) and cfg.data_path != DEMO:
-        tokens = estimate_bytes(Path(cfg.data_path or ""))
-    if cache.stat().st_dev == Path(cfg.out_dir).stat().st_dev:
-        needed, tokens = needed + tokens, 0
-    for place, bytes_needed, what in (
-        (Path(cfg.out_dir), needed, words),
-        (cache, tokens, "the tokens of the data"),
-    ):
-        free = shutil.disk_usage(place).free
-        if bytes_needed > free:
-            raise OSError(
-                f"{place} has {free / 2**20:,.0f} MiB free; {what} need "
-                f"{bytes_needed / 2**20:,.0f} MiB. Make room there."
-            )
+    if cache:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not any(cache.iterdir()):
+            files = {cfg.data_path, cfg.val_path} - {DEMO, None}
+            tokens = sum(estimate_bytes(Path(str(file))) for file in files)
+        if cache.stat().st_dev == Path(cfg.out_dir).stat().st_dev:
+            needed, tokens = needed + tokens, 0
+        _check_free(cache, tokens, "the tokens of the data")
+    _check_free(Path(cfg.out_dir), needed, words)
+
+
+def _check_free(place: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"{place} has {free / 2**20:,.0f} MiB free; {what} need "
+            f"{needed / 2**20:,.0f} MiB. Make room there."
+        )

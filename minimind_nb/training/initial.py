@@ -11,6 +11,7 @@ from typing import Any
 from ..config import (
     PRESETS,
     SHAPE_FIELDS,
+    STAGE_BEFORE,
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
     TrainConfig,
@@ -19,7 +20,6 @@ from ..config import STAGES as DEFAULTS
 from ..model.interop import FoundWeights, check_same_entries, find_weights
 from ..storage.runs import RunFolder
 from ..storage.verified import hash_file
-from .stages import STAGES
 
 _FIXED = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]
 # What the names and shapes in a .pth leave open.
@@ -97,8 +97,7 @@ def _newest_before(
     cfg: TrainConfig, asked: dict[str, Any], on_note: _Note
 ) -> Path | None:
     """The run, or weights file, of the stage before that "auto" means; None if none."""
-    before = STAGES[cfg.stage].before
-    assert before
+    before = STAGE_BEFORE[cfg.stage]
     folders = _runs(cfg.out_dir, before)
     there = {folder: folder.read_config()["settings"] for folder in folders}
     fits = {
@@ -169,11 +168,11 @@ def _going_on(cfg: TrainConfig) -> Initial:
     if len(folders) == 1 and cfg.resume is not False and folders[0].exists():
         root = folders[0].root
         return Initial(str(root), find_weights(root), None)
-    before = STAGES[cfg.stage].before
+    before = STAGE_BEFORE[cfg.stage]
     there = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
     raise FileNotFoundError(
         f"stage={cfg.stage!r} begins from a model, and out_dir={cfg.out_dir!r} holds no "
-        f"run of stage={before!r} and no {WEIGHTS_NAMES[before or '']}_*.pth (runs "
+        f"run of stage={before!r} and no {WEIGHTS_NAMES[before]}_*.pth (runs "
         f"there: {', '.join(sorted(there)) or 'none'}). Train one first, name the "
         'weights with init_from="…", or begin with new ones: init_from="none"'
     )

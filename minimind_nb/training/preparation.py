@@ -15,10 +15,10 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import TrainConfig, resolve
 from ..data.corpus import Corpus
@@ -56,26 +56,32 @@ class Settled:
     initial: Initial | None
 
 
+class Start(NamedTuple):
+    """Where a run starts: its newest checkpoint, None for a new run; the weights that it
+    begins, or began, from, None for new ones and where they are lost."""
+
+    checkpoint: Checkpoint | None
+    initial_file: Path | None
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start: `checkpoint` is None for a new one.
+    """A run that can start.
 
-    `config` is what config.json holds; `initial_file` the weights it begins, or began,
-    from, None for new ones and where they are lost; `total_steps` its horizon;
-    `complete` tells that there is nothing left to do; `began` is when the call began,
-    on the monotonic clock in seconds; `lock` the descriptor of the lock, if it is held.
+    `config` is what config.json holds; `total_steps` its horizon; `complete` tells that
+    there is nothing left to do; `began` is when the call began, on the monotonic clock
+    in seconds; `lock` the descriptor of the folder's lock.
     """
 
     settled: Settled
     folder: RunFolder
     corpus: Corpus
-    checkpoint: Checkpoint | None
+    start: Start
     config: dict[str, Any]
-    initial_file: Path | None
     total_steps: int
     complete: bool
     began: float
-    lock: int | None
+    lock: int
 
     @property
     def cfg(self) -> TrainConfig:
@@ -135,76 +141,92 @@ def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
     return corpus
 
 
-def prepare(
-    cfg: TrainConfig, on_note: _Note, held: contextlib.ExitStack | None = None
-) -> Prepared:
+@contextlib.contextmanager
+def prepare(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Iterator[Prepared]:
     """Settle a run, meet the one that is there, tokenise, and write config.json.
 
-    The run folder's lock goes into `held`, to be kept as long as the run lasts; without
-    it, it is free again at the end. Raises the errors of `settle`, `OSError` for a folder that cannot be written or a
-    disk too small, `RunLocked`, `NoGoodCheckpoint`, and `RuntimeError` for a run there
-    that is a different one.
+    The run folder is locked while the block runs. Raises the errors of `settle`,
+    `OSError` for a folder that cannot be written or a disk too small, `RunLocked`,
+    `NoGoodCheckpoint`, and `RuntimeError` for a run there that is a different one.
     """
     began = time.monotonic()
     settled = settle(cfg, on_note)
-    initial = settled.initial
-    accumulation_asked = settled.cfg.accumulation_steps
+    assert settled.cfg.run_name
     check_writable(Path(settled.cfg.out_dir))
-    folder, resolved = meet_run(settled.cfg, on_note)
-    settled = dataclasses.replace(settled, cfg=resolved)
-    check_room(resolved, settled.cache_root)
-    corpus = open_corpus(settled, on_note)
-    config = _describe(cfg, settled, corpus)
-    config["accumulation_asked"] = accumulation_asked
+    folder = RunFolder(Path(settled.cfg.out_dir) / settled.cfg.run_name)
+    with folder.lock() as lock:
+        asked = settled.cfg.accumulation_steps
+        resolved = meet_run(folder, settled.cfg, on_note)
+        settled = dataclasses.replace(settled, cfg=resolved)
+        check_room(resolved, settled.cache_root)
+        corpus = open_corpus(settled, on_note)
+        check_room(resolved)
+        config = _describe(cfg, settled, corpus)
+        config["accumulation_asked"] = asked
+        start = _find_start(settled, folder, config, on_note)
+        done = start.checkpoint.step if start.checkpoint else 0
+        total_steps = _total_steps(corpus, resolved, start.checkpoint)
+        prepared = Prepared(
+            settled=settled,
+            folder=folder,
+            corpus=corpus,
+            start=start,
+            config=config,
+            total_steps=total_steps,
+            complete=folder.status() == "finished" and done >= total_steps,
+            began=began,
+            lock=lock,
+        )
+        if not prepared.complete:
+            _begin(prepared, on_note)
+        yield prepared
+
+
+def _find_start(
+    settled: Settled, folder: RunFolder, config: dict[str, Any], on_note: _Note
+) -> Start:
+    """Where the run begins or goes on; a run in the way is set aside if that is asked.
+
+    Of a run that goes on, `config` gets what it began from.
+    """
+    cfg, initial = settled.cfg, settled.initial
     file = initial.weights.file if initial else None
-    weights_file = folder.root.parent / resolved.weights_name
+    weights_file = folder.root.parent / cfg.weights_name
     if file and file.resolve() == weights_file.resolve():
         raise ValueError(
             f"init_from={str(file)!r} is the file that this run would write its own "
             "weights to; rename it, or take another out_dir"
         )
-    with contextlib.ExitStack() as here:
-        kept_by = here if held is None else held
-        lock = kept_by.enter_context(folder.lock())
-        checkpoint = None
-        if folder.exists() and resolved.resume is False:
-            inside = file and os.path.relpath(file, folder.root)
-            kept = folder.move_aside()
-            on_note(f"the earlier run is kept as {kept}")
-            lock = kept_by.enter_context(folder.lock())  # the other one went along
-            if inside and not inside.startswith(os.pardir):
-                file = kept / inside  # the weights to begin from were its own
-        elif folder.exists():
-            compare_hashes(folder, config, resolved, on_note)
-            checkpoint = find_checkpoint(folder)
-        if not checkpoint:
-            _spare(weights_file, on_note)
-        elif not keep_origin(config, folder.read_config()):
-            file = None  # other weights, which this run has nothing to do with
-        done = checkpoint.step if checkpoint else 0
-        total_steps = _total_steps(corpus, resolved, checkpoint)
-        complete = folder.status() == "finished" and done >= total_steps
-        if not complete:
-            _tell_horizon(done, total_steps, folder, resolved, on_note)
-            if initial and not checkpoint:
-                on_note(f"begins from {initial.source}")
-            _tell_rejected(corpus, folder, on_note)
-            for told in describe_cuts(corpus, resolved):
-                on_note(told)
-            write_tokenizer(settled.tokenizer, folder.tokenizer)
-            folder.write_config(config)
-    return Prepared(
-        settled=settled,
-        folder=folder,
-        corpus=corpus,
-        checkpoint=checkpoint,
-        config=config,
-        initial_file=file,
-        total_steps=total_steps,
-        complete=complete,
-        began=began,
-        lock=None if held is None else lock,
-    )
+    checkpoint = None
+    if folder.exists() and cfg.resume is False:
+        inside = file and os.path.relpath(file, folder.root)
+        kept = folder.move_aside()
+        on_note(f"the earlier run is kept as {kept}")
+        if inside and not inside.startswith(os.pardir):
+            file = kept / inside  # the weights to begin from were its own
+    elif folder.exists():
+        compare_hashes(folder, config, cfg, on_note)
+        checkpoint = find_checkpoint(folder)
+    if not checkpoint:
+        _spare(weights_file, on_note)
+    elif not keep_origin(config, folder.read_config()):
+        file = None  # other weights, which this run has nothing to do with
+    return Start(checkpoint, file)
+
+
+def _begin(prepared: Prepared, on_note: _Note) -> None:
+    """Say what is about to be done, and write down what it is done with."""
+    cfg, folder, corpus = prepared.cfg, prepared.folder, prepared.corpus
+    checkpoint, initial = prepared.start.checkpoint, prepared.settled.initial
+    if checkpoint:
+        _tell_horizon(checkpoint.step, prepared, on_note)
+    elif initial:
+        on_note(f"begins from {initial.source}")
+    _tell_rejected(corpus, folder, on_note)
+    for told in describe_cuts(corpus, cfg):
+        on_note(told)
+    write_tokenizer(prepared.settled.tokenizer, folder.tokenizer)
+    folder.write_config(prepared.config)
 
 
 def _spare(weights_file: Path, on_note: _Note) -> None:
@@ -314,11 +336,8 @@ def _total_steps(
     return min(total, cfg.max_steps or total)
 
 
-def _tell_horizon(
-    done: int, total: int, folder: RunFolder, cfg: TrainConfig, on_note: _Note
-) -> None:
-    if not done:
-        return
+def _tell_horizon(done: int, prepared: Prepared, on_note: _Note) -> None:
+    folder, cfg, total = prepared.folder, prepared.cfg, prepared.total_steps
     on_note(f"{folder.root} goes on from step {done:,} of {total:,}")
     before = folder.read_config()["settings"]
     longer = any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Set
-from pathlib import Path
 from typing import Any
 
 from ..config import CHANGEABLE_ON_RESUME, TrainConfig
@@ -17,18 +16,18 @@ from ..storage.runs import Checkpoint, NoGoodCheckpoint, RunFolder
 _Note = Callable[[str], None]
 
 
-def meet_run(cfg: TrainConfig, on_note: _Note) -> tuple[RunFolder, TrainConfig]:
-    """The run folder of a resolved configuration, copied from `resume` if that is a path.
+def meet_run(folder: RunFolder, cfg: TrainConfig, on_note: _Note) -> TrainConfig:
+    """Compare a resolved configuration with the run in its folder, which is locked.
 
-    A copy is made once: where the run folder is there already and stands at least as
-    far, it goes on. Where a run goes on, the configuration comes back as
-    `compare_settings` returns it. What a killed run left running is ended.
+    Where `resume` is a path, that run is copied there, once: where the folder is there
+    already and stands at least as far, it goes on. Where a run goes on, the
+    configuration comes back as `compare_settings` returns it. What a killed run left
+    running is ended.
 
     Raises `FileNotFoundError` where the path is no run, `FileExistsError` where another
     run is in the way, `ValueError` where its configuration is none.
     """
-    assert cfg.run_name
-    folder = source = RunFolder(Path(cfg.out_dir) / cfg.run_name)
+    source = folder
     if ended := end_orphans(folder):
         on_note(f"ended processes that a killed run had left: {ended}")
     if not folder.exists() and folder.checkpoint_folders():
@@ -63,7 +62,7 @@ def meet_run(cfg: TrainConfig, on_note: _Note) -> tuple[RunFolder, TrainConfig]:
     if source.exists() and not folder.exists():
         _copy_run(source, folder)
         on_note(f"copied {source.root} to {folder.root}")
-    return folder, cfg
+    return cfg
 
 
 def compare_settings(
@@ -79,10 +78,12 @@ def compare_settings(
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     before = _read_settings(folder, config, known)
     allowed = CHANGEABLE_ON_RESUME | set(cfg.allow_change)
-    if before.num_processes != cfg.num_processes:
-        cfg = _keep_global_batch(before, cfg, on_note)
-        allowed |= {"accumulation_steps"}
-    elif cfg.accumulation_steps == config.get("accumulation_asked"):
+    asked_anew = cfg.accumulation_steps != config.get("accumulation_asked")
+    set_free = asked_anew and "accumulation_steps" in allowed
+    if before.num_processes != cfg.num_processes and not set_free:
+        steps = _accumulation_kept(before, cfg, on_note)
+        before = dataclasses.replace(before, accumulation_steps=steps)
+    if not asked_anew:
         steps = before.accumulation_steps
         cfg = dataclasses.replace(cfg, accumulation_steps=steps)
     for name in ("device", "dtype"):
@@ -194,16 +195,16 @@ def _short(digest: object) -> str:
     return f"{kind}{dash}{digits[:12]}"
 
 
-def _keep_global_batch(
-    before: TrainConfig, cfg: TrainConfig, on_note: _Note
-) -> TrainConfig:
+def _accumulation_kept(before: TrainConfig, cfg: TrainConfig, on_note: _Note) -> int:
+    """The accumulation that keeps the global batch with another number of processes."""
     assert cfg.batch_size and cfg.num_processes
     rows = cfg.batch_size * cfg.num_processes
     if before.global_batch % rows:
         raise RuntimeError(
             f"the run has a global batch of {before.global_batch} rows, made by "
-            f"{before.num_processes}, which {cfg.num_processes} processes of batch_size={cfg.batch_size} cannot keep; "
-            'set a batch_size that divides it, with allow_change=["batch_size"]'
+            f"{before.num_processes}, which {cfg.num_processes} processes of "
+            f"batch_size={cfg.batch_size} cannot keep; set a batch_size that divides "
+            'it, with allow_change=["batch_size"]'
         )
     steps = before.global_batch // rows
     dropout = ", and dropout draws other numbers" if cfg.dropout else ""
@@ -212,7 +213,7 @@ def _keep_global_batch(
         f"accumulation_steps={steps} the samples of every step stay the same; weights "
         f"and loss are no longer equal to the last bit{dropout}"
     )
-    return dataclasses.replace(cfg, accumulation_steps=steps)
+    return steps
 
 
 def _other_run(
@@ -240,7 +241,7 @@ def _copy_run(source: RunFolder, folder: RunFolder) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in source.root.iterdir():
-        if file.is_file() and file.name != source.lock_file.name:
+        if file.is_file():
             shutil.copyfile(file, aside / file.name)
     if checkpoint:
         target = RunFolder(aside).checkpoint_folder(checkpoint.step)

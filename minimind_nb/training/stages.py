@@ -29,11 +29,9 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """`before` names the stage whose weights init_from="auto" looks for; `measures` are
-    logged beside the loss."""
+    """`measures` are logged beside the loss."""
 
     objective: Callable[[MiniMindForCausalLM, MicroBatch, TrainConfig], Losses]
-    before: str | None = None
     measures: tuple[str, ...] = ()
 
 
@@ -117,12 +115,8 @@ def document_mask(documents_BT: Tensor) -> Tensor:
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage(next_token_loss),
-    "sft": Stage(next_token_loss, before="pretrain"),
-    "dpo": Stage(
-        preference_loss,
-        before="sft",
-        measures=("reward_margin", "accuracy", "kl"),
-    ),
+    "sft": Stage(next_token_loss),
+    "dpo": Stage(preference_loss, ("reward_margin", "accuracy", "kl")),
 }
 """Stages by name, which are names of record formats too; their default settings are in
 `minimind_nb.config.presets`."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from minimind_nb.ancestry import identify_process
 from minimind_nb.launch.leftovers import end_orphans, scratch_folder
 from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.session import identify_process
 from minimind_nb.storage.runs import RunFolder
 
 GONE = 1 << 22  # above the highest number that Linux gives a process

@@ -71,7 +71,7 @@ ROWS = {
     "F104": ("S", "the last checkpoint is there and the weights file is not"),
     "F105": ("M", "a signal before the ranks can listen"),
     "F106": ("M", "ranks that never meet"),
-    "F107": ("D", "a script that spawned ranks would run again"),
+    "F107": ("D", "a script without its guard"),
     "F108": ("S", "the pass of a reference model is stopped or its values damaged"),
     "F109": ("S", "a call that is refused, where a run stands already"),
     "F110": ("M", "ranks left by a parent whose number another process has now"),

@@ -16,7 +16,7 @@ from minimind_nb.storage.runs import RunFolder
 from minimind_nb.storage.verified import hash_file
 from minimind_nb.training import api, worker
 from minimind_nb.training.loop import Trainer
-from minimind_nb.training.preparation import prepare
+from minimind_nb.training.preparation import Prepared, prepare
 
 Settings = dict[str, Any]
 
@@ -31,6 +31,14 @@ class HeldStop(StopRequest):
 Change = Callable[[Trainer], None]
 
 
+def prepare_here(
+    settings: Settings, on_note: Callable[[str], None] = lambda _: None
+) -> Prepared:
+    """A prepared run, whose folder is free again."""
+    with prepare(TrainConfig(**settings), on_note) as prepared:
+        return prepared
+
+
 def train_here(
     settings: Settings,
     stop_at: int | None = None,
@@ -38,7 +46,7 @@ def train_here(
     change: Change | None = None,
 ) -> tuple[str, RunFolder]:
     """Run the worker of one process in this process; `change` gets its parts first."""
-    prepared = prepare(TrainConfig(**settings), lambda _: None)
+    prepared = prepare_here(settings)
     payload = {**api.training_job(prepared, {}).payload, "threads": 1, "store": ""}
     stop = HeldStop()
     record = RankRecord(prepared.folder.record_file(0), 0)

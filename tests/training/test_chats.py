@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import Settings, metric_rows, state_hashes, train_here
+from support.runs import Settings, metric_rows, prepare_here, state_hashes, train_here
 
-from minimind_nb.config import TrainConfig
 from minimind_nb.data.faults import DataError
 from minimind_nb.storage.runs import RunFolder
 from minimind_nb.training.loop import Trainer
-from minimind_nb.training.preparation import prepare
 
 LOGGED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
 
@@ -184,7 +182,7 @@ def test_two_held_out_prompts_are_asked_unless_some_are_given(
     assert len(set(prompts)) == 2
     word = "第" if stage == "pretrain" else "问?"
     assert all(word in prompt for prompt in prompts)
-    held_out = prepare(TrainConfig(**{**chosen, "val_fraction": 0.2}), lambda _: None)
+    held_out = prepare_here({**chosen, "val_fraction": 0.2})
     assert len(held_out.corpus.val_documents) >= 2
 
 
@@ -245,7 +243,7 @@ def test_conversations_whose_answers_are_cut_away_are_refused(
     path = chats_of(tmp_path / "long.jsonl", short, long)
     settings = {**sft_settings, "data_path": path, "val_fraction": 0.0}
     with pytest.raises(ValueError) as caught:
-        prepare(TrainConfig(**settings), lambda _: None)
+        prepare_here(settings)
     text = str(caught.value)
     assert text.startswith(
         f"{path}: {long} of {short + long} conversations have no whole answer within "
@@ -263,7 +261,7 @@ def test_few_enough_or_as_many_as_allowed_are_left_out_and_counted(
     skip = {"on_bad_line": "skip", "max_bad_fraction": 0.1, "val_fraction": 0.0}
     settings = {**sft_settings, **skip, "data_path": path, "max_steps": 1}
     notes: list[str] = []
-    prepare(TrainConfig(**settings), notes.append)
+    prepare_here(settings, notes.append)
     told = (
         "of the conversations longer than max_seq_len=64, 0 are cut at a turn and 10 "
         "left out, for no whole answer fits"
@@ -285,7 +283,7 @@ def test_cut_conversations_are_counted(sft_settings: Settings, tmp_path: Path) -
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {**sft_settings, "data_path": str(path), "val_fraction": 0.0}
     notes: list[str] = []
-    prepare(TrainConfig(**settings), notes.append)
+    prepare_here(settings, notes.append)
     told = (
         "of the conversations longer than max_seq_len=64, 7 are cut at a turn and 0 left "
         "out, for no whole answer fits"
@@ -299,17 +297,11 @@ def test_a_stage_refuses_rows_of_another(
     stages: dict[str, Settings], settings: Settings
 ) -> None:
     with pytest.raises(DataError, match='no "conversations" in the row, its keys: '):
-        prepare(
-            TrainConfig(**{**stages["sft"], "data_path": settings["data_path"]}),
-            lambda _: None,
-        )
+        prepare_here({**stages["sft"], "data_path": settings["data_path"]})
     with pytest.raises(DataError, match='no "chosen" in the row, its keys: '):
-        prepare(
-            TrainConfig(**{**stages["dpo"], "data_path": stages["sft"]["data_path"]}),
-            lambda _: None,
-        )
+        prepare_here({**stages["dpo"], "data_path": stages["sft"]["data_path"]})
     with pytest.raises(ValueError, match=r"data_path is not set: .*\"chosen\""):
-        prepare(TrainConfig(**{**stages["dpo"], "data_path": None}), lambda _: None)
+        prepare_here({**stages["dpo"], "data_path": None})
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import Settings, metric_rows, state_hashes, train_here
+from support.runs import Settings, metric_rows, prepare_here, state_hashes, train_here
 
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.tokenizer import read_tokenizer
@@ -18,7 +18,7 @@ from minimind_nb.data.vocabulary_training import train_tokenizer
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.model.interop import find_weights, load
 from minimind_nb.storage.runs import RunFolder
-from minimind_nb.training.preparation import Prepared, prepare, settle
+from minimind_nb.training.preparation import Prepared, settle
 
 EMBEDDING = "model.embed_tokens.weight"
 _AGES = itertools.count()
@@ -99,7 +99,7 @@ def copy_run(out_dir: Path, name: str, status: str = "finished", **shape: Any) -
 
 def begin(settings: Settings) -> tuple[Prepared, list[str]]:
     notes: list[str] = []
-    return prepare(TrainConfig(**settings), notes.append), notes
+    return prepare_here(settings, notes.append), notes
 
 
 def source_of(settings: Settings) -> Path:
@@ -438,16 +438,18 @@ def test_a_run_goes_on_though_the_weights_it_began_from_have_changed(
     longer = {**pretrained[1], "out_dir": str(out_dir), "max_steps": 2}
     run = train_here(longer)[1].root
     prepared, notes = begin(sft)
-    assert prepared.checkpoint is not None
+    assert prepared.start.checkpoint is not None
     assert (
         f"{folder.root} goes on, though the weights in {run} are not those "
         "it began from; resume=False begins from them"
     ) in notes
     named = {**sft, "init_from": str(run)}
-    with pytest.raises(RuntimeError, match="the content of init_from is another"):
+    with pytest.raises(
+        RuntimeError, match="the content of init_from: .* there, .* now"
+    ):
         begin(named)
     allowed = {**named, "allow_change": ("init_from",)}
-    assert begin(allowed)[0].checkpoint is not None
+    assert begin(allowed)[0].start.checkpoint is not None
 
 
 def test_a_mixture_fine_tunes_under_its_own_name(
@@ -528,7 +530,7 @@ def test_a_run_that_began_from_weights_goes_on_when_none_are_named(
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     none = {**sft, **shape, "rope_theta": 1e5, "init_from": "none"}
     prepared, notes = begin(none)
-    assert prepared.checkpoint is not None
+    assert prepared.start.checkpoint is not None
     assert not [note for note in notes if "None" in note]
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import Settings, tree
+from support.runs import Settings, prepare_here, tree
 
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.faults import DataError
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.training import disk, preparation
-from minimind_nb.training.preparation import prepare, settle
+from minimind_nb.training.preparation import settle
 
 
 def refuse(settings: Settings, error: type[Exception], text: str) -> None:
     """Preparing raises that error, and leaves no run behind."""
     with pytest.raises(error, match=text):
-        prepare(TrainConfig(**settings), lambda _: None)
+        prepare_here(settings)
     assert not list(Path(settings["out_dir"]).glob("pretrain*"))
 
 
@@ -61,9 +61,7 @@ def test_one_document_trains_without_validation(
 ) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"text": "only one document"}) + "\n")
-    prepared = prepare(
-        TrainConfig(**{**settings, "data_path": str(data)}), lambda _: None
-    )
+    prepared = prepare_here({**settings, "data_path": str(data)})
     assert prepared.total_steps == 1
 
 
@@ -80,7 +78,7 @@ def test_a_file_in_the_place_of_out_dir(settings: Settings, tmp_path: Path) -> N
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(OSError, match="out_dir cannot be written"):
-        prepare(TrainConfig(**{**settings, "out_dir": str(file)}), lambda _: None)
+        prepare_here({**settings, "out_dir": str(file)})
     assert file.read_text() == "mine"
 
 
@@ -123,7 +121,7 @@ def test_a_disk_too_small_for_the_tokens_is_refused(
 def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = prepare(TrainConfig(**settings), lambda _: None).folder
+    folder = prepare_here(settings).folder
     for step in (1, 2, 3):
         folder.checkpoint_folder(step).mkdir(parents=True)
 
@@ -132,7 +130,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
 
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(OSError, match="MiB free; 1 checkpoint of"):
-        prepare(TrainConfig(**settings), lambda _: None)
+        prepare_here(settings)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
@@ -185,7 +183,7 @@ def test_an_empty_out_dir_is_the_working_folder(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    prepared = prepare(TrainConfig(**{**settings, "out_dir": ""}), lambda _: None)
+    prepared = prepare_here({**settings, "out_dir": ""})
     assert prepared.folder.exists()
 
 
@@ -201,12 +199,12 @@ def test_elsewhere_than_on_linux_one_process_trains(
 def test_a_refused_run_leaves_the_run_that_is_there_untouched(
     settings: Settings, tmp_path: Path
 ) -> None:
-    prepare(TrainConfig(**settings), lambda _: None)
+    prepare_here(settings)
     before = tree(Path(settings["out_dir"]))
     bad = tmp_path / "bad.jsonl"
     bad.write_text("[]\n{}\n")
     with pytest.raises(DataError):
-        prepare(TrainConfig(**{**settings, "data_path": str(bad)}), lambda _: None)
+        prepare_here({**settings, "data_path": str(bad)})
     after = tree(Path(settings["out_dir"]))
     assert {k: v for k, v in after.items() if not k.startswith("cache")} == {
         k: v for k, v in before.items() if not k.startswith("cache")
@@ -221,7 +219,7 @@ def test_rows_left_out_are_listed_in_the_run_folder_and_counted(
     data.write_text("\n".join([*good, '{"text": 3}']) + "\n")
     skip = {"on_bad_line": "skip", "max_bad_fraction": 0.2, "data_path": str(data)}
     notes: list[str] = []
-    prepared = prepare(TrainConfig(**{**settings, **skip}), notes.append)
+    prepared = prepare_here({**settings, **skip}, notes.append)
     rejected = (prepared.folder.root / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["line"] for line in rejected] == [10]
     assert "1 malformed rows are left out" in notes[0]
@@ -231,7 +229,7 @@ def test_rows_left_out_are_listed_in_the_run_folder_and_counted(
 def test_the_configuration_tells_what_was_set_from_what_was_resolved(
     settings: Settings,
 ) -> None:
-    prepared = prepare(TrainConfig(**settings), lambda _: None)
+    prepared = prepare_here(settings)
     config = prepared.folder.read_config()
     assert "hidden_size" in config["explicit"]
     assert "rope_theta" not in config["explicit"]

@@ -19,9 +19,9 @@ from support.injection import SAVING, VALIDATING, Fault, inject
 from support.runs import Settings, state_hashes
 
 import minimind_nb as mm
+from minimind_nb.ancestry import identify_process
 from minimind_nb.launch import processes
 from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.session import identify_process
 from minimind_nb.storage.runs import RunFolder
 
 row = pytest.mark.fault

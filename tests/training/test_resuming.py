@@ -5,18 +5,23 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.runs import Settings, metric_rows, state_hashes, train_here, tree
+from support.runs import (
+    Settings,
+    metric_rows,
+    prepare_here,
+    state_hashes,
+    train_here,
+    tree,
+)
 
-from minimind_nb.config import TrainConfig
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.model.interop import load
 from minimind_nb.storage.runs import NoGoodCheckpoint, RunFolder
-from minimind_nb.training.preparation import prepare
 
 
 def notes_of(settings: Settings) -> tuple[list[str], bool]:
     notes: list[str] = []
-    prepared = prepare(TrainConfig(**settings), notes.append)
+    prepared = prepare_here(settings, notes.append)
     return notes, prepared.complete
 
 
@@ -26,7 +31,6 @@ def test_a_finished_run_is_complete(settings: Settings) -> None:
     before = tree(folder.root)
     assert notes_of({**settings, "max_steps": 2}) == ([], True)
     after = tree(folder.root)
-    del before["lock"], after["lock"]
     assert after == before
 
 
@@ -71,12 +75,12 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
         folder.checkpoints.symlink_to(tmp_path / "nowhere")
     told = r"tells of a checkpoint at step 12, and there is none in .* resume=False"
     with pytest.raises(NoGoodCheckpoint, match=told):
-        prepare(TrainConfig(**settings), lambda _: None)
+        prepare_here(settings)
     folder.checkpoints.unlink(missing_ok=True)
     (tmp_path / "elsewhere").rename(folder.checkpoints)
     folder.lock_file.unlink()  # it tells who held it last
     assert tree(folder.root.parent) == before
-    assert prepare(TrainConfig(**settings), lambda _: None).complete
+    assert prepare_here(settings).complete
 
 
 @pytest.mark.fault("F115")
@@ -88,7 +92,7 @@ def test_a_checkpoint_of_another_run_is_set_aside(
     whole = state_hashes(folder)
     shutil.copytree(other.checkpoint_folder(12), folder.checkpoint_folder(12))
     notes: list[str] = []
-    prepare(TrainConfig(**settings), notes.append)
+    prepare_here(settings, notes.append)
     assert notes[0] == f"{folder.root} goes on from step 8 of 12"
     reason = folder.checkpoints / "step_00000012.corrupt.txt"
     assert reason.read_text() == "it is of another run\n"
@@ -107,7 +111,7 @@ def test_a_configuration_that_was_spoiled_is_named(
     config = json.loads(folder.config_file.read_bytes())
     folder.config_file.write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=r"pretrain_32/config\.json"):
-        prepare(TrainConfig(**settings), lambda _: None)
+        prepare_here(settings)
 
 
 @pytest.mark.fault("F103")
@@ -118,7 +122,7 @@ def test_a_finished_run_that_lost_its_last_checkpoint_makes_it_again(
     whole = state_hashes(folder)
     shutil.rmtree(folder.checkpoint_folder(12))
     notes: list[str] = []
-    prepare(TrainConfig(**settings), notes.append)
+    prepare_here(settings, notes.append)
     assert notes == [f"{folder.root} goes on from step 8 of 12"]
     train_here(settings)
     assert state_hashes(folder) == whole
@@ -141,7 +145,6 @@ def test_resume_false_keeps_the_old_folder_under_another_name(
 ) -> None:
     _, folder = train_here({**settings, "max_steps": 2})
     before = tree(folder.root)
-    del before["lock"]
     train_here({**settings, "max_steps": 1, "resume": False})
     kept = tree(folder.root.with_name("pretrain_32.old1"))
     assert before.items() <= kept.items()
@@ -168,9 +171,7 @@ def test_a_copy_of_a_finished_run_can_be_opened(
 ) -> None:
     _, source = train_here({**settings, "max_steps": 2})
     elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "resume": str(source.root)}
-    prepared = prepare(
-        TrainConfig(**{**settings, **elsewhere, "max_steps": 2}), lambda _: None
-    )
+    prepared = prepare_here({**settings, **elsewhere, "max_steps": 2})
     assert prepared.complete
     assert tree(prepared.folder.tokenizer) == tree(source.tokenizer)
     assert load(prepared.folder.root)[0].config.hidden_size == 32
@@ -247,7 +248,7 @@ def test_the_same_content_under_another_name_goes_on(
 def test_more_processes_keep_the_global_batch(settings: Settings) -> None:
     train_here({**settings, "max_steps": 2})
     two = {**settings, "num_processes": 2, "accumulation_steps": 2}
-    prepared = prepare(TrainConfig(**two), lambda _: None)
+    prepared = prepare_here(two)
     assert prepared.cfg.accumulation_steps == 1
     assert prepared.cfg.global_batch == 8
 
@@ -294,10 +295,13 @@ def test_a_checkpoint_of_another_shape_is_refused(settings: Settings) -> None:
 
 
 @pytest.mark.fault("F58")
-def test_a_run_in_use_is_refused(settings: Settings) -> None:
+def test_a_run_in_use_is_refused_before_anything_is_tokenised(
+    settings: Settings,
+) -> None:
     folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
     with folder.lock(), pytest.raises(RuntimeError, match="is in use by pid"):
         notes_of(settings)
+    assert not (Path(settings["out_dir"]) / "cache").exists()
 
 
 def test_the_same_call_goes_on_after_the_accumulation_was_adjusted(
@@ -306,10 +310,24 @@ def test_the_same_call_goes_on_after_the_accumulation_was_adjusted(
     train_here({**settings, "max_steps": 2})
     two = {**settings, "num_processes": 2, "accumulation_steps": 2}
     for _ in range(3):
-        prepared = prepare(TrainConfig(**two), lambda _: None)
+        prepared = prepare_here(two)
         assert prepared.cfg.accumulation_steps == 1
     with pytest.raises(RuntimeError, match="accumulation_steps: 1 there, 4 now"):
         notes_of({**two, "accumulation_steps": 4})
+
+
+@pytest.mark.fault("F32")
+def test_an_accumulation_that_is_set_is_never_replaced_in_silence(
+    settings: Settings,
+) -> None:
+    train_here({**settings, "max_steps": 2})  # 4 rows, twice
+    two = {**settings, "num_processes": 2, "accumulation_steps": 3}
+    with pytest.raises(RuntimeError, match="accumulation_steps: 1 there, 3 now"):
+        prepare_here(two)
+    kept = prepare_here({**two, "accumulation_steps": 1})
+    assert kept.cfg.global_batch == 8
+    free = prepare_here({**two, "allow_change": ("accumulation_steps",)})
+    assert free.cfg.global_batch == 24
 
 
 @pytest.mark.fault("F32")

@@ -112,7 +112,7 @@ def test_the_loss_is_the_mean_over_all_answers_tokens(sft_settings: Settings) ->
             seen.append((loss, int(learned.sum()), int(there.sum())))
             return found
 
-        trainer.stage = type(STAGES["sft"])(counted, "full_sft")
+        trainer.stage = type(STAGES["sft"])(counted)
         trainer.validation = None
 
     steps = {"max_steps": 2, "log_interval": 2, "accumulation_steps": 2}
