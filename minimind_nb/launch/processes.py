@@ -16,9 +16,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 from ..ancestry import die_with_parent, without_main_script
 from ..storage.runs import RunFolder
 from .leftovers import scratch_folder
-from .stopping import HEARD, Signals, StopRequest, heard_signals, on_main_thread
+from .stopping import HEARD, Signals, StopRequest, heard_signals
 from .verdict import SESSION, Exit, RankRecord, judge
 
 POLL_SECONDS = 0.5
@@ -79,8 +79,9 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
 
     An interrupt, SIGTERM or SIGHUP of this process is passed on, and the ranks stop at
     the end of a step; a second interrupt kills them and raises `KeyboardInterrupt`.
-    Raises `TrainingFailed` when a rank failed, died or hung, and `RuntimeError` in a
-    process that may have no children.
+    One that comes while they start is heard when they are there. Raises
+    `TrainingFailed` when a rank failed, died or hung, and `RuntimeError` in a process
+    that may have no children.
     """
     if multiprocessing.current_process().daemon:
         raise RuntimeError(
@@ -101,8 +102,7 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.close()
     if signals.interrupts > 1:
         raise KeyboardInterrupt
-    asked = HEARD.get(signals.number, "")
-    return judge(job.folder, exits, asked, less_memory=job.less_memory)
+    return judge(job.folder, exits, less_memory=job.less_memory)
 
 
 def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
@@ -111,21 +111,28 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
     Without torch's wrapper, which leaves a file in the temporary folder for each rank
     that fails.
     """
-    # An interrupt of the kernel, and a terminal that closes, reach the whole process
-    # group. A worker that still imports would die of it, so children inherit SIG_IGN.
-    numbers = (signal.SIGINT, signal.SIGHUP) if on_main_thread() else ()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     job = dataclasses.replace(job, payload={**job.payload, "store": store})
     lock = None if job.lock is None else _Inherited(job.lock)
-    try:
+    with _signals_held_back(), without_main_script():
         for rank in range(job.num_processes):
             process = _SPAWN.Process(target=_enter, args=(rank, job, os.getpid(), lock))
-            with without_main_script():
-                process.start()
+            process.start()
             processes.append(process)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Keep signals waiting, in this thread and in ranks that are started in the block.
+
+    An interrupt of the kernel, a closing terminal and a scheduler's SIGTERM reach the
+    whole process group, and a rank that still imports would die of them.
+    """
+    resource_tracker.ensure_running()  # its start would let them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Inherited:
@@ -166,12 +173,7 @@ def _watch(
             give_up_at, reason = 0.0, "a second interrupt"
         elif give_up_at == math.inf and _is_decided(records, exits):
             give_up_at = time.monotonic() + GRACE_SECONDS
-        elif give_up_at == math.inf and _is_stuck(records, hearts.watched):
-            give_up_at, reason = 0.0, "the ranks did not meet in time"
-        elif give_up_at == math.inf and hearts.stand_still(records):
-            reason = (
-                f"no step was made for {job.hang_timeout:g} s (hang_timeout_seconds)"
-            )
+        elif give_up_at == math.inf and (reason := hearts.listen(records)):
             give_up_at = time.monotonic() + STACK_SECONDS
             _ask_for_stacks(living)
         if time.monotonic() > give_up_at:
@@ -192,27 +194,40 @@ def _read_records(
 class _Heartbeats:
     """Notices that a rank stands still, by a clock that no other one can mislead.
 
-    `watched` are the seconds in which this process looked: where all were stopped, and
-    went on hours later, no rank stood still.
+    It counts the seconds in which this process looked: where all were stopped, and went
+    on hours later, no rank stood still.
     """
 
     def __init__(self, timeout: float) -> None:
-        self.watched = 0.0
-        self._looked = time.monotonic()
         self._timeout = timeout
-        self._heard: dict[int, tuple[float, float]] = {}
+        self._watched = 0.0
+        self._looked = time.monotonic()
+        self._heard: dict[int, tuple[object, float]] = {}
 
-    def stand_still(self, records: Sequence[RankRecord | None]) -> bool:
-        """Whether the record of some rank that trains is as it was for too long."""
+    def listen(self, records: Sequence[RankRecord | None]) -> str:
+        """Why a rank is taken to hang, whose record is as it was for too long; or ""."""
         now = time.monotonic()
-        self.watched += min(now - self._looked, _LONGEST_LOOK)
-        self._looked, now = now, self.watched
+        self._watched += min(now - self._looked, _LONGEST_LOOK)
+        self._looked = now
+        silent: dict[str, list[float]] = {"startup": [], "meeting": [], "training": []}
         for rank, record in enumerate(records):
-            if not record or record.status != "running" or record.phase != "training":
-                self._heard.pop(rank, None)
-            elif self._heard.get(rank, (math.nan,))[0] != record.time:
-                self._heard[rank] = record.time, now
-        return any(now - heard > self._timeout for _, heard in self._heard.values())
+            said = record and record.time
+            if rank not in self._heard or self._heard[rank][0] != said:
+                self._heard[rank] = said, self._watched
+            if record is None or record.status == "running":
+                phase = record.phase if record else "startup"
+                silent[phase].append(self._watched - self._heard[rank][1])
+        if max(silent["startup"], default=0.0) > IMPORT_SECONDS:
+            return f"it was not ready in {IMPORT_SECONDS:g} s"
+        # Whoever meets waits for the last that comes.
+        if (
+            not silent["startup"]
+            and min(silent["meeting"], default=0) > MEETING_SECONDS
+        ):
+            return f"the ranks did not meet in {MEETING_SECONDS:g} s"
+        if max(silent["training"], default=0.0) > self._timeout:
+            return f"no step was made for {self._timeout:g} s (hang_timeout_seconds)"
+        return ""
 
 
 def _ask_for_stacks(living: Sequence[BaseProcess]) -> None:
@@ -245,18 +260,9 @@ def _is_decided(
     return died or "failed" in statuses or "running" not in statuses
 
 
-def _is_stuck(records: Sequence[RankRecord | None], waited: float) -> bool:
-    """Whether some rank waits for the others longer than a meeting may take."""
-    if len(records) == 1:
-        return False
-    if any(record is None or record.phase == "startup" for record in records):
-        return waited > IMPORT_SECONDS
-    meeting = [r.time for r in records if r and r.phase == "meeting"]
-    return bool(meeting) and time.time() - max(meeting) > MEETING_SECONDS
-
-
 def _enter(rank: int, job: Job, parent_pid: int, _lock: _Inherited | None) -> None:
-    """The first lines of every worker process."""
+    """The first lines of every worker process, in which no signal is heard yet."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent passes SIGTERM on for it
     die_with_parent(parent_pid)
     if os.getppid() != parent_pid:
         return
@@ -265,6 +271,7 @@ def _enter(rank: int, job: Job, parent_pid: int, _lock: _Inherited | None) -> No
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     stop = StopRequest()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
     job.run(rank, RankRecord(job.folder.record_file(rank), rank), stop)
 
 

@@ -58,7 +58,8 @@ def heard_signals() -> Iterator[Signals]:
     """Count signals instead of raising, so that no line of ours is cut in two."""
     signals = Signals()
     # Only the main thread may set handlers, and only it gets the signals.
-    numbers = [*HEARD] if on_main_thread() else []
+    here = threading.current_thread() is threading.main_thread()
+    numbers = [*HEARD] if here else []
     if numbers and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
         numbers.remove(signal.SIGHUP)
     before = {number: signal.signal(number, signals.handle) for number in numbers}
@@ -67,10 +68,6 @@ def heard_signals() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def count_ballots(sums: list[float]) -> str | None:

@@ -159,14 +159,11 @@ class Exit:
 def judge(
     folder: RunFolder,
     exits: list[Exit],
-    asked_to_stop: str = "",
     logs: bool = True,
     less_memory: str = "",
 ) -> str:
     """Return how a run ended, or raise `TrainingFailed` for its first failure.
 
-    `asked_to_stop` is what the parent passed on ("interrupted" or "terminated"): a
-    rank that left before it could listen then counts as stopped, not as failed.
     `logs` tells whether the ranks have logs of their own; `less_memory` what to do
     where memory ran out.
     """
@@ -174,8 +171,6 @@ def judge(
     statuses = {record.status if record else "silent" for record in records}
     if len(statuses) == 1 and (status := statuses.pop()) in ENDINGS:
         return status
-    if asked_to_stop and not any(r and r.phase == "training" for r in records):
-        return asked_to_stop
     stacks = [
         _stack(folder.log_file(rank)) if logs else "" for rank in range(len(exits))
     ]

@@ -101,7 +101,7 @@ def _advising(advice: str) -> Iterator[None]:
     """Where memory runs out, raise `MemoryError` that says what to do."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"out of memory: {advice}") from error
@@ -231,10 +231,11 @@ def new_model(payload: Mapping[str, Any]) -> MiniMindForCausalLM:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not allocate; on a CPU it has no exception type for that."""
-    texts = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in texts
+    """Whether no memory was to be had; torch has an exception type for its own pool on
+    CUDA only, not for a CPU, the driver or cuBLAS."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error) for text in (*texts, "ALLOC_FAILED")
     )
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,38 @@ def test_a_rank_that_failed_or_left_silently_decides_a_run() -> None:
     assert processes._is_decided([record("finished"), record("finished")], left)
 
 
-def test_a_rank_that_imports_is_given_longer_than_one_that_meets() -> None:
-    waiting = record(phase="meeting", age=90.0)
-    importing = record(phase="startup", age=90.0)
-    assert processes._is_stuck([waiting, record()], 95.0)
-    assert not processes._is_stuck([waiting, importing], 95.0)
-    assert not processes._is_stuck([waiting, None], 95.0)
-    assert processes._is_stuck([waiting, importing], 301.0)
-    assert not processes._is_stuck([record(), record()], 9999.0)
-    assert not processes._is_stuck([waiting], 9999.0), "one process meets nobody"
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Listen to ranks whose records stay as they are for so long; tells what is said."""
+
+    def listen(seconds: float, *records: RankRecord | None) -> str:
+        now = 0.0
+        monkeypatch.setattr(processes.time, "monotonic", lambda: now)
+        hearts = processes._Heartbeats(600.0)
+        told = hearts.listen(records)
+        while not told and now < seconds:
+            now += 0.5
+            told = hearts.listen(records)
+        return told
+
+    return listen
+
+
+@pytest.mark.fault("F106")
+def test_a_rank_that_imports_is_given_longer_than_one_that_meets(
+    watch: Callable[..., str],
+) -> None:
+    waiting, importing = record(phase="meeting"), record(phase="startup")
+    assert watch(61.0, waiting, waiting) == "the ranks did not meet in 60 s"
+    assert watch(61.0, waiting, record()) == "the ranks did not meet in 60 s"
+    for late in (importing, None):
+        assert not watch(299.0, waiting, late)
+        assert watch(301.0, waiting, late) == "it was not ready in 300 s"
+        assert watch(301.0, late) == "it was not ready in 300 s", "one process, too"
+    assert watch(61.0, waiting) == "the ranks did not meet in 60 s", "nor its device"
+    assert not watch(599.0, record(), record())
+    assert watch(601.0, record(), record()).startswith("no step was made for 600 s")
+    assert not watch(999.0, record("finished"), record("failed"))
 
 
 @pytest.mark.fault("F11")
@@ -147,6 +171,30 @@ def test_an_interrupt_of_the_parent_reaches_the_ranks(tmp_path: Path) -> None:
     job = make_job(tmp_path, 1, pause=0.4)
     assert run_processes(job, interrupt) == "interrupted"
     assert sent
+
+
+@pytest.mark.fault("F105")
+def test_a_signal_that_comes_before_anybody_listens_is_heard_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to parent and rank, as a scheduler sends it, in the moment of the start."""
+    started: list[int] = []
+    real = processes._signals_held_back
+
+    @contextlib.contextmanager
+    def held_back() -> Iterator[None]:
+        with real():
+            yield
+            children = multiprocessing.active_children()
+            started.extend(child.pid for child in children if child.pid)
+            for pid in (os.getpid(), *started):
+                os.kill(pid, signal.SIGTERM)
+
+    monkeypatch.setattr(processes, "_signals_held_back", held_back)
+    assert run_processes(make_job(tmp_path, 1), lambda: None) == "terminated"
+    assert len(started) == 1
+    found = RankRecord.read(tmp_path / "rank0.json")
+    assert found and (found.status, found.step) == ("terminated", 1)
 
 
 @pytest.mark.fault("F116")
@@ -177,13 +225,13 @@ def test_ranks_that_slept_with_their_parent_did_not_hang(
     monkeypatch.setattr(processes.time, "monotonic", lambda: now)
     hearts = processes._Heartbeats(60.0)
     same = [record()]
-    assert not hearts.stand_still(same)
+    assert not hearts.listen(same)
     now += 9999.0
-    assert not hearts.stand_still(same), "nobody looked"
+    assert not hearts.listen(same), "nobody looked"
     found = []
     for _ in range(120):
         now += 0.5
-        found.append(hearts.stand_still(same))
+        found.append(bool(hearts.listen(same)))
     assert found.index(True) == 110, "after 60 s, of which 5 had passed asleep"
 
 
@@ -241,7 +289,7 @@ def test_ranks_that_do_not_meet_are_ended(
 ) -> None:
     monkeypatch.setattr(processes, "MEETING_SECONDS", 1.0)
     with pytest.raises(
-        TrainingFailed, match="the ranks did not meet in time"
+        TrainingFailed, match=r"(?s)did not meet in 1 s\nrank 0 was in:\n  File"
     ) as failure:
         run_processes(make_job(tmp_path, 2, target="stuck"), lambda: None)
     assert failure.value.phase == "meeting"

@@ -136,11 +136,6 @@ def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
     assert "line 39" not in str(failure.value), "it is of an earlier start"
 
 
-@pytest.mark.fault("F105")
-def test_a_rank_stopped_before_it_listened_counts_as_stopped(tmp_path: Path) -> None:
-    assert judge(RunFolder(tmp_path), ended(-15), "terminated") == "terminated"
-
-
 def test_without_any_record_the_startup_failed(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="before its first step") as failure:
         judge(RunFolder(tmp_path), ended(1))
