@@ -17,9 +17,10 @@ from minimind_nb import TrainConfig
 from minimind_nb.launch.distributed import Group
 from minimind_nb.launch.stopping import StopRequest
 from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.model.weights import write_pth
 from minimind_nb.storage import verified
 from minimind_nb.training import api, worker
-from minimind_nb.training.checkpoint import export_weights, save_checkpoint
+from minimind_nb.training.checkpoint import save_checkpoint
 from minimind_nb.training.loop import train_step
 from minimind_nb.training.preparation import prepare, settle
 
@@ -60,7 +61,7 @@ def measure(preset: str, device: str, out_dir: str) -> str:
         steps.append(time.perf_counter() - began)
         began = time.perf_counter()
         folder = save_checkpoint(trainer)
-        export_weights(trainer.model, trainer.weights_file)
+        write_pth(trainer.model.state_dict(), trainer.weights_file)
         saves.append(time.perf_counter() - began)
         began = time.perf_counter()
         verified.verify(folder)

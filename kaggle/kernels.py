@@ -35,7 +35,7 @@ BUSY = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
 PATIENCE_SECONDS = 3600  # for the upload of a data set
 MARK = ".minimind_nb"  # lies in every folder that this command has made
 BUILT = [
-    *(f"datasets/minimind-{name}" for name in ("wheel", "data")),
+    *(f"datasets/minimind-{name}" for name in ("data", "wheel")),
     *(f"kernels/{name}" for name in SOURCES),
 ]
 PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
@@ -78,9 +78,8 @@ def run_build(options: argparse.Namespace) -> None:
     names = list(dict.fromkeys(options.notebook or ["pretrain"]))
     baked = choose_parameters(names, options.p)
     check_data(options.data)
-    for folder in (options.out / part for part in BUILT):
-        if (folder / MARK).is_file():
-            shutil.rmtree(folder)
+    for folder in find_built(options.out):
+        shutil.rmtree(folder)
     wheel = write_dataset(options.out, user, "MiniMind wheel")
     build_wheel(wheel)
     sources = [f"{user}/{wheel.name}"]
@@ -91,8 +90,13 @@ def run_build(options: argparse.Namespace) -> None:
         sources.append(f"{user}/{data.name}")
     for name in names:
         write_kernel(options.out, user, name, baked[name], sources)
-    for folder in sorted(options.out.glob("*/*")):
+    for folder in find_built(options.out):
         print(folder, *sorted(f.name for f in folder.iterdir() if f.name != MARK))
+
+
+def find_built(out: Path) -> list[Path]:
+    """The folders below `out` that this command has made."""
+    return [out / part for part in BUILT if (out / part / MARK).is_file()]
 
 
 def check_data(files: list[Path]) -> None:
@@ -116,8 +120,9 @@ def find_user(named: str | None) -> str:
             user = None
     if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", user):
         raise Refused(
-            f"{user!r} is no user name of Kaggle (letters, digits, hyphens): pass --user NAME, set "
-            f"KAGGLE_USERNAME, or put the file from Kaggle's settings at {file}"
+            f"{user!r} is no user name of Kaggle (letters, digits, hyphens): pass "
+            "--user NAME, set KAGGLE_USERNAME, or put the file from Kaggle's settings "
+            f"at {file}"
         )
     return user.lower()
 
@@ -125,9 +130,12 @@ def find_user(named: str | None) -> str:
 def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any]:
     """For each notebook the given parameters that it has, as Python values.
 
-    A value that is no literal of Python is a string.
+    A value that is no literal of Python is a string. Raises `Refused` for a parameter
+    that no notebook has, and for a value that no setting can have.
     """
     from papermill import inspect_notebook
+
+    from minimind_nb.config import TrainConfig, kinds
 
     known = {name: inspect_notebook(ROOT / f"notebooks/{name}.ipynb") for name in names}
     values = {name: _literal(value) for name, value in given}
@@ -137,6 +145,10 @@ def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any
             close = difflib.get_close_matches(name, every, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise Refused(f"{name} is no parameter of {', '.join(names)}{hint}")
+    try:
+        TrainConfig(**{key: value for key, value in values.items() if key in kinds()})
+    except ValueError as error:
+        raise Refused(f"{error} (True, False and None are Python's)") from None
     return {
         name: {key: value for key, value in values.items() if key in known[name]}
         for name in names
@@ -228,18 +240,15 @@ def run_push(options: argparse.Namespace) -> None:
     """Upload the data sets, wait until they are ready, and push the notebooks."""
     if shutil.which("kaggle") is None:
         raise Refused("there is no command kaggle: pip install 'kaggle>=2.2'")
-    kernels = [
-        options.out / "kernels" / name
-        for name in SOURCES
-        if (options.out / "kernels" / name).is_dir()
-        and name in (options.notebook or SOURCES)
-    ]
+    built = find_built(options.out)
+    wanted = options.notebook or SOURCES
+    kernels = [f for f in built if f.parent.name == "kernels" and f.name in wanted]
     if not kernels:
         raise Refused(f"nothing to push in {options.out}: run kernels.py build first")
     for folder in kernels:
         attach_sources(folder, options.again)
     if not options.kernels_only:
-        for folder in sorted((options.out / "datasets").iterdir()):
+        for folder in (f for f in built if f.parent.name == "datasets"):
             push_dataset(folder, options.message, options.wait)
     for folder in kernels:
         attach_sources(folder, options.again)

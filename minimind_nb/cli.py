@@ -19,9 +19,15 @@ from typing import Any
 
 from . import __version__
 from .config import SHAPE_FIELDS, STAGES, TrainConfig, describe_unknown, kinds
+from .launch.verdict import TrainingFailed
 from .session import running_kernel
 
-_EXIT_CODES = {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM}
+_EXIT_CODES = {
+    "finished": 0,
+    "time_budget": 0,
+    "interrupted": 128 + signal.SIGINT,
+    "terminated": 128 + signal.SIGTERM,
+}
 _USAGE_ERROR = 2
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _MODEL = "a run folder, a checkpoint, a .pth file or a saved folder"
@@ -62,11 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except TrainingFailed as failure:
+        if _is_first() or str(failure.rank) == os.environ.get("RANK"):
+            print(f"minimind-nb: {failure}", file=sys.stderr)
+        code = 1
     except (ValueError, OSError, RuntimeError) as error:
-        failed = getattr(error, "rank", None)
-        if _is_first() or str(failed) == os.environ.get("RANK"):
+        if _is_first():
             print(f"minimind-nb: {error}", file=sys.stderr)
-        code = 1 if type(error).__name__ == "TrainingFailed" else _USAGE_ERROR
+        code = _USAGE_ERROR
     except KeyboardInterrupt:
         code = _EXIT_CODES["interrupted"]
     sys.exit(code)
@@ -263,7 +272,7 @@ def _train(options: argparse.Namespace) -> int:
 
     run = train(_config(options))
     _show(run)
-    return _EXIT_CODES.get(run.status, 0)
+    return _EXIT_CODES.get(run.status, 1)
 
 
 def _plan(options: argparse.Namespace) -> int:

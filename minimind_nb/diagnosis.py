@@ -22,6 +22,7 @@ _GIB = 2**30
 _LITTLE_DISK_GIB = 5
 _LITTLE_SHM_GIB = 1
 _INTACT = "intact"
+_DAMAGED = "damaged: "
 
 
 def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
@@ -61,11 +62,17 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
 
 
 class Verdict(Table):
-    """What `verify` found; `intact` tells whether the newest checkpoint is good."""
+    """What `verify` found.
+
+    `intact` tells whether there is a checkpoint and nothing is damaged; a run whose
+    newest one is damaged goes on from the one before it.
+    """
 
     def __init__(self, title: str, rows: list[list[str]]) -> None:
         super().__init__(title, ["what", "name", "state"], rows)
-        self.intact = rows[0][2] == _INTACT
+        states = [state for _, _, state in rows]
+        damaged = any(state.startswith(_DAMAGED) for state in states)
+        self.intact = states[0] == _INTACT and not damaged
 
 
 def verify(run_dir: str | os.PathLike[str]) -> Verdict:
@@ -106,7 +113,7 @@ def _state(folder: Path, check: Callable[[Path], object] = verified.verify) -> s
     try:
         check(folder)
     except verified.DamagedFolder as damage:
-        return f"damaged: {damage}" if folder.exists() else "removed meanwhile"
+        return f"{_DAMAGED}{damage}" if folder.exists() else "removed meanwhile"
     return _INTACT
 
 

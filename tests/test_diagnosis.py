@@ -174,7 +174,7 @@ def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     (tmp_path / "out" / "cache" / "tokens-1" / "tokens").write_text("12")
     before = tree(tmp_path)
     found = verify(run.root)
-    assert found.intact, "the newest is what a run goes on from"
+    assert not found.intact, "though the newest is what a run goes on from"
     assert [state for _, _, state in found.rows] == [
         "intact",
         "damaged: weights does not have the sha256 it was written with",

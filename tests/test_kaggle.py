@@ -202,6 +202,7 @@ def test_a_notebook_without_wheel_says_what_is_missing(tmp_path):
     ("arguments", "words"),
     [
         (["-p", "max_step", "3"], "max_step is no parameter .* did you mean max_steps"),
+        (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),
         (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
         (["--user", "a/b"], "is no user name of Kaggle"),
@@ -268,6 +269,15 @@ def test_a_push_attaches_what_exists(kernels, kaggle):
     assert metadata(kernel)["kernel_sources"] == ["ann/minimind-pretrain"]
     call = f"kernels push -p {kernel} --accelerator NvidiaTeslaT4"
     assert (folder / "calls.txt").read_text().splitlines()[-1] == call
+
+
+def test_what_this_command_has_not_made_is_not_uploaded(kernels, kaggle):
+    folder, push = kaggle
+    (folder / "out" / "datasets" / ".DS_Store").touch()
+    (folder / "out" / "datasets" / "mine").mkdir()
+    with pytest.raises(SystemExit, match="minimind-wheel is not ready yet"):
+        kernels.main(push("--notebook", "pretrain"))
+    assert "mine" not in (folder / "calls.txt").read_text()
 
 
 def test_a_failed_push_is_told_though_it_exits_with_0(kernels, kaggle):

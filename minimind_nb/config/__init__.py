@@ -4,7 +4,7 @@ Standard library only, so that a front end can build, check and explain a
 configuration without loading torch.
 """
 
-from .fields import PATH_FIELDS, TrainConfig, kinds, resolve
+from .fields import PATH_FIELDS, TrainConfig, kinds, resolve, shorten_home
 from .presets import (
     CHANGEABLE_ON_RESUME,
     MIXTURE_FIELDS,
@@ -35,4 +35,5 @@ __all__ = [
     "describe_unknown",
     "kinds",
     "resolve",
+    "shorten_home",
 ]

@@ -198,6 +198,11 @@ class TrainConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {n: v for n, v in vars(self).items() if v != defaults[n]}
 
+    def portable(self) -> dict[str, Any]:
+        """The settings as a file may hold them: the home folder in paths is "~"."""
+        paths = {name: shorten_home(getattr(self, name)) for name in PATH_FIELDS}
+        return dataclasses.asdict(self) | paths
+
     @property
     def global_batch(self) -> int:
         """Rows of one optimizer step over all processes (of a resolved configuration)."""
@@ -216,6 +221,14 @@ class TrainConfig:
         if self.run_name == f"{self.stage}_{suffix}":
             return f"{WEIGHTS_NAMES[self.stage]}_{suffix}.pth"
         return f"{self.run_name}.pth"
+
+
+def shorten_home(path: Any) -> Any:
+    """A path below the home folder as "~/…", which tells nobody's name; else itself."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - "~" where there is none
+    if isinstance(path, str) and path.startswith(f"{home}/") and home.strip("/~"):
+        return f"~{path.removeprefix(home)}"
+    return path
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from .families import FAMILIES, OWN_CODE, describe_own
 from .fresh_process import run_fresh
 from .gguf import check_convertible, convert
 from .interop import choose_tokenizer, find_weights
-from .weights import Tensors, put_weights, read_pth
+from .weights import Tensors, put_weights, read_pth, write_pth
 
 _FILES = ("pth", "gguf")
 FORMATS = (*FAMILIES, "minimind", *_FILES)
@@ -108,7 +108,7 @@ def export(
         raise ValueError(
             f"format={format!r} is unknown; there are {', '.join(FORMATS)}"
         )
-    final = Path(folder)
+    final = Path(folder).expanduser()
     _check_free(final, format not in _FILES)
     if dtype is None and format == "pth":
         dtype = torch.float16
@@ -211,7 +211,7 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
 
 def _write_pth(network: _Network, file: Path) -> float:
     head = {"lm_head.weight": network.tensors["model.embed_tokens.weight"]}
-    torch.save({**network.tensors, **head}, file)
+    write_pth({**network.tensors, **head}, file)
     back = read_pth(file)
     if any(not torch.equal(back[n], tensor) for n, tensor in network.tensors.items()):
         raise RuntimeError("the .pth does not read back as it was written; try again")

@@ -131,7 +131,7 @@ def find_weights(
 
     `tokenizer` stands in for the one of a checkpoint whose run folder is not there.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if which not in ("last", "best"):
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
     for name in shape.keys() - set(SHAPE_FIELDS):
@@ -179,8 +179,8 @@ def choose_tokenizer(
     """
     if tokenizer is not None and found.tokenizer:
         check_same_entries(tokenizer, found.tokenizer, source)
-    if tokenizer is None and not found.tokenizer and found.file.suffix != ".pth":
-        print(f"{source} comes without a tokenizer: the shipped one is taken")
+    if tokenizer is None and not found.tokenizer:
+        print(describe_shipped(source))
     spec = read_tokenizer(found.tokenizer if tokenizer is None else tokenizer)
     if spec.vocab_size > found.config.vocab_size:
         raise ValueError(
@@ -189,6 +189,15 @@ def choose_tokenizer(
             "one with tokenizer=…"
         )
     return spec
+
+
+def describe_shipped(source: str | os.PathLike[str]) -> str:
+    """What is taken for granted of weights that come without a tokenizer."""
+    return (
+        f"{source} comes without a tokenizer: the shipped one is taken. It is not that of "
+        "MiniMind's own weights, which mean other tokens by the same ids: name theirs "
+        'with tokenizer="minimind/model"'
+    )
 
 
 def check_same_entries(

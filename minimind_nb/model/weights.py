@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..storage.verified import write_bytes
 from .architecture import MiniMindConfig, MiniMindForCausalLM
 
 _SHOWN_KEYS = 5
@@ -70,6 +72,18 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
         )
     tensors = {name.removeprefix("module."): value for name, value in state.items()}
     return _check_tensors(path, tensors)
+
+
+def write_pth(tensors: Tensors, file: Path) -> None:
+    """Write a bare state dict in fp16, as MiniMind's scripts read it, at once or not.
+
+    Raises `OSError`, on a full disk too.
+    """
+    buffer = io.BytesIO()  # torch turns a full disk into a RuntimeError of no kind
+    torch.save(
+        {n: t.detach().to("cpu", torch.float16) for n, t in tensors.items()}, buffer
+    )
+    write_bytes(file, buffer.getvalue())
 
 
 def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import shorten_home
 from ..storage import verified
 from ..storage.runs import RunFolder
 from .facts import Table, shorten
@@ -43,7 +44,7 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        root = Path(path)
+        root = Path(path).expanduser()
         if not RunFolder(root).exists():
             root = find_metrics(root).parent
         self._files = RunFolder(root)
@@ -200,6 +201,7 @@ def save_chart(run: Run) -> None:
 def write_summary(run: Run, status: str, weights_file: Path) -> None:
     """Write summary.md, at once; `weights_file` is the run's `.pth` beside the folder."""
     folder, config = run.folder, run.config
+    place = shorten_home(str(folder))
     told = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
     files = [path.name for path in sorted(folder.iterdir())]
     files += [f"../{weights_file.name}"] if weights_file.is_file() else []
@@ -231,8 +233,8 @@ Everything else has its default, which `config.json` tells.
 ```python
 import minimind_nb as mm
 
-model, tokenizer = mm.load("{folder}")
-mm.Run("{folder}").plot()
+model, tokenizer = mm.load("{place}")
+mm.Run("{place}").plot()
 ```
 """
     verified.write_text(folder / "summary.md", text)

@@ -6,7 +6,6 @@ step says it all, for any number of processes.
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ..model.architecture import MiniMindForCausalLM
 from ..model.weights import put_weights
@@ -78,20 +76,6 @@ def load_checkpoint(
 def read_progress(folder: Path) -> Progress:
     """Where the run stood when a checkpoint was written."""
     return Progress(**_read_state(folder)["progress"])
-
-
-def export_weights(model: nn.Module, file: Path) -> None:
-    """Write MiniMind's `.pth`: a bare fp16 state dict with both tied keys.
-
-    For other programs; rounded to fp16, so no run is resumed from it.
-    """
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float16)
-        for name, tensor in model.state_dict().items()
-    }
-    buffer = io.BytesIO()  # torch turns a full disk into a RuntimeError of no kind
-    torch.save(tensors, buffer)
-    verified.write_bytes(file, buffer.getvalue())
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -15,9 +15,15 @@ from ..config import (
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
     TrainConfig,
+    shorten_home,
 )
 from ..config import STAGES as DEFAULTS
-from ..model.interop import FoundWeights, check_same_entries, find_weights
+from ..model.interop import (
+    FoundWeights,
+    check_same_entries,
+    describe_shipped,
+    find_weights,
+)
 from ..storage.runs import RunFolder
 from ..storage.verified import hash_file
 
@@ -75,6 +81,8 @@ def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
         raise
     if weights.assumed:
         on_note(weights.describe_assumed())
+    if not (cfg.tokenizer or weights.tokenizer):
+        on_note(describe_shipped(source))
     has = weights.shape()
     if differences := [
         f"{name}: {has.get(name)!r} there, {value!r} now"
@@ -185,4 +193,4 @@ def _own_run(cfg: TrainConfig, source: str) -> Initial | None:
     except FileNotFoundError:
         return None
     before = RunFolder(own.source).read_config()["settings"]
-    return own if before.get("init_from") == source else None
+    return own if before.get("init_from") == shorten_home(source) else None

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from ..data.batches import StepBatch
 from ..hardware import peak_memory_gib
 from ..launch.stopping import count_ballots
+from ..model.weights import write_pth
 from ..storage.verified import DamagedFolder
-from .checkpoint import export_weights, save_checkpoint
+from .checkpoint import save_checkpoint
 from .evaluation import evaluate_rows
 from .optim import learning_rate
 from .samples import seed_of, write_samples
@@ -156,7 +157,7 @@ def save(t: Trainer, final: bool) -> None:
     try:
         folder = save_checkpoint(t)
         t.folder.prune_checkpoints(t.cfg.keep_checkpoints)
-        export_weights(t.model, t.weights_file)
+        write_pth(t.model.state_dict(), t.weights_file)
     except (OSError, SafetensorError, DamagedFolder) as error:
         t.failed_saves += 1
         t.metrics.append("event", **where, event="save_failed", error=str(error))

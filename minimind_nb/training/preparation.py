@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import TrainConfig, resolve
+from ..config import TrainConfig, resolve, shorten_home
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
 from ..data.jsonl import check_file
@@ -243,7 +243,7 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
     initial = settled.initial
     return {
         "run": uuid.uuid4().hex,
-        "settings": dataclasses.asdict(settled.cfg),
+        "settings": settled.cfg.portable(),
         "explicit": sorted(cfg.explicit()),
         "hashes": {
             "data": corpus.cache.folder.name,
@@ -251,7 +251,7 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
             "tokenizer": settled.tokenizer.fingerprint,
             "initial": initial.digest if initial else None,
         },
-        "began_from": initial.source if initial else None,
+        "began_from": shorten_home(initial.source) if initial else None,
         "rejected_rows": corpus.cache.facts["bad_rows"],
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from ..config import CHANGEABLE_ON_RESUME, TrainConfig
+from ..config import CHANGEABLE_ON_RESUME, TrainConfig, shorten_home
 from ..launch.leftovers import end_orphans
 from ..monitor.metrics import History
 from ..storage import verified
@@ -143,7 +143,7 @@ def compare_hashes(
         for name, value in config["hashes"].items()
         if value is not None and before["hashes"].get(name) != value
     ]
-    same_name = before["settings"].get("init_from") == cfg.init_from
+    same_name = before["settings"].get("init_from") == shorten_home(cfg.init_from)
     if "init_from" in changed and (same_name or cfg.init_from == "auto"):
         changed.remove("init_from")
         on_note(

@@ -325,8 +325,9 @@ def make_small() -> Tokenizer:
 def test_what_a_pth_leaves_open_is_printed(given, assumed, model, tmp_path, capsys):
     file = save(model.state_dict(), tmp_path / "a.pth")
     load(file, **given)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"name them, as in {assumed[0]}=…" in said
+    tokenizer, said = capsys.readouterr().out.splitlines()
+    assert "without a tokenizer: the shipped one is taken. It is not that" in tokenizer
+    assert f"name them, as in {assumed[0]}=…" in said
     assert all(f"{name}=" in said for name in assumed)
     assert find_weights(file, **given).assumed == assumed
 

@@ -38,7 +38,7 @@ POINTS = {
     "before_rename": ("storage.verified", "rename_flushed", "before"),
     "after_rename": ("storage.verified", "rename_flushed", "after"),
     "prune": ("storage.runs", "RunFolder.prune_checkpoints", "before"),
-    "weights_file": ("training.loop", "export_weights", "before"),
+    "weights_file": ("training.loop", "write_pth", "before"),
     "exit": ("launch.distributed", "Group.close", "before"),
     "validation": ("training.loop", "evaluate_rows", "before"),
     "answer": ("training.loop", "write_samples", "before"),

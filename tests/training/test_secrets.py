@@ -46,7 +46,9 @@ def test_no_key_and_no_home_folder_gets_into_files_or_outputs(
         run = mm.train(cfg)
         print(run, repr(cfg), run.config, run.samples())
         mm.export(run, "exported")
-        failing = mm.TrainConfig(**{**settings, **places, "run_name": "fails"})
+        in_full = {"out_dir": "~/out", "data_path": f"{home}/corpus.jsonl"}
+        fails = {**settings, **places, **in_full, "run_name": "fails"}
+        failing = mm.TrainConfig(**fails)
         inject(monkeypatch, Fault("batch", "raise", str(tmp_path / "m"), step=2))
         with pytest.raises(mm.TrainingFailed):
             mm.train(failing)
