@@ -9,11 +9,13 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 BOUNDS = {
-    requirement.name.lower(): Version(str(requirement.specifier).removeprefix(">="))
+    requirement.name.lower(): Version(str(requirement.specifier).lstrip(">="))
     for requirement in map(
-        Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+        Requirement, PROJECT["dependencies"] + EXTRAS["test"] + EXTRAS["gguf"]
     )
+    if requirement.name != PROJECT["name"]
 }
 BY_HAND = "torch"  # 2.10.0 is several gigabytes
 

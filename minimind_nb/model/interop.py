@@ -136,7 +136,6 @@ def find_weights(
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
-    TrainConfig(**shape)  # says which values cannot be
     if path.name in _WEIGHTS_FILES and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_file() and path.suffix == ".safetensors":
@@ -146,6 +145,8 @@ def find_weights(
         )
     if path.is_file():
         tensors = read_pth(path)
+        is_mixture = any(".experts." in name for name in tensors)
+        TrainConfig(**{"use_moe": is_mixture, **shape})  # says which values cannot be
         if found := _from_run_beside(path, tensors, shape):
             return found
         config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
