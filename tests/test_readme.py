@@ -81,13 +81,27 @@ def test_the_notebooks_parameters_are_fields_of_the_configuration() -> None:
         assert notebook.metadata.kernelspec.name == "python3"
 
 
+@pytest.mark.parametrize("command", ["python kaggle/kernels.py build", "papermill"])
+def test_the_parameters_of_notebooks_exist(command: str) -> None:
+    line = re.search(rf"^{command} (.*)$", README, re.MULTILINE)
+    assert line
+    words = shlex.split(line[1])
+    notebook = (ROOT / "notebooks" / "pretrain.ipynb").read_text(encoding="utf-8")
+    assert words.count("-p") > 3
+    for before, name in zip(words, words[1:], strict=False):
+        assert before != "-p" or f'"{name} = ' in notebook
+
+
+def test_the_command_under_torchrun_is_understood() -> None:
+    words = re.search(r"torchrun --nproc_per_node=2 -m (\w+) (\w+) …", README)
+    assert words and words[1] == minimind_nb.__name__
+    assert callable(cli._parse([words[2]]).run)
+
+
 def test_the_build_for_kaggle_is_understood() -> None:
     line = re.search(r"^python kaggle/kernels.py build (.*)$", README, re.MULTILINE)
     assert line
     words = shlex.split(line[1])
-    notebook = (ROOT / "notebooks" / "pretrain.ipynb").read_text(encoding="utf-8")
-    for before, name in zip(words, words[1:], strict=False):
-        assert before != "-p" or f'"{name} = ' in notebook
     script = (ROOT / "kaggle" / "kernels.py").read_text(encoding="utf-8")
     for option in {word for word in words if word.startswith("--")}:
         assert f'"{option}"' in script

@@ -1,6 +1,7 @@
 """An exported folder behind transformers' own server, asked by an OpenAI client."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -49,17 +50,22 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    """Where `transformers serve` answers; it is ended by its process id."""
-    port, home = free_port(), folder.parent / "home"
-    (home / "hub").mkdir(parents=True)
+    """Where the README's command answers; it is ended by its process id."""
+    port, home = free_port(), folder.parent
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = re.search(
+        r"^mkdir -p (.*)\n(HF_\w+)=1 transformers (serve .* --port )8000$", readme, re.M
+    )
+    assert lines
+    made, offline, options = lines.groups()
+    (home / made.removeprefix("~/")).mkdir(parents=True)
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [str(Path(sys.executable).with_name("transformers")), "serve"]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment |= {"HOME": str(home), offline: "1", "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).with_name("transformers")), *options.split()]
     log = folder.parent / "serve.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [*command, *options],
+            [*command, str(port)],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -314,10 +314,9 @@ def test_no_rank_outlives_its_parent(
     code = (
         "import json, sys, pytest, minimind_nb as mm\n"
         "from support.injection import Fault, inject\n"
-        "if __name__ == '__main__':\n"
-        "    settings, fault = map(json.loads, sys.argv[1:])\n"
-        "    inject(pytest.MonkeyPatch(), Fault(**fault))\n"
-        "    mm.train(mm.TrainConfig(**settings), view=False)\n"
+        "settings, fault = map(json.loads, sys.argv[1:])\n"
+        "inject(pytest.MonkeyPatch(), Fault(**fault))\n"
+        "mm.train(mm.TrainConfig(**settings), view=False)\n"
     )
     script = Path(witness.marker).with_name("script.py")
     script.write_text(code)
