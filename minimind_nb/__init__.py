@@ -34,26 +34,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config": "TrainConfig",
-    "data.datasets": "DPODataset PretrainDataset RLAIFDataset SFTDataset",
-    "data.faults": "DataError",
-    "data.tokenizer": "load_tokenizer",
-    "data.vocabulary_training": "train_tokenizer",
-    "diagnosis": "doctor verify",
-    "examination": "examine",
-    "launch.verdict": "TrainingFailed",
-    "model.architecture": "MiniMindConfig MiniMindForCausalLM",
-    "model.export": "export",
-    "model.generation": "generate stream",
-    "model.interop": "load",
-    "monitor.comparison": "compare",
-    "monitor.dialogue": "chat",
-    "monitor.inspector": "inspect",
-    "monitor.metrics": "History",
-    "monitor.report": "Run runs",
-    "planning": "plan preview",
-    "storage.inputs": "find_input find_inputs input_runs",
-    "training.api": "evaluate train",
+    "DPODataset": "data.datasets",
+    "DataError": "data.faults",
+    "History": "monitor.metrics",
+    "MiniMindConfig": "model.architecture",
+    "MiniMindForCausalLM": "model.architecture",
+    "PretrainDataset": "data.datasets",
+    "RLAIFDataset": "data.datasets",
+    "Run": "monitor.report",
+    "SFTDataset": "data.datasets",
+    "TrainConfig": "config",
+    "TrainingFailed": "launch.verdict",
+    "chat": "monitor.dialogue",
+    "compare": "monitor.comparison",
+    "doctor": "diagnosis",
+    "evaluate": "training.api",
+    "examine": "examination",
+    "export": "model.export",
+    "find_input": "storage.inputs",
+    "find_inputs": "storage.inputs",
+    "generate": "model.generation",
+    "input_runs": "storage.inputs",
+    "inspect": "monitor.inspector",
+    "load": "model.interop",
+    "load_tokenizer": "data.tokenizer",
+    "plan": "planning",
+    "preview": "planning",
+    "runs": "monitor.report",
+    "stream": "model.generation",
+    "train": "training.api",
+    "train_tokenizer": "data.vocabulary_training",
+    "verify": "diagnosis",
 }
 
 __all__ = [
@@ -92,12 +103,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names.split():
-            value = getattr(importlib.import_module(f".{home}", __name__), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

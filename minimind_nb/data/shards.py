@@ -205,13 +205,13 @@ class _ChunkEncoder:
                 f"the tokenizer gave the id {tokens.max()} but states "
                 f"{self.spec.vocab_size} entries: use another tokenizer"
             )
-        hashes = b"".join(_content_hash(raw) for _, raw, _ in documents)
+        hashes = (hashlib.blake2b(raw, digest_size=8) for _, raw, _ in documents)
         arrays = {
             "tokens": tokens.astype(token_type(self.spec.vocab_size)),
             "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
             "lines": np.array([line for line, _, _ in documents], np.int64),
             "sizes": np.array([len(raw) for _, raw, _ in documents], np.int64),
-            "hashes": np.frombuffer(hashes, "<u8"),
+            "hashes": np.frombuffer(b"".join(h.digest() for h in hashes), "<u8"),
         }
         if self.record_format != "pretrain":
             marks = [one.marks for _, _, one in documents if one.marks is not None]
@@ -236,10 +236,6 @@ def estimate_bytes(file: Path) -> int:
     """What the token cache of a JSONL file takes on the disk, about."""
     unpacked = _GZIP_RATIO if file.suffix == ".gz" else 1
     return int(file.stat().st_size * unpacked * _CACHE_SHARE)
-
-
-def _content_hash(raw: bytes) -> bytes:
-    return hashlib.blake2b(raw, digest_size=8).digest()
 
 
 def _build(
