@@ -47,7 +47,7 @@ class Refused(Exception):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and do what it says; a refusal ends with its reason."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     build = commands.add_parser("build", help="write the folders to push")
     build.set_defaults(run=run_build)
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except Refused as reason:
+    except (Refused, OSError) as reason:
         raise SystemExit(f"kernels.py: {reason}") from None
 
 
@@ -77,7 +77,7 @@ def run_build(options: argparse.Namespace) -> None:
     user = find_user(options.user)
     names = list(dict.fromkeys(options.notebook or ["pretrain"]))
     baked = choose_parameters(names, options.p)
-    check_data(options.data)
+    check_data(options.data, dict(options.p).get("data_path"))
     for folder in find_built(options.out):
         shutil.rmtree(folder)
     wheel = write_dataset(options.out, user, "MiniMind wheel")
@@ -99,9 +99,12 @@ def find_built(out: Path) -> list[Path]:
     return [out / part for part in BUILT if (out / part / MARK).is_file()]
 
 
-def check_data(files: list[Path]) -> None:
-    """Raise `Refused` for files that are not there, or would replace each other."""
+def check_data(files: list[Path], wanted: str | None) -> None:
+    """Raise `Refused` for files that are not there, or would replace each other, and
+    where the file that a notebook is to read is not among them."""
     names = [file.name for file in files]
+    if wanted not in (None, "None", "demo", *names) and not Path(wanted).is_absolute():
+        raise Refused(f"data_path is {wanted}, which is not among --data FILE …")
     for file in files:
         if not file.is_file():
             raise Refused(f"there is no file {file}")
@@ -250,7 +253,15 @@ def run_push(options: argparse.Namespace) -> None:
     if not options.kernels_only:
         for folder in (f for f in built if f.parent.name == "datasets"):
             push_dataset(folder, options.message, options.wait)
+    pushed: list[str] = []
     for folder in kernels:
+        if waits_for := [name for name in SOURCES[folder.name] if name in pushed]:
+            print(
+                f"{folder.name} begins from the output of {', '.join(waits_for)}: when "
+                "that is complete, python kaggle/kernels.py push --kernels-only "
+                f"--notebook {folder.name}"
+            )
+            continue
         attach_sources(folder, options.again)
         command = ["kernels", "push", "-p", str(folder), "--accelerator", ACCELERATOR]
         said = _kaggle(*command).stdout
@@ -258,6 +269,7 @@ def run_push(options: argparse.Namespace) -> None:
         # It exits 0 whatever happens.
         if "successfully pushed" not in said or "not valid" in said:
             raise Refused(f"{folder} was not pushed as it should be: {said.strip()}")
+        pushed.append(folder.name)
 
 
 def attach_sources(folder: Path, again: bool) -> None:
@@ -267,8 +279,11 @@ def attach_sources(folder: Path, again: bool) -> None:
     `Refused` where one of them is running, whose output is not there yet.
     """
     file = folder / "kernel-metadata.json"
-    metadata = json.loads(file.read_text(encoding="utf-8"))
-    user = metadata["id"].partition("/")[0]
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        user = metadata["id"].partition("/")[0]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Refused(f"{file} was edited and says no id: build once more") from None
     others = [f"{user}/{slug(f'MiniMind {name}')}" for name in SOURCES[folder.name]]
     states = {name: find_state(name) for name in (metadata["id"], *others)}
     busy = [f"{name} is {state}" for name, state in states.items() if state in BUSY]
@@ -307,7 +322,7 @@ def push_dataset(folder: Path, message: str, seconds: float) -> None:
     if "is being created" not in said:
         raise Refused(f"{folder} was not uploaded: {said.strip()}")
     end = time.monotonic() + seconds
-    time.sleep(min(seconds, 5))  # the version before may be ready still
+    time.sleep(max(0, min(seconds, 5)))  # the version before may be ready still
     while not re.search(
         r"(?<!not )\bready\b",
         said := _kaggle("datasets", "status", name).stdout.lower(),

@@ -16,6 +16,7 @@ from types import ModuleType
 
 _PARENT_CHECK_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
+_ALONE = threading.RLock()
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -44,11 +45,12 @@ def without_main_script() -> Iterator[None]:
     again in each of them, and its imports could take longer than a parent lives that
     nobody watches yet.
     """
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _ALONE:  # of two threads one would put the other's stand-in back
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def identify_process(pid: int) -> str:

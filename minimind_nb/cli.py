@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     options = _parse(arguments)
     try:
-        code = options.run(options)
+        # torchrun starts a command in all its processes, and these need one.
+        idle = options.run in (_chat, _export, _tokenizer) and not _is_first()
+        code = 0 if idle else options.run(options)
     except BrokenPipeError:  # whoever read has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
@@ -124,7 +127,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if is_option or not open_words:
             known = [o for o in options.command._option_string_actions if o[:2] == "--"]
             name = word.partition("=")[0]
-            options.command.error(describe_unknown(name, known, "option"))
+            problem = describe_unknown(name, known, "option")
+            if not is_option:
+                problem += (
+                    "; options are named, as in --data_path FILE, and words with "
+                )
+                problem += "blanks stand in quotes"
+            options.command.error(problem)
         setattr(options, open_words.pop(0), word)
     for word in open_words:
         if options.words[word]:
@@ -182,6 +191,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_words(parser, source=_MODEL, text=said)
     parser.add_argument("--which", default="last", help=_WHICH)
     parser.add_argument("--tokenizer", help=_TOKENIZER)
+    _add_fields(parser, SHAPE_FIELDS)
     for name, (kind, text) in _SAMPLING.items():
         parser.add_argument(
             f"--{name}", type=kind, default=argparse.SUPPRESS, help=text
@@ -233,9 +243,11 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
         if bool in types and text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
         if tuple in types:
-            if text.startswith("["):
+            bare = re.fullmatch(r"\[([a-z_, ]*)\]", text)  # a shell took the quotes
+            if text.startswith("[") and not bare:
                 return tuple(json.loads(text))
-            return tuple(part.strip() for part in text.split(",") if part.strip())
+            parts = (bare[1] if bare else text).split(",")
+            return tuple(part.strip() for part in parts if part.strip())
         for kind in (int, float, str):
             if kind in types:
                 return kind(text)
@@ -247,7 +259,7 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
 
 def _is_first() -> bool:
     """Whether this process speaks: of torchrun's processes rank 0 does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def _show(result: object) -> None:
@@ -293,8 +305,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     from .monitor.dialogue import chat
 
-    named = _given(options, ("which", "tokenizer", *_SAMPLING))
-    chat(options.source, options.text, **named)
+    source, opening = options.source, ("which", "tokenizer", *SHAPE_FIELDS)
+    named, sampling = _given(options, opening), _given(options, _SAMPLING)
+    if named.keys() & set(SHAPE_FIELDS):
+        from .model.interop import load
+
+        source, named = load(source, **named), {}
+    chat(source, options.text, **named, **sampling)
     return 0
 
 

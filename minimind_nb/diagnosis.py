@@ -96,10 +96,9 @@ def verify(run_dir: str | os.PathLike[str]) -> Verdict:
         rows.append(["checkpoint", aside.stem, f"was set aside: {reason}"])
     if files.reference.exists():
         rows.append(["reference", files.reference.name, _state(files.reference)])
-    hashes = run.config.get("hashes") if files.exists() else {}
-    hashes = hashes if isinstance(hashes, dict) else {}
+    caches = run.config.get("caches") if files.exists() else []
     root = current_session().cache_folder(files.root.absolute().parent)
-    for name in dict.fromkeys(hashes.get(part) for part in ("data", "validation")):
+    for name in caches if isinstance(caches, list) else []:
         if isinstance(name, str) and Path(name).name == name != "..":
             missing = "not here; it is made again from the data when it is needed"
             there = (root / name).exists()

@@ -16,7 +16,8 @@ from .hardware import Hardware, choose_threads
 from .monitor.facts import Facts
 from .monitor.metrics import History
 from .monitor.progress import duration
-from .training.preparation import describe_cuts, open_corpus, settle
+from .training.notes import describe_cuts
+from .training.preparation import open_corpus, settle
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}

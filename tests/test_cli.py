@@ -46,8 +46,12 @@ EVALUATION = """
     max_bad_fraction
 """.split()
 CHAT = """
-    source text which tokenizer system temperature top_p top_k repetition_penalty
-    max_new_tokens seed
+    source text which tokenizer
+    hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout
+    qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha
+    seq_aux norm_topk_prob inference_rope_scaling
+    system temperature top_p top_k repetition_penalty max_new_tokens seed
 """.split()
 COMMANDS = {
     "pretrain": [*OPTIONS, "ddp"],
@@ -228,11 +232,13 @@ def test_ddp_is_taken_and_said_to_be_always_on(given, train, capsys, monkeypatch
         "them\n"
     )
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     exit_code("sft", *given)
     assert capsys.readouterr() == ("", "")
 
 
 def test_of_torchruns_processes_the_first_speaks(train, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, shown in (("1", ""), ("0", "FakeRun(status='finished')\n")):
         monkeypatch.setenv("RANK", rank)
         assert exit_code("pretrain") == 0
@@ -250,7 +256,7 @@ def test_of_torchruns_processes_the_first_speaks(train, monkeypatch, capsys):
         ("--hiden-size=512", "is no option; did you mean --hidden_size?"),
         ("--epoch 1", "is no option; did you mean --epochs?"),
         ("--qqq 1", "qqq' is no option"),
-        ("corpus.jsonl", "'corpus.jsonl' is no option"),
+        ("corpus.jsonl", "no option; options are named, as in --data_path FILE"),
     ],
 )
 def test_an_option_that_cannot_be_is_explained(arguments, text, train, capsys):

@@ -147,8 +147,7 @@ def seal(folder: Path, facts: dict[str, Any] | None = None, **files: str) -> Pat
 def run(tmp_path) -> RunFolder:
     """A preference run of two checkpoints whose cache lies beside it."""
     folder = RunFolder(tmp_path / "out" / "dpo_32")
-    cache = {"data": "tokens-1", "validation": "tokens-1"}
-    folder.write_config({"settings": {}, "hashes": cache | {"initial": None}})
+    folder.write_config({"settings": {}, "caches": ["tokens-1"]})
     for step in (2, 4):
         seal(folder.checkpoint_folder(step), {"step": step}, weights="1234")
     seal(folder.reference, chosen="12")
@@ -199,9 +198,9 @@ def test_checkpoints_set_aside_and_those_of_others_are_told(run):
     ]
 
 
-@pytest.mark.parametrize("hashes", [["x"], {"data": 5}, {"data": ".."}, None])
-def test_a_spoiled_configuration_names_no_cache(hashes, run):
-    run.write_config(run.read_config() | {"hashes": hashes})
+@pytest.mark.parametrize("caches", [{"x": "y"}, [5], [".."], "x", None])
+def test_a_spoiled_configuration_names_no_cache(caches, run):
+    run.write_config(run.read_config() | {"caches": caches})
     assert "token cache" not in {row[0] for row in verify(run.root).rows}
 
 

@@ -8,7 +8,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .presets import MIXTURE_FIELDS, PRESETS, RECIPES, STAGES, WEIGHTS_NAMES
+from .presets import (
+    MIXTURE_FIELDS,
+    PRESETS,
+    RECIPES,
+    SHAPE_FIELDS,
+    STAGES,
+    TRAINING_SHAPE_FIELDS,
+    WEIGHTS_NAMES,
+)
 from .resolution import fill_defaults
 
 Kinds = Mapping[str, tuple[type, ...]]
@@ -50,12 +58,19 @@ def find_problems(settings: Mapping[str, Any], kinds: Kinds) -> list[str]:
         else:
             sound[name] = value
     values = fill_defaults(sound)
-    unknown = [n for n in sound.get("allow_change", ()) if n not in kinds]
+    allowed = sound.get("allow_change", ())
+    unknown = [n for n in allowed if n not in kinds]
+    fixed = [n for n in SHAPE_FIELDS if n in allowed and n not in TRAINING_SHAPE_FIELDS]
     return [
         *problems,
         *filter(None, map(_range_problem, values, values.values())),
         *_contradictions(sound, values),
         *(f"allow_change: {describe_unknown(name, kinds)}" for name in unknown),
+        *(
+            f"allow_change: {name} is the shape of the weights, which no run can change; "
+            "take another run_name"
+            for name in fixed
+        ),
     ]
 
 
@@ -89,7 +104,8 @@ def _value_problem(name: str, value: Any, kinds: tuple[type, ...]) -> str | None
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _ONE_OF.get(name)
     if choices and value is not None and value not in choices:
-        hint = _hint(value, choices, quote="'")
+        meant = "cuda" if value == "gpu" else value
+        hint = _hint(meant, choices, quote="'")
         return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
     return None
 

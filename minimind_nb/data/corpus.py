@@ -29,7 +29,7 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
     if path == DEMO:
         return "pretrain" if demo == "pretrain" else "sft"
     chunk = next(iter_chunks(path))
-    rows, problems, _ = read_rows(chunk, lambda _: None)
+    rows, problems, *_ = read_rows(chunk, lambda _: None)
     keys = set(rows[0][1]) if rows else set()
     for key, record_format in (("conversations", "sft"), ("text", "pretrain")):
         if key in keys:

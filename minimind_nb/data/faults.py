@@ -8,7 +8,7 @@ what the user meets when the answer is no.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,17 +120,27 @@ class Tally:
         self.problems: list[BadRow] = []
         self.kinds: Counter[str] = Counter()
 
-    def add(self, good: int, problems: list[BadRow], blank: int) -> None:
-        """Count one chunk's good rows, its problems and its blank lines."""
+    def add(
+        self, good: int, problems: list[BadRow], blank: int, more: Mapping[str, int]
+    ) -> None:
+        """Count one chunk's good rows, its problems and its blank lines; `more` counts
+        problems that are not described, by kind."""
         self.good += good
         self.blank += blank
         self.kinds.update(row.kind for row in problems)
+        self.kinds.update(more)
         self.problems += problems[: KEPT_PROBLEMS - len(self.problems)]
 
-    def judge(self) -> None:
+    def judge_so_far(self) -> None:
+        """Raise `DataError` as soon as a row is bad that may not be."""
+        if self.on_bad_line == "error" and self.kinds:
+            self.judge(" read so far")
+
+    def judge(self, which: str = "") -> None:
         """Raise `DataError` unless there are rows, and few enough bad ones.
 
         It lists the first five problems, counts all by kind, and says what to do.
+        `which` says of which rows, if not of all.
         """
         bad = self.kinds.total()
         total = self.good + bad
@@ -150,7 +160,8 @@ class Tally:
             f"{n} {kind.replace('_', ' ')}" for kind, n in self.kinds.most_common()
         ]
         lines = [
-            f"{self.path}: {bad} of {total} rows cannot be used: {', '.join(kinds)}"
+            f"{self.path}: {bad} of {total} rows{which} cannot be used: "
+            f"{', '.join(kinds)}"
         ]
         for row in self.problems[:LISTED_PROBLEMS]:
             place = f"{Path(self.path).name}:{row.line}:{row.column}"

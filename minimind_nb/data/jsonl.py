@@ -29,6 +29,7 @@ MAX_DEPTH = 100
 
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 1 << 10
+_DESCRIBED = 1000  # problems of a chunk, which may be all its lines
 # How a file begins that is no JSON Lines at all, and what it is then.
 _OTHER_FILES = (
     (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
@@ -52,11 +53,15 @@ class Chunk(NamedTuple):
 
 
 class ChunkRows(NamedTuple):
-    """What a chunk holds, in order: (line, row)s, the refused rows; and blank lines."""
+    """What a chunk holds, in order: (line, row)s, the refused rows; and blank lines.
+
+    Of the refused rows the first 1,000 are described, `more` counts the rest by kind.
+    """
 
     rows: list[tuple[int, dict[str, Any]]]
     problems: list[BadRow]
     blank: int
+    more: Counter[str]
 
 
 Check = Callable[[dict[str, Any]], Fault | None]
@@ -77,6 +82,8 @@ def check_file(path: str | os.PathLike[str]) -> None:
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
         hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
         raise FileNotFoundError(f"{path} does not exist: {hint}")
+    if not path.is_file():
+        raise DataError(f"{path} is a pipe or a device, which cannot be read twice")
     with _opened(path) as stream:
         head = stream.read(_HEAD_BYTES).removeprefix(_BOM)
     for beginning, what in _OTHER_FILES:
@@ -136,7 +143,7 @@ def read_rows(chunk: Chunk, check: Check) -> ChunkRows:
         data = data.removeprefix(_BOM)
     rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[BadRow] = []
-    blank = 0
+    blank, more = 0, Counter[str]()
     for number, raw in enumerate(data.split(b"\n"), chunk.first_line):
         size = chunk.overlong or len(raw)
         if size <= MAX_LINE_BYTES and not raw.strip():
@@ -151,8 +158,12 @@ def read_rows(chunk: Chunk, check: Check) -> ChunkRows:
                 raise fault
             rows.append((number, row))
         except ValueError as error:
-            problems.append(describe(number, raw, error))
-    return ChunkRows(rows, problems, blank)
+            problem = describe(number, raw, error)
+            if len(problems) < _DESCRIBED:
+                problems.append(problem)
+            else:
+                more[problem.kind] += 1
+    return ChunkRows(rows, problems, blank, more)
 
 
 def check_text_row(row: dict[str, Any]) -> Fault | None:

@@ -28,7 +28,7 @@ from .faults import Fault
 from .jsonl import Check, check_text_row
 from .tokenizer import TokenizerSpec
 
-VERSION = 2
+VERSION = 3
 
 Row = dict[str, Any]
 

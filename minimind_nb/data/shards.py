@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from ..ancestry import die_with_parent, without_main_script
 from ..storage import verified
-from .conversations import TRAINED
-from .encoding import BulkEncoder
-from .faults import BadRow, DataError, Fault, Tally, describe, write_rejected
-from .jsonl import Chunk, check_file, iter_chunks, read_rows
-from .records import RECORD_FORMATS, VERSION, Document
+from .faults import BadRow, DataError, Tally, write_rejected
+from .jsonl import check_file, iter_chunks
+from .records import RECORD_FORMATS, VERSION
+from .tokenising import Encoded, encode_chunks, token_type
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -50,12 +44,15 @@ class Source:
     on_bad_line: str = "error"
     max_bad_fraction: float = 0.01
 
-    def key(self) -> str:
-        """Names the cache: equal for equal content, whatever the file is called."""
-        content = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
-        reading = [self.record_format, VERSION, self.on_bad_line]
-        parts = [*content, self.tokenizer.fingerprint, *reading]
-        return hashlib.sha256(verified.canonical_json(parts).encode()).hexdigest()
+    def content(self) -> str:
+        """What is read, and how: equal for equal files, whatever they are called."""
+        parts = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
+        return _hash(*parts, self.record_format, VERSION)
+
+    def name(self, content: str) -> str:
+        """The name of the cache of this content."""
+        key = _hash(content, self.tokenizer.fingerprint, self.on_bad_line)
+        return f"tokens-{key[:24]}"
 
 
 class TokenCache:
@@ -129,7 +126,8 @@ def open_cache(
     """
     check_file(source.path)
     before = Path(source.path).stat()
-    folder = root / f"tokens-{source.key()[:24]}"
+    content = source.content()
+    folder = root / source.name(content)
     root.mkdir(parents=True, exist_ok=True)
     with (root / f".{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -143,8 +141,13 @@ def open_cache(
                 shutil.rmtree(folder)
         for leftover in root.glob(f".{folder.name}.*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-        _build(source, before, folder, processes, on_progress)
+        with_what = (source, folder, processes, on_progress)
+        _build(*with_what, before=before, content=content)
         return TokenCache(folder, verified.verify(folder))
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(verified.canonical_json(parts).encode()).hexdigest()
 
 
 def _judge_again(source: Source, facts: dict[str, Any], rejected: Path) -> None:
@@ -158,80 +161,6 @@ def _judge_again(source: Source, facts: dict[str, Any], rejected: Path) -> None:
     tally.judge()
 
 
-class _Encoded(NamedTuple):
-    """What became of a chunk; `arrays` by the name of the file they go to."""
-
-    arrays: dict[str, np.ndarray]
-    rows: int
-    problems: list[BadRow]
-    blank: int
-
-
-class _ChunkEncoder:
-    """Turns chunks into ids; one a process."""
-
-    def __init__(self, record_format: str, spec: TokenizerSpec) -> None:
-        self.record_format = record_format
-        self.format = RECORD_FORMATS[record_format]
-        self.spec = spec
-        self.encoder = BulkEncoder(spec, threads=1)
-
-    def __call__(self, chunk: Chunk) -> _Encoded:
-        rows, problems, blank = read_rows(chunk, self.format.check)
-        texts = [self.format.text(row) for _, row in rows]
-        full = [
-            (*row, text.encode()) for row, text in zip(rows, texts, strict=True) if text
-        ]
-        made = self.format.encode([row for _, row, _ in full], self.encoder, self.spec)
-        documents: list[tuple[int, bytes, Document]] = []
-        faults: list[BadRow] = []
-        for (line, row, raw), each in zip(full, made, strict=True):
-            if isinstance(each, Fault):
-                shown = json.dumps(row, ensure_ascii=False).encode()
-                faults.append(describe(line, shown, each))
-            else:
-                documents += [(line, raw, document) for document in each]
-        arrays = self._arrays(documents)
-        problems = sorted([*problems, *faults], key=lambda problem: problem.line)
-        return _Encoded(arrays, len(rows) - len(faults), problems, blank)
-
-    def _arrays(
-        self, documents: list[tuple[int, bytes, Document]]
-    ) -> dict[str, np.ndarray]:
-        ids = [document.ids for _, _, document in documents]
-        tokens = np.concatenate([np.zeros(0, np.uint32), *ids])
-        if tokens.max(initial=0) >= self.spec.vocab_size:
-            raise ValueError(
-                f"the tokenizer gave the id {tokens.max()} but states "
-                f"{self.spec.vocab_size} entries: use another tokenizer"
-            )
-        hashes = (hashlib.blake2b(raw, digest_size=8) for _, raw, _ in documents)
-        arrays = {
-            "tokens": tokens.astype(token_type(self.spec.vocab_size)),
-            "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
-            "lines": np.array([line for line, _, _ in documents], np.int64),
-            "sizes": np.array([len(raw) for _, raw, _ in documents], np.int64),
-            "hashes": np.frombuffer(b"".join(h.digest() for h in hashes), "<u8"),
-        }
-        if self.record_format != "pretrain":
-            marks = [one.marks for _, _, one in documents if one.marks is not None]
-            sizes = [document.answer_sizes for _, _, document in documents]
-            trained = [np.count_nonzero(each & TRAINED) for each in marks]
-            arrays |= {
-                "sizes": np.array([sum(each) for each in sizes], np.int64),
-                "marks": np.concatenate([np.zeros(0, np.uint8), *marks]),
-                "trained": np.array(trained, np.int64),
-                "answers": np.array([len(each) for each in sizes], np.int64),
-                "answer_sizes": np.array([n for each in sizes for n in each], np.int64),
-            }
-        return arrays
-
-
-def token_type(vocab_size: int) -> str:
-    """The smallest array type that holds all ids: "uint16" or "uint32"."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
 def estimate_bytes(file: Path) -> int:
     """What the token cache of a JSONL file takes on the disk, about."""
     unpacked = _GZIP_RATIO if file.suffix == ".gz" else 1
@@ -240,20 +169,24 @@ def estimate_bytes(file: Path) -> int:
 
 def _build(
     source: Source,
-    before: os.stat_result,
     folder: Path,
     processes: int,
     on_progress: Callable[[str], None],
+    *,
+    before: os.stat_result,
+    content: str,
 ) -> None:
-    """Write the cache; `before` is the state of the file when its key was taken."""
+    """Write the cache; `before` is the state of the file when `content` was taken."""
     tally = Tally(source.path, source.on_bad_line, source.max_bad_fraction)
     facts: dict[str, Any] = {"token_type": token_type(source.tokenizer.vocab_size)}
-    facts["record_format"] = source.record_format
+    facts |= {"record_format": source.record_format, "content": content}
     if before.st_size < _ALONE_BYTES and not source.path.endswith(".gz"):
         processes = 1
     with verified.writing(folder, facts, estimate_bytes(Path(source.path))) as aside:
         chunks = iter_chunks(source.path, CHUNK_BYTES)
-        with contextlib.closing(_encode_chunks(source, chunks, processes)) as parts:
+        with contextlib.closing(
+            encode_chunks(source.record_format, source.tokenizer, chunks, processes)
+        ) as parts:
             facts |= _write_parts(parts, aside, tally, on_progress, before.st_size)
         after = Path(source.path).stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -270,7 +203,7 @@ def _build(
 
 
 def _write_parts(
-    parts: Iterator[_Encoded],
+    parts: Iterator[Encoded],
     folder: Path,
     tally: Tally,
     on_progress: Callable[[str], None],
@@ -281,7 +214,8 @@ def _write_parts(
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for part in parts:
-            tally.add(part.rows, part.problems, part.blank)
+            tally.add(part.rows, part.problems, part.blank, part.more)
+            tally.judge_so_far()
             if not files:
                 for name in part.arrays:
                     files[name] = stack.enter_context((folder / name).open("wb"))
@@ -297,49 +231,6 @@ def _write_parts(
                 done = f"tokenised {text_bytes / 1e6:,.0f} MB of text"
                 on_progress(f"{done} (the file has {size / 1e6:,.0f} MB)")
     return {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
-
-
-def _encode_chunks(
-    source: Source, chunks: Iterator[Chunk], processes: int
-) -> Generator[_Encoded, None, None]:
-    """Encode chunks in this process or in helpers; results come in order."""
-    if processes == 1:
-        yield from map(_ChunkEncoder(source.record_format, source.tokenizer), chunks)
-        return
-    with concurrent.futures.ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_helper,
-        initargs=(os.getpid(), source.record_format, source.tokenizer),
-    ) as pool:
-        waiting: deque[concurrent.futures.Future[_Encoded]] = deque()
-        try:
-            for chunk in chunks:
-                with without_main_script():  # it is here that helpers are started
-                    waiting.append(pool.submit(_encode_in_helper, chunk))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise RuntimeError(
-                "a helper process that tokenises was killed; when nobody did, the "
-                "machine ran out of memory: close what else runs, and start again"
-            ) from error
-
-
-_helper: _ChunkEncoder | None = None
-
-
-def _start_helper(parent_pid: int, record_format: str, spec: TokenizerSpec) -> None:
-    global _helper  # noqa: PLW0603 - an executor's initializer can only leave a global
-    die_with_parent(parent_pid)
-    _helper = _ChunkEncoder(record_format, spec)
-
-
-def _encode_in_helper(chunk: Chunk) -> _Encoded:
-    assert _helper is not None
-    return _helper(chunk)
 
 
 def _map(file: Path, dtype: npt.DTypeLike) -> np.ndarray:

@@ -83,8 +83,8 @@ def _count_bytes(path: Path) -> int:
     tally = Tally(path)
     total = 0
     for chunk in iter_chunks(path):
-        rows, problems, blank = read_rows(chunk, _check_row)
-        tally.add(len(rows), problems, blank)
+        rows, problems, blank, more = read_rows(chunk, _check_row)
+        tally.add(len(rows), problems, blank, more)
         total += sum(len(text.encode()) for _, row in rows for text in _texts(row))
     tally.judge()
     return total

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..ancestry import identify_process
-from ..storage.runs import RunFolder
+from ..storage.runs import RunFolder, RunLocked
 from .verdict import RankRecord
 
 _GRACE_SECONDS = 5.0
@@ -47,15 +47,25 @@ def end_orphans(folder: RunFolder) -> list[int]:
     """End ranks of an earlier run here whose parent is gone, and return their pids.
 
     A number alone proves nothing: the process, and that its parent is another one, are
-    told by when they started. Others are never touched.
+    told by when they started. Others are never touched. Raises `RunLocked` where a rank
+    is at work whose parent lives, as it is where somebody deleted the lock's file.
     """
-    ended = []
+    ended, ours = [], identify_process(os.getppid())
     for file in folder.root.glob("rank*.json"):
         record = RankRecord.read(file)
         if not record or not record.process:
             continue
         alive = identify_process(record.pid) == record.process
-        if alive and record.is_orphan():
+        under_torchrun = record.parent == ours or record.pid == os.getpid()
+        if not alive or under_torchrun:
+            continue
+        if not record.is_orphan() and record.status == "running":
+            raise RunLocked(
+                f"{folder.root} is in use by pid {record.pid}, rank {record.rank} of a run "
+                "that is at work; its lock file was deleted, which does not end it. Wait "
+                "for that run, stop it, or take another run_name."
+            )
+        if record.is_orphan():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGKILL)
                 ended.append(record.pid)

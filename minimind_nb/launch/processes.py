@@ -162,10 +162,11 @@ def _watch(
     while len(exits) < len(processes):
         living = [p for rank, p in enumerate(processes) if rank not in exits]
         connection.wait([p.sentinel for p in living], timeout=POLL_SECONDS)
+        looks = time.time()  # before it does: one may die in the very moment
         dead = {rank for rank, p in enumerate(processes) if not p.is_alive()}
         for rank in dead - exits.keys():
             exits[rank] = Exit(processes[rank].exitcode, looked, reason)
-        looked = time.time()
+        looked = looks
         on_poll()
         records = _read_records(job.folder, records)
         _relay(signals, processes, records)

@@ -23,6 +23,7 @@ from ..storage.runs import RunFolder
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 _LOG_TAIL_LINES = 15
+_LOG_TAIL_BYTES = 1 << 18
 _BEAT_SECONDS = 1.0
 _RECORD_BYTES = 1 << 14
 _SHORT_ERROR = 1 << 10
@@ -248,19 +249,23 @@ def _explain(
 
 def _stack(log: Path) -> str:
     """The Python stack that a hung rank wrote when it was asked to; "" if none."""
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    _, found, stack = text.rpartition(SESSION)[2].rpartition(_STACK)
+    _, found, stack = _end_of(log).rpartition(SESSION)[2].rpartition(_STACK)
     lines = [line for line in stack.splitlines() if line.startswith("  File ")]
     return "\n".join(lines[:_STACK_LINES]) if found else ""
 
 
-def _tail(log: Path) -> str:
+def _end_of(log: Path) -> str:
+    """As much of a log's end as is of use; it may be longer than the memory."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with log.open("rb") as file:
+            file.seek(max(0, os.path.getsize(log) - _LOG_TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    tail = "\n  ".join(lines[-_LOG_TAIL_LINES:])
+
+
+def _tail(log: Path) -> str:
+    if not log.exists():
+        return ""
+    tail = "\n  ".join(_end_of(log).splitlines()[-_LOG_TAIL_LINES:])
     return f"The end of {log}:\n  {tail}" if tail else f"{log} is empty."

@@ -91,7 +91,7 @@ def export(
     - "gguf": a file for llama.cpp, of what is a Llama or Qwen3 (an optional extra);
     - "pth": a file for MiniMind's scripts, in float16.
 
-    None takes the first that holds the network. `dtype` ("float32", "float16",
+    None takes the file that the name ends in, or the first that holds the network. `dtype` ("float32", "float16",
     "bfloat16") is the precision to store in, as the weights are unless given.
 
     A folder and a GGUF file are opened by a fresh process before they get their name,
@@ -109,6 +109,8 @@ def export(
             f"format={format!r} is unknown; there are {', '.join(FORMATS)}"
         )
     final = Path(folder).expanduser()
+    if format is None and final.suffix[1:] in _FILES:
+        format = final.suffix[1:]
     _check_free(final, format not in _FILES)
     if dtype is None and format == "pth":
         dtype = torch.float16

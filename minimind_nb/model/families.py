@@ -130,6 +130,10 @@ def _read_rope(fields: Mapping[str, Any]) -> tuple[dict[str, Any] | None, float]
         return {}, theta
     if kind != "yarn" or others or values.keys() != YARN_DEFAULTS.keys():
         return None, theta
+    # MiniMind stretches only what is longer than the original, transformers always.
+    longest = fields.get("max_position_embeddings", 0)
+    if longest <= values["original_max_position_embeddings"]:
+        return None, theta
     return {"inference_rope_scaling": True, "rope_scaling": values}, theta
 
 
@@ -203,6 +207,8 @@ def read_own(fields: Mapping[str, Any]) -> MiniMindConfig:
         *("num_experts", "moe_intermediate_size", "router_aux_loss_coef"),
     }
     kept = {name: value for name, value in fields.items() if name in known}
+    if kept.get("tie_word_embeddings") is False:
+        raise ValueError("tie_word_embeddings is false, and MiniMind ties them")
     return MiniMindConfig.from_dict(kept)
 
 

@@ -134,9 +134,11 @@ def find_weights(
     path = Path(source).expanduser()
     if which not in ("last", "best"):
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
+    shape = {name: value for name, value in shape.items() if value is not None}
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
-    if path.name in _WEIGHTS_FILES and (path.parent / CONFIG).is_file():
+    beside = [path.parent / name for name in (CONFIG, STATE)]
+    if path.name in _WEIGHTS_FILES and any(map(Path.is_file, beside)):
         path = path.parent
     if path.is_file() and path.suffix == ".safetensors":
         raise ValueError(
@@ -145,11 +147,15 @@ def find_weights(
         )
     if path.is_file():
         tensors = read_pth(path)
-        is_mixture = any(".experts." in name for name in tensors)
-        TrainConfig(**{"use_moe": is_mixture, **shape})  # says which values cannot be
+        try:
+            seen = infer_shape(tensors, **shape)
+            # Says which values cannot be; no row of it is ever filled here.
+            TrainConfig(**{**seen, "max_seq_len": 2, "sample_tokens": 0, **shape})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if found := _from_run_beside(path, tensors, shape):
             return found
-        config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
+        config = MiniMindConfig(**{**seen, **shape})
         stage = _run_of(path).partition("_")[0]
         return FoundWeights(
             path,
@@ -258,7 +264,9 @@ def _from_run_beside(
     run = RunFolder(path.parent / _run_of(path))
     if not (run.exists() and run.tokenizer.exists()):
         return None
-    settings, spec = run.read_config()["settings"], read_tokenizer(run.tokenizer)
+    settings, spec = run.read_config().get("settings"), read_tokenizer(run.tokenizer)
+    if not settings or not {"stage", *SHAPE_FIELDS} <= settings.keys():
+        return None
     config = model_config(settings, spec)
     heads = {"num_attention_heads": config.num_attention_heads}
     seen = infer_shape(tensors, **heads, head_dim=config.head_dim)
@@ -287,9 +295,18 @@ def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
             )
         checkpoint = found.folder
     if checkpoint is not None:
-        settings = json.loads((checkpoint / STATE).read_bytes())["config"]["settings"]
+        told = json.loads((checkpoint / STATE).read_bytes())["config"]
+        settings = told["settings"]
         own = tokenizer is None or run.tokenizer.exists()
         spec = read_tokenizer(run.tokenizer if own else tokenizer)
+        known = told.get("hashes", {}).get("tokenizer")
+        if known not in (None, spec.fingerprint):
+            named = isinstance(tokenizer, str | os.PathLike) and not own
+            place = tokenizer if named else run.tokenizer if own else "memory"
+            raise ValueError(
+                f"the tokenizer in {place} is not the one that {checkpoint} was trained "
+                "with: put that one back, or name it"
+            )
         config = model_config(settings, spec)
         return FoundWeights(checkpoint / WEIGHTS, config, spec, settings["stage"])
     return _from_saved(path, fields)
@@ -298,7 +315,8 @@ def _from_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
 def _from_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
     """Weights with a `config.json` of transformers, and the tokenizer beside them."""
     if not fields:
-        raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
+        what = "no config.json" if (path / WEIGHTS).exists() else "no weights"
+        raise FileNotFoundError(f"{path} holds {what}: {_SOURCES} is expected")
     try:
         config = read_config(fields)
     except ValueError as error:

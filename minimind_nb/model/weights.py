@@ -58,6 +58,8 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises a different type for each damage
         # Its own text is not passed on: it advises to load without weights_only.
         raise ValueError(
@@ -67,11 +69,21 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor)
         for name, value in state.items()
     ):
+        held = ", ".join(map(str, state if isinstance(state, dict) else [type(state)]))
         raise ValueError(
-            f"{path} is no bare state dict: names with tensors are expected"
+            f"{path} is no bare state dict, which has names with tensors; it holds "
+            f"{held:.100}. Of a file for resuming take the weights: "
+            'torch.save(torch.load(FILE, weights_only=True)["model"], NEW_FILE)'
         )
-    tensors = {name.removeprefix("module."): value for name, value in state.items()}
+    tensors = {_bare(name): value for name, value in state.items()}
+    if len(tensors) < len(state):
+        raise ValueError(f"{path} holds weights twice, with a prefix and without")
     return _check_tensors(path, tensors)
+
+
+def _bare(name: str) -> str:
+    """A name without what DDP and torch.compile put in front."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def write_pth(tensors: Tensors, file: Path) -> None:
@@ -134,7 +146,7 @@ def check_fit(config: MiniMindConfig, tensors: Tensors, source: str) -> None:
     try:
         with torch.device("meta"):
             model = MiniMindForCausalLM(config)
-    except (RuntimeError, ArithmeticError, TypeError) as error:
+    except (RuntimeError, ArithmeticError, TypeError, KeyError) as error:
         raise ValueError(
             f"the configuration of {source} describes no model: {error}"
         ) from None
@@ -147,7 +159,7 @@ def check_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> 
     The model may lie on the meta device: only names and shapes of it are looked at.
     """
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not tensor.to(torch.float32).isfinite().all():  # what a model holds
             raise ValueError(f"{source} holds values that are not finite, in {name}")
     found, expected = dict(tensors), dict(model.named_parameters())
     expected.pop("lm_head.weight", None)  # transformers 5.0.0 ties none on "meta"
@@ -190,12 +202,22 @@ def infer_shape(
         inner = len(tensors[f"{expert}.gate_proj.weight"])
         if qk_norm:
             head_dim = len(tensors[f"{attention}.q_norm.weight"])
-    except (KeyError, ValueError, TypeError) as error:
+    except KeyError as error:
+        held = ", ".join(list(tensors)[:3]) or "nothing"
         raise ValueError(
-            f"this is no MiniMind state dict ({error}): it holds "
-            f"{', '.join(list(tensors)[:3]) or 'nothing'}"
+            f"this is no MiniMind state dict: {error} is missing, and it holds {held}"
+        ) from None
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"this is no MiniMind state dict: {_EMBEDDING} has the shape "
+            f"{list(tensors[_EMBEDDING].shape)}, and two axes are expected"
         ) from None
     head_dim = head_dim or max(1, queries // (num_attention_heads or _HEADS))
+    if queries % head_dim or keys % head_dim or not keys:
+        raise ValueError(
+            f"{queries} and {keys} rows of q_proj and k_proj are no whole number of heads "
+            f"{head_dim} wide: set num_attention_heads or head_dim as it was trained"
+        )
     shape = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

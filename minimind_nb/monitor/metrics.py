@@ -26,13 +26,18 @@ class MetricsLog:
     """Appends rows to a metrics file, each handed to the system before it returns.
 
     A half line left at the end by a killed writer is closed with a newline and never
-    rewritten. What a full disk does not take is kept and goes ahead of the next row.
-    Raises OSError when the file cannot be opened or written.
+    rewritten. What a full disk does not take is kept and goes ahead of the next row; a
+    file that was deleted is made anew. Raises OSError when the file cannot be opened or
+    written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "a+b", buffering=0)
+        self._path = path
         self._pending = b""
+        self._open()
+
+    def _open(self) -> None:
+        self._file = open(self._path, "a+b", buffering=0)
         if self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
@@ -66,6 +71,10 @@ class MetricsLog:
             self._file.close()
 
     def _write_pending(self) -> None:
+        if self._pending and not os.path.exists(self._path):
+            self._file.close()
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self._open()
         while self._pending:
             self._pending = self._pending[self._file.write(self._pending) :]
 
@@ -115,7 +124,7 @@ class History:
 
     def refresh(self) -> None:
         """Read what was appended since, a replaced or shortened file from its start."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return
         with open(self.path, "rb") as file:
             state = os.fstat(file.fileno())
@@ -162,8 +171,9 @@ class History:
         """Write the training and validation rows as one table, replacing a file there.
 
         A column for each name, `kind` and `step` first, empty where a row has no such
-        value. Raises ValueError for the metrics file itself. Lists take a column an entry: `peak_memory_gib_1` is the second
-        process', `expert_load_0_3` the share of the fourth expert in the first layer.
+        value. Lists take a column an entry: `peak_memory_gib_1` is the second process',
+        `expert_load_0_3` the share of the fourth expert in the first layer. Raises
+        ValueError for the metrics file itself.
         """
         kinds = ("train", "eval")
         rows = [dict(_flatten(row)) for row in self.rows if row["kind"] in kinds]
@@ -242,7 +252,7 @@ def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
         kind, step = row["kind"], row["step"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     if not isinstance(kind, str) or not isinstance(step, int):
         return None

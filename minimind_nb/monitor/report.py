@@ -117,7 +117,7 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
             'mm.runs("out"). mm.train(cfg) makes it.'
         )
     found = []
-    for folder in filter(Path.is_dir, root.iterdir()):
+    for folder in filter(Path.is_dir, root.glob("[!.]*")):
         try:
             cells = _list_run(folder)
         except Exception as error:  # a listing shows every run, whatever ails one

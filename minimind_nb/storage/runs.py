@@ -209,7 +209,7 @@ class RunFolder:
                 return self.check(folder)
             except verified.DamagedFolder as damage:
                 damaged[folder] = str(damage)
-                print(f"Checkpoint {folder} is not used: {damage}")
+                _say(f"Checkpoint {folder} is not used: {damage}")
         return None
 
     def prune_checkpoints(self, keep: int) -> None:
@@ -226,16 +226,22 @@ class RunFolder:
             try:
                 shutil.rmtree(folder)
             except OSError as error:
-                print(f"Checkpoint {folder} could not be removed: {error}")
+                _say(f"Checkpoint {folder} could not be removed: {error}")
 
     def is_aside(self) -> bool:
-        """Whether `move_aside` gave the folder its name."""
-        return re.search(r"\.old\d+$", self.root.name) is not None
+        """Whether its name is one that `move_aside`, or an unfinished copy, gave it."""
+        return re.search(r"\.old\d+$|^\.", self.root.name) is not None
 
     def move_aside(self) -> Path:
         """Rename the run folder to `{name}.old{n}`; nothing is deleted."""
         names = (f"{self.root.name}.old{n}" for n in itertools.count(1))
         return self.root.rename(verified.first_free(self.root, names))
+
+
+def _say(text: str) -> None:
+    """Print, where that is possible: output may be closed, or take ASCII only."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text)
 
 
 def _try_lock(file: IO[Any], kind: int, attempts: int) -> bool:

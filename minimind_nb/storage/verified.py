@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 _SEAL = ',"sha256":'
+_MOST_BYTES = 1 << 24  # of a manifest
 
 
 class DamagedFolder(Exception):
@@ -93,11 +95,15 @@ def verify(folder: Path) -> dict[str, Any]:
         if name not in listed:
             raise DamagedFolder(f"{name} is not in {MANIFEST}")
         try:
-            size, digest = (folder / name).stat().st_size, hash_file(folder / name)
+            state = (folder / name).lstat()
+            if not stat.S_ISREG(state.st_mode):
+                raise DamagedFolder(f"{name} is a link, or no file")
+            size, expected = state.st_size, listed[name]["size"]
+            if size != expected:
+                raise DamagedFolder(f"{name} has {size} of {expected} bytes")
+            digest = hash_file(folder / name)
         except OSError as error:
             raise DamagedFolder(f"{name} cannot be read ({error})") from None
-        if size != listed[name]["size"]:
-            raise DamagedFolder(f"{name} has {size} of {listed[name]['size']} bytes")
         if digest != listed[name]["sha256"]:
             raise DamagedFolder(f"{name} does not have the sha256 it was written with")
     return manifest["facts"]
@@ -120,12 +126,12 @@ def first_free(path: Path, names: Iterable[str]) -> Path:
     return next(p for p in map(path.with_name, names) if not p.exists())
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove what a process that died while writing left in `parent`.
+def remove_leftovers(parent: Path, name: str = "*") -> None:
+    """Remove what a process that died while writing left in `parent`, of a name or all.
 
-    Only for a caller that holds the lock under which `parent` is written.
+    Only for a caller that holds the lock under which it is written.
     """
-    for path in parent.glob(".*.tmp"):
+    for path in parent.glob(f".{name}.*tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -187,7 +193,10 @@ def _seal(body: str) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        text = (folder / MANIFEST).read_bytes().decode("utf-8")
+        with open(folder / MANIFEST, "rb", opener=_open_now) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DamagedFolder(f"{MANIFEST} is no file")
+            text = file.read(_MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedFolder(f"{MANIFEST} cannot be read ({error})") from None
     preceding = text.rpartition(_SEAL)[0]
@@ -205,6 +214,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     ]:
         raise DamagedFolder(f"{MANIFEST} has no {', '.join(wrong)}")
     return manifest
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a pipe, and no link."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def _flush(path: Path) -> None:

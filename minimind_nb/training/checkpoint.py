@@ -18,7 +18,7 @@ from ..model.architecture import MiniMindForCausalLM
 from ..model.weights import put_weights
 from ..storage import verified
 from ..storage.runs import OPTIMIZER, STATE, WEIGHTS
-from .optim import moments, restore_moments
+from .optim import find_not_finite, moments, restore_moments
 from .trainer import Progress, Trainer
 
 
@@ -27,7 +27,9 @@ def save_checkpoint(t: Trainer) -> Path:
 
     fp32 weights (tied ones once), AdamW's moments by parameter name, and the rest as
     JSON. An intact checkpoint of this step is left as it is, a damaged one set aside.
-    Raises `OSError`, or `DamagedFolder` where it is not what was written.
+    Raises `OSError`, `DamagedFolder` where it is not what was written, and
+    `FloatingPointError` where a weight or a moment is not finite: no run could go on
+    from that, and the checkpoint before is good.
     """
     target = t.folder.checkpoint_folder(t.progress.step)
     if not target.exists():
@@ -41,6 +43,12 @@ def save_checkpoint(t: Trainer) -> Path:
         facts |= {"run": t.config["run"]}
         weights = {name: p.detach() for name, p in t.model.named_parameters()}
         kept = moments(t.optimizer, t.model)
+        if spoiled := find_not_finite(weights) or find_not_finite(kept):
+            raise FloatingPointError(
+                f"{spoiled} is not finite after step {t.progress.step}, so nothing is "
+                "saved; the checkpoint before is good. Lower learning_rate, or look at "
+                "the rows before"
+            )
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
         with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)
@@ -76,6 +84,11 @@ def load_checkpoint(
 def read_progress(folder: Path) -> Progress:
     """Where the run stood when a checkpoint was written."""
     return Progress(**_read_state(folder)["progress"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of the run as it was when a checkpoint was written."""
+    return _read_state(folder)["config"]
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,37 +14,43 @@ from ..storage.runs import RunFolder
 
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 _EXPORT_BYTES = 2
+_PROBE_BYTES = 1 << 16
 
 
-def check_writable(out_dir: Path) -> None:
-    """Raise `OSError` where nothing can be written in `out_dir`; it is made."""
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` where nothing can be written in a folder; it is made."""
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise type(error)(
             error.errno,
-            f"out_dir cannot be written ({error.strerror}); choose a folder of your own "
-            "with out_dir=…",
-            str(out_dir),
+            f"{folder} cannot be written ({error.strerror}); choose a folder of your "
+            "own with out_dir=…, or make room there",
+            str(folder),
         ) from error
 
 
-def check_room(cfg: TrainConfig, cache: Path | None = None) -> None:
-    """Raise `OSError` where the checkpoints do not fit that the run has yet to write.
+def check_room(
+    cfg: TrainConfig, steps: int | None = None, cache: Path | None = None
+) -> None:
+    """Raise `OSError` where the checkpoints of so many steps more do not fit.
 
     Nor, with `cache`, the tokens that may have to be put there first: those count where
-    nothing is there yet, for else they may be what is there.
+    nothing is there yet, for else they may be what is there. Before the number of steps
+    is known a finished run needs nothing, for perhaps there is nothing left to do.
     """
-    assert cfg.run_name and cfg.data_path
+    assert cfg.run_name and cfg.data_path and cfg.save_interval
     run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
-    if run.status() == "finished" and cfg.resume is not False:
-        return  # perhaps nothing is left to do, and a save asks for itself
+    goes_on = cfg.resume is not False
+    if steps is None and goes_on and run.status() == "finished":
+        return
     parameters = count_parameters(cfg.shape())["total"]
     kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
-    there = 0 if cfg.resume is False else len(run.checkpoint_folders())
-    missing = max(1, kept - there)
+    there = len(run.checkpoint_folders()) if goes_on else 0
+    to_come = math.inf if steps is None else math.ceil(steps / cfg.save_interval)
+    missing = int(max(1, min(kept - there, to_come)))
     needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
     words = (
         f"{missing} checkpoint{'s' * (missing > 1)} of {parameters / 1e6:.1f} M "
@@ -58,7 +65,8 @@ def check_room(cfg: TrainConfig, cache: Path | None = None) -> None:
         if cache.stat().st_dev == Path(cfg.out_dir).stat().st_dev:
             needed, tokens = needed + tokens, 0
         _check_free(cache, tokens, "the tokens of the data")
-    _check_free(Path(cfg.out_dir), needed, words)
+    place = run.checkpoints if run.checkpoints.is_dir() else Path(cfg.out_dir)
+    _check_free(place, needed, words)
 
 
 def _check_free(place: Path, needed: int, what: str) -> None:

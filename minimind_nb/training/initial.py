@@ -142,7 +142,8 @@ def _runs(out_dir: str, stage: str) -> list[RunFolder]:
         folder = RunFolder(file.parent)
         with contextlib.suppress(ValueError):
             settings = folder.read_config().get("settings", {})
-            if settings.get("stage") == stage and folder.checkpoint_folders():
+            fits = settings.get("stage") == stage and not folder.is_aside()
+            if fits and folder.checkpoint_folders():
                 found.append(folder)
     return found
 

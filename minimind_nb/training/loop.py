@@ -9,13 +9,14 @@ import torch
 from safetensors import SafetensorError
 
 from ..data.batches import StepBatch
+from ..data.tokenizer import write_tokenizer
 from ..hardware import peak_memory_gib
 from ..launch.stopping import count_ballots
 from ..model.weights import write_pth
 from ..storage.verified import DamagedFolder
 from .checkpoint import save_checkpoint
 from .evaluation import evaluate_rows
-from .optim import learning_rate
+from .optim import find_not_finite, learning_rate
 from .samples import seed_of, write_samples
 from .trainer import SinceLog, Trainer, lines_text
 
@@ -126,11 +127,15 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
     t.metrics.append("event", **where, event="skipped_step", **found, lines=lines)
     scale_too_small = t.scaler.is_enabled() and scale < 1.0
     if scale_too_small or progress.skipped_in_a_row >= t.cfg.max_skipped_steps:
+        spoiled = find_not_finite(dict(t.model.named_parameters()))
+        state = (
+            f"{spoiled} is not finite" if spoiled else "The weights are those before"
+        )
         raise FloatingPointError(
             f"{progress.skipped_in_a_row} steps in a row had a gradient that is not "
             f"finite (loss {loss}, loss scale {scale}). The last one came from "
-            f"{lines_text(lines)} of the data. Weights and moments are those before. "
-            "Lower learning_rate, or look at those lines."
+            f"{lines_text(lines)} of the data. {state}. Lower learning_rate, or look at "
+            "those lines."
         )
 
 
@@ -141,7 +146,11 @@ def validate(t: Trainer) -> None:
         scores = evaluate_rows(t, t.validation)
         t.progress.val_loss = scores["loss"]
         t.metrics.append("eval", **t.progress.position(), **scores)
-    write_samples(t)
+    try:
+        write_samples(t)
+    except Exception as error:  # what is only looked at must not end a run
+        where = t.progress.position()
+        t.metrics.append("event", **where, event="answers_failed", error=str(error))
     t.clock.add_validation(time.monotonic() - began)
 
 
@@ -155,6 +164,9 @@ def save(t: Trainer, final: bool) -> None:
         return
     began, where = time.monotonic(), t.progress.position()
     try:
+        if not t.folder.exists():  # deleted meanwhile; it must be found again
+            write_tokenizer(t.tokenizer, t.folder.tokenizer)
+            t.folder.write_config(t.config)
         folder = save_checkpoint(t)
         t.folder.prune_checkpoints(t.cfg.keep_checkpoints)
         write_pth(t.model.state_dict(), t.weights_file)

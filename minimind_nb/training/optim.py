@@ -102,6 +102,12 @@ def moments(
     }
 
 
+def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The name of the first tensor with a value that is not finite; "" if none has."""
+    found = (name for name, one in tensors.items() if not one.isfinite().all())
+    return next(found, "")
+
+
 def restore_moments(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
@@ -110,7 +116,10 @@ def restore_moments(
     """Give each parameter the state that `moments` saved, on its device.
 
     `step` stays where the fused kernel wants it, which is the parameter's device too.
+    Raises `ValueError` where one is not finite.
     """
+    if spoiled := find_not_finite(tensors):
+        raise ValueError(f"the optimizer's {spoiled} holds values that are not finite")
     for name, parameter in model.named_parameters():
         state = {
             key.removeprefix(f"{name}."): value.to(parameter.device)

@@ -33,6 +33,7 @@ from ..storage.runs import Checkpoint, RunFolder
 from .checkpoint import read_progress
 from .disk import check_room, check_writable
 from .initial import Initial, find_initial
+from .notes import describe_cuts, tell_horizon, tell_rejected
 from .resuming import compare_hashes, find_checkpoint, keep_origin, meet_run
 from .trainer import Progress
 
@@ -158,9 +159,8 @@ def prepare(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Iterator[Prepa
         asked = settled.cfg.accumulation_steps
         resolved = meet_run(folder, settled.cfg, on_note)
         settled = dataclasses.replace(settled, cfg=resolved)
-        check_room(resolved, settled.cache_root)
+        check_room(resolved, cache=settled.cache_root)
         corpus = open_corpus(settled, on_note)
-        check_room(resolved)
         config = _describe(cfg, settled, corpus)
         config["accumulation_asked"] = asked
         start = _find_start(settled, folder, config, on_note)
@@ -218,11 +218,20 @@ def _begin(prepared: Prepared, on_note: _Note) -> None:
     """Say what is about to be done, and write down what it is done with."""
     cfg, folder, corpus = prepared.cfg, prepared.folder, prepared.corpus
     checkpoint, initial = prepared.start.checkpoint, prepared.settled.initial
+    for parent, name in (
+        (folder.root, "*"),
+        (folder.root.parent, folder.root.name),
+        (folder.root.parent, cfg.weights_name),
+    ):
+        verified.remove_leftovers(parent, name)
+    check_writable(folder.checkpoints)
+    check_room(cfg, prepared.total_steps - (checkpoint.step if checkpoint else 0))
     if checkpoint:
-        _tell_horizon(checkpoint.step, prepared, on_note)
+        total = prepared.total_steps
+        tell_horizon(checkpoint.step, total, folder, cfg, on_note)
     elif initial:
         on_note(f"begins from {initial.source}")
-    _tell_rejected(corpus, folder, on_note)
+    tell_rejected(corpus, folder, on_note)
     for told in describe_cuts(corpus, cfg):
         on_note(told)
     write_tokenizer(prepared.settled.tokenizer, folder.tokenizer)
@@ -245,9 +254,10 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
         "run": uuid.uuid4().hex,
         "settings": settled.cfg.portable(),
         "explicit": sorted(cfg.explicit()),
+        "caches": [cache["folder"].rpartition("/")[2] for cache in corpus.describe()],
         "hashes": {
-            "data": corpus.cache.folder.name,
-            "validation": corpus.val_cache.folder.name,
+            "data": corpus.cache.facts["content"],
+            "validation": corpus.val_cache.facts["content"],
             "tokenizer": settled.tokenizer.fingerprint,
             "initial": initial.digest if initial else None,
         },
@@ -255,35 +265,6 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
         "rejected_rows": corpus.cache.facts["bad_rows"],
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-
-
-def describe_cuts(corpus: Corpus, cfg: TrainConfig) -> list[str]:
-    """What of the conversations is longer than a row, in words."""
-    noun = "pairs" if cfg.stage == "dpo" else "conversations"
-    told = []
-    for what, excerpts in (
-        (noun, corpus.excerpts(cfg)),
-        (f"held-out {noun}", corpus.held_out_excerpts(cfg)),
-    ):
-        if excerpts.cut or excerpts.dropped:
-            told.append(
-                f"of the {what} longer than max_seq_len={cfg.max_seq_len}, "
-                f"{excerpts.cut:,} are cut at a turn and {excerpts.dropped:,} left out, "
-                "for no whole answer fits"
-            )
-    return told
-
-
-def _tell_rejected(corpus: Corpus, folder: RunFolder, on_note: _Note) -> None:
-    """Keep the list of rows left out with the run, and say how many they are."""
-    file = corpus.cache.rejected_file
-    if file is None:
-        return
-    folder.root.mkdir(parents=True, exist_ok=True)
-    target = folder.root / file.name
-    verified.write_bytes(target, file.read_bytes())
-    count = sum(corpus.cache.facts["bad_rows"].values())
-    on_note(f"{count:,} malformed rows are left out; {target} lists them")
 
 
 def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
@@ -334,16 +315,3 @@ def _total_steps(
     left = max(0, stream.total_samples - progress.samples)
     total = progress.step + math.ceil(left / stream.global_batch)
     return min(total, cfg.max_steps or total)
-
-
-def _tell_horizon(done: int, prepared: Prepared, on_note: _Note) -> None:
-    folder, cfg, total = prepared.folder, prepared.cfg, prepared.total_steps
-    on_note(f"{folder.root} goes on from step {done:,} of {total:,}")
-    before = folder.read_config()["settings"]
-    longer = any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps"))
-    if longer and folder.status() == "finished" and done < total:
-        on_note(
-            f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
-            "schedule is recomputed for the new total, which differs from a run planned "
-            "that long from the start"
-        )

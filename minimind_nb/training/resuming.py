@@ -7,13 +7,26 @@ import shutil
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from ..config import CHANGEABLE_ON_RESUME, TrainConfig, shorten_home
+from ..config import (
+    CHANGEABLE_ON_RESUME,
+    SHAPE_FIELDS,
+    TRAINING_SHAPE_FIELDS,
+    TrainConfig,
+    shorten_home,
+)
 from ..launch.leftovers import end_orphans
+from ..launch.verdict import ENDINGS, RankRecord
 from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.runs import Checkpoint, NoGoodCheckpoint, RunFolder
+from .checkpoint import read_config
 
 _Note = Callable[[str], None]
+# What of a run is copied, beside a checkpoint, tokenizer and reference.
+_COPIED = (
+    *("config.json", "metrics.jsonl", "rejected.jsonl", "wandb.json"),
+    *("loss.png", "summary.md", "rank*.json", "rank*.log"),
+)
 
 
 def meet_run(folder: RunFolder, cfg: TrainConfig, on_note: _Note) -> TrainConfig:
@@ -30,11 +43,9 @@ def meet_run(folder: RunFolder, cfg: TrainConfig, on_note: _Note) -> TrainConfig
     source = folder
     if ended := end_orphans(folder):
         on_note(f"ended processes that a killed run had left: {ended}")
-    if not folder.exists() and folder.checkpoint_folders():
-        raise FileExistsError(
-            f"{folder.root} holds checkpoints, and no {folder.config_file.name} that "
-            "says of which run; put that file back, or take another run_name"
-        )
+    if not folder.exists() and (found := folder.newest_good_checkpoint()):
+        folder.write_config(read_config(found.folder))
+        on_note(f"{folder.config_file} was gone; it is as {found.folder.name} has it")
     if isinstance(cfg.resume, str) and cfg.resume != "auto":
         source = RunFolder(cfg.resume)
         if source.root.is_file():
@@ -143,6 +154,8 @@ def compare_hashes(
         for name, value in config["hashes"].items()
         if value is not None and before["hashes"].get(name) != value
     ]
+    if "data_path" in changed and not cfg.val_path and "val_path" in changed:
+        changed.remove("val_path")  # which is a part of data_path
     same_name = before["settings"].get("init_from") == shorten_home(cfg.init_from)
     if "init_from" in changed and (same_name or cfg.init_from == "auto"):
         changed.remove("init_from")
@@ -169,11 +182,14 @@ def find_checkpoint(folder: RunFolder) -> Checkpoint | None:
         return found
     events = History(folder.metrics_file).select("event")
     saved = [row["step"] for row in events if row.get("event") == "save"]
+    told, record = folder.metrics_file, RankRecord.read(folder.record_file(0))
+    if not saved and record and record.status in ENDINGS and record.step:
+        told, saved = record.file, [record.step]
     if not saved:
         return None
     raise NoGoodCheckpoint(
-        f"{folder.metrics_file} tells of a checkpoint at step {saved[-1]}, and there is "
-        f"none in {folder.checkpoints}. Put it back, or start anew with resume=False, "
+        f"{told} tells of a checkpoint at step {saved[-1]}, and there is none in "
+        f"{folder.checkpoints}. Put it back, or start anew with resume=False, "
         "which keeps this folder under another name."
     )
 
@@ -221,36 +237,45 @@ def _other_run(
 ) -> Exception:
     listing = "\n  ".join(differences)
     quoted = ", ".join(f'"{name}"' for name in names)
+    shape = set(SHAPE_FIELDS) - set(TRAINING_SHAPE_FIELDS)
+    ways = [
+        'run_name="…"            a new run beside it',
+        "resume=False            a new run in its place; the old folder is kept under "
+        "another name",
+    ]
+    if shape.isdisjoint(names):
+        ways += [f"allow_change=[{quoted}]  go on with the new values"]
     return RuntimeError(
         f"{folder.root} holds a run with other settings:\n  {listing}\n"
-        "Three ways on:\n"
-        '  run_name="…"            a new run beside it\n'
-        "  resume=False            a new run in its place; the old folder is kept under "
-        "another name\n"
-        f"  allow_change=[{quoted}]  go on with the new values"
+        f"{'Three' if ways[2:] else 'Two'} ways on:\n  " + "\n  ".join(ways)
     )
 
 
 def _copy_run(source: RunFolder, folder: RunFolder) -> None:
     """Copy a run, whole or not at all; of its checkpoints the newest good one.
 
-    The source may be read-only and is only read.
+    The source may be read-only and is only read; of what else lies there nothing is
+    taken, and no link is followed. Raises `NoGoodCheckpoint` where there is none.
     """
     checkpoint = source.newest_good_checkpoint()
-    aside = folder.root.with_name(f".{folder.root.name}.copy.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for file in source.root.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, aside / file.name)
-    if checkpoint:
-        target = RunFolder(aside).checkpoint_folder(checkpoint.step)
-        shutil.copytree(checkpoint.folder, target, copy_function=shutil.copyfile)
-        verified.verify(target)
-    for part in (source.tokenizer, source.reference):
-        if part.exists():
-            shutil.copytree(part, aside / part.name, copy_function=shutil.copyfile)
-    aside.rename(folder.root)
+    if checkpoint is None:
+        raise NoGoodCheckpoint(f"{source.root} has no checkpoint to go on from")
+    folders = [
+        (checkpoint.folder, f"checkpoints/{checkpoint.folder.name}"),
+        *((part, part.name) for part in (source.tokenizer, source.reference)),
+    ]
+    files = [file for name in _COPIED for file in source.root.glob(name)]
+    files += [file for part, _ in folders for file in part.glob("*")]
+    files = [file for file in files if file.is_file() and not file.is_symlink()]
+    needed = sum(file.stat().st_size for file in files)
+    with verified.beside(folder.root, needed) as aside:
+        for file in files:
+            names = (name for part, name in folders if file.parent == part)
+            target = aside / next(names, "") / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        verified.verify(RunFolder(aside).checkpoint_folder(checkpoint.step))
+        aside.rename(folder.root)
 
 
 def _steps(folder: RunFolder) -> int:

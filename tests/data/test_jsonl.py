@@ -258,7 +258,7 @@ def test_array_on_the_first_line_only_is_a_bad_row_not_a_bad_file(tmp_path):
 
 def tally(good: int, bad: bytes, **policy) -> Tally:
     total = Tally("some/corpus.jsonl", **policy)
-    total.add(good, read(bad).problems, 0)
+    total.add(good, read(bad).problems, 0, {})
     return total
 
 
@@ -279,6 +279,19 @@ def test_default_policy_lists_the_first_five_and_counts_by_kind():
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+@pytest.mark.fault("F41")
+def test_a_chunk_that_is_bad_throughout_is_counted_and_not_described_whole():
+    found = read(b"{}\n" * 5000)
+    assert (len(found.problems), found.more) == (1000, {"missing_text": 4000})
+    total = Tally("x.jsonl")
+    total.add(0, found.problems, 0, found.more)
+    with pytest.raises(DataError, match="5000 of 5000 rows read so far cannot be used"):
+        total.judge_so_far()
+    lax = Tally("x.jsonl", "skip")
+    lax.add(0, found.problems, 0, found.more)
+    lax.judge_so_far()
+
+
 def test_skipping_is_allowed_up_to_the_fraction():
     tally(99, b"{", on_bad_line="skip").judge()
     with pytest.raises(DataError, match=r"at most 1 % of the rows.* be 1\.010%"):
@@ -296,7 +309,7 @@ def test_unknown_policy_is_refused():
 @pytest.mark.fault("F42")
 def test_file_of_blank_lines_is_refused():
     total = Tally("x.jsonl")
-    total.add(0, [], read(b"\n \n").blank)
+    total.add(0, [], read(b"\n \n").blank, {})
     with pytest.raises(DataError, match=r"x\.jsonl has only blank lines, 2 of them"):
         total.judge()
 

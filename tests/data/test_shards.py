@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minimind_nb.data import shards
+from minimind_nb.data import shards, tokenising
 from minimind_nb.data.faults import DataError
-from minimind_nb.data.shards import Source, TokenCache, open_cache, token_type
+from minimind_nb.data.shards import Source, TokenCache, open_cache
+from minimind_nb.data.tokenising import token_type
 from minimind_nb.data.tokenizer import read_tokenizer
 
 # A script that opens a cache as its arguments say; what is injected stands before.
@@ -38,10 +39,10 @@ if __name__ == "__main__":
 """
 SLOW_BUILD = """
 build = shards._build
-def slow_build(*arguments):
+def slow_build(*arguments, **named):
     print("builds", flush=True)
     time.sleep(0.5)
-    build(*arguments)
+    build(*arguments, **named)
 shards._build = slow_build
 """
 DEATH_AT_PART_3 = """
@@ -136,6 +137,10 @@ def start_opener(
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def key_of(source: Source) -> str:
+    return source.name(source.content())
 
 
 def test_ids_are_those_of_tokenizers_with_begin_and_end_once(make_source, root):
@@ -358,7 +363,7 @@ def test_progress_is_told_now_and_then(make_source, root, monkeypatch):
 
 
 def test_small_files_start_no_helpers(make_source, root, monkeypatch):
-    monkeypatch.setattr(shards.concurrent.futures, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(tokenising.concurrent.futures, "ProcessPoolExecutor", None)
     assert len(open_cache(make_source(["a"]), root, processes=8)) == 1
 
 
@@ -390,9 +395,9 @@ def test_an_id_beyond_the_vocabulary_is_refused(make_source, root, byte_spec):
 
 
 def test_key_depends_on_content_and_not_on_the_name(make_source):
-    key = make_source(["a"]).key()
-    assert make_source(["a"], name="other.jsonl").key() == key
-    assert make_source(["b"]).key() != key
+    key = key_of(make_source(["a"]))
+    assert key_of(make_source(["a"], name="other.jsonl")) == key
+    assert key_of(make_source(["b"])) != key
 
 
 @pytest.mark.fault("F61")
@@ -406,16 +411,16 @@ def test_key_depends_on_all_that_decides_about_ids(make_source, monkeypatch):
         {"tokenizer": dataclasses.replace(spec, chat_template="{{ messages }}")},
         {"tokenizer": read_tokenizer()},
     ]
-    keys = [dataclasses.replace(source, **other).key() for other in others]
-    keys.append(source.key())
+    keys = [key_of(dataclasses.replace(source, **other)) for other in others]
+    keys.append(key_of(source))
     monkeypatch.setattr(shards, "VERSION", "another")
-    keys.append(source.key())
+    keys.append(key_of(source))
     assert len(set(keys)) == len(keys)
 
 
 def test_key_does_not_depend_on_how_many_bad_rows_are_allowed(make_source):
     source = make_source(["a"])
-    assert dataclasses.replace(source, max_bad_fraction=0.5).key() == source.key()
+    assert key_of(dataclasses.replace(source, max_bad_fraction=0.5)) == key_of(source)
 
 
 def test_second_opening_builds_nothing(make_source, root, no_building):
@@ -455,7 +460,9 @@ def test_damaged_cache_is_made_anew(make_source, root, name):
 
 def test_bad_rows_refuse_the_file_and_leave_no_cache(source_of_bytes, root):
     source = source_of_bytes(b'{"text": "a"}\n{"text": 1}\n\n{"text": "b"\n')
-    with pytest.raises(DataError, match="2 of 3 rows cannot be used") as caught:
+    with pytest.raises(
+        DataError, match="2 of 3 rows read so far cannot be used"
+    ) as caught:
         open_cache(source, root)
     assert [(row.line, row.kind) for row in caught.value.problems] == [
         (2, "not_a_string"),
@@ -499,9 +506,9 @@ def test_a_file_that_changes_while_it_is_read_makes_no_cache(
     source = make_source(["aa"])
     build = shards._build
 
-    def change_and_build(*arguments):
+    def change_and_build(*arguments, **named):
         Path(source.path).write_text('{"text": "other"}\n')
-        build(*arguments)
+        build(*arguments, **named)
 
     monkeypatch.setattr(shards, "_build", change_and_build)
     with pytest.raises(DataError, match=r"rows\.jsonl changed while it was read"):
@@ -533,9 +540,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path, make_source, 
         outputs.append(opener.communicate(timeout=60)[0].splitlines())
         assert opener.returncode == 0
     assert sorted(len(lines) for lines in outputs) == [1, 2]
-    assert {lines[-1] for lines in outputs} == {
-        f"{root}/tokens-{source.key()[:24]} 100"
-    }
+    assert {lines[-1] for lines in outputs} == {f"{root}/{key_of(source)} 100"}
     alone = open_cache(source, root / "alone")
     assert contents(Path(outputs[0][-1].split()[0])) == contents(alone.folder)
 

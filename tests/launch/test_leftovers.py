@@ -12,7 +12,7 @@ import pytest
 from minimind_nb.ancestry import identify_process
 from minimind_nb.launch.leftovers import end_orphans, scratch_folder
 from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.runs import RunFolder, RunLocked
 
 GONE = 1 << 22  # above the highest number that Linux gives a process
 
@@ -60,7 +60,7 @@ def test_a_parent_whose_number_another_process_has_is_gone(
 
 
 @pytest.mark.fault("F110")
-@pytest.mark.parametrize("part", ["boot", "start", "parent", "unknown", "gone"])
+@pytest.mark.parametrize("part", ["boot", "start", "unknown", "gone"])
 def test_any_other_process_is_left_alone(
     part: str, sleeper: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
@@ -69,13 +69,23 @@ def test_any_other_process_is_left_alone(
     process, pid = me, sleeper.pid
     if part in ("boot", "start"):
         process = renumbered(me, **{part: "1"})
-    elif part == "parent":
-        parent = identify_process(int(Path("/proc/self").resolve().name))
     elif part == "unknown":
         process = parent = ""
     else:
         process, pid = parent, GONE
     assert end_orphans(leave(tmp_path, pid, process, parent)) == []
+    assert sleeper.poll() is None
+
+
+@pytest.mark.fault("F58")
+def test_a_rank_at_work_whose_parent_lives_is_a_run_in_use(
+    sleeper: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """Somebody deleted the lock's file, which ends nothing."""
+    mine = identify_process(int(Path("/proc/self").resolve().name))
+    folder = leave(tmp_path, sleeper.pid, identify_process(sleeper.pid), mine)
+    with pytest.raises(RunLocked, match=f"in use by pid {sleeper.pid}, rank 0"):
+        end_orphans(folder)
     assert sleeper.poll() is None
 
 

@@ -62,7 +62,8 @@ def run(tmp_path, model, spec) -> RunFolder:
     """A run of three checkpoints; the embedding tells them apart."""
     folder = RunFolder(tmp_path / "out" / "pretrain_32")
     cfg = resolve(TrainConfig(**SHAPE))
-    config = {"settings": dataclasses.asdict(cfg)}
+    hashes = {"tokenizer": spec.fingerprint}
+    config = {"settings": dataclasses.asdict(cfg), "hashes": hashes}
     folder.write_config(config)
     write_tokenizer(spec, folder.tokenizer)
     for step, loss in LOSSES.items():
@@ -274,8 +275,46 @@ def test_a_field_that_is_missing_is_named(tmp_path):
 
 def test_yarn_of_our_own_kind_is_read(tmp_path):
     rope = {"rope_type": "yarn", "rope_theta": 1e5, **YARN_DEFAULTS}
-    config = find_weights(write_llama(tmp_path, rope_parameters=rope)).config
+    longer = {"rope_parameters": rope, "max_position_embeddings": 32_768}
+    config = find_weights(write_llama(tmp_path, **longer)).config
     assert (config.inference_rope_scaling, config.rope_theta) == (True, 1e5)
+
+
+def test_yarn_that_stretches_nothing_is_refused(tmp_path):
+    """transformers stretches all the same, MiniMind does not."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e5, **YARN_DEFAULTS}
+    write_llama(tmp_path, rope_parameters=rope, max_position_embeddings=2048)
+    with pytest.raises(ValueError, match="MiniMind has no rope scaling"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"tie_word_embeddings": False}, "MiniMind ties"), ({"hidden_act": "no"}, "'no'")],
+)
+def test_a_configuration_of_ours_that_no_model_has_is_refused(
+    fields, words, model, tmp_path
+):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, tokenizer=make_small())
+
+
+@pytest.mark.fault("F46")
+def test_a_tokenizer_that_was_exchanged_in_a_run_is_refused(run):
+    """The same entries, two of which mean each other's ids."""
+    file = run.tokenizer / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocab = fields["model"]["vocab"]
+    one, other = list(vocab)[-2:]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    file.write_text(json.dumps(fields))
+    text = f"the tokenizer in {run.tokenizer} is not the one that .* was trained with"
+    for source in (run.root, run.checkpoint_folder(4)):
+        with pytest.raises(ValueError, match=text):
+            load(source)
 
 
 def test_weights_in_several_files_are_refused(tmp_path):
@@ -455,7 +494,9 @@ def test_the_tokenizer_that_is_named_goes_behind_the_runs_own(run, tmp_path, spe
     other = dataclasses.replace(spec, eos_token="<|endoftext|>", eos_id=0)
     assert find_weights(run.root, tokenizer=other).tokenizer == spec
     alone = run.checkpoint_folder(4).rename(tmp_path / "step_00000004")
-    assert find_weights(alone, tokenizer=other).tokenizer == other
+    assert find_weights(alone, tokenizer=spec).tokenizer == spec
+    with pytest.raises(ValueError, match="tokenizer in memory is not the one that"):
+        find_weights(alone, tokenizer=other)
 
 
 def test_a_shape_by_the_settings_names_has_a_mixtures_only_for_one(tmp_path):

@@ -109,7 +109,9 @@ def test_a_file_that_is_no_pickle_is_refused(tmp_path):
     "state", [{"model": {}, "step": 1}, [torch.ones(2)], {1: torch.ones(2)}]
 )
 def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
-    with pytest.raises(ValueError, match="is no bare state dict: names with tensors"):
+    with pytest.raises(
+        ValueError, match="is no bare state dict, which has names with t"
+    ):
         read_pth(save(state, tmp_path / "resume.pth"))
 
 
@@ -134,14 +136,12 @@ def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(tmp_path)
 @pytest.mark.parametrize("gone", ["embed_tokens", "q_proj", "mlp", ""])
 def test_a_state_dict_of_another_model_is_told_by_what_it_lacks(gone):
     state = {n: t for n, t in make()[1].items() if gone not in n}
-    with pytest.raises(
-        ValueError, match=f"no MiniMind state dict .*{gone}.* it holds "
-    ):
+    with pytest.raises(ValueError, match=f"no MiniMind state dict.*{gone}.* it holds "):
         infer_shape(state)
 
 
 @pytest.mark.parametrize("shape", [(), (5,)])
 def test_a_misshapen_embedding_is_no_minimind(shape):
     state = {**make()[1], EMBEDDING: torch.ones(shape)}
-    with pytest.raises(ValueError, match="this is no MiniMind state dict "):
+    with pytest.raises(ValueError, match="this is no MiniMind state dict"):
         infer_shape(state)

@@ -1,3 +1,4 @@
+import gc
 import math
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def points(figure, start):
 
 @pytest.fixture(autouse=True)
 def warnings_are_errors():
+    gc.collect()  # what earlier tests left open is theirs
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

@@ -245,7 +245,19 @@ def test_a_file_that_cannot_be_read_is_found(folder, monkeypatch):
 def test_a_folder_in_place_of_a_file_is_found(folder):
     (folder / "state.json").unlink()
     (folder / "state.json").mkdir()
-    assert "state.json cannot be read" in damage(folder)
+    assert "state.json is a link, or no file" in damage(folder)
+
+
+@pytest.mark.fault("F64")
+@pytest.mark.parametrize("name", ["state.json", MANIFEST])
+@pytest.mark.parametrize("what", ["pipe", "endless"])
+def test_what_never_ends_is_not_read(name, what, folder):
+    (folder / name).unlink()
+    if what == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    assert name in damage(folder)
 
 
 def test_a_manifest_that_is_no_text_is_found(folder):

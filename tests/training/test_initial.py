@@ -207,7 +207,11 @@ def test_a_weights_file_is_taken_where_there_is_no_run(
     shutil.rmtree(out_dir / "pretrain_32")
     shutil.copy(weights_file, out_dir)
     heads = {"num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
-    assert source_of({**sft, **heads}) == out_dir / "pretrain_32.pth"
+    notes: list[str] = []
+    initial = settle(TrainConfig(**sft, **heads), notes.append).initial
+    assert initial and Path(initial.source) == out_dir / "pretrain_32.pth"
+    (note,) = notes
+    assert "comes without a tokenizer: the shipped one is taken" in note
     ending, folder = train_here({**sft, **heads})
     assert ending == "finished"
     assert folder.read_config()["settings"]["num_attention_heads"] == 4

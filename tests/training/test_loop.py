@@ -14,6 +14,7 @@ from support.runs import (
 
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.runs import RunFolder
+from minimind_nb.training import loop
 from minimind_nb.training.loop import Trainer
 from minimind_nb.training.samples import seed_of
 from minimind_nb.training.stages import Stage
@@ -199,6 +200,46 @@ def test_an_fp16_overflow_halves_the_scale_and_skips(settings: Settings) -> None
     _, folder = train_here({**settings, "max_steps": 3}, change=scale)
     rows = metric_rows(folder, "train", "loss_scale", "skipped_steps")
     assert rows[0] == (2.0**126, 1)
+
+
+@pytest.mark.fault("F121")
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_what_is_not_finite_is_never_saved(what: str, settings: Settings) -> None:
+    """The checkpoint before stays, and the run goes on from it bit for bit."""
+    straight = train_here({**settings, "run_name": "straight"})[1]
+
+    def spoil_at_step_6(trainer: Trainer) -> None:
+        objective = trainer.stage.objective
+
+        def spoiled(model, batch, cfg):
+            if trainer.progress.step == 6:
+                first = next(iter(trainer.optimizer.state))
+                value = first if what == "weight" else trainer.optimizer.state[first]
+                tensor = value["exp_avg"] if isinstance(value, dict) else value.data
+                tensor.view(-1)[7] = float("nan")
+            return objective(model, batch, cfg)
+
+        trainer.stage = Stage(spoiled)
+
+    with pytest.raises(FloatingPointError, match="is not finite after step 8, so not"):
+        train_here(settings, change=spoil_at_step_6)
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert state_hashes(folder)[0] == 4
+    assert train_here(settings)[0] == "finished"
+    assert state_hashes(folder) == state_hashes(straight)
+
+
+def test_an_answer_that_fails_ends_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Trainer) -> None:
+        raise RuntimeError("probability tensor contains nan")
+
+    monkeypatch.setattr(loop, "write_samples", fail)
+    ending, folder = train_here({**settings, "max_steps": 4})
+    assert ending == "finished"
+    events = [row[0] for row in metric_rows(folder, "event", "event")]
+    assert events.count("answers_failed") == 2
 
 
 @pytest.mark.fault("F50")

@@ -1,5 +1,6 @@
 """Meeting a run that is there: what goes on, what is refused, what is never touched."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.runs import (
 from minimind_nb.launch.verdict import RankRecord
 from minimind_nb.model.interop import load
 from minimind_nb.storage.runs import NoGoodCheckpoint, RunFolder
+from minimind_nb.training.loop import Trainer
 
 
 def notes_of(settings: Settings) -> tuple[list[str], bool]:
@@ -225,7 +227,7 @@ def test_other_data_under_the_same_name_is_refused(
         file.write(json.dumps({"text": "one more document"}) + "\n")
     with pytest.raises(
         RuntimeError,
-        match=r"the content of data_path: \S+-\w{12} there, \S+-\w{12} now",
+        match=r"the content of data_path: \w{12} there, \w{12} now\nThree",
     ):
         notes_of(settings)
     data.rename(tmp_path / "moved.jsonl")
@@ -286,12 +288,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
 def test_a_checkpoint_of_another_shape_is_refused(settings: Settings) -> None:
     _, folder = train_here({**settings, "max_steps": 2})
     other = {**settings, "hidden_size": 48, "run_name": "pretrain_32"}
-    other["allow_change"] = ("hidden_size", "intermediate_size", "head_dim")
-    weights = state_hashes(folder)
-    with pytest.raises(ValueError, match="are of another shape") as error:
+    weights, config = state_hashes(folder), folder.read_config()
+    with pytest.raises(RuntimeError, match="hidden_size: 32 there, 48 now") as error:
         train_here(other)
-    assert "model.embed_tokens.weight: 6400×32 there, 6400×48 in" in str(error.value)
-    assert state_hashes(folder) == weights
+    assert "Two ways on" in str(error.value), "no run can change its shape"
+    with pytest.raises(ValueError, match="hidden_size is the shape of the weights"):
+        train_here({**other, "allow_change": ("hidden_size", "intermediate_size")})
+    assert (state_hashes(folder), folder.read_config()) == (weights, config)
 
 
 @pytest.mark.fault("F58")
@@ -367,13 +370,45 @@ def test_weights_that_were_not_written_at_the_end_are_written_by_the_next_call(
     assert weights.is_file()
 
 
-def test_checkpoints_of_an_unknown_run_are_refused(settings: Settings) -> None:
-    _, folder = train_here({**settings, "max_steps": 2})
+@pytest.mark.fault("F120")
+def test_a_run_is_found_again_though_its_configuration_is_gone(
+    settings: Settings,
+) -> None:
+    straight = state_hashes(train_here({**settings, "run_name": "straight"})[1])
+    train_here(settings, stop_at=6)
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
     folder.config_file.unlink()
-    with pytest.raises(
-        FileExistsError, match=r"holds checkpoints, and no config\.json"
-    ):
-        notes_of(settings)
+    shutil.rmtree(folder.tokenizer)
+    ending, folder = train_here(settings)
+    assert ending == "finished"
+    assert state_hashes(folder)[1:] == straight[1:]
+
+
+@pytest.mark.fault("F120")
+@pytest.mark.parametrize("what", ["all", "config.json", "metrics.jsonl"])
+def test_what_is_deleted_while_a_run_trains_is_made_anew(
+    what: str, settings: Settings
+) -> None:
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+
+    def delete_at_step_5(trainer: Trainer) -> None:
+        real = trainer.stage.objective
+
+        def objective(model, batch, cfg):
+            if trainer.progress.step == 5 and folder.config_file.exists():
+                if what == "all":
+                    shutil.rmtree(folder.root)
+                else:
+                    (folder.root / what).unlink(missing_ok=True)
+            return real(model, batch, cfg)
+
+        trainer.stage = dataclasses.replace(trainer.stage, objective=objective)
+
+    train_here(settings, change=delete_at_step_5)
+    assert prepare_here(settings).complete
+    rows = [row[0] for row in metric_rows(folder, "train", "step")]
+    assert rows[-1] == 12
+    assert load(folder.root)[0].config.hidden_size == 32
 
 
 def test_a_run_with_other_settings_is_not_copied(
