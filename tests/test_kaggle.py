@@ -203,6 +203,7 @@ def test_a_notebook_without_wheel_says_what_is_missing(tmp_path):
     [
         (["-p", "max_step", "3"], "max_step is no parameter .* did you mean max_steps"),
         (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),
+        (["-p", "data_path", "c.jsonl"], "c.jsonl, which is not among --data FILE"),
         (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
         (["--user", "a/b"], "is no user name of Kaggle"),
@@ -269,6 +270,17 @@ def test_a_push_attaches_what_exists(kernels, kaggle):
     assert metadata(kernel)["kernel_sources"] == ["ann/minimind-pretrain"]
     call = f"kernels push -p {kernel} --accelerator NvidiaTeslaT4"
     assert (folder / "calls.txt").read_text().splitlines()[-1] == call
+
+
+def test_a_notebook_waits_for_the_one_whose_output_it_reads(kernels, kaggle, capsys):
+    folder, push = kaggle
+    kernels.main(push("--kernels-only", "--notebook", "pretrain", "sft"))
+    pushes = (folder / "calls.txt").read_text().count("kernels push")
+    assert pushes == 1
+    told = (
+        "sft begins from the output of pretrain: when that is complete, python kaggle"
+    )
+    assert told in capsys.readouterr().out
 
 
 def test_what_this_command_has_not_made_is_not_uploaded(kernels, kaggle):

@@ -8,6 +8,7 @@ tokenizer object. Only ``load_tokenizer`` imports transformers.
 import functools
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -32,6 +33,7 @@ _WELL_KNOWN = {
 _CHATML = {"<|im_start|>", "<|im_end|>"}
 _MODEL_MAX_LENGTH = 32_768
 _LISTED_TOKENS = 12
+_MOST_GROWTH = 1000
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
             f"{name} is not a tokenizer.json that tokenizers can read ({error}): give"
             " a file written by Tokenizer.save or save_pretrained"
         ) from error
+    if (growth := _growth(json.loads(data).get("normalizer"))) > _MOST_GROWTH:
+        raise ValueError(
+            f"the normalizer of {name} may make a text {growth:,} times as long, which "
+            "would take all memory: take another tokenizer"
+        )
     vocab = backend.get_vocab(with_added_tokens=True)
     pad, bos, eos = _special_tokens(name, backend, described, vocab)
     template = described.get("chat_template")
@@ -146,6 +153,14 @@ def write_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False)
     verified.write_text(folder / "tokenizer.json", spec.json)
     verified.write_text(folder / "tokenizer_config.json", text + "\n")
+
+
+def _growth(normalizer: dict[str, Any] | None) -> int:
+    """How many times as long a normalizer can make a text by what it puts in."""
+    steps = (normalizer or {}).get("normalizers", [normalizer or {}])
+    longer = [len(step.get("content") or "") for step in steps if "pattern" in step]
+    nested = [_growth(step) for step in steps if "normalizers" in step]
+    return math.prod([max(1, length) for length in longer] + nested)
 
 
 def _settings(spec: TokenizerSpec) -> dict[str, Any]:

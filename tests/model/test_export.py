@@ -244,6 +244,11 @@ def test_a_stretched_network_stays_stretched(fields, tmp_path, spec):
         assert torch.equal(load(folder)[0](ids).logits, model.eval()(ids).logits)
 
 
+def test_the_ending_of_a_name_says_the_format(exported, tmp_path, spec):
+    written = export(exported["llama"][0], tmp_path / "b.pth", tokenizer=spec)
+    assert torch.load(written, weights_only=True).keys() >= {"lm_head.weight"}
+
+
 def test_a_pth_that_does_not_read_back_is_not_left(tmp_path, spec, monkeypatch):
     file = write_pth(tmp_path / "a.pth")
     other = {n: t + 1 for n, t in torch.load(file, weights_only=True).items()}

@@ -115,6 +115,22 @@ def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
         read_pth(save(state, tmp_path / "resume.pth"))
 
 
+def test_weights_twice_under_two_names_are_refused(tmp_path):
+    _, state = make()
+    name = next(iter(state))
+    file = save({**state, f"module.{name}": state[name] + 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="holds weights twice, with a prefix and wit"):
+        read_pth(file)
+
+
+def test_numbers_too_large_for_float32_are_not_finite(tmp_path):
+    config, state = make()
+    wide = {name: tensor.double() for name, tensor in state.items()}
+    next(iter(wide.values())).view(-1)[0] = 1e300
+    with pytest.raises(ValueError, match="values that are not finite"):
+        put_weights(MiniMindForCausalLM(config), wide, "here")
+
+
 @pytest.mark.fault("F64")
 def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(tmp_path):
     _, state = make()

@@ -207,6 +207,9 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
     assert is_out_of_memory(RuntimeError(text))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert is_out_of_memory(MemoryError("Unable to allocate 9 GiB for an array"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
