@@ -33,7 +33,6 @@ SOURCES = {
 ACCELERATOR = "NvidiaTeslaT4"
 BUSY = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
 PATIENCE_SECONDS = 3600  # for the upload of a data set
-MARK = ".minimind_nb"  # lies in every folder that this command has made
 BUILT = [
     *(f"datasets/minimind-{name}" for name in ("data", "wheel")),
     *(f"kernels/{name}" for name in SOURCES),
@@ -91,12 +90,21 @@ def run_build(options: argparse.Namespace) -> None:
     for name in names:
         write_kernel(options.out, user, name, baked[name], sources)
     for folder in find_built(options.out):
-        print(folder, *sorted(f.name for f in folder.iterdir() if f.name != MARK))
+        print(folder, *sorted(file.name for file in folder.iterdir()))
 
 
 def find_built(out: Path) -> list[Path]:
     """The folders below `out` that this command has made."""
-    return [out / part for part in BUILT if (out / part / MARK).is_file()]
+    folders = [out / part for part in BUILT]
+    return [f for f in folders if f.is_dir() and mark_of(f).is_file()]
+
+
+def mark_of(folder: Path) -> Path:
+    """The file that tells that this command has made a folder.
+
+    It lies beside it, for what lies in the folder of a data set is uploaded.
+    """
+    return folder.with_name(f".{folder.name}.built")
 
 
 def check_data(files: list[Path], wanted: str | None) -> None:
@@ -108,7 +116,7 @@ def check_data(files: list[Path], wanted: str | None) -> None:
     for file in files:
         if not file.is_file():
             raise Refused(f"there is no file {file}")
-        if file.name in ("dataset-metadata.json", MARK) or names.count(file.name) > 1:
+        if file.name == "dataset-metadata.json" or names.count(file.name) > 1:
             raise Refused(f"{file.name} is taken, or given twice: rename that file")
 
 
@@ -225,7 +233,7 @@ def _make(folder: Path) -> None:
     if folder.exists():
         raise Refused(f"{folder} was not built by this command; take another --out")
     folder.mkdir(parents=True)
-    (folder / MARK).touch()
+    mark_of(folder).touch()
 
 
 def slug(title: str) -> str:

@@ -180,6 +180,14 @@ def test_built_notebooks_are_what_kaggle_takes(kernels, built):
     assert "preset = None\n" in cell.source
 
 
+def test_a_data_set_holds_what_is_to_be_uploaded_and_nothing_else(built):
+    for name, ending in (("wheel", "whl"), ("data", "jsonl")):
+        folder = built / "datasets" / f"minimind-{name}"
+        files = sorted(path.suffix[1:] for path in folder.iterdir())
+        assert files == sorted(["json", ending])
+        assert all(path.stat().st_size for path in folder.iterdir())
+
+
 def test_a_notebook_without_wheel_says_what_is_missing(tmp_path):
     sources = set()
     for name in ("pretrain", "sft", "dpo", "chat", "curves"):
