@@ -188,14 +188,15 @@ def _first_failure(
 ) -> int:
     """The rank at the root: the earliest error, or an earlier or silent death.
 
-    Survivors of a dead peer record "connection closed" after the moment at which it was
-    last seen alive. Of ranks that the parent ended because they hung, one that did not
-    wait for the others.
+    Who failed while it waited for the others, its connection closed, is not it, unless
+    all did: a process that is killed closes its connections before it is seen dead. Nor
+    is, of ranks that the parent ended because they hung, one that waited.
     """
     moments = []
     for rank, (record, end) in enumerate(zip(records, exits, strict=True)):
         if record and record.status == "failed":
-            moments.append((record.time, rank))
+            waited = any(place in record.traceback for place in WAITING)
+            moments.append((record.time + 1e9 * waited, rank))
         elif not (record and record.status in ENDINGS):
             waits = any(place in stacks[rank] for place in WAITING)
             moments.append((end.time + 1e9 * bool(end.reason) + 1e9 * waits, rank))

@@ -30,6 +30,22 @@ def test_an_ending_that_all_ranks_recorded_is_the_verdict(
     assert judge(RunFolder(tmp_path), ended(0, 0)) == status
 
 
+@pytest.mark.fault("F02")
+def test_a_process_that_dies_slowly_is_the_root_of_a_closed_connection(
+    tmp_path: Path,
+) -> None:
+    """Killed, it closes its connections long before it is seen dead."""
+    write(tmp_path, 0, step=8)
+    lost = 'File "minimind_nb/launch/distributed.py", line 48, in sum\nRuntimeError'
+    failed = write(tmp_path, 1, step=8, status="failed", error="x", traceback=lost)
+    late = [Exit(-9, failed.time + 1.0), Exit(1, failed.time + 1.0)]
+    with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 8"):
+        judge(RunFolder(tmp_path), late)
+    write(tmp_path, 0, step=8, status="failed", error="mine", traceback="ValueError")
+    with pytest.raises(TrainingFailed, match="rank 0 failed at step 8 of 12: mine"):
+        judge(RunFolder(tmp_path), late)
+
+
 def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
     write(tmp_path, 0, step=12, status="finished")
     write(tmp_path, 1, step=5)
