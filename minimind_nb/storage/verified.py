@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -126,12 +127,13 @@ def first_free(path: Path, names: Iterable[str]) -> Path:
     return next(p for p in map(path.with_name, names) if not p.exists())
 
 
-def remove_leftovers(parent: Path, name: str = "*") -> None:
+def remove_leftovers(parent: Path, name: str = "") -> None:
     """Remove what a process that died while writing left in `parent`, of a name or all.
 
     Only for a caller that holds the lock under which it is written.
     """
-    for path in parent.glob(f".{name}.*tmp"):
+    what = rf"\.{re.escape(name)}\.\d+\.tmp" if name else r"\..*\.tmp"
+    for path in (p for p in parent.glob(".*.tmp") if re.fullmatch(what, p.name)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -177,11 +177,11 @@ def _going_on(cfg: TrainConfig) -> Initial:
     if len(folders) == 1 and cfg.resume is not False and folders[0].exists():
         root = folders[0].root
         return Initial(str(root), find_weights(root), None)
-    before = STAGE_BEFORE[cfg.stage]
+    before = STAGE_BEFORE.get(cfg.stage, "")
     there = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
     raise FileNotFoundError(
         f"stage={cfg.stage!r} begins from a model, and out_dir={cfg.out_dir!r} holds no "
-        f"run of stage={before!r} and no {WEIGHTS_NAMES[before]}_*.pth (runs "
+        f"run of stage={before!r} and no {WEIGHTS_NAMES.get(before)}_*.pth (runs "
         f"there: {', '.join(sorted(there)) or 'none'}). Train one first, name the "
         'weights with init_from="…", or begin with new ones: init_from="none"'
     )

@@ -219,7 +219,7 @@ def _begin(prepared: Prepared, on_note: _Note) -> None:
     cfg, folder, corpus = prepared.cfg, prepared.folder, prepared.corpus
     checkpoint, initial = prepared.start.checkpoint, prepared.settled.initial
     for parent, name in (
-        (folder.root, "*"),
+        (folder.root, ""),
         (folder.root.parent, folder.root.name),
         (folder.root.parent, cfg.weights_name),
     ):

@@ -248,6 +248,18 @@ def test_a_folder_in_place_of_a_file_is_found(folder):
     assert "state.json is a link, or no file" in damage(folder)
 
 
+def test_leftovers_of_one_name_are_not_those_of_a_longer_one(tmp_path):
+    for name in (".v1.7.tmp", ".v1.5.7.tmp", ".v1.5.pth.7.tmp"):
+        (tmp_path / name).touch()
+    verified.remove_leftovers(tmp_path, "v1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".v1.5.7.tmp",
+        ".v1.5.pth.7.tmp",
+    ]
+    verified.remove_leftovers(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.fault("F64")
 @pytest.mark.parametrize("name", ["state.json", MANIFEST])
 @pytest.mark.parametrize("what", ["pipe", "endless"])
