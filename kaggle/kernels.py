@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -80,7 +81,7 @@ def run_build(options: argparse.Namespace) -> None:
     for folder in find_built(options.out):
         shutil.rmtree(folder)
     wheel = write_dataset(options.out, user, "MiniMind wheel")
-    build_wheel(wheel)
+    digest = build_wheel(wheel)
     sources = [f"{user}/{wheel.name}"]
     if options.data:
         data = write_dataset(options.out, user, "MiniMind data")
@@ -88,7 +89,7 @@ def run_build(options: argparse.Namespace) -> None:
             shutil.copyfile(file, data / file.name)
         sources.append(f"{user}/{data.name}")
     for name in names:
-        write_kernel(options.out, user, name, baked[name], sources)
+        write_kernel(options.out, user, name, baked[name], sources, wheel_digest=digest)
     for folder in find_built(options.out):
         print(folder, *sorted(file.name for file in folder.iterdir()))
 
@@ -173,8 +174,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def build_wheel(folder: Path) -> None:
-    """Build the package's wheel into a folder, from a copy of its sources."""
+def build_wheel(folder: Path) -> str:
+    """Build the package's wheel into a folder, from a copy of its sources; its sha256."""
     import importlib.metadata
 
     try:
@@ -195,6 +196,8 @@ def build_wheel(folder: Path) -> None:
     if answer.returncode:
         hint = "" if offline else ' (first try: pip install "setuptools>=77")'
         raise Refused(f"the wheel could not be built{hint}:\n{answer.stdout[-2000:]}")
+    (wheel,) = folder.glob("*.whl")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
 def write_dataset(out: Path, user: str, title: str) -> Path:
@@ -207,9 +210,18 @@ def write_dataset(out: Path, user: str, title: str) -> Path:
 
 
 def write_kernel(
-    out: Path, user: str, name: str, parameters: dict[str, Any], sources: list[str]
+    out: Path,
+    user: str,
+    name: str,
+    parameters: dict[str, Any],
+    sources: list[str],
+    *,
+    wheel_digest: str,
 ) -> None:
-    """A kernel folder: the notebook with its parameters in it, and its metadata."""
+    """A kernel folder: the notebook with its parameters in it, and its metadata.
+
+    The notebook installs the wheel of this sha256 and no other.
+    """
     import nbformat
     from papermill import execute_notebook
 
@@ -223,6 +235,7 @@ def write_kernel(
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            cell.source = cell.source.replace('.whl", None', f'.whl", "{wheel_digest}"')
     nbformat.write(notebook, file)
     title = f"MiniMind {name}"
     values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}

@@ -12,6 +12,8 @@ import nbformat
 import pytest
 from support.runs import train_here
 
+import minimind_nb
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 120
 STEPS = 6
@@ -135,6 +137,10 @@ def test_a_pushed_notebook_goes_on_from_the_version_before(
     mount = tmp_path / "input"
     shutil.copytree(built / "datasets", mount / "datasets" / "ann")
     shutil.copytree(version_before, mount / "notebooks" / "ann" / "minimind-pretrain")
+    for version in ("0.0.9", minimind_nb.__version__, "9.9"):  # what others attached
+        stray = mount / "zz" / "extras" / f"minimind_nb-{version}-py3-none-any.whl"
+        stray.parent.mkdir(parents=True, exist_ok=True)
+        stray.write_text("no wheel that was built here")
     notebook = built / "kernels" / "pretrain" / "pretrain.ipynb"
     papermill = ("-m", "papermill", "--no-progress-bar", notebook, "out.ipynb")
     working, _ = run_on_stand_in(lacking, mount, *papermill)
@@ -188,22 +194,45 @@ def test_a_data_set_holds_what_is_to_be_uploaded_and_nothing_else(built):
         assert all(path.stat().st_size for path in folder.iterdir())
 
 
-def test_a_notebook_without_wheel_says_what_is_missing(tmp_path):
+def wheel_cell():
+    """The cell that installs the wheel, the same in all notebooks."""
     sources = set()
     for name in ("pretrain", "sft", "dpo", "chat", "curves"):
         notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
         cells = [c.source for c in notebook.cells if c.cell_type == "code"]
         sources |= {source for source in cells if "no-index" in source}
     (source,) = sources
-    code = source.replace('find_spec("minimind_nb")', 'find_spec("minimind_gone")')
-    answer = subprocess.run(
+    return source
+
+
+def run_wheel_cell(inputs):
+    """Run it where the package is missing; what it installs is printed instead."""
+    code = wheel_cell().replace('find_spec("minimind_nb")', 'find_spec("not_there")')
+    code = code.replace("subprocess.run(", "print(").replace(", check=True", "")
+    return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "MINIMIND_NB_INPUTS": str(tmp_path)},
+        env={**os.environ, "MINIMIND_NB_INPUTS": str(inputs)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert f"no wheel of it is below {tmp_path}: add the data set" in answer.stderr
+
+
+def test_a_notebook_installs_the_wheel_of_its_own_version_only(tmp_path):
+    own = f"minimind_nb-{minimind_nb.__version__}-py3-none-any.whl"
+    assert f'WHEEL, SHA256 = "{own}", None' in wheel_cell()
+    missing = run_wheel_cell(tmp_path).stderr
+    assert "0 wheels below" in missing and "expected 1; found: []" in missing
+    others = [tmp_path / "extras" / own.replace("0.1.0", v) for v in ("9.9", "0.0.9")]
+    for wheel in (*others, tmp_path / "a" / own, tmp_path / "b" / own):
+        wheel.parent.mkdir(exist_ok=True)
+        wheel.write_text("the same bytes in two places are one wheel")
+    answer = run_wheel_cell(tmp_path)
+    assert own in answer.stdout and "extras" not in answer.stdout
+    (tmp_path / "b" / own).write_text("others")
+    refused = run_wheel_cell(tmp_path).stderr
+    assert "2 wheels below" in refused
+    assert all(str(wheel) in refused for wheel in others)
 
 
 @pytest.mark.parametrize(
