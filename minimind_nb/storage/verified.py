@@ -81,20 +81,18 @@ def rename_flushed(aside: Path, final: Path) -> None:
 def verify(folder: Path) -> dict[str, Any]:
     """Check every byte of a folder against its manifest and return the facts in it.
 
-    Raises `DamagedFolder` for the first difference found: a manifest that is missing,
-    edited or of another folder name; a file missing, unlisted, unreadable, cut or
-    changed.
+    Files that the manifest does not name, such as a desktop's own, are ignored. Raises
+    `DamagedFolder` for the first difference found: a manifest that is missing, edited
+    or of another folder name; a file missing, unreadable, cut or changed.
     """
     manifest = _read_manifest(folder)
     if manifest["name"] != folder.name:
         raise DamagedFolder(f"it was written as {manifest['name']}, so it was renamed")
     listed = manifest["files"]
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    for name in sorted(listed.keys() | present):
+    present = {path.name for path in folder.iterdir()}
+    for name in sorted(listed):
         if name not in present:
             raise DamagedFolder(f"{name} is missing")
-        if name not in listed:
-            raise DamagedFolder(f"{name} is not in {MANIFEST}")
         try:
             state = (folder / name).lstat()
             if not stat.S_ISREG(state.st_mode):
