@@ -110,7 +110,8 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
     """Move the run on by one step; too many skipped ones end it.
 
     Skipped steps count, so that schedule and data never depend on them; the metrics
-    name the lines of the data. Raises `FloatingPointError` naming them.
+    name the lines of the data. Raises `FloatingPointError` naming them, also where a
+    run ends in two or more of them, or in nothing else.
     """
     progress = t.progress
     progress.step += 1
@@ -126,7 +127,11 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
     where = progress.position()
     t.metrics.append("event", **where, event="skipped_step", **found, lines=lines)
     scale_too_small = t.scaler.is_enabled() and scale < 1.0
-    if scale_too_small or progress.skipped_in_a_row >= t.cfg.max_skipped_steps:
+    most = t.cfg.max_skipped_steps
+    searching = t.scaler.is_enabled() and math.isfinite(loss)  # for its loss scale
+    if progress.step == t.total_steps and not searching:
+        most = min(most, 2, progress.step)
+    if scale_too_small or progress.skipped_in_a_row >= most:
         spoiled = find_not_finite(dict(t.model.named_parameters()))
         state = (
             f"{spoiled} is not finite" if spoiled else "The weights are those before"
@@ -134,18 +139,26 @@ def count_step(t: Trainer, batch: StepBatch, loss: float, seconds: float) -> Non
         raise FloatingPointError(
             f"{progress.skipped_in_a_row} steps in a row had a gradient that is not "
             f"finite (loss {loss}, loss scale {scale}). The last one came from "
-            f"{lines_text(lines)} of the data. {state}. Lower learning_rate, or look at "
-            "those lines."
+            f"{lines_text(lines)} of the data. {state}. Lower learning_rate="
+            f"{t.cfg.learning_rate:g}, or look at those lines."
         )
 
 
 def validate(t: Trainer) -> None:
-    """Measure the loss on held-out samples, where there are any; ask the prompts."""
+    """Measure the loss on held-out samples, where there are any; ask the prompts.
+
+    Raises `FloatingPointError` where the loss at the end of the run is not finite.
+    """
     began = time.monotonic()
     if t.validation is not None:
         scores = evaluate_rows(t, t.validation)
         t.progress.val_loss = scores["loss"]
         t.metrics.append("eval", **t.progress.position(), **scores)
+        if t.progress.step == t.total_steps and not math.isfinite(scores["loss"]):
+            raise FloatingPointError(
+                f"the validation loss at the end is {scores['loss']}: lower "
+                f"learning_rate={t.cfg.learning_rate:g}"
+            )
     try:
         write_samples(t)
     except Exception as error:  # what is only looked at must not end a run

@@ -169,6 +169,30 @@ def test_too_many_such_steps_end_the_run_and_name_the_lines(settings: Settings) 
     assert state_hashes(folder)[0] == 4, "the last good checkpoint is kept"
 
 
+def test_a_run_that_ends_in_skipped_steps_has_failed(settings: Settings) -> None:
+    settings = {**settings, "max_steps": 6}
+    with pytest.raises(
+        FloatingPointError, match="2 steps .* Lower learning_rate=0.003"
+    ):
+        train_here(settings, change=poison({5, 6}))
+    folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
+    assert state_hashes(folder)[0] == 4, "the last good checkpoint is kept"
+    assert train_here(settings, change=poison({6}))[0] == "finished", (
+        "one may be fp16's"
+    )
+
+
+def test_a_run_that_went_nowhere_is_not_finished(settings: Settings) -> None:
+    lost = {**settings, "learning_rate": 1e9, "warmup_iters": 0}
+    with pytest.raises(FloatingPointError, match=r"Lower learning_rate=1e\+09"):
+        train_here(lost)
+    with pytest.raises(
+        FloatingPointError, match=r"loss at the end is .* lower learning"
+    ):
+        train_here({**lost, "run_name": "short", "max_steps": 1})
+    assert not [*Path(settings["out_dir"]).glob("short.pth")]
+
+
 @pytest.mark.fault("F52")
 def test_a_spike_of_the_loss_is_shown_and_changes_no_plan(
     settings: Settings, tmp_path: Path
