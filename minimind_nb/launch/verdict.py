@@ -56,6 +56,10 @@ class TrainingFailed(RuntimeError):
         self.rank = rank
         self.phase = phase
 
+    def __reduce__(self) -> tuple[type[TrainingFailed], tuple[str, int, str]]:
+        """Exceptions are pickled with `args`, which hold the text alone."""
+        return type(self), (str(self), self.rank, self.phase)
+
 
 @dataclass
 class RankRecord:

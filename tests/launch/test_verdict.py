@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import signal
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def test_an_ending_that_all_ranks_recorded_is_the_verdict(
     for rank in range(2):
         write(tmp_path, rank, step=12, status=status)
     assert judge(RunFolder(tmp_path), ended(0, 0)) == status
+
+
+def test_the_error_survives_a_process_pool() -> None:
+    failed = pickle.loads(pickle.dumps(TrainingFailed("it broke", 1, "training")))
+    assert (str(failed), failed.rank, failed.phase) == ("it broke", 1, "training")
 
 
 @pytest.mark.fault("F02")
