@@ -21,14 +21,14 @@ def find_input(path: _Path) -> _Path | str:
     """The file or folder of this name below the mounted inputs.
 
     `path` is returned as it is where it exists, is absolute or no path ("demo", "auto",
-    "none"), where nothing is mounted, and where nothing of that name is there. Several
+    "none") or leads out of them, where nothing is mounted or of that name. Several
     parts, `"minimind-sft/out"`, choose among several places. Raises `ValueError` where
     several remain.
     """
     inputs = current_session().inputs
     if inputs is None or not isinstance(path, str | os.PathLike) or path in _WORDS:
         return path
-    if Path(path).is_absolute() or Path(path).exists():
+    if Path(path).is_absolute() or Path(path).exists() or ".." in Path(path).parts:
         return path
     found = sorted(inputs.rglob(glob.escape(os.fspath(Path(path)))))
     return _only(found, os.fspath(path)) if found else path

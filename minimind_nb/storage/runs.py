@@ -120,7 +120,12 @@ class RunFolder:
         be there, and may be moved and made anew.
         """
         self.lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock_file.open("a+", encoding="utf-8", errors="replace") as file:
+        file = self.lock_file
+        if file.is_symlink():
+            raise RunLocked(
+                f"{file} is a link, not the lock that a run writes: remove it"
+            )
+        with file.open("a+", encoding="utf-8", errors="replace") as file:
             # Whoever only asks `is_locked` holds a shared lock for some microseconds.
             if not _try_lock(file, fcntl.LOCK_EX, attempts=10):
                 file.seek(0)

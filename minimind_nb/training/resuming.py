@@ -255,10 +255,17 @@ def _copy_run(source: RunFolder, folder: RunFolder) -> None:
     """Copy a run, whole or not at all; of its checkpoints the newest good one.
 
     The source may be read-only and is only read; of what else lies there nothing is
-    taken, and no link is followed. Raises `NoGoodCheckpoint` where there is none.
+    taken, and no link is followed. Raises `NoGoodCheckpoint` where there is none, and
+    `ValueError` for a folder that is a link.
     """
+    own = (source.checkpoints, source.tokenizer, source.reference)
+    if linked := [path for path in own if path.is_symlink()]:
+        raise ValueError(
+            f"{linked[0]} is a link, and links in a run that is copied are not followed; "
+            "put the folder itself there"
+        )
     checkpoint = source.newest_good_checkpoint()
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.folder.is_symlink():
         raise NoGoodCheckpoint(f"{source.root} has no checkpoint to go on from")
     folders = [
         (checkpoint.folder, f"checkpoints/{checkpoint.folder.name}"),

@@ -39,6 +39,13 @@ def test_a_file_is_found_below_the_inputs_by_its_name(mount):
     assert find_input("a [1].jsonl") == "a [1].jsonl"
 
 
+def test_a_path_that_leads_out_of_the_inputs_is_not_looked_for(mount):
+    (mount.parent / "x.jsonl").touch()
+    (mount / "data").mkdir()
+    for path in ("../x.jsonl", "data/../../x.jsonl"):
+        assert find_input(path) == path
+
+
 def test_of_several_files_one_must_be_named(mount):
     for folder in ("one", "two"):
         (mount / folder).mkdir()

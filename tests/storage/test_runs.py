@@ -62,6 +62,17 @@ def held_elsewhere(run: RunFolder):
         holder.stdout.close()
 
 
+def test_a_lock_that_is_a_link_empties_nothing(run, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    run.root.parent.mkdir()
+    run.lock_file.symlink_to(precious)
+    with pytest.raises(RunLocked, match="is a link, not the lock that a run writes"):
+        with run.lock():
+            pass
+    assert precious.read_text() == "mine"
+
+
 def test_everything_of_a_run_lies_in_its_folder(run):
     assert run.log_file(1) == run.root / "rank1.log"
     assert run.record_file(0) == run.root / "rank0.json"

@@ -189,6 +189,29 @@ def test_a_copy_never_lands_on_a_run_that_stands_behind(
         notes_of({**settings, **there, "resume": str(source.root)})
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "checkpoints"])
+def test_a_copied_run_follows_no_link_to_a_folder(
+    settings: Settings, tmp_path: Path, part: str
+) -> None:
+    _, source = train_here({**settings, "max_steps": 2})
+    secret = tmp_path / "secret"
+    (source.root / part).rename(secret)
+    (source.root / part).symlink_to(secret)
+    elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "resume": str(source.root)}
+    with pytest.raises(ValueError, match=f"{part} is a link, and links in a run"):
+        notes_of({**settings, **elsewhere})
+    assert not (tmp_path / "elsewhere" / "pretrain_32").exists()
+
+
+def test_files_of_a_desktop_in_checkpoints_damage_none(settings: Settings) -> None:
+    _, folder = train_here(settings, stop_at=6)
+    for checkpoint in folder.checkpoint_folders():
+        (checkpoint / ".DS_Store").touch()
+        (checkpoint / ".ipynb_checkpoints").mkdir()
+    assert "goes on from step 6 of 12" in notes_of(settings)[0][0]
+    assert not [*folder.checkpoints.glob("*.corrupt*")]
+
+
 @pytest.mark.fault("F38")
 def test_a_weights_file_is_nothing_to_go_on_from(settings: Settings) -> None:
     train_here({**settings, "max_steps": 2})
