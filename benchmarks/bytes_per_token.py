@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
 
 CHINESE = re.compile("[\u3400-\u9fff]")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from minimind_nb import TrainConfig
-from minimind_nb.launch.distributed import Group
-from minimind_nb.launch.stopping import StopRequest
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.model.weights import write_pth
+from minimind_nb.launch.cancellation import StopRequest
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.process_group import Group
+from minimind_nb.model.state_dict import write_pth
 from minimind_nb.storage import verified
 from minimind_nb.training import api, worker
 from minimind_nb.training.checkpoint import save_checkpoint

@@ -37,13 +37,13 @@ from support.rows import PLACES, ROWS
 from support.runs import state_hashes
 
 from minimind_nb import TrainConfig, TrainingFailed, load, train
-from minimind_nb.data import shards
+from minimind_nb.data import token_cache
 from minimind_nb.data.tokenizer import read_tokenizer
-from minimind_nb.launch import processes
-from minimind_nb.launch.processes import Job
-from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.launch import spawn
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.spawn import Job
 from minimind_nb.storage import verified
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import api
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,8 +175,8 @@ class Campaign:
                 text = " ".join(str(number * k % 97) for k in range(number % 25 + 8))
                 out.write(json.dumps({"text": f"第 {number} 篇 {text}"}) + "\n")
         # The launcher of always; forked ranks are spared the imports of spawned ones.
-        processes._SPAWN = multiprocessing.get_context("fork")
-        processes.POLL_SECONDS = 0.02
+        spawn._SPAWN = multiprocessing.get_context("fork")
+        spawn.POLL_SECONDS = 0.02
         assert torch._dynamo
         api.choose_threads = lambda *_: 1  # pyright: ignore[reportAttributeAccessIssue]
         api.save_chart = lambda _: None  # pyright: ignore[reportAttributeAccessIssue]
@@ -352,8 +352,8 @@ def make_cache(folder: Path) -> Path:
             turns = ({"role": "user", "content": f"{number}?"},)
             turns += ({"role": "assistant", "content": f"It is {number}."},)
             out.write(json.dumps({"conversations": turns}) + "\n")
-    source = shards.Source(str(file), "sft", read_tokenizer())
-    return shards.open_cache(source, folder / "cache", 1).folder
+    source = token_cache.Source(str(file), "sft", read_tokenizer())
+    return token_cache.open_cache(source, folder / "cache", 1).folder
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import MicroBatch, SampleReader
 from minimind_nb.data.excerpts import take_excerpts
 from minimind_nb.data.packing import pack
-from minimind_nb.data.shards import Source, open_cache
+from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindForCausalLM
-from minimind_nb.model.interop import model_config
+from minimind_nb.model.loading import model_config
 from minimind_nb.training.stages import next_token_loss
 
 ROUNDS = 3

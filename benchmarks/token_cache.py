@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from minimind_nb.data import shards
-from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data import token_cache
+from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.packing import pack_epoch
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.hardware import count_cores
@@ -49,10 +49,10 @@ def compare_building(file: Path) -> None:
 
 def build(file: Path, processes: int) -> np.ndarray:
     """Build a cache, throw it away, and return the documents' numbers of targets."""
-    shards._ALONE_BYTES = 0  # the threshold that this shall help to choose
-    source = shards.Source(str(file), "pretrain", SPEC)
+    token_cache._ALONE_BYTES = 0  # the threshold that this shall help to choose
+    source = token_cache.Source(str(file), "pretrain", SPEC)
     with tempfile.TemporaryDirectory() as folder:
-        return shards.open_cache(source, Path(folder), processes).targets
+        return token_cache.open_cache(source, Path(folder), processes).targets
 
 
 def build_plainly(file: Path) -> None:

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from .data.datasets import DPODataset, PretrainDataset, RLAIFDataset, SFTDataset
     from .data.faults import DataError
     from .data.tokenizer import load_tokenizer
-    from .data.vocabulary_training import train_tokenizer
+    from .data.tokenizer_training import train_tokenizer
     from .diagnosis import doctor, verify
     from .examination import examine
-    from .launch.verdict import TrainingFailed
+    from .launch.outcome import TrainingFailed
     from .model.architecture import MiniMindConfig, MiniMindForCausalLM
     from .model.export import export
     from .model.generation import generate, stream
-    from .model.interop import load
+    from .model.loading import load
+    from .monitor.chat import chat
     from .monitor.comparison import compare
-    from .monitor.dialogue import chat
     from .monitor.inspector import inspect
     from .monitor.metrics import History
-    from .monitor.report import Run, runs
+    from .monitor.runs import Run, runs
     from .planning import plan, preview
     from .storage.inputs import find_input, find_inputs, input_runs
     from .training.api import evaluate, train
@@ -41,11 +41,11 @@ _HOMES = {
     "MiniMindForCausalLM": "model.architecture",
     "PretrainDataset": "data.datasets",
     "RLAIFDataset": "data.datasets",
-    "Run": "monitor.report",
+    "Run": "monitor.runs",
     "SFTDataset": "data.datasets",
     "TrainConfig": "config",
-    "TrainingFailed": "launch.verdict",
-    "chat": "monitor.dialogue",
+    "TrainingFailed": "launch.outcome",
+    "chat": "monitor.chat",
     "compare": "monitor.comparison",
     "doctor": "diagnosis",
     "evaluate": "training.api",
@@ -56,14 +56,14 @@ _HOMES = {
     "generate": "model.generation",
     "input_runs": "storage.inputs",
     "inspect": "monitor.inspector",
-    "load": "model.interop",
+    "load": "model.loading",
     "load_tokenizer": "data.tokenizer",
     "plan": "planning",
     "preview": "planning",
-    "runs": "monitor.report",
+    "runs": "monitor.runs",
     "stream": "model.generation",
     "train": "training.api",
-    "train_tokenizer": "data.vocabulary_training",
+    "train_tokenizer": "data.tokenizer_training",
     "verify": "diagnosis",
 }
 

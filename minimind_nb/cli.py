@@ -20,7 +20,7 @@ from typing import Any
 
 from . import __version__
 from .config import SHAPE_FIELDS, STAGES, TrainConfig, describe_unknown, kinds
-from .launch.verdict import TrainingFailed
+from .launch.outcome import TrainingFailed
 from .session import running_kernel
 
 _EXIT_CODES = {
@@ -303,12 +303,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from .monitor.dialogue import chat
+    from .monitor.chat import chat
 
     source, opening = options.source, ("which", "tokenizer", *SHAPE_FIELDS)
     named, sampling = _given(options, opening), _given(options, _SAMPLING)
     if named.keys() & set(SHAPE_FIELDS):
-        from .model.interop import load
+        from .model.loading import load
 
         source, named = load(source, **named), {}
     chat(source, options.text, **named, **sampling)
@@ -324,7 +324,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from .data.vocabulary_training import train_tokenizer
+    from .data.tokenizer_training import train_tokenizer
 
     paths = [path.strip() for path in options.data_path.split(",")]
     _show(train_tokenizer(paths, options.out_dir, vocab_size=options.vocab_size))

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
-from .monitor.facts import Facts, Table
-from .monitor.report import Run
+from .monitor.runs import Run
+from .monitor.tables import Facts, Table
 from .session import current_session
 from .storage import verified
-from .storage.runs import RunFolder
+from .storage.run_folder import RunFolder
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5

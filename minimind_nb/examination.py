@@ -10,8 +10,8 @@ from typing import Any
 
 from .data import demo
 from .model.generation import generate
-from .model.interop import find_weights, load
-from .monitor.facts import Table
+from .model.loading import find_weights, load
+from .monitor.tables import Table
 
 _Source = str | os.PathLike[str]
 _Question = tuple[str, str, str, str]

@@ -13,9 +13,9 @@ from .data.batches import TrainingStream
 from .data.corpus import Corpus
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, choose_threads
-from .monitor.facts import Facts
 from .monitor.metrics import History
 from .monitor.progress import duration
+from .monitor.tables import Facts
 from .training.notes import describe_cuts
 from .training.preparation import open_corpus, settle
 

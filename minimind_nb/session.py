@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ancestry import oldest_age_seconds
+from .lifetime import oldest_age_seconds
 
 KAGGLE_SESSION_HOURS = 12.0
 KAGGLE_MARGIN_HOURS = 0.5

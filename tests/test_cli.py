@@ -17,9 +17,9 @@ from minimind_nb import cli, diagnosis
 from minimind_nb.cli import field_docstrings, main
 from minimind_nb.config import SHAPE_FIELDS, STAGES, TrainConfig
 from minimind_nb.diagnosis import Verdict
-from minimind_nb.launch.verdict import TrainingFailed
+from minimind_nb.launch.outcome import TrainingFailed
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.storage.runs import RunLocked
+from minimind_nb.storage.run_folder import RunLocked
 from minimind_nb.training import api
 
 # Frozen: scripts depend on these names.
@@ -459,7 +459,7 @@ def test_eval_prints_the_scores(monkeypatch, capsys):
     ],
 )
 def test_chat_says_what_is_given(arguments, text, settings, monkeypatch):
-    calls = keep(monkeypatch, "monitor.dialogue", "chat")
+    calls = keep(monkeypatch, "monitor.chat", "chat")
     assert exit_code("chat", *arguments) == 0
     named = {"which": "last", "tokenizer": None, **settings}
     assert calls == [(("out/sft_512", text), named)]

@@ -13,7 +13,7 @@ from minimind_nb.diagnosis import doctor, verify
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.session import Session
 from minimind_nb.storage import verified
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 
 T4 = Gpu("Tesla T4", (7, 5), 14.6)
 A100 = Gpu("A100", (8, 0), 40.0)

@@ -17,9 +17,9 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from support.runs import state_hashes
 
 import minimind_nb as mm
-from minimind_nb.ancestry import identify_process
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.lifetime import identify_process
+from minimind_nb.storage.run_folder import RunFolder
 
 SECONDS = 120
 SETTINGS = (

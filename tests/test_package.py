@@ -19,7 +19,7 @@ PACKAGE = "minimind_nb"
 # Each room may import from the rooms before it only.
 ROOMS = (
     {"config"},
-    {"ancestry", "session", "hardware"},
+    {"lifetime", "session", "hardware"},
     {"storage"},
     {"data"},
     {"launch"},
@@ -153,18 +153,18 @@ def test_no_public_name_is_hidden_by_a_module():
 
 
 def test_the_import_graph_is_read_right():
-    assert imports(modules()["storage.runs"]) == {"storage.verified"}
+    assert imports(modules()["storage.run_folder"]) == {"storage.verified"}
     assert {"training.api", "planning"} <= imports(modules()["cli"])
     assert "config.presets" in imports(modules()["config"])
     assert imports(modules()["__main__"]) == {"cli"}
     source = (
         "import minimind_nb.training.api, torch\nfrom .. import cli\n"
-        "from ..storage import verified\nfrom minimind_nb.model.interop import load\n"
-        "def f():\n    from . import shards, nothing\n    from .jsonl import Chunk\n"
+        "from ..storage import verified\nfrom minimind_nb.model.loading import load\n"
+        "def f():\n    from . import token_cache, nothing\n    from .jsonl import Chunk\n"
     )
     assert imports(Module("data.trial", False, source)) == {
-        *("training.api", "cli", "storage.verified", "model.interop"),
-        *("data.shards", "data", "data.jsonl"),
+        *("training.api", "cli", "storage.verified", "model.loading"),
+        *("data.token_cache", "data", "data.jsonl"),
     }
 
 

@@ -20,7 +20,7 @@ from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.model.export import export
 from minimind_nb.model.generation import generate
-from minimind_nb.model.interop import load
+from minimind_nb.model.loading import load
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")

@@ -4,7 +4,6 @@ Standard library only, so that a front end can build, check and explain a
 configuration without loading torch.
 """
 
-from .fields import PATH_FIELDS, TrainConfig, kinds, resolve, shorten_home
 from .presets import (
     CHANGEABLE_ON_RESUME,
     MIXTURE_FIELDS,
@@ -16,8 +15,9 @@ from .presets import (
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
 )
-from .problems import describe_unknown
 from .resolution import count_parameters
+from .settings import PATH_FIELDS, TrainConfig, kinds, resolve, shorten_home
+from .validation import describe_unknown
 
 __all__ = [
     "CHANGEABLE_ON_RESUME",

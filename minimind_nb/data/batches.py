@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from .conversations import TRAINED
 from .excerpts import Excerpts
 from .packing import PackedRows, pack, pack_epoch, pair_up, shuffle_rows
-from .shards import TokenCache
+from .token_cache import TokenCache
 
 IGNORED = -100
 """The target of a position that nothing is learned from."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .encoding import BulkEncoder
+from .chat_template import ESCAPE, ChatTemplate, Layout, Message, limited
+from .fast_encoding import BulkEncoder
 from .faults import Fault
-from .layout import ESCAPE, ChatTemplate, Layout, Message, limited
 from .tokenizer import TokenizerSpec
 
 TRAINED, TURN, USER = 1, 2, 4

@@ -16,7 +16,7 @@ from .excerpts import Excerpts, take_excerpts
 from .faults import DataError
 from .jsonl import iter_chunks, read_rows
 from .packing import split_by_hash
-from .shards import Source, TokenCache, open_cache
+from .token_cache import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
 
 

@@ -23,8 +23,8 @@ from ..session import current_session
 from .conversations import TRAINED
 from .demo import locate
 from .excerpts import take_excerpts
-from .records import RECORD_FORMATS
-from .shards import Source, open_cache
+from .record_formats import RECORD_FORMATS
+from .token_cache import Source, open_cache
 from .tokenizer import read_tokenizer
 
 _Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

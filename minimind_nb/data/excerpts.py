@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .conversations import TRAINED, TURN, USER
-from .shards import TokenCache
+from .token_cache import TokenCache
 
 
 @dataclass(frozen=True)

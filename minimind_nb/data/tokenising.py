@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..ancestry import die_with_parent, without_main_script
+from ..lifetime import die_with_parent, without_main_script
 from .conversations import TRAINED
-from .encoding import BulkEncoder
+from .fast_encoding import BulkEncoder
 from .faults import BadRow, Fault, describe
 from .jsonl import Chunk, read_rows
-from .records import RECORD_FORMATS, Document
+from .record_formats import RECORD_FORMATS, Document
 from .tokenizer import TokenizerSpec
 
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..ancestry import identify_process
-from ..storage.runs import RunFolder, RunLocked
-from .verdict import RankRecord
+from ..lifetime import identify_process
+from ..storage.run_folder import RunFolder, RunLocked
+from .outcome import RankRecord
 
 _GRACE_SECONDS = 5.0
 _SCRATCH = "minimind_nb_"

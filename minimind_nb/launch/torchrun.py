@@ -23,15 +23,15 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..ancestry import die_with_parent
 from ..data.faults import DataError
 from ..hardware import choose_threads, count_cores
-from ..storage.runs import NoGoodCheckpoint, RunFolder, RunLocked
+from ..lifetime import die_with_parent
+from ..storage.run_folder import NoGoodCheckpoint, RunFolder, RunLocked
 from ..storage.verified import write_text
-from .distributed import leave_at_once
-from .processes import IMPORT_SECONDS, POLL_SECONDS, Job
-from .stopping import StopRequest
-from .verdict import Exit, RankRecord, TrainingFailed, judge
+from .cancellation import StopRequest
+from .outcome import Exit, RankRecord, TrainingFailed, judge
+from .process_group import leave_at_once
+from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job
 
 PREPARATION_SECONDS = 7200.0
 SIGHT_SECONDS = 60.0  # what a network file system may remember of a missing file

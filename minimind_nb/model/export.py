@@ -18,15 +18,15 @@ from transformers import __version__ as transformers_version
 
 from ..config import WEIGHTS_NAMES
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, write_tokenizer
-from ..storage.runs import WEIGHTS
+from ..storage.run_folder import WEIGHTS
 from ..storage.verified import beside, rename_flushed
 from . import reopening
 from .architecture import MiniMindConfig, MiniMindForCausalLM
-from .families import FAMILIES, OWN_CODE, describe_own
 from .fresh_process import run_fresh
 from .gguf import check_convertible, convert
-from .interop import choose_tokenizer, find_weights
-from .weights import Tensors, put_weights, read_pth, write_pth
+from .hf_formats import FAMILIES, OWN_CODE, describe_own
+from .loading import choose_tokenizer, find_weights
+from .state_dict import Tensors, put_weights, read_pth, write_pth
 
 _FILES = ("pth", "gguf")
 FORMATS = (*FAMILIES, "minimind", *_FILES)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..storage.runs import RunFolder
-from .facts import shorten
-from .metrics import History
-from .plots import (
+from ..storage.run_folder import RunFolder
+from .charts import (
     INK,
     MARKERS,
     Chart,
@@ -25,6 +23,8 @@ from .plots import (
     suggest_smoothing,
     write_titles,
 )
+from .metrics import History
+from .tables import shorten
 
 # Okabe and Ito's palette (Color Universal Design, 2008), its yellow being too faint on
 # white; each colour has a marker of its own, which says the same again.

@@ -6,8 +6,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from .metrics import History
-from .plots import (
+from .charts import (
     X_AXES,
     Chart,
     check_choices,
@@ -15,6 +14,7 @@ from .plots import (
     plot_history,
     suggest_smoothing,
 )
+from .metrics import History
 from .progress import outcome
 
 

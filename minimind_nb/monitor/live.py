@@ -201,7 +201,7 @@ class CellView(View):
             os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
     def _draw(self, history: History, title: str | None = None, dpi: int = 96) -> None:
-        from .plots import plot_history
+        from .charts import plot_history
 
         if history.select("train") or history.select("eval"):
             png = plot_history(history, title).png(dpi)

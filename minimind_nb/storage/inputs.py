@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ..config import PATH_FIELDS, STAGE_BEFORE, TrainConfig
 from ..session import current_session
-from .runs import RunFolder
+from .run_folder import RunFolder
 
 _WORDS = ("demo", "auto", "none")  # settings of paths that are none
 _Path = TypeVar("_Path")

@@ -23,17 +23,17 @@ from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
 from ..launch.leftovers import scratch_folder
-from ..launch.processes import Job, run_processes
+from ..launch.outcome import TrainingFailed
+from ..launch.spawn import Job, run_processes
 from ..launch.torchrun import Meeting, find_meeting
-from ..launch.verdict import TrainingFailed
-from ..model.interop import find_weights
-from ..monitor.facts import Facts
+from ..model.loading import find_weights
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
-from ..monitor.report import Run, save_chart, write_summary
-from ..monitor.tracking import track
+from ..monitor.runs import Run, save_chart, write_summary
+from ..monitor.tables import Facts
+from ..monitor.wandb_follower import track
 from ..session import current_session
-from ..storage.runs import STATE, RunFolder
+from ..storage.run_folder import STATE, RunFolder
 from .preparation import Prepared, Settled, prepare, settle
 from .worker import smaller_batch
 

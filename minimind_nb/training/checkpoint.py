@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..model.architecture import MiniMindForCausalLM
-from ..model.weights import put_weights
+from ..model.state_dict import put_weights
 from ..storage import verified
-from ..storage.runs import OPTIMIZER, STATE, WEIGHTS
+from ..storage.run_folder import OPTIMIZER, STATE, WEIGHTS
 from .optim import find_not_finite, moments, restore_moments
 from .trainer import Progress, Trainer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..config import TrainConfig, count_parameters
 from ..data.demo import DEMO
-from ..data.shards import estimate_bytes
-from ..storage.runs import RunFolder
+from ..data.token_cache import estimate_bytes
+from ..storage.run_folder import RunFolder
 
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 _EXPORT_BYTES = 2

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from ..data.batches import StepBatch
 from ..data.tokenizer import write_tokenizer
 from ..hardware import peak_memory_gib
-from ..launch.stopping import count_ballots
-from ..model.weights import write_pth
+from ..launch.cancellation import count_ballots
+from ..model.state_dict import write_pth
 from ..storage.verified import DamagedFolder
 from .checkpoint import save_checkpoint
 from .evaluation import evaluate_rows

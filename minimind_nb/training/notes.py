@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..storage import verified
-from ..storage.runs import RunFolder
+from ..storage.run_folder import RunFolder
 
 _Note = Callable[[str], None]
 

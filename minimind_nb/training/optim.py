@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
-from ..launch.stopping import STOP_REASONS
+from ..launch.cancellation import STOP_REASONS
 
 
 class FlatGradients:

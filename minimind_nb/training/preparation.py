@@ -29,10 +29,10 @@ from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..launch.torchrun import Place
 from ..session import current_session
 from ..storage import verified
-from ..storage.runs import Checkpoint, RunFolder
+from ..storage.run_folder import Checkpoint, RunFolder
 from .checkpoint import read_progress
 from .disk import check_room, check_writable
-from .initial import Initial, find_initial
+from .initial_weights import Initial, find_initial
 from .notes import describe_cuts, tell_horizon, tell_rejected
 from .resuming import compare_hashes, find_checkpoint, keep_origin, meet_run
 from .trainer import Progress

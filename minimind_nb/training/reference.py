@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.batches import SampleReader
 from ..data.packing import PackedRows
-from ..launch.stopping import count_ballots
+from ..launch.cancellation import count_ballots
 from ..model.architecture import MiniMindForCausalLM
 from ..storage import verified
 from .stages import answer_log_probabilities

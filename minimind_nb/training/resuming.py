@@ -15,10 +15,10 @@ from ..config import (
     shorten_home,
 )
 from ..launch.leftovers import end_orphans
-from ..launch.verdict import ENDINGS, RankRecord
+from ..launch.outcome import ENDINGS, RankRecord
 from ..monitor.metrics import History
 from ..storage import verified
-from ..storage.runs import Checkpoint, NoGoodCheckpoint, RunFolder
+from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
 from .checkpoint import read_config
 
 _Note = Callable[[str], None]

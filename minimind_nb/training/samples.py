@@ -12,7 +12,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..data.batches import TrainingStream, ValidationRows
 from ..data.conversations import TRAINED, TURN, USER, ChatEncoder
-from ..data.encoding import BulkEncoder
+from ..data.fast_encoding import BulkEncoder
 from ..data.tokenizer import TokenizerSpec, load_tokenizer
 from ..model.generation import continue_ids
 from .trainer import Prompt, Trainer

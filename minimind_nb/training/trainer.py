@@ -17,12 +17,12 @@ import torch
 from ..config import TrainConfig
 from ..data.batches import StepBatch, TrainingStream, ValidationRows
 from ..data.tokenizer import TokenizerSpec
-from ..launch.distributed import Group
-from ..launch.stopping import StopRequest
-from ..launch.verdict import RankRecord
+from ..launch.cancellation import StopRequest
+from ..launch.outcome import RankRecord
+from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
 from ..monitor.metrics import MetricsLog
-from ..storage.runs import RunFolder
+from ..storage.run_folder import RunFolder
 from .optim import FlatGradients
 from .stages import Stage
 

@@ -15,14 +15,14 @@ from torch import nn
 from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..data.tokenizer import read_tokenizer
-from ..launch.distributed import Group
-from ..launch.stopping import StopRequest
-from ..launch.verdict import RankRecord
+from ..launch.cancellation import StopRequest
+from ..launch.outcome import RankRecord
+from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
-from ..model.interop import model_config
-from ..model.weights import put_weights, read_tensors
+from ..model.loading import model_config
+from ..model.state_dict import put_weights, read_tensors
 from ..monitor.metrics import MetricsLog
-from ..storage.runs import RunFolder
+from ..storage.run_folder import RunFolder
 from ..storage.verified import write_text
 from .checkpoint import load_checkpoint
 from .evaluation import evaluate_rows

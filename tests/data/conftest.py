@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minimind_nb.data.shards import Source, open_cache
+from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 
 # An example takes a millisecond, or seconds where other work holds the processors.

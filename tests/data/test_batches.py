@@ -24,7 +24,7 @@ from minimind_nb.data.batches import (
 )
 from minimind_nb.data.excerpts import Excerpts, take_excerpts
 from minimind_nb.data.packing import pack
-from minimind_nb.data.shards import Source, TokenCache, open_cache
+from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 
 PAD = 0

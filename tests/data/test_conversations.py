@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from minimind_nb.data import layout
+from minimind_nb.data import chat_template
 from minimind_nb.data.conversations import (
     TRAINED,
     TURN,
@@ -346,7 +346,7 @@ def test_a_template_that_does_not_serve_is_told_of(template, reason):
 
 @pytest.mark.fault("F64")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
-    monkeypatch.setattr(layout, "_MOST_SECONDS", 0.05)
+    monkeypatch.setattr(chat_template, "_MOST_SECONDS", 0.05)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}"
     encoder = encoder_of(loop + "{% endfor %}{% endfor %}")
     before = signal.getsignal(signal.SIGVTALRM)

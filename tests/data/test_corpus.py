@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minimind_nb.config import TrainConfig, resolve
-from minimind_nb.data import shards
+from minimind_nb.data import token_cache
 from minimind_nb.data.batches import IGNORED
 from minimind_nb.data.corpus import Corpus, detect_format
 from minimind_nb.data.faults import DataError
@@ -79,7 +79,7 @@ def test_changed_text_goes_to_another_cache_and_a_length_does_not(prepare):
 
 
 def test_progress_is_passed_on(prepare, monkeypatch):
-    monkeypatch.setattr(shards, "_REPORT_SECONDS", -1.0)
+    monkeypatch.setattr(token_cache, "_REPORT_SECONDS", -1.0)
     notes = []
     prepare(TEXTS, val_texts=["x"], notes=notes)
     assert notes == ["tokenised 0 MB of text (the file has 0 MB)"] * 2

@@ -7,7 +7,7 @@ import pytest
 
 from minimind_nb.data.conversations import TRAINED, USER
 from minimind_nb.data.excerpts import take_excerpts
-from minimind_nb.data.shards import Source, open_cache
+from minimind_nb.data.token_cache import Source, open_cache
 
 # With single bytes a user's turn of n bytes has n + 8 tokens, an assistant's n + 13 of
 # which n + 2 are learned from, a system turn n + 10, a tool's n + 8.

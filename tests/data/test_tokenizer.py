@@ -291,7 +291,7 @@ def test_reading_a_tokenizer_imports_no_framework():
 
     code = (
         "import sys\n"
-        "from minimind_nb.data.encoding import BulkEncoder\n"
+        "from minimind_nb.data.fast_encoding import BulkEncoder\n"
         "from minimind_nb.data.tokenizer import read_tokenizer\n"
         "BulkEncoder(read_tokenizer())\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"

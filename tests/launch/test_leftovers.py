@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from minimind_nb.ancestry import identify_process
 from minimind_nb.launch.leftovers import end_orphans, scratch_folder
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.storage.runs import RunFolder, RunLocked
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.lifetime import identify_process
+from minimind_nb.storage.run_folder import RunFolder, RunLocked
 
 GONE = 1 << 22  # above the highest number that Linux gives a process
 

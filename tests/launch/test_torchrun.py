@@ -11,10 +11,10 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from minimind_nb.data.faults import DataError
 from minimind_nb.launch import torchrun
-from minimind_nb.launch.processes import Job
+from minimind_nb.launch.outcome import TrainingFailed
+from minimind_nb.launch.spawn import Job
 from minimind_nb.launch.torchrun import Meeting, Place
-from minimind_nb.launch.verdict import TrainingFailed
-from minimind_nb.storage.runs import RunFolder, RunLocked
+from minimind_nb.storage.run_folder import RunFolder, RunLocked
 
 ENVIRON = {
     "RANK": "3",

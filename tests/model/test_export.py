@@ -19,7 +19,7 @@ from minimind_nb.model import export as module
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.model.decoding import continue_ids
 from minimind_nb.model.export import export
-from minimind_nb.model.interop import load
+from minimind_nb.model.loading import load
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from minimind_nb.data import layout
+from minimind_nb.data import chat_template
 from minimind_nb.data.conversations import ChatEncoder
 from minimind_nb.data.faults import Fault
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.interop import load
+from minimind_nb.model.loading import load
 from minimind_nb.storage import verified
 
 pytestmark = pytest.mark.fault("F64")
@@ -153,7 +153,7 @@ def test_a_chat_template_does_no_harm(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    monkeypatch.setattr(layout, "_MOST_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_MOST_SECONDS", 0.5)
     Path("t").mkdir()
     spec = read_tokenizer()
     (Path("t") / "tokenizer.json").write_text(spec.json)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from minimind_nb.monitor.charts import Chart
 from minimind_nb.monitor.comparison import STYLES, compare
-from minimind_nb.monitor.plots import Chart
-from minimind_nb.monitor.report import Run
+from minimind_nb.monitor.runs import Run
 
 
 @pytest.fixture(autouse=True)

@@ -253,7 +253,7 @@ def test_a_cell_goes_on_without_pictures_when_drawing_fails(
 
     view, clock, shown = cell
     history = make_history([4.0], total=10)
-    monkeypatch.setattr("minimind_nb.monitor.plots.plot_history", broken)
+    monkeypatch.setattr("minimind_nb.monitor.charts.plot_history", broken)
     view.start(history)
     for step in range(2, 10):
         clock.now += 10
@@ -304,7 +304,7 @@ view.finish(history, "finished")
 assert (type(view).__name__, +view.failures) == ("CellView", {{}})
 """
 CHARTS = """
-from minimind_nb.monitor.plots import plot_history
+from minimind_nb.monitor.charts import plot_history
 plot_history(history)
 ---
 from minimind_nb.monitor.inspector import inspect

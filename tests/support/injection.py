@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from minimind_nb.launch.processes import Job
-from minimind_nb.launch.stopping import StopRequest
-from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.launch.cancellation import StopRequest
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.spawn import Job
 from minimind_nb.training import api
 
 # The function that a point is in front of (or behind): of a step, then of a save, then
@@ -37,9 +37,9 @@ POINTS = {
     "before_manifest": ("storage.verified", "_write_manifest", "before"),
     "before_rename": ("storage.verified", "rename_flushed", "before"),
     "after_rename": ("storage.verified", "rename_flushed", "after"),
-    "prune": ("storage.runs", "RunFolder.prune_checkpoints", "before"),
+    "prune": ("storage.run_folder", "RunFolder.prune_checkpoints", "before"),
     "weights_file": ("training.loop", "write_pth", "before"),
-    "exit": ("launch.distributed", "Group.close", "before"),
+    "exit": ("launch.process_group", "Group.close", "before"),
     "validation": ("training.loop", "evaluate_rows", "before"),
     "answer": ("training.loop", "write_samples", "before"),
     "reference": ("training.reference", "answer_log_probabilities", "before"),

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from minimind_nb.launch.distributed import Group
-from minimind_nb.launch.stopping import StopRequest, count_ballots
-from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.launch.cancellation import StopRequest, count_ballots
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.process_group import Group
 
 STEPS = 12
 FAILING_STEP = 5

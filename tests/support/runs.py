@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from minimind_nb.config import TrainConfig
-from minimind_nb.launch.stopping import StopRequest
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.launch.cancellation import StopRequest
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.storage.verified import hash_file
 from minimind_nb.training import api, worker
 from minimind_nb.training.loop import Trainer

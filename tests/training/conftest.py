@@ -11,7 +11,7 @@ import pytest
 import torch._dynamo  # what each rank would import by itself
 from support.runs import Settings
 
-from minimind_nb.launch import processes
+from minimind_nb.launch import spawn
 from minimind_nb.training import api
 
 
@@ -112,7 +112,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     large enough to be shared out would wait for it without end.
     """
     assert torch._dynamo
-    monkeypatch.setattr(processes, "_SPAWN", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(spawn, "_SPAWN", multiprocessing.get_context("fork"))
     monkeypatch.setattr(api, "choose_threads", lambda *_: 1)
 
 

@@ -16,7 +16,7 @@ from minimind_nb.data.batches import Piece, SampleReader
 from minimind_nb.data.conversations import TRAINED
 from minimind_nb.data.excerpts import take_excerpts
 from minimind_nb.data.packing import pair_up
-from minimind_nb.data.shards import Source, open_cache
+from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.training.stages import answer_log_probabilities, preference_loss
 

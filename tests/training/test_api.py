@@ -26,12 +26,12 @@ from support.runs import (
 
 import minimind_nb as mm
 from minimind_nb.data.conversations import TRAINED, ChatEncoder
-from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
-from minimind_nb.launch.processes import Job
-from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.spawn import Job
 from minimind_nb.monitor.metrics import History
-from minimind_nb.storage.runs import RunFolder, RunLocked
+from minimind_nb.storage.run_folder import RunFolder, RunLocked
 from minimind_nb.training import api, worker
 
 REPORTED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")

@@ -9,7 +9,7 @@ import pytest
 from support.runs import Settings, metric_rows, prepare_here, state_hashes, train_here
 
 from minimind_nb.data.faults import DataError
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training.loop import Trainer
 
 LOGGED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")

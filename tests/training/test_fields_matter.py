@@ -158,7 +158,7 @@ def test_a_validation_file_replaces_the_held_out_part(
 
 
 def test_another_tokenizer_gives_other_tokens(base: Settings, tmp_path: Path) -> None:
-    from minimind_nb.data.vocabulary_training import train_tokenizer
+    from minimind_nb.data.tokenizer_training import train_tokenizer
 
     folder = train_tokenizer([base["data_path"]], tmp_path / "own", vocab_size=300)
     before = {**base, "out_dir": str(tmp_path / "before" / "out")}

@@ -11,7 +11,7 @@ from support.runs import Settings, metric_rows, state_hashes, train_here
 
 import minimind_nb as mm
 from minimind_nb.monitor.metrics import History
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
 from minimind_nb.training.trainer import Trainer
 

@@ -13,7 +13,7 @@ from support.runs import (
 )
 
 from minimind_nb.monitor.metrics import History
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
 from minimind_nb.training.loop import Trainer
 from minimind_nb.training.samples import seed_of

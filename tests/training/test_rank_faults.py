@@ -19,10 +19,10 @@ from support.injection import SAVING, VALIDATING, Fault, inject
 from support.runs import Settings, state_hashes
 
 import minimind_nb as mm
-from minimind_nb.ancestry import identify_process
-from minimind_nb.launch import processes
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.launch import spawn
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.lifetime import identify_process
+from minimind_nb.storage.run_folder import RunFolder
 
 row = pytest.mark.fault
 slow = pytest.mark.slow
@@ -64,7 +64,7 @@ class Witness:
             straight = {**two, "out_dir": str(tmp_path / "straight")}
             with monkeypatch.context() as patch:
                 fork = multiprocessing.get_context("fork")
-                patch.setattr(processes, "_SPAWN", fork)
+                patch.setattr(spawn, "_SPAWN", fork)
                 mm.train(mm.TrainConfig(**straight), view=False)
             there = RunFolder(tmp_path / "straight" / "pretrain_32")
             unbroken["state"] = state_hashes(there)

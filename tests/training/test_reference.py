@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.runs import Settings, metric_rows, state_hashes, train_here, tree
 
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import reference
 
 NAMES = ("step", "samples", "tokens", "loss", "reward_margin", "accuracy", "kl")

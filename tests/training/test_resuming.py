@@ -15,9 +15,9 @@ from support.runs import (
     tree,
 )
 
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.model.interop import load
-from minimind_nb.storage.runs import NoGoodCheckpoint, RunFolder
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.model.loading import load
+from minimind_nb.storage.run_folder import NoGoodCheckpoint, RunFolder
 from minimind_nb.training.loop import Trainer
 
 

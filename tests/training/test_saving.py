@@ -9,7 +9,7 @@ import pytest
 from support.runs import Settings, metric_rows, state_hashes, train_here
 
 from minimind_nb.storage import verified
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.storage.verified import verify
 from minimind_nb.training import checkpoint
 from minimind_nb.training.trainer import Trainer

@@ -10,7 +10,7 @@ from support.injection import Fault, inject
 from support.runs import Settings
 
 import minimind_nb as mm
-from minimind_nb.launch.verdict import RankRecord
+from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.monitor.metrics import History
 
 pytestmark = pytest.mark.usefixtures("forked")

@@ -13,7 +13,7 @@ from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import IGNORED, MicroBatch, SampleReader
 from minimind_nb.data.excerpts import Excerpts, take_excerpts
 from minimind_nb.data.packing import pack
-from minimind_nb.data.shards import Source, TokenCache, open_cache
+from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.training.stages import STAGES, next_token_loss, preference_loss

@@ -16,8 +16,8 @@ import pytest
 from support.runs import Settings, state_hashes
 
 import minimind_nb as mm
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.storage.run_folder import RunFolder
 
 TIMED = {"seconds", "tokens_per_second", "peak_memory_gib"}
 SECONDS = 240.0

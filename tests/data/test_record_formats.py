@@ -7,9 +7,9 @@ import pytest
 
 from minimind_nb.config import STAGES
 from minimind_nb.data.conversations import TRAINED
-from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.faults import Fault
-from minimind_nb.data.records import RECORD_FORMATS, encode_texts
+from minimind_nb.data.record_formats import RECORD_FORMATS, encode_texts
 
 A, B, C = 67, 68, 69
 PAD, BEGIN, END = 0, 1, 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind_nb.launch.verdict import Exit, RankRecord, TrainingFailed, judge
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.launch.outcome import Exit, RankRecord, TrainingFailed, judge
+from minimind_nb.storage.run_folder import RunFolder
 
 
 def write(folder: Path, rank: int, **fields: object) -> RankRecord:
@@ -42,7 +42,7 @@ def test_a_process_that_dies_slowly_is_the_root_of_a_closed_connection(
 ) -> None:
     """Killed, it closes its connections long before it is seen dead."""
     write(tmp_path, 0, step=8)
-    lost = 'File "minimind_nb/launch/distributed.py", line 48, in sum\nRuntimeError'
+    lost = 'File "minimind_nb/launch/process_group.py", line 48, in sum\nRuntimeError'
     failed = write(tmp_path, 1, step=8, status="failed", error="x", traceback=lost)
     late = [Exit(-9, failed.time + 1.0), Exit(1, failed.time + 1.0)]
     with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 8"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.weights import check_fit, infer_shape, put_weights, read_pth
+from minimind_nb.model.state_dict import check_fit, infer_shape, put_weights, read_pth
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 EMBEDDING = "model.embed_tokens.weight"

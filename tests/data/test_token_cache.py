@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minimind_nb.data import shards, tokenising
+from minimind_nb.data import token_cache, tokenising
 from minimind_nb.data.faults import DataError
-from minimind_nb.data.shards import Source, TokenCache, open_cache
+from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenising import token_type
 from minimind_nb.data.tokenizer import read_tokenizer
 
@@ -26,36 +26,36 @@ from minimind_nb.data.tokenizer import read_tokenizer
 OPENER = """
 import os, signal, sys, time
 from pathlib import Path
-from minimind_nb.data import shards
+from minimind_nb.data import token_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 # injected
 if __name__ == "__main__":
     file, root, tokenizer, processes = sys.argv[1:]
-    source = shards.Source(file, "pretrain", read_tokenizer(tokenizer))
+    source = token_cache.Source(file, "pretrain", read_tokenizer(tokenizer))
     print("ready", flush=True)
     sys.stdin.readline()
-    cache = shards.open_cache(source, Path(root), int(processes))
+    cache = token_cache.open_cache(source, Path(root), int(processes))
     print(cache.folder, len(cache), flush=True)
 """
 SLOW_BUILD = """
-build = shards._build
+build = token_cache._build
 def slow_build(*arguments, **named):
     print("builds", flush=True)
     time.sleep(0.5)
     build(*arguments, **named)
-shards._build = slow_build
+token_cache._build = slow_build
 """
 DEATH_AT_PART_3 = """
 import itertools, multiprocessing
-shards._ALONE_BYTES, shards.CHUNK_BYTES = 0, 2000
-write_parts = shards._write_parts
+token_cache._ALONE_BYTES, token_cache.CHUNK_BYTES = 0, 2000
+write_parts = token_cache._write_parts
 def die_at_part_3(parts, *arguments):
     def dying():
         yield from itertools.islice(parts, 3)
         print(*[p.pid for p in multiprocessing.active_children()], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return write_parts(dying(), *arguments)
-shards._write_parts = die_at_part_3
+token_cache._write_parts = die_at_part_3
 """
 ASK, SAY = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "é"}'
 CHAT = f'{{"conversations": [{ASK}, {SAY}]}}'
@@ -95,7 +95,7 @@ def no_building(monkeypatch):
         raise AssertionError("the cache is built again")
 
     def start():
-        monkeypatch.setattr(shards, "_build", forbid)
+        monkeypatch.setattr(token_cache, "_build", forbid)
 
     return start
 
@@ -315,7 +315,7 @@ def test_lines_are_physical_ones(source_of_bytes, root):
 
 
 def test_lines_go_on_from_chunk_to_chunk(make_source, root, monkeypatch):
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 50)
     cache = open_cache(make_source([f"text {n}" for n in range(40)]), root)
     assert cache.lines.tolist() == list(range(1, 41))
     assert texts_of(cache) == [b"text %d" % n for n in range(40)]
@@ -331,8 +331,8 @@ def test_a_gzip_file_gives_the_same_documents(source_of_bytes, root):
 
 
 def test_helpers_make_the_same_bytes_as_one_process(make_source, root, monkeypatch):
-    monkeypatch.setattr(shards, "_ALONE_BYTES", 0)
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(token_cache, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 4000)
     source = make_source([f"{n} {ENGLISH * (n % 7)}" for n in range(200)])
     alone = open_cache(source, root / "alone")
     helped = open_cache(source, root / "helped", processes=2)
@@ -340,8 +340,8 @@ def test_helpers_make_the_same_bytes_as_one_process(make_source, root, monkeypat
 
 
 def test_helpers_make_the_same_of_conversations(source_of_bytes, root, monkeypatch):
-    monkeypatch.setattr(shards, "_ALONE_BYTES", 0)
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(token_cache, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 2000)
     rows = [PAIR.replace("bcd", "x" * n) for n in range(1, 60)]
     source = source_of_bytes("\n".join(rows), record_format="dpo")
     alone = open_cache(source, root / "alone")
@@ -351,12 +351,12 @@ def test_helpers_make_the_same_of_conversations(source_of_bytes, root, monkeypat
 
 
 def test_progress_is_told_now_and_then(make_source, root, monkeypatch):
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 500_000)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 500_000)
     source = make_source(["a" * 400_000] * 5)
     notes = []
     open_cache(source, root / "quick", on_progress=notes.append)
     assert notes == []
-    monkeypatch.setattr(shards, "_REPORT_SECONDS", -1.0)
+    monkeypatch.setattr(token_cache, "_REPORT_SECONDS", -1.0)
     open_cache(source, root / "slow", on_progress=notes.append)
     assert len(notes) > 2
     assert notes[-1] == "tokenised 2 MB of text (the file has 2 MB)"
@@ -413,7 +413,7 @@ def test_key_depends_on_all_that_decides_about_ids(make_source, monkeypatch):
     ]
     keys = [key_of(dataclasses.replace(source, **other)) for other in others]
     keys.append(key_of(source))
-    monkeypatch.setattr(shards, "VERSION", "another")
+    monkeypatch.setattr(token_cache, "VERSION", "another")
     keys.append(key_of(source))
     assert len(set(keys)) == len(keys)
 
@@ -504,13 +504,13 @@ def test_a_file_that_changes_while_it_is_read_makes_no_cache(
     make_source, root, monkeypatch
 ):
     source = make_source(["aa"])
-    build = shards._build
+    build = token_cache._build
 
     def change_and_build(*arguments, **named):
         Path(source.path).write_text('{"text": "other"}\n')
         build(*arguments, **named)
 
-    monkeypatch.setattr(shards, "_build", change_and_build)
+    monkeypatch.setattr(token_cache, "_build", change_and_build)
     with pytest.raises(DataError, match=r"rows\.jsonl changed while it was read"):
         open_cache(source, root)
     assert [path for path in root.iterdir() if path.is_dir()] == []
@@ -569,9 +569,9 @@ def test_death_during_a_build_leaves_nothing_that_is_used(tmp_path, make_source,
 
 
 def test_killed_helper_is_told_in_plain_words(make_source, root, monkeypatch):
-    monkeypatch.setattr(shards, "_ALONE_BYTES", 0)
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 2000)
-    write_parts = shards._write_parts
+    monkeypatch.setattr(token_cache, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 2000)
+    write_parts = token_cache._write_parts
 
     def kill_and_write(parts, *arguments):
         def dying():
@@ -582,14 +582,14 @@ def test_killed_helper_is_told_in_plain_words(make_source, root, monkeypatch):
 
         return write_parts(dying(), *arguments)
 
-    monkeypatch.setattr(shards, "_write_parts", kill_and_write)
+    monkeypatch.setattr(token_cache, "_write_parts", kill_and_write)
     source = make_source([f"{n} {ENGLISH}" for n in range(900)])
     with pytest.raises(RuntimeError, match="a helper process that tokenises was kill"):
         open_cache(source, root, processes=2)
 
 
 def test_memory_does_not_grow_with_the_file(make_source, root, monkeypatch):
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 8_000)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 8_000)
 
     def peak(texts):
         source = make_source(texts)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import shorten_home
 from ..storage import verified
-from ..storage.runs import RunFolder
-from .facts import Table, shorten
+from ..storage.run_folder import RunFolder
 from .metrics import History, Row, find_metrics
 from .progress import (
     STATUS_WORDS,
@@ -22,9 +21,10 @@ from .progress import (
     outcome,
     position,
 )
+from .tables import Table, shorten
 
 if TYPE_CHECKING:
-    from .plots import Chart
+    from .charts import Chart
 
 COLUMNS = [
     *("name", "stage", "status", "step", "loss", "validation loss"),
@@ -76,7 +76,7 @@ class Run:
 
     def plot(self, **choices: Any) -> "Chart":
         """The chart of `plot_history`, which names the choices (x, y, smoothing, …)."""
-        from .plots import plot_history
+        from .charts import plot_history
 
         return plot_history(self.history, **choices)
 

@@ -3,9 +3,9 @@ import os
 
 import pytest
 
+from minimind_nb.monitor.charts import Chart
 from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.monitor.plots import Chart
-from minimind_nb.monitor.report import (
+from minimind_nb.monitor.runs import (
     Run,
     result_facts,
     runs,

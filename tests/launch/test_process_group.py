@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_nb.launch.distributed import Group
-from minimind_nb.launch.stopping import STOP_REASONS, StopRequest, count_ballots
+from minimind_nb.launch.cancellation import STOP_REASONS, StopRequest, count_ballots
+from minimind_nb.launch.process_group import Group
 
 
 def test_one_process_sums_nothing_and_needs_no_store() -> None:

@@ -11,8 +11,8 @@ from jupyter_client.manager import start_new_kernel
 from support.small_models import make_model, make_tokenizer, teach
 
 from minimind_nb.model.generation import generate
-from minimind_nb.monitor import dialogue
-from minimind_nb.monitor.dialogue import Chat, chat
+from minimind_nb.monitor import chat as chat_module
+from minimind_nb.monitor.chat import Chat, chat
 
 SECONDS = 120
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
@@ -37,7 +37,7 @@ def answers(monkeypatch) -> Any:
                     raise piece
                 yield piece
 
-        monkeypatch.setattr(dialogue, "stream_ids", say)
+        monkeypatch.setattr(chat_module, "stream_ids", say)
 
     return lay_down
 
@@ -211,12 +211,12 @@ def test_where_nobody_can_write_a_text_is_asked_for(pair, monkeypatch):
 def test_an_answer_is_redrawn_a_few_times_a_second(monkeypatch):
     clock, drawn = iter(range(100)), []
 
-    class Watched(dialogue._View):
+    class Watched(chat_module._View):
         def draw(self, text: str) -> None:
             drawn.append(text)
 
     # A piece a tenth of a second, but for what the clock counts after a drawing.
-    monkeypatch.setattr(dialogue.time, "monotonic", lambda: next(clock) / 10)
+    monkeypatch.setattr(chat_module.time, "monotonic", lambda: next(clock) / 10)
     assert Watched().follow(iter("abcdefghij")) == "abcdefghij"
     assert drawn == ["a", "abcd", "abcdefg", "abcdefghij", "abcdefghij"]
 
@@ -290,7 +290,7 @@ def run_cell(pair, tmp_path) -> Iterator[Any]:
 def test_a_cell_shows_one_output_an_answer_and_a_widget_only_to_somebody(
     run_cell, tmp_path: Path
 ):
-    load = "from minimind_nb.monitor.dialogue import chat"
+    load = "from minimind_nb.monitor.chat import chat"
     (shown,) = run_cell(f"{load}\ntalk = chat('.', 'six', temperature=0)")
     assert shown["data"]["text/plain"] == "five"
     assert shown["data"]["text/html"].endswith(">five</div>")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .presets import SHAPE_FIELDS, WEIGHTS_NAMES
-from .problems import Kinds, describe_unknown, find_problems, list_problems
 from .resolution import fill_defaults
+from .validation import Kinds, describe_unknown, find_problems, list_problems
 
 PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 

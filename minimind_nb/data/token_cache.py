@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..storage import verified
 from .faults import BadRow, DataError, Tally, write_rejected
 from .jsonl import check_file, iter_chunks
-from .records import RECORD_FORMATS, VERSION
+from .record_formats import RECORD_FORMATS, VERSION
 from .tokenising import Encoded, encode_chunks, token_type
 from .tokenizer import TokenizerSpec
 

@@ -15,10 +15,10 @@ import pytest
 from support.runs import train_here
 
 from minimind_nb.config import TrainConfig
-from minimind_nb.monitor import tracking
+from minimind_nb.monitor import wandb_follower
 from minimind_nb.monitor.live import View
 from minimind_nb.monitor.metrics import History, MetricsLog
-from minimind_nb.monitor.tracking import TrackedView, track
+from minimind_nb.monitor.wandb_follower import TrackedView, track
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 # Stands for wandb: writes down what it is told, and does beside it what a test says.
@@ -172,7 +172,7 @@ def test_a_run_that_was_complete_is_not_tracked(fake, make_history):
 
 def test_a_wandb_that_hangs_keeps_nobody_waiting(fake, session, monkeypatch):
     fake(on_init="time.sleep(600)")
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_follower, "FINISH_SECONDS", 1.0)
     view = tracked()
     assert session(view, 0, 1) < 3
     assert notes(view)[0].startswith(
@@ -197,19 +197,19 @@ def test_a_wandb_that_fails_is_told_once(place, code, text, fake, session):
 
 
 def test_a_key_is_found_where_wandb_finds_it(monkeypatch, tmp_path):
-    assert not tracking._has_key()
+    assert not wandb_follower._has_key()
     (tmp_path / ".netrc").write_text(
         f"machine api.wandb.ai login user password {KEY}\n"
     )
-    assert tracking._has_key()
+    assert wandb_follower._has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8080")
-    assert not tracking._has_key()
+    assert not wandb_follower._has_key()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert tracking._has_key()
+    assert wandb_follower._has_key()
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "bad"))
     (tmp_path / "bad").write_text("machine")
-    assert not tracking._has_key()
+    assert not wandb_follower._has_key()
 
 
 class DeafServer:
@@ -294,7 +294,7 @@ def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path):
 def test_a_server_that_does_not_answer_leaves_it_offline(server, session, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_follower, "INIT_SECONDS", 1.0)
     view = tracked()
     session(view, 0, 1, 2)
     assert server.connections
@@ -307,7 +307,7 @@ def test_a_server_that_does_not_answer_leaves_it_offline(server, session, monkey
 
 def test_nothing_heavy_is_loaded_for_it():
     code = (
-        "import sys, minimind_nb.monitor.tracking\n"
+        "import sys, minimind_nb.monitor.wandb_follower\n"
         "print({'torch', 'wandb', 'matplotlib', 'IPython'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code]

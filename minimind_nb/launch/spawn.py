@@ -24,11 +24,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ..ancestry import die_with_parent, without_main_script
-from ..storage.runs import RunFolder
+from ..lifetime import die_with_parent, without_main_script
+from ..storage.run_folder import RunFolder
+from .cancellation import HEARD, Signals, StopRequest, heard_signals
 from .leftovers import scratch_folder
-from .stopping import HEARD, Signals, StopRequest, heard_signals
-from .verdict import SESSION, Exit, RankRecord, judge
+from .outcome import SESSION, Exit, RankRecord, judge
 
 POLL_SECONDS = 0.5
 MEETING_SECONDS = 60.0

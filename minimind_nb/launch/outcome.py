@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ancestry import identify_process
-from ..storage.runs import RunFolder
+from ..lifetime import identify_process
+from ..storage.run_folder import RunFolder
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 _LOG_TAIL_LINES = 15
@@ -31,7 +31,7 @@ _STACK = "Stack (most recent call first):"  # what faulthandler writes before on
 _STACK_LINES = 8
 SESSION = "--- pid "
 """What each session of a rank begins its log with."""
-WAITING = ("launch/distributed.py", "in norm_and_slots")
+WAITING = ("launch/process_group.py", "in norm_and_slots")
 """In the stack of a rank that waits for the others: it is in `launch.distributed`, or,
 on CUDA, where the host first needs what a sum gives."""
 _HINTS: dict[int, str] = {
@@ -66,7 +66,7 @@ class RankRecord:
     """One rank's word on itself, kept in a file of the run folder.
 
     `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` say which
-    processes of all these are, as `ancestry.identify_process` does.
+    processes of all these are, as `lifetime.identify_process` does.
     """
 
     file: Path

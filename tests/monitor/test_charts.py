@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind_nb.monitor.plots import Chart, plot_history, smooth, suggest_smoothing
+from minimind_nb.monitor.charts import Chart, plot_history, smooth, suggest_smoothing
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -195,8 +195,8 @@ def test_choices_that_do_not_exist_are_refused(make_history, preferences):
 
 def test_a_chart_is_drawn_without_pyplot():
     code = (
-        "import sys; from minimind_nb.monitor import plots, metrics\n"
-        "plots.plot_history(metrics.History('none')).png()\n"
+        "import sys; from minimind_nb.monitor import charts, metrics\n"
+        "charts.plot_history(metrics.History('none')).png()\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_nb.ancestry import oldest_age_seconds
+from minimind_nb.lifetime import oldest_age_seconds
 
 FAMILY = """
 import os, subprocess, sys, time
@@ -17,7 +17,7 @@ child = '''
 import ctypes, os, sys, time
 if sys.argv[2] == "thread":
     ctypes.CDLL = lambda _: object()
-from minimind_nb.ancestry import die_with_parent
+from minimind_nb.lifetime import die_with_parent
 die_with_parent(int(sys.argv[1]))
 print(os.getpid(), flush=True)
 time.sleep(60)
@@ -29,7 +29,7 @@ time.sleep(60)
 
 def test_the_age_is_that_of_the_oldest_process_above():
     """A command that a cell starts is younger than the session."""
-    code = "from minimind_nb.ancestry import oldest_age_seconds as age; print(age())"
+    code = "from minimind_nb.lifetime import oldest_age_seconds as age; print(age())"
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -65,7 +65,7 @@ def test_a_script_without_its_guard_runs_once(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing, time\n"
-        "from minimind_nb.ancestry import without_main_script\n"
+        "from minimind_nb.lifetime import without_main_script\n"
         "print('once')\n"
         "child = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(0,))\n"
         "with without_main_script():\n"

@@ -27,10 +27,10 @@ from minimind_nb.model.architecture import (
     MiniMindConfig,
     MiniMindForCausalLM,
 )
-from minimind_nb.model.interop import find_weights, load, model_config
-from minimind_nb.model.weights import read_tensors
+from minimind_nb.model.loading import find_weights, load, model_config
+from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage import verified
-from minimind_nb.storage.runs import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
+from minimind_nb.storage.run_folder import STATE, WEIGHTS, NoGoodCheckpoint, RunFolder
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,

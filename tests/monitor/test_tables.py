@@ -1,4 +1,4 @@
-from minimind_nb.monitor.facts import Facts, Table, columns_of, shorten
+from minimind_nb.monitor.tables import Facts, Table, columns_of, shorten
 
 
 def test_a_table_is_aligned_in_a_terminal():

@@ -13,7 +13,7 @@ from ..data.conversations import ChatEncoder, Message, check_messages
 from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..model.decoding import Sampling
 from ..model.generation import check_tokenizer, stream_ids
-from ..model.interop import load
+from ..model.loading import load
 from ..session import current_session, running_kernel
 
 UPDATE_SECONDS = 0.25  # between two states of an answer in a notebook

@@ -23,7 +23,7 @@ from .conversations import (
     count_shared,
     plain,
 )
-from .encoding import BulkEncoder
+from .fast_encoding import BulkEncoder
 from .faults import Fault
 from .jsonl import Check, check_text_row
 from .tokenizer import TokenizerSpec

@@ -14,10 +14,10 @@ from support.runs import Settings, metric_rows, prepare_here, state_hashes, trai
 
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.tokenizer import read_tokenizer
-from minimind_nb.data.vocabulary_training import train_tokenizer
-from minimind_nb.launch.verdict import RankRecord
-from minimind_nb.model.interop import find_weights, load
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.data.tokenizer_training import train_tokenizer
+from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.model.loading import find_weights, load
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training.preparation import Prepared, settle
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -18,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
 
 WORDS = "low lower lowest, new newer newest " * 9
@@ -258,7 +258,7 @@ def test_vocabulary_of_words_goes_to_tokenizers():
 
 def test_differing_probe_decides_for_tokenizers(monkeypatch: pytest.MonkeyPatch):
     split = r" ?\p{L}| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    monkeypatch.setattr("minimind_nb.data.encoding._SPLIT", split)
+    monkeypatch.setattr("minimind_nb.data.fast_encoding._SPLIT", split)
     encoder = BulkEncoder(SHIPPED)
     assert encoder.backend == "tokenizers"
     assert "tiktoken gives other ids for 'Hello world, it's" in encoder.reason.replace(

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from minimind_nb.launch import processes
-from minimind_nb.launch.processes import Job, run_processes
-from minimind_nb.launch.verdict import Exit, RankRecord, TrainingFailed
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.launch import spawn
+from minimind_nb.launch.outcome import Exit, RankRecord, TrainingFailed
+from minimind_nb.launch.spawn import Job, run_processes
+from minimind_nb.storage.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 
@@ -107,13 +107,13 @@ def record(status: str = "running", phase: str = "training", age: float = 0.0) -
 
 def test_a_rank_that_failed_or_left_silently_decides_a_run() -> None:
     left = {0: Exit(0, 0.0)}
-    assert not processes._is_decided([record(), None], {})
-    assert processes._is_decided([record(), record()], left)
-    assert processes._is_decided([None, record()], left)
-    assert not processes._is_decided([record("finished"), record()], left)
+    assert not spawn._is_decided([record(), None], {})
+    assert spawn._is_decided([record(), record()], left)
+    assert spawn._is_decided([None, record()], left)
+    assert not spawn._is_decided([record("finished"), record()], left)
     failed = [record(), record("failed")]
-    assert processes._is_decided(failed, {}), "it may hang while it leaves"
-    assert processes._is_decided([record("finished"), record("finished")], left)
+    assert spawn._is_decided(failed, {}), "it may hang while it leaves"
+    assert spawn._is_decided([record("finished"), record("finished")], left)
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     def listen(seconds: float, *records: RankRecord | None) -> str:
         now = 0.0
-        monkeypatch.setattr(processes.time, "monotonic", lambda: now)
-        hearts = processes._Heartbeats(600.0)
+        monkeypatch.setattr(spawn.time, "monotonic", lambda: now)
+        hearts = spawn._Heartbeats(600.0)
         told = hearts.listen(records)
         while not told and now < seconds:
             now += 0.5
@@ -179,7 +179,7 @@ def test_a_signal_that_comes_before_anybody_listens_is_heard_later(
 ) -> None:
     """SIGTERM to parent and rank, as a scheduler sends it, in the moment of the start."""
     started: list[int] = []
-    real = processes._signals_held_back
+    real = spawn._signals_held_back
 
     @contextlib.contextmanager
     def held_back() -> Iterator[None]:
@@ -190,7 +190,7 @@ def test_a_signal_that_comes_before_anybody_listens_is_heard_later(
             for pid in (os.getpid(), *started):
                 os.kill(pid, signal.SIGTERM)
 
-    monkeypatch.setattr(processes, "_signals_held_back", held_back)
+    monkeypatch.setattr(spawn, "_signals_held_back", held_back)
     assert run_processes(make_job(tmp_path, 1), lambda: None) == "terminated"
     assert len(started) == 1
     found = RankRecord.read(tmp_path / "rank0.json")
@@ -222,8 +222,8 @@ def test_ranks_that_slept_with_their_parent_did_not_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now)
-    hearts = processes._Heartbeats(60.0)
+    monkeypatch.setattr(spawn.time, "monotonic", lambda: now)
+    hearts = spawn._Heartbeats(60.0)
     same = [record()]
     assert not hearts.listen(same)
     now += 9999.0
@@ -287,7 +287,7 @@ def test_a_second_interrupt_kills_a_rank_that_hangs(tmp_path: Path) -> None:
 def test_ranks_that_do_not_meet_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "MEETING_SECONDS", 1.0)
+    monkeypatch.setattr(spawn, "MEETING_SECONDS", 1.0)
     with pytest.raises(
         TrainingFailed, match=r"(?s)did not meet in 1 s\nrank 0 was in:\n  File"
     ) as failure:
@@ -302,8 +302,8 @@ def test_no_rank_outlives_a_killed_parent(tmp_path: Path) -> None:
         "import sys\n"
         f"sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
         "from pathlib import Path\n"
-        "from test_processes import make_job\n"
-        "from minimind_nb.launch.processes import run_processes\n"
+        "from test_spawn import make_job\n"
+        "from minimind_nb.launch.spawn import run_processes\n"
         "if __name__ == '__main__':\n"
         f"    job = make_job(Path({str(tmp_path / 'run')!r}), 2, action='hang')\n"
         "    run_processes(job, lambda: None)\n"

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..ancestry import die_with_parent, without_main_script
 from ..config import TrainConfig
+from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
-from ..storage.runs import RunFolder
+from ..storage.run_folder import RunFolder
 from .live import View
 from .metrics import History, Row
 

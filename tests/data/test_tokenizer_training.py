@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from minimind_nb.data.encoding import BulkEncoder
+from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.faults import DataError
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
-from minimind_nb.data.vocabulary_training import train_tokenizer
+from minimind_nb.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from ..config import (
     shorten_home,
 )
 from ..config import STAGES as DEFAULTS
-from ..model.interop import (
+from ..model.loading import (
     FoundWeights,
     check_same_entries,
     describe_shipped,
     find_weights,
 )
-from ..storage.runs import RunFolder
+from ..storage.run_folder import RunFolder
 from ..storage.verified import hash_file
 
 _FIXED = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]

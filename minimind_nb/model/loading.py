@@ -22,10 +22,10 @@ from ..config import (
 )
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
-from ..storage.runs import STATE, WEIGHTS, RunFolder
+from ..storage.run_folder import STATE, WEIGHTS, RunFolder
 from .architecture import MiniMindConfig, MiniMindForCausalLM
-from .families import read_config
-from .weights import (
+from .hf_formats import read_config
+from .state_dict import (
     Tensors,
     check_fit,
     infer_shape,

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from minimind_nb.storage import verified
-from minimind_nb.storage.runs import NoGoodCheckpoint, RunFolder, RunLocked
+from minimind_nb.storage.run_folder import NoGoodCheckpoint, RunFolder, RunLocked
 
 HOLDER = """
 import sys, time
-from minimind_nb.storage.runs import RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
