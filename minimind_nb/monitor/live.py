@@ -7,11 +7,12 @@ the workers, so whatever goes wrong in it is caught, counted and reported once.
 import base64
 import contextlib
 import html
+import logging
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..session import current_session, running_kernel
@@ -65,6 +66,22 @@ class View:
         self.notes.append(text)
         self.attempt(self._note, text)
 
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Show the package's log messages as notes, and nowhere else, meanwhile."""
+        logger = logging.getLogger("minimind_nb")
+        level, propagate = logger.level, logger.propagate
+        handler = _NoteHandler(self)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.propagate = propagate
+            logger.setLevel(level)
+            logger.removeHandler(handler)
+
     def attempt(self, action: Callable[..., object], *arguments: object) -> None:
         """Do what must not fail the run: tell its first failure, stop after three."""
         name = getattr(action, "__qualname__", "the view")
@@ -93,6 +110,17 @@ class View:
 
     def _note(self, text: str) -> None:
         pass
+
+
+class _NoteHandler(logging.Handler):
+    """Hand each log message to a view as a note."""
+
+    def __init__(self, view: View) -> None:
+        super().__init__()
+        self._view = view
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._view.note(record.getMessage())
 
 
 class CallbackView(View):

@@ -82,7 +82,7 @@ def _train(
 ) -> str:
     """Train, and return the run folder."""
     shown = track(choose_view(view), cfg)
-    with prepare(cfg, shown.note) as prepared:
+    with shown.attached(), prepare(cfg, shown.note) as prepared:
         return _run(prepared, shown, meeting)
 
 

@@ -1,3 +1,4 @@
+import logging
 import re
 import subprocess
 import sys
@@ -98,6 +99,31 @@ def test_what_follows_a_run_cannot_fail_it(capsys):
 
     View().attempt(save_picture, "out")
     assert "save_picture failed (OSError: out is full)" in capsys.readouterr().err
+
+
+def test_log_messages_of_the_package_are_notes_while_a_view_is_attached(capsys, caplog):
+    package, logger = (logging.getLogger(f"minimind_nb{n}") for n in ("", ".training"))
+    before = package.level, package.propagate, [*package.handlers]
+    with TerminalView().attached():
+        logger.info("%d rows were left out", 3)
+        logger.debug("never shown")
+        logging.getLogger("other").warning("not ours")
+    assert capsys.readouterr().err == "3 rows were left out\n"
+    assert (package.level, package.propagate, package.handlers) == before
+    logger.info("nobody asked for it")
+    logger.warning("shown as logging is set up")
+    assert caplog.messages == ["not ours", "shown as logging is set up"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_silent_view_keeps_log_messages_to_itself(caplog, capsys):
+    view = View()
+    with pytest.raises(ZeroDivisionError), view.attached():
+        logging.getLogger("minimind_nb.data").warning("3 rows were left out")
+        raise ZeroDivisionError
+    assert view.notes == ["3 rows were left out"]
+    assert (caplog.messages, capsys.readouterr().err) == ([], "")
+    assert not logging.getLogger("minimind_nb").handlers
 
 
 def test_an_interrupt_passes_through_a_view(make_history):
