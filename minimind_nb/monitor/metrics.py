@@ -176,7 +176,7 @@ class History:
         ValueError for the metrics file itself.
         """
         kinds = ("train", "eval")
-        rows = [dict(_flatten(row)) for row in self.rows if row["kind"] in kinds]
+        rows = [dict(flatten(row)) for row in self.rows if row["kind"] in kinds]
         columns = dict.fromkeys(
             ["kind", "step", *(name for row in rows for name in row)]
         )
@@ -224,11 +224,11 @@ def _restarts(row: Row) -> bool:
     return row["kind"] == "event" and row.get("event") in RESTARTS
 
 
-def _flatten(row: Row) -> Iterator[tuple[str, Any]]:
+def flatten(row: Row) -> Iterator[tuple[str, Any]]:
     """Names and values of a row, an entry of a list by its place."""
     for name, value in row.items():
         if isinstance(value, list):
-            yield from _flatten({f"{name}_{at}": item for at, item in enumerate(value)})
+            yield from flatten({f"{name}_{at}": item for at, item in enumerate(value)})
         else:
             yield name, value
 

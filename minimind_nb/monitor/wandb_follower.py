@@ -1,7 +1,7 @@
-"""Weights & Biases: a process of its own reads the metrics file and passes it on.
+"""Weights & Biases: a process that reads a run's metrics file and sends its rows.
 
-wandb asks for keys, waits for networks and changes the notebook that imports it. Where
-it has a process without a terminal, none of that reaches the training or the cell.
+wandb asks for keys, waits for networks and changes the notebook that imports it. In a
+process without a terminal none of that reaches the training or the cell.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import netrc
 import os
 import secrets
 import shlex
-import sys
 import traceback
 import urllib.error
 import urllib.request
-from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,8 +28,7 @@ from ..config import TrainConfig
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
 from ..storage.run_folder import RunFolder
-from .live import View
-from .metrics import History, Row
+from .metrics import History, Row, flatten
 
 INIT_SECONDS = 20.0  # for the server's answer; offline after that
 FINISH_SECONDS = 30.0
@@ -37,162 +36,126 @@ STATE_NAME = "wandb.json"
 LOG_NAME = "wandb.log"
 _POLL_SECONDS = 1.0
 
+logger = logging.getLogger(__name__)
 
-def track(view: View, cfg: TrainConfig) -> View:
-    """The view, which with `use_wandb` also sends the metrics to Weights & Biases.
 
-    Raises `ValueError` where wandb is not installed.
-    """
-    if not isinstance(cfg, TrainConfig) or not cfg.use_wandb:
-        return view
+def require_wandb() -> None:
+    """Raise `ValueError` if wandb is not installed."""
     spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:  # None of a mere folder named wandb
+    if spec is None or spec.origin is None:  # a mere folder named wandb has no origin
         raise ValueError(
             "use_wandb=True needs wandb, which is not installed: "
             "pip install 'minimind_nb[wandb]', or leave use_wandb out"
         )
-    return TrackedView(view, cfg.wandb_project)
 
 
-class TrackedView(View):
-    """Shows what another view shows, while a process beside it talks to wandb.
+class WandbFollower:
+    """A process beside a run that sends its metrics, if `cfg.use_wandb`.
 
-    Only `finish` ever waits for that process, at most `FINISH_SECONDS`.
+    It ends at the `end` row of this session, at `finish`, or with its parent. Its
+    output is in `wandb.log`, and it has one message, which `report` logs. Only `finish`
+    waits, at most `FINISH_SECONDS`.
     """
 
-    def __init__(self, view: View, project: str) -> None:
-        super().__init__()
-        self._view, self._project = view, project
-        self._folder = Path()
+    def __init__(self, history: History, cfg: TrainConfig) -> None:
+        self._history, self._cfg = history, cfg
+        self._folder = history.path.parent
+        self._message = ""
         self._process: SpawnProcess | None = None
-        self._pipe: Any = None
 
-    def start(self, history: History, plan: Any = None) -> None:
-        self._view.start(history, plan)
-        if plan:  # a run that was complete has none
-            self.attempt(self._start, history.path)
-
-    def update(self, history: History) -> None:
-        self._view.update(history)
-        self.attempt(self._listen)
-
-    def finish(self, history: History, status: str) -> None:
-        try:
-            self.attempt(self._end, status)
-        finally:
-            self._view.finish(history, status)
-
-    def note(self, text: str) -> None:
-        self._view.note(text)
-
-    def _start(self, metrics: Path) -> None:
-        self._folder = metrics.parent
-        known_bytes = metrics.stat().st_size if metrics.exists() else 0
+    def start(self) -> None:
+        """Start the process before the session's first row is written."""
+        if not self._cfg.use_wandb:
+            return
+        state = _read_state(self._folder, self._cfg.wandb_project)
+        _write_state(self._folder, state)
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = connection.Pipe()
-        self._process = context.Process(
-            target=_follow,
-            args=(theirs, metrics, known_bytes, self._project, INIT_SECONDS),
-            daemon=True,
-        )
+        self._finish = context.Event()
+        arguments = (self._history, state, self._finish, INIT_SECONDS)
+        self._process = context.Process(target=_follow, args=arguments, daemon=True)
         with without_main_script():
             self._process.start()
-        theirs.close()
 
-    def _listen(self) -> None:
-        """Pass on what the process has to say."""
-        try:
-            while self._pipe and self._pipe.poll():
-                self.note(self._pipe.recv())
-        except (EOFError, ConnectionError):
-            self._pipe = None
-
-    def _end(self, status: str) -> None:
+    def report(self) -> None:
+        """Log the process's message when it is new."""
         if self._process is None:
             return
-        try:
-            if self._pipe and self._process.is_alive():
-                self._pipe.send(status)
+        message = json.loads((self._folder / STATE_NAME).read_bytes())["message"]
+        if message != self._message:
+            self._message = message
+            logger.info(message)
+
+    def finish(self) -> None:
+        """Let the process send the last row and end."""
+        if self._process is None:
+            return
+        self._finish.set()
+        with contextlib.suppress(KeyboardInterrupt):  # it ends the wait, not the call
             self._process.join(FINISH_SECONDS)
-            self._listen()
-            code = self._process.exitcode
-            if code != 0:
-                ended = f"ended with exit code {code}"
-                late = f"was not done within {FINISH_SECONDS:.0f} s"
-                self.note(
-                    f"wandb {late if code is None else ended}; the training is not "
-                    f"affected, and what wandb got is in {self._folder / 'wandb'}"
-                )
-        finally:
-            self._process.kill()
-            self._process.join()
+        code = self._process.exitcode
+        self._process.kill()
+        self._process.join()
+        self.report()
+        if code != 0:
+            late = f"did not finish within {FINISH_SECONDS:.0f} s"
+            logger.warning(
+                "wandb %s; the training is not affected, see %s",
+                late if code is None else f"ended with exit code {code}",
+                self._folder / LOG_NAME,
+            )
 
 
 def _follow(
-    pipe: connection.Connection,
-    metrics: Path,
-    known_bytes: int,
-    project: str,
-    seconds: float,
+    history: History, state: dict[str, Any], finish: Event, seconds: float
 ) -> None:
-    """The process: log every new row until a status comes, or nobody is there."""
+    """Run the process; `history` is as the parent saw it before this session."""
     die_with_parent(os.getppid())
     os.setsid()  # no terminal to ask in, and no interrupts
-    folder = metrics.parent
-    with open(folder / LOG_NAME, "ab") as log:
+    folder = history.path.parent
+    with open(folder / LOG_NAME, "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        _log_rows(pipe, History(metrics), known_bytes, project, seconds)
+        _send_rows(history, state, finish, seconds)
     except Exception as error:
         traceback.print_exc()
-        name, reason = type(error).__name__, " ".join(str(error).split())
-        pipe.send(
-            f"wandb failed ({name}: {reason}); the training is not affected, and "
-            f"{folder / LOG_NAME} has the details"
+        state["message"] = (
+            f"wandb failed ({type(error).__name__}: {_one_line(error)}); the training "
+            f"is not affected, see {folder / LOG_NAME}"
         )
-    finally:
-        sys.stderr.flush()
+        _write_state(folder, state)
 
 
-def _log_rows(
-    pipe: connection.Connection,
-    history: History,
-    known_bytes: int,
-    project: str,
-    seconds: float,
+def _send_rows(
+    history: History, state: dict[str, Any], finish: Event, seconds: float
 ) -> None:
+    """Send each new row until the session ends."""
     folder = history.path.parent
-    state = _read_state(folder, project)
-    run, told = _open_run(folder, state, seconds)
-    if told:
-        pipe.send(told)
-    before, sent, status = state["step"], 0, None
-    while status is None:
-        status = _wait_for_status(pipe)
+    run, state["message"] = _open_run(folder, state, seconds)
+    _write_state(folder, state)
+    before, earlier = state["step"], history.session[:1]
+    sent, over, end = 0, False, None
+    while not over:
+        over = finish.wait(_POLL_SECONDS)
         history.refresh()
-        # What was known at the start may have been lost: the first new row tells.
-        if not history.path.exists() or history.path.stat().st_size <= known_bytes:
+        session = history.session
+        # Until this session's first row, nobody knows which earlier rows it drops.
+        if not session or (earlier and session[0] is earlier[0]):
             continue
         rows = [row for row in history.rows if _is_new(row, before)]
         for row in rows[sent:]:
             run.log(_values(row), step=row["step"])
         if rows[sent:]:
             state["step"] = rows[-1]["step"]
-            verified.write_text(folder / STATE_NAME, json.dumps(state))
+            _write_state(folder, state)
         sent = len(rows)
-    run.finish(exit_code=int(status == "failed"))
-
-
-def _wait_for_status(pipe: connection.Connection) -> str | None:
-    try:
-        return pipe.recv() if pipe.poll(_POLL_SECONDS) else None
-    except EOFError:
-        return "failed"
+        end = next((row for row in session if row.get("event") == "end"), None)
+        over = over or end is not None
+    run.finish(exit_code=int(end is None or end["status"] == "failed"))
 
 
 def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any, str]:
-    """A wandb run, offline where there is no key or no network, and what to say of it."""
+    """Return a wandb run, offline without key or network, and a message about it."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb  # pyright: ignore[reportMissingImports]
 
@@ -212,8 +175,9 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
             settings=settings,
         )
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-    reason = "" if mode == "offline" and "WANDB_MODE" in os.environ else "no key"
+    asked = os.environ.get("WANDB_MODE")
+    mode = asked or ("online" if _has_key() else "offline")
+    reason = "" if asked else "no key"
     try:
         if mode == "online":
             _ask_server(seconds)  # wandb before 0.31 waits for it beyond any timeout
@@ -223,7 +187,7 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
             raise
         traceback.print_exc()
         wandb.teardown()  # it would hold the id
-        mode, reason = "offline", " ".join(str(error).split()) or type(error).__name__
+        mode, reason = "offline", _one_line(error) or type(error).__name__
         run = begin(mode)
     if mode != "offline":
         return run, f"wandb: {run.url}" if run.url else ""
@@ -233,17 +197,15 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
 
 
 def _has_key() -> bool:
-    """Whether wandb would find a key, in the environment or in a netrc file."""
+    """Return whether wandb would find a key, in the environment or in a netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    server, home = _server(), Path.home()
+    server, home = urlsplit(_server()).netloc, Path.home()
     named = os.environ.get("NETRC")
-    for file in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
-        try:
-            if netrc.netrc(file).authenticators(urlsplit(server).netloc):
+    for file in [named] if named else [home / ".netrc", home / "_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(file).authenticators(server):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
 
 
@@ -252,21 +214,25 @@ def _server() -> str:
 
 
 def _ask_server(seconds: float) -> None:
-    """Raise `OSError` where wandb's server does not answer in time."""
+    """Raise `OSError` if wandb's server does not answer in time."""
     with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
         urllib.request.urlopen(_server(), timeout=seconds).close()
 
 
 def _read_state(folder: Path, project: str) -> dict[str, Any]:
-    """The wandb run of a run folder, and the last step it got; a new one at first."""
+    """Return the wandb run of a run folder and the last step sent; at first a new one."""
+    new = {"id": secrets.token_hex(4), "project": project, "step": -1}
     file = folder / STATE_NAME
-    if file.is_file():
-        state = json.loads(file.read_bytes())
-        if state["project"] == project:
-            return state
-    state = {"id": secrets.token_hex(4), "project": project, "step": -1}
-    verified.write_text(file, json.dumps(state))
-    return state
+    known = json.loads(file.read_bytes()) if file.is_file() else new
+    return {**(known if known["project"] == project else new), "message": ""}
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    verified.write_text(folder / STATE_NAME, json.dumps(state))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _is_new(row: Row, step: int) -> bool:
@@ -274,14 +240,6 @@ def _is_new(row: Row, step: int) -> bool:
 
 
 def _values(row: Row) -> dict[str, Any]:
-    """What is logged of a row: "train/loss", and of lists each entry by its place."""
-    kind = row["kind"]
-    return {
-        f"{kind}/{k}": _spread(v) for k, v in row.items() if k not in ("kind", "step")
-    }
-
-
-def _spread(value: Any) -> Any:
-    if isinstance(value, list):
-        return {str(place): _spread(item) for place, item in enumerate(value)}
-    return value
+    """Name each value as in "train/loss" and "train/expert_load_0_3"."""
+    values = ((k, v) for k, v in flatten(row) if k not in ("kind", "step"))
+    return {f"{row['kind']}/{name}": value for name, value in values}

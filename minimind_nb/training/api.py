@@ -31,7 +31,7 @@ from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
 from ..monitor.runs import Run, save_chart, write_summary
 from ..monitor.tables import Facts
-from ..monitor.wandb_follower import track
+from ..monitor.wandb_follower import WandbFollower, require_wandb
 from ..session import current_session
 from ..storage.run_folder import STATE, RunFolder
 from .preparation import Prepared, Settled, prepare, settle
@@ -81,7 +81,9 @@ def _train(
     cfg: TrainConfig, view: bool | _Callback | None, meeting: Meeting | None
 ) -> str:
     """Train, and return the run folder."""
-    shown = track(choose_view(view), cfg)
+    shown = choose_view(view)
+    if getattr(cfg, "use_wandb", False):
+        require_wandb()
     with shown.attached(), prepare(cfg, shown.note) as prepared:
         return _run(prepared, shown, meeting)
 
@@ -95,7 +97,9 @@ def _run(prepared: Prepared, shown: View, meeting: Meeting | None) -> str:
         with contextlib.suppress(OSError):  # the metrics may be there at the next look
             history.refresh()
         shown.update(history)
+        shown.attempt(follower.report)
 
+    follower = WandbFollower(history, prepared.cfg)
     if prepared.complete:
         shown.start(history)
         limit = prepared.cfg.max_steps or math.inf
@@ -104,6 +108,7 @@ def _run(prepared: Prepared, shown: View, meeting: Meeting | None) -> str:
         shown.finish(history, run.status)
         return str(run.folder)
     shown.start(history, {"total_steps": prepared.total_steps})
+    shown.attempt(follower.start)
     status = "failed"
     try:
         status = _launch(
@@ -118,6 +123,7 @@ def _run(prepared: Prepared, shown: View, meeting: Meeting | None) -> str:
         raise
     finally:
         show()
+        shown.attempt(follower.finish)
         shown.finish(history, status)
         shown.attempt(save_chart, run)
         shown.attempt(write_summary, run, status, prepared.weights_file)

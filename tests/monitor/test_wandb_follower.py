@@ -1,6 +1,7 @@
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import socket
 import struct
@@ -16,9 +17,8 @@ from support.runs import train_here
 
 from minimind_nb.config import TrainConfig
 from minimind_nb.monitor import wandb_follower
-from minimind_nb.monitor.live import View
 from minimind_nb.monitor.metrics import History, MetricsLog
-from minimind_nb.monitor.wandb_follower import TrackedView, track
+from minimind_nb.monitor.wandb_follower import WandbFollower, require_wandb
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 # Stands for wandb: writes down what it is told, and does beside it what a test says.
@@ -79,105 +79,116 @@ def fake(monkeypatch, tmp_path):
     return make
 
 
-def tracked(project: str = "MiniMind") -> TrackedView:
-    view = track(View(), TrainConfig(use_wandb=True, wandb_project=project))
-    assert isinstance(view, TrackedView)
-    return view
-
-
 @pytest.fixture
-def session(tmp_path, make_history, add_rows):
-    """A function that is one session of a run: it logs the steps after `begin`."""
+def session(tmp_path, make_history, add_rows, caplog):
+    """A function that is one session of a run; returns the messages it logged."""
+    caplog.set_level("INFO")
 
-    def run(view, begin, *steps, status="finished"):
+    def run(begin, *steps, status="finished", **settings):
+        caplog.clear()
         path = tmp_path / "out" / "pretrain_64" / "metrics.jsonl"
         history = History(path) if path.exists() else make_history()
-        settings = {"settings": {"epochs": 2}}
-        path.with_name("config.json").write_text(json.dumps(settings))
-        view.start(history, {"total_steps": 100})
+        config = {"settings": {"epochs": 2}}
+        path.with_name("config.json").write_text(json.dumps(config))
+        follower = WandbFollower(history, TrainConfig(use_wandb=True, **settings))
+        follower.start()
         with MetricsLog(path) as log:
             log.append("event", event="resume" if begin else "start", step=begin)
         add_rows(history, *steps, expert_load=[[0.25, 0.75]])
-        view.update(history)
-        began = time.monotonic()
-        view.finish(history, status)
-        assert not view.failures
-        return time.monotonic() - began
+        if status:  # None stands for a run that was killed
+            with MetricsLog(path) as log:
+                log.append("event", event="end", step=steps[-1], status=status)
+        follower.report()
+        follower.finish()
+        return caplog.messages
 
     return run
 
 
-def notes(view: TrackedView) -> list[str]:
-    return view._view.notes
-
-
-def test_without_use_wandb_the_view_stays_what_it_is():
-    view = View()
-    assert track(view, TrainConfig()) is view
-    assert track(view, {"use_wandb": True}) is view  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])
-def test_without_wandb_it_is_said_how_to_get_it(spec, monkeypatch):
+def test_without_wandb_the_error_says_how_to_get_it(spec, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
     needed = r"needs wandb, which is not installed: pip install 'minimind_nb\[wandb\]'"
     with pytest.raises(ValueError, match=needed):
-        track(View(), TrainConfig(use_wandb=True))
+        require_wandb()
+
+
+def test_without_use_wandb_nothing_is_started_or_written(make_history):
+    history = make_history([3.0])
+    follower = WandbFollower(history, TrainConfig())
+    follower.start()
+    follower.report()
+    follower.finish()
+    assert [file.name for file in history.path.parent.iterdir()] == ["metrics.jsonl"]
 
 
 def test_each_row_is_logged_once_over_all_sessions(fake, session, capfd):
     told = fake()
-    session(tracked(), 0, 1, 2, 3)
+    session(0, 1, 2, 3)
     # Step 3 was lost with its weights, and the wandb run has it already.
-    session(tracked(), 2, 3, 4, status="failed")
-    first, second = [row for row in told() if "id" in row]
-    assert [row["step"] for row in told() if "step" in row] == [1, 2, 3, 4]
-    assert [row["exit_code"] for row in told() if "exit_code" in row] == [0, 1]
-    assert first["id"] == second["id"] and first["resume"] == "allow"
+    session(2, 3, 4, status="failed")
+    session(4, 5, status=None)
+    first, *others = [row for row in told() if "id" in row]
+    assert [row["step"] for row in told() if "step" in row] == [1, 2, 3, 4, 5]
+    assert [row["exit_code"] for row in told() if "exit_code" in row] == [0, 1, 1]
+    assert {other["id"] for other in others} == {first["id"]}
     assert (first["project"], first["name"]) == ("MiniMind", "pretrain_64")
-    assert (first["mode"], first["tty"]) == ("offline", False)
+    assert (first["mode"], first["resume"]) == ("offline", "allow")
+    assert first["tty"] is False
     assert first["config"] == {"epochs": 2}
     values = told()[1]["values"]
     assert values["train/loss"] == 3.0 and values["train/tokens"] == 4000
-    assert values["train/expert_load"] == {"0": {"0": 0.25, "1": 0.75}}
+    assert values["train/expert_load_0_1"] == 0.75
     assert capfd.readouterr() == ("", "")
 
 
 def test_rows_that_are_lost_at_a_resume_are_not_logged(fake, session, make_history):
-    make_history([4.0, 4.0, 4.0])
+    history = make_history([4.0, 4.0, 4.0])
+    with MetricsLog(history.path) as log:
+        log.append("event", event="end", step=3, status="failed")
     told = fake()
-    session(tracked(), 1, 2)
+    session(1, 2)
     rows = [row for row in told() if "step" in row]
     losses = [(row["step"], row["values"]["train/loss"]) for row in rows]
     assert losses == [(1, 4.0), (2, 3.0)]
+    assert told()[-1] == {"exit_code": 0}
+
+
+def test_the_process_ends_by_itself_at_the_end_row_of_its_session(fake, make_history):
+    told, history = fake(), make_history([4.0])
+    history.path.with_name("config.json").write_text('{"settings": {}}')
+    with MetricsLog(history.path) as log:
+        log.append("event", event="end", step=1, status="failed")
+        history.refresh()
+        follower = WandbFollower(history, TrainConfig(use_wandb=True))
+        follower.start()
+        (process,) = multiprocessing.active_children()
+        log.append("event", event="resume", step=1)
+        process.join(3)
+        assert process.is_alive(), "an earlier session's end is not this one's"
+        log.append("event", event="end", step=1, status="time_budget")
+    process.join(30)
+    assert told()[-1] == {"exit_code": 0}
+    follower.finish()
 
 
 def test_another_project_gets_a_run_of_its_own(fake, session):
     told = fake()
-    session(tracked(), 0, 1)
-    session(tracked("Other"), 1, 2)
+    session(0, 1)
+    session(1, 2, wandb_project="Other")
     runs = [row for row in told() if "id" in row]
     assert [run["project"] for run in runs] == ["MiniMind", "Other"]
     assert runs[0]["id"] != runs[1]["id"]
     assert [row["step"] for row in told() if "step" in row] == [1, 1, 2]
 
 
-def test_a_run_that_was_complete_is_not_tracked(fake, make_history):
-    fake()
-    view, history = tracked(), make_history([3.0])
-    view.start(history)
-    view.finish(history, "finished")
-    assert view._process is None and not (history.path.parent / "wandb.json").exists()
-
-
 def test_a_wandb_that_hangs_keeps_nobody_waiting(fake, session, monkeypatch):
     fake(on_init="time.sleep(600)")
     monkeypatch.setattr(wandb_follower, "FINISH_SECONDS", 1.0)
-    view = tracked()
-    assert session(view, 0, 1) < 3
-    assert notes(view)[0].startswith(
-        "wandb was not done within 1 s; the training is not"
-    )
+    began = time.monotonic()
+    (message,) = session(0, 1)
+    assert time.monotonic() - began < 5
+    assert message.startswith("wandb did not finish within 1 s; the training is not")
 
 
 @pytest.mark.parametrize(
@@ -188,12 +199,11 @@ def test_a_wandb_that_hangs_keeps_nobody_waiting(fake, session, monkeypatch):
         ("on_init", "os._exit(3)", "wandb ended with exit code 3; the training is not"),
     ],
 )
-def test_a_wandb_that_fails_is_told_once(place, code, text, fake, session):
+@pytest.mark.fault("F113")
+def test_a_wandb_that_fails_is_reported_once(place, code, text, fake, session):
     fake(**{place: code})
-    view = tracked()
-    session(view, 0, 1, 2, 3)
-    told = [note for note in notes(view) if "offline" not in note]
-    assert len(told) == 1 and told[0].startswith(text)
+    messages = [one for one in session(0, 1, 2, 3) if "offline" not in one]
+    assert len(messages) == 1 and messages[0].startswith(text)
 
 
 def test_a_key_is_found_where_wandb_finds_it(monkeypatch, tmp_path):
@@ -263,7 +273,7 @@ def logged(folder: Path) -> list[dict[str, str]]:
     return [row for row in rows if row]
 
 
-def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path):
+def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path, caplog):
     pytest.importorskip("wandb")
     corpus = tmp_path / "corpus.jsonl"
     lines = (json.dumps({"text": f"The cat saw {n} birds."}) for n in range(40))
@@ -277,13 +287,15 @@ def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path):
     }
     folder = tmp_path / "out" / "pretrain_32"
     folder.mkdir(parents=True)
-    view, history = tracked(), History(folder / "metrics.jsonl")
-    view.start(history, {"total_steps": 3})
+    history = History(folder / "metrics.jsonl")
+    follower = WandbFollower(history, TrainConfig(**settings))
+    follower.start()
     train_here(settings)
     history.refresh()
-    view.finish(history, "finished")
-    (note,) = notes(view)
-    assert note.startswith("wandb is offline (no key); later: wandb sync ")
+    with caplog.at_level("INFO", "minimind_nb"):
+        follower.finish()
+    (message,) = caplog.messages
+    assert message.startswith("wandb is offline (no key); later: wandb sync ")
     rows = logged(folder)
     shown = [(int(row["_step"]), float(row["train/loss"])) for row in rows[1:]]
     assert shown == [(row["step"], row["loss"]) for row in history.select("train")]
@@ -291,15 +303,16 @@ def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path):
     assert not server.connections
 
 
-def test_a_server_that_does_not_answer_leaves_it_offline(server, session, monkeypatch):
+def test_a_server_that_does_not_answer_leaves_it_offline(
+    server, session, monkeypatch, tmp_path
+):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb_follower, "INIT_SECONDS", 1.0)
-    view = tracked()
-    session(view, 0, 1, 2)
+    (message,) = session(0, 1, 2)
     assert server.connections
-    assert notes(view)[0].startswith("wandb is offline (")
-    folder = Path(view._folder)
+    assert message.startswith("wandb is offline (")
+    folder = tmp_path / "out" / "pretrain_64"
     assert [row["_step"] for row in logged(folder)] == ["1", "2"]
     written = [p.read_bytes() for p in folder.rglob("*") if p.is_file()]
     assert not [data for data in written if KEY.encode() in data]
