@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         # torchrun starts a command in all its processes, and these need one.
         idle = options.run in (_chat, _export, _tokenizer) and not _is_first()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun prints what is raised
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            options.run = record(options.run)
         code = 0 if idle else options.run(options)
     except BrokenPipeError:  # whoever read has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

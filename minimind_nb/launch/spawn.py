@@ -36,7 +36,38 @@ IMPORT_SECONDS = 300.0
 GRACE_SECONDS = 5.0
 _LONGEST_LOOK = 10 * POLL_SECONDS
 STACK_SECONDS = 1.0  # for ranks that hang to write down where
+_TORCHRUN_NAMES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is lost once CUDA was touched
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """The place of one process among all, and among those on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(
+        cls, environ: Mapping[str, str] = os.environ
+    ) -> RankInfo | None:
+        """Return the place that torchrun set, or None if RANK is not set.
+
+        Raises `RuntimeError` if RANK is set and another variable is missing.
+        """
+        if not environ.get("RANK"):
+            return None
+        if missing := [name for name in _TORCHRUN_NAMES if not environ.get(name)]:
+            raise RuntimeError(
+                f"RANK is set, as torchrun does, but not {', '.join(missing)}: start "
+                "with torchrun, or unset RANK"
+            )
+        return cls(*(int(environ[name]) for name in _TORCHRUN_NAMES[:4]))
 
 
 @dataclass(frozen=True)

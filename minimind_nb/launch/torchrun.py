@@ -1,6 +1,6 @@
-"""Ranks that torchrun started: they meet through its store and work in place.
+"""Ranks that torchrun started: they run the same worker, in place.
 
-Rank 0 prepares and speaks, the others listen and do the jobs that it launches.
+Rank 0 prepares, and passes the job to the others through torchrun's own store.
 """
 
 from __future__ import annotations
@@ -15,232 +15,186 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..data.faults import DataError
 from ..hardware import choose_threads, count_cores
 from ..lifetime import die_with_parent
-from ..storage.run_folder import NoGoodCheckpoint, RunFolder, RunLocked
-from ..storage.verified import write_text
+from ..storage.run_folder import RunFolder
 from .cancellation import StopRequest
-from .outcome import Exit, RankRecord, TrainingFailed, judge
+from .outcome import ENDINGS, Exit, RankRecord, judge
 from .process_group import leave_at_once
-from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job
+from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job, RankInfo
 
 PREPARATION_SECONDS = 7200.0
-SIGHT_SECONDS = 60.0  # what a network file system may remember of a missing file
+SIGHT_SECONDS = (
+    60.0  # a network file system may remember that long that a file is missing
+)
 LEAVE_SECONDS = 10.0
+# torchrun reports the process that fails first as the root cause: rank 0, if it raises.
+_HEAD_START_SECONDS = 1.0
 _PAUSE_SECONDS = 0.05
-_NAMES = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-_ERRORS: dict[str, type[BaseException]] = {
-    kind.__name__: kind
-    for kind in (
-        *(DataError, NoGoodCheckpoint, RunLocked),
-        *(ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError),
-        *(OSError, MemoryError, RuntimeError, KeyboardInterrupt),
-    )
-}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of all processes this one is, and which of those on its machine."""
+class TorchrunSession:
+    """One call of `train` or `evaluate`, made by every rank that torchrun started.
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-    @classmethod
-    def find(cls, environ: Mapping[str, str] | None = None) -> Place | None:
-        """What torchrun set, or None where RANK is not set.
-
-        Raises `RuntimeError` where RANK is set and something else is not.
-        """
-        environ = os.environ if environ is None else environ
-        if not environ.get("RANK"):
-            return None
-        if missing := [name for name in _NAMES if not environ.get(name)]:
-            raise RuntimeError(
-                f"RANK is set, as torchrun does, but not {', '.join(missing)}; start "
-                "with torchrun, or unset RANK"
-            )
-        return cls(*(int(environ[name]) for name in _NAMES[:4]))
-
-    @property
-    def alone(self) -> bool:
-        """Whether all processes are on this machine."""
-        return self.local_size == self.size
-
-
-class Meeting:
-    """One call of `train` or `evaluate`, made by all ranks of torchrun.
-
-    Calls are told apart by their number, which is the same on all ranks as long as all
-    make the same calls.
+    Calls are numbered, so all ranks must make the same calls in the same order.
     """
 
-    def __init__(self, place: Place, store: Store) -> None:
-        self.place = place
-        number = store.add(f"minimind_nb/calls/{place.rank}", 1)
+    def __init__(self, info: RankInfo, store: Store) -> None:
+        self.info = info
+        number = store.add(f"minimind_nb/calls/{info.rank}", 1)
         self._store = PrefixStore(f"minimind_nb/{number}", store)
-        self._said = 0
+        self._messages = 0
         self._stop: StopRequest | None = None
 
-    def take_part(self, lead: Callable[[], Any]) -> Any:
-        """Call `lead` on rank 0 and return what it returns, plain data, on all ranks.
+    def run(self, lead: Callable[[], Any]) -> Any:
+        """Call `lead` on rank 0 and return its result, plain data, on every rank.
 
-        The others do the job that it launches. What it raises is raised by all, at
-        least as the nearest of the usual errors.
+        The other ranks run the job that it launches. What `lead` raises is raised on
+        rank 0; the others raise a `RuntimeError` that quotes it, or the
+        `TrainingFailed` of the job.
         """
         try:
-            if self.place.rank:
-                return self._follow()
-            return self._lead(lead)
+            if self.info.rank == 0:
+                return self._lead(lead)
+            message = self._follow()
         finally:
-            self._store.set(f"left/{self.place.rank}", "")
-            self._listen_no_more()
+            self._store.set(f"left/{self.info.rank}", "")
+            if self._stop:
+                self._stop.restore()
+        if "error" in message:
+            time.sleep(_HEAD_START_SECONDS)
+            raise RuntimeError(f"rank 0 failed: {message['error']}")
+        return message["answer"]
 
     def launch(self, job: Job, on_poll: Callable[[], None]) -> str:
-        """On rank 0: have all ranks do a job, and return how it ended.
+        """On rank 0: run a job on all ranks and return how it ended.
 
-        Calls `on_poll` twice a second, from a thread. Raises `TrainingFailed` where a
-        rank failed, `FileNotFoundError` where a machine does not see the files.
+        Calls `on_poll` twice a second, from a thread. Raises `TrainingFailed` if a rank
+        failed, `FileNotFoundError` if a machine does not see the files.
         """
-        for rank in range(self.place.size):
+        for rank in range(self.info.world_size):
             job.folder.record_file(rank).unlink(missing_ok=True)
-        token = secrets.token_hex(8)
-        sight = job.folder.root / ".meeting"
-        write_text(sight, token)
-        fields = {"target": job.target, "payload": job.payload, "paths": job.paths}
-        self._say(job={**fields, "folder": str(job.folder.root)}, token=token)
+        probe = job.folder.root / f".torchrun_{secrets.token_hex(8)}"
+        probe.touch()
+        paths = [str(probe.absolute()), *job.paths]
+        fields = {"target": job.target, "payload": job.payload, "paths": paths}
+        self._send(job={**fields, "folder": str(job.folder.root)})
         try:
             with _polled(on_poll):
-                return self._do(job, token)
+                return self._work(dataclasses.replace(job, paths=paths))
         finally:
-            sight.unlink(missing_ok=True)
+            probe.unlink(missing_ok=True)
 
     def _lead(self, lead: Callable[[], Any]) -> Any:
         try:
             answer = lead()
+            self._send(answer=answer)
+            return answer
         except BaseException as error:
-            self._say(error=_describe(error))
-            # torchrun ends all as soon as one leaves, so all leave together; of a job
-            # that failed the others know by themselves.
-            if not self._stop:
-                self._wait_for_all("left")
+            self._send(error=f"{type(error).__name__}: {error}")
             raise
-        self._say(answer=answer)
-        self._wait_for_all("left")
-        return answer
+        finally:  # torchrun ends all ranks, and its store, as soon as one has failed
+            self._wait_for_all("left")
 
-    def _follow(self) -> Any:
-        while True:
-            said = self._hear()
-            if "answer" in said:
-                return said["answer"]
-            if "error" in said:
-                raise _rebuild(said["error"])
-            fields = said["job"] | {"folder": RunFolder(said["job"]["folder"])}
-            self._do(Job(num_processes=self.place.size, **fields), said["token"])
-            self._listen_no_more()
+    def _follow(self) -> dict[str, Any]:
+        """Run the job that rank 0 launches, and return its last message."""
+        while job := (message := self._receive()).get("job"):
+            job["folder"] = RunFolder(job["folder"])
+            self._work(Job(num_processes=self.info.world_size, **job))
+        return message
 
-    def _do(self, job: Job, token: str) -> str:
-        """Do this rank's part of a job; on rank 0, how it ended for all."""
-        place, ended = self.place, False
-        if not place.alone:
-            self._see_all(job, token)
+    def _work(self, job: Job) -> str:
+        """Run this rank's part of a job; return how it ended, on rank 0 for all."""
+        info = self.info
+        if info.local_world_size < info.world_size:
+            self._check_files(job.paths)
         else:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self._stop = StopRequest()
-        record = RankRecord(job.folder.record_file(place.rank), place.rank)
+        record = RankRecord(job.folder.record_file(info.rank), info.rank)
         own = {
             "store": PrefixStore("group", self._store),
-            "local_rank": place.local_rank,
-            "threads": choose_threads(place.local_size, count_cores()),
+            "local_rank": info.local_rank,
+            "threads": choose_threads(info.local_world_size, count_cores()),
         }
         job = dataclasses.replace(job, payload={**job.payload, **own})
-        with contextlib.suppress(BaseException):  # it is in the record
-            job.run(place.rank, record, self._stop)
-            ended = True
-        self._store.set(f"done/{place.rank}", "")
-        if ended and place.rank:
-            return record.status
-        if ended:
-            self._wait_for_all("done")
-        else:
+        try:
+            job.run(info.rank, record, self._stop)
+        except BaseException:  # the error is in the record
             leave_at_once()
+        self._store.set(f"done/{info.rank}", "")
+        if record.status in ENDINGS:
+            if info.rank:
+                return record.status
+            self._wait_for_all("done")
         silent = Exit(None, time.time(), "it did not say how it ended")
-        return judge(job.folder, [silent] * place.size, logs=False)
+        return judge(job.folder, [silent] * info.world_size, logs=False)
 
-    def _see_all(self, job: Job, token: str) -> None:
-        """Raise, on every rank, where the machine of some rank does not see the files."""
-        place, problem = self.place, ""
-        sight, end = job.folder.root / ".meeting", time.monotonic() + SIGHT_SECONDS
-        while not _reads(sight, token) and time.monotonic() < end:
+    def _check_files(self, paths: Sequence[str]) -> None:
+        """Raise `FileNotFoundError` on every rank if some rank does not see a file."""
+        info, end = self.info, time.monotonic() + SIGHT_SECONDS
+        while missing := [path for path in paths if not Path(path).exists()]:
+            if time.monotonic() > end:
+                break
             time.sleep(_PAUSE_SECONDS)
-        unseen = [path for path in job.paths if not Path(path).exists()]
-        if not _reads(sight, token):
-            unseen = [str(job.folder.root.absolute())]
-        if unseen:
+        problem = ""
+        if missing:
             problem = (
-                f"rank {place.rank} on {socket.gethostname()} does not see {unseen[0]} "
-                "as rank 0 does; out_dir, and what init_from and resume name, must lie "
+                f"rank {info.rank} on {socket.gethostname()} does not see {missing[0]} "
+                "as rank 0 does: out_dir, and what init_from and resume name, must be "
                 "in a folder that all machines share"
             )
-        self._store.set(f"sight/{place.rank}", problem)
-        for rank in range(place.size):
-            if problem := self._read(f"sight/{rank}", IMPORT_SECONDS):
+        self._store.set(f"sight/{info.rank}", problem)
+        for rank in range(info.world_size):
+            if problem := self._get(f"sight/{rank}", IMPORT_SECONDS):
                 raise FileNotFoundError(problem)
 
-    def _say(self, **message: Any) -> None:
-        self._store.set(f"said/{self._said}", json.dumps(message))
-        self._said += 1
+    def _send(self, **message: Any) -> None:
+        self._store.set(f"messages/{self._messages}", json.dumps(message))
+        self._messages += 1
 
-    def _hear(self) -> dict[str, Any]:
-        message = json.loads(self._read(f"said/{self._said}", PREPARATION_SECONDS))
-        self._said += 1
-        return message
+    def _receive(self) -> dict[str, Any]:
+        text = self._get(f"messages/{self._messages}", PREPARATION_SECONDS)
+        self._messages += 1
+        return json.loads(text)
 
-    def _read(self, key: str, seconds: float) -> str:
-        """Wait for what another rank sets. In short naps, so that signals are heard."""
+    def _get(self, key: str, seconds: float) -> str:
+        """Wait for a value; in short naps, so that signals are handled."""
         end = time.monotonic() + seconds
         while not self._store.check([key]):
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"rank {self.place.rank} has waited {seconds:.0f} s for the others "
-                    f"({key}); the output of rank 0 tells how far it is. Tokenised data "
-                    "is kept: start again when it is ready"
+                    f"rank {self.info.rank} timed out after {seconds:.0f} s waiting for "
+                    f"the other ranks ({key}); see rank 0's output. Tokenised data is "
+                    "kept: start again once it is ready"
                 )
             time.sleep(_PAUSE_SECONDS)
         return self._store.get(key).decode()
 
     def _wait_for_all(self, what: str) -> None:
-        """Wait some seconds for the other ranks to get somewhere."""
-        for rank in range(1, self.place.size):
+        """Wait some seconds for every other rank to get somewhere."""
+        end = time.monotonic() + LEAVE_SECONDS
+        for rank in range(1, self.info.world_size):
             with contextlib.suppress(TimeoutError):
-                self._read(f"{what}/{rank}", LEAVE_SECONDS)
-
-    def _listen_no_more(self) -> None:
-        if self._stop:
-            self._stop.restore()
+                self._get(f"{what}/{rank}", end - time.monotonic())
 
 
-def find_meeting() -> Meeting | None:
-    """The meeting of this call; None where torchrun did not start this process."""
-    place = Place.find()
-    return Meeting(place, _connect()) if place else None
+def join_torchrun() -> TorchrunSession | None:
+    """Return the session of this call, or None if torchrun did not start this process."""
+    info = RankInfo.from_environment()
+    return TorchrunSession(info, _connect()) if info else None
 
 
 @functools.cache
 def _connect() -> Store:
-    """torchrun's own store: no other port is ever taken."""
+    """Return torchrun's own store: no other port is ever taken."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
     timeout = datetime.timedelta(seconds=IMPORT_SECONDS)
@@ -264,26 +218,3 @@ def _polled(on_poll: Callable[[], None]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _reads(file: Path, token: str) -> bool:
-    try:
-        return file.read_text(encoding="utf-8") == token
-    except OSError:
-        return False
-
-
-def _describe(error: BaseException) -> dict[str, Any]:
-    """An error as plain data."""
-    if isinstance(error, TrainingFailed):
-        return {"text": str(error), "rank": error.rank, "phase": error.phase}
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return {"text": str(error), "kinds": names}
-
-
-def _rebuild(error: Mapping[str, Any]) -> BaseException:
-    """The error that `_describe` described."""
-    if "phase" in error:
-        return TrainingFailed(error["text"], error["rank"], error["phase"])
-    known = (_ERRORS[name] for name in error["kinds"] if name in _ERRORS)
-    return next(known, RuntimeError)(error["text"])

@@ -25,7 +25,7 @@ from ..hardware import choose_threads
 from ..launch.leftovers import scratch_folder
 from ..launch.outcome import TrainingFailed
 from ..launch.spawn import Job, run_processes
-from ..launch.torchrun import Meeting, find_meeting
+from ..launch.torchrun import TorchrunSession, join_torchrun
 from ..model.loading import find_weights
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
@@ -69,26 +69,26 @@ def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
     return Run(_together(functools.partial(_train, cfg, view)))
 
 
-def _together(work: Callable[[Meeting | None], Any]) -> Any:
+def _together(work: Callable[[TorchrunSession | None], Any]) -> Any:
     """What `work` returns, plain data; under torchrun rank 0 does it, for all ranks."""
-    meeting = find_meeting()
-    if meeting is None:
+    torchrun = join_torchrun()
+    if torchrun is None:
         return work(None)
-    return meeting.take_part(functools.partial(work, meeting))
+    return torchrun.run(functools.partial(work, torchrun))
 
 
 def _train(
-    cfg: TrainConfig, view: bool | _Callback | None, meeting: Meeting | None
+    cfg: TrainConfig, view: bool | _Callback | None, torchrun: TorchrunSession | None
 ) -> str:
     """Train, and return the run folder."""
     shown = choose_view(view)
     if getattr(cfg, "use_wandb", False):
         require_wandb()
     with shown.attached(), prepare(cfg, shown.note) as prepared:
-        return _run(prepared, shown, meeting)
+        return _run(prepared, shown, torchrun)
 
 
-def _run(prepared: Prepared, shown: View, meeting: Meeting | None) -> str:
+def _run(prepared: Prepared, shown: View, torchrun: TorchrunSession | None) -> str:
     """Train what is prepared, while its lock is held, and return the run folder."""
     run = Run(prepared.folder.root)
     history = run.history
@@ -116,7 +116,7 @@ def _run(prepared: Prepared, shown: View, meeting: Meeting | None) -> str:
             prepared.cfg.device,
             show,
             shown.note,
-            meeting,
+            torchrun,
         )
     except KeyboardInterrupt:
         status = "interrupted"
@@ -171,7 +171,7 @@ def _evaluate(
     data_path: str | os.PathLike[str],
     which: str,
     settings: Mapping[str, Any],
-    meeting: Meeting | None,
+    torchrun: TorchrunSession | None,
 ) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
@@ -190,14 +190,14 @@ def _evaluate(
     at = (settled.tokenizer, settled.cache_root, cores)
     corpus = Corpus.prepare(cfg, *at, lambda _: None)
     corpus.judge(cfg, 1.0)
-    at_hand = settled.cache_root if meeting else None  # where other machines see it
+    at_hand = settled.cache_root if torchrun else None  # where other machines see it
     with scratch_folder(at_hand) as folder:
         run = RunFolder(folder)
         write_tokenizer(settled.tokenizer, run.tokenizer)
         job = functools.partial(
             _job, "measure", settled, run, corpus, initial=weights.file
         )
-        _launch(job, cfg.device, lambda: None, lambda _: None, meeting)
+        _launch(job, cfg.device, lambda: None, lambda _: None, torchrun)
         scores = json.loads((run.root / "scores.json").read_bytes())
     excerpts = corpus.excerpts(cfg)
     return scores | {"cut": excerpts.cut, "dropped": excerpts.dropped}
@@ -217,11 +217,11 @@ def _launch(
     device: str | None,
     on_poll: Callable[[], None],
     on_note: Callable[[str], None],
-    meeting: Meeting | None,
+    torchrun: TorchrunSession | None,
 ) -> str:
     """Start the workers; again in another environment where they did not meet."""
-    if meeting:
-        return meeting.launch(make_job({}), on_poll)
+    if torchrun:
+        return torchrun.launch(make_job({}), on_poll)
     environments = _ENVIRONMENTS[device or "cpu"]
     for environment, following in itertools.pairwise(environments):
         try:

@@ -26,7 +26,7 @@ from ..data.demo import DEMO, locate
 from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import Hardware, choose_dtype, detect_hardware
-from ..launch.torchrun import Place
+from ..launch.spawn import RankInfo
 from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, RunFolder
@@ -273,7 +273,7 @@ def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
         raise ValueError('device="cuda", and no GPU was found; take device="cpu"')
     started = _started_by_torchrun(cfg)
     count = len(hardware.gpus) if device == "cuda" else 1
-    here = started.local_size if started else cfg.num_processes or 1
+    here = started.local_world_size if started else cfg.num_processes or 1
     if not sys.platform.startswith("linux"):
         count = 1
         if here > 1:
@@ -286,18 +286,18 @@ def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
             f"num_processes={here} is too many for {hardware.cpu_cores} CPU cores; take "
             f"at most {most}"
         )
-    count = started.size if started else count
+    count = started.world_size if started else count
     capability = min((gpu.capability for gpu in hardware.gpus), default=None)
     dtype = choose_dtype(device, capability, hardware.cpu_native_bf16)
     return {"device": device, "num_processes": count, "dtype": dtype}
 
 
-def _started_by_torchrun(cfg: TrainConfig) -> Place | None:
+def _started_by_torchrun(cfg: TrainConfig) -> RankInfo | None:
     """Where torchrun put this process; it says how many there are."""
-    place = Place.find()
-    if place and cfg.num_processes not in (None, place.size):
+    place = RankInfo.from_environment()
+    if place and cfg.num_processes not in (None, place.world_size):
         raise ValueError(
-            f"num_processes={cfg.num_processes}, and torchrun started {place.size} "
+            f"num_processes={cfg.num_processes}, and torchrun started {place.world_size} "
             "(WORLD_SIZE); leave num_processes out, or start as many"
         )
     return place

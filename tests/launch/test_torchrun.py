@@ -1,6 +1,7 @@
-"""Ranks of torchrun: where they are, what they tell each other, what all raise."""
+"""Ranks of torchrun: where they are, what they send each other, what each raises."""
 
-import errno
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,11 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from minimind_nb.data.faults import DataError
 from minimind_nb.launch import torchrun
 from minimind_nb.launch.outcome import TrainingFailed
-from minimind_nb.launch.spawn import Job
-from minimind_nb.launch.torchrun import Meeting, Place
-from minimind_nb.storage.run_folder import RunFolder, RunLocked
+from minimind_nb.launch.spawn import Job, RankInfo
+from minimind_nb.launch.torchrun import TorchrunSession
+from minimind_nb.storage.run_folder import RunFolder
 
 ENVIRON = {
     "RANK": "3",
@@ -26,124 +26,98 @@ ENVIRON = {
 }
 
 
-def test_a_place_is_what_torchrun_set() -> None:
-    assert Place.find(ENVIRON) == Place(rank=3, size=4, local_rank=1, local_size=2)
-    assert not Place(3, 4, 1, 2).alone
-    assert Place(0, 2, 0, 2).alone
-    assert Place.find({"WORLD_SIZE": "2"}) is None
-    assert Place.find({"RANK": ""}) is None
+@pytest.fixture(autouse=True)
+def _no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrun, "_HEAD_START_SECONDS", 0.0)
+
+
+def test_a_rank_is_where_torchrun_put_it() -> None:
+    assert RankInfo.from_environment(ENVIRON) == RankInfo(3, 4, 1, 2)
+    assert RankInfo.from_environment({"WORLD_SIZE": "2"}) is None
+    assert RankInfo.from_environment({"RANK": ""}) is None
 
 
 def test_half_an_environment_is_refused() -> None:
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     text = (
         "RANK is set, as torchrun does, but not LOCAL_WORLD_SIZE, MASTER_ADDR, "
-        "MASTER_PORT; start with torchrun, or unset RANK"
+        "MASTER_PORT: start with torchrun, or unset RANK"
     )
     with pytest.raises(RuntimeError, match=text):
-        Place.find(environ)
+        RankInfo.from_environment(environ)
 
 
-def all_ranks(lead: Callable[[], Any], size: int = 3) -> list[Any]:
-    """What each rank, a thread here, gets from one meeting: an answer or an error."""
+def on_all_ranks(lead: Callable[[], Any], size: int = 3) -> list[Any]:
+    """What each rank, a thread here, gets from one session: a result or an error."""
     store = HashStore()
     got: list[Any] = [None] * size
 
-    def take_part(rank: int) -> None:
-        meeting = Meeting(Place(rank, size, rank, size), store)
+    def run(rank: int) -> None:
+        session = TorchrunSession(RankInfo(rank, size, rank, size), store)
         try:
-            got[rank] = meeting.take_part(lead)
+            got[rank] = session.run(lead)
         except BaseException as error:
             got[rank] = error
 
-    threads = [threading.Thread(target=take_part, args=(r,)) for r in range(size)]
+    together(run, size)
+    return got
+
+
+def together(run: Callable[[int], None], size: int) -> None:
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return got
 
 
 def test_what_rank_0_returns_all_return() -> None:
-    assert all_ranks(lambda: {"loss": 1.5}) == [{"loss": 1.5}] * 3
+    assert on_all_ranks(lambda: {"loss": 1.5}) == [{"loss": 1.5}] * 3
 
 
 @pytest.mark.parametrize(
     "error",
     [
         ValueError("two problems"),
-        DataError("line 3 is wrong"),
-        RunLocked("in use by pid 5"),
-        FileNotFoundError(errno.ENOENT, "No such file", "corpus.jsonl"),
+        FileNotFoundError(2, "No such file", "corpus.jsonl"),
+        TrainingFailed("rank 2 failed", 2, "meeting"),
         KeyboardInterrupt(),
     ],
 )
-def test_what_rank_0_raises_all_raise(error: BaseException) -> None:
+def test_what_rank_0_raises_the_others_quote(error: BaseException) -> None:
     def fail() -> None:
         raise error
 
-    raised = all_ranks(fail)
-    assert [type(one) for one in raised] == [type(error)] * 3
-    assert [str(one) for one in raised] == [str(error)] * 3
+    first, *others = on_all_ranks(fail)
+    assert first is error
+    assert [type(one) for one in others] == [RuntimeError] * 2
+    text = f"rank 0 failed: {type(error).__name__}: {error}"
+    assert [str(one) for one in others] == [text] * 2
 
 
-def test_an_error_of_others_is_told_as_the_nearest_of_python_s() -> None:
-    class OwnError(RuntimeError):
-        pass
-
-    def fail() -> None:
-        raise OwnError("odd")
-
-    assert [type(one) for one in all_ranks(fail)] == [OwnError, *[RuntimeError] * 2]
-
-
-def test_an_error_that_takes_more_than_a_text_is_told_by_its_base() -> None:
-    raised = all_ranks(b"\xff".decode)
-    assert [type(one) for one in raised] == [UnicodeDecodeError, *[ValueError] * 2]
-    assert [str(one) for one in raised] == [str(raised[0])] * 3
-
-
-def test_a_failure_keeps_its_rank_and_phase() -> None:
-    def fail() -> None:
-        raise TrainingFailed("rank 2 failed", 2, "meeting")
-
-    for one in all_ranks(fail):
-        assert (str(one), one.rank, one.phase) == ("rank 2 failed", 2, "meeting")
-
-
-def test_whoever_hears_nothing_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_receives_nothing_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchrun, "PREPARATION_SECONDS", 0.1)
-    meeting = Meeting(Place(1, 2, 1, 2), HashStore())
-    with pytest.raises(TimeoutError, match="rank 1 has waited 0 s for the others"):
-        meeting.take_part(lambda: None)
+    session = TorchrunSession(RankInfo(1, 2, 1, 2), HashStore())
+    with pytest.raises(TimeoutError, match="rank 1 timed out after 0 s waiting"):
+        session.run(lambda: None)
 
 
-@pytest.mark.parametrize("missing", ["folder", "cache"])
 def test_a_machine_that_does_not_see_the_files_is_named_by_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchrun, "SIGHT_SECONDS", 0.2)
     store = HashStore()
-    (tmp_path / "seen").mkdir()
-    (tmp_path / "seen" / ".meeting").write_text("token")
-    cache = tmp_path / ("seen" if missing == "folder" else "cache")
     raised = {}
 
-    def look(rank: int) -> None:
+    def work(rank: int) -> None:
         """Rank 1's machine has other files under the same name."""
-        here = tmp_path / ("elsewhere" if rank and missing == "folder" else "seen")
-        paths = [str(cache)] if rank else []
-        job = Job("no.module:run", {}, 2, RunFolder(here), paths=paths)
+        paths = [str(tmp_path), *([str(tmp_path / "cache")] if rank else [])]
+        job = Job("no.module:run", {}, 2, RunFolder(tmp_path), paths=paths)
         with pytest.raises(FileNotFoundError) as error:
-            Meeting(Place(rank, 2, 0, 1), store)._do(job, "token")
+            TorchrunSession(RankInfo(rank, 2, 0, 1), store)._work(job)
         raised[rank] = str(error.value)
 
-    threads = [threading.Thread(target=look, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    name = "elsewhere" if missing == "folder" else "cache"
+    together(work, 2)
     assert raised[0] == raised[1]
-    assert f"does not see {tmp_path / name} as rank 0 does; out_dir" in raised[0]
     assert raised[0].startswith("rank 1 on ")
+    assert f"does not see {tmp_path / 'cache'} as rank 0 does: out_dir" in raised[0]

@@ -39,7 +39,7 @@ def main(settings, root, rank):
     told = {}
     try:
         mm.train(mm.TrainConfig(**settings | {"num_processes": 3}))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         told["refused"] = str(error)
     for name, more in (("straight", {}), ("resumed", {}), ("stopped", STOPPED)):
         cfg = mm.TrainConfig(**settings | more, out_dir=str(root / name))
@@ -157,8 +157,10 @@ def test_two_ranks_of_torchrun_equal_two_spawned_ones(
         "rank 1 failed before its first step: ValueError: rank 1 trips\nTraceback"
     )
     assert told[0]["failed"].partition("\n")[0] == told[1]["failed"].partition("\n")[0]
+    quoted = f"rank 0 failed: ValueError: {told[0]['refused']}"
+    assert told[1]["refused"] == quoted
     for one in told:
-        del one["failed"]
+        del one["failed"], one["refused"]
     assert told[0] == told[1], "all ranks make the same of it"
     endings = [told[0][name] for name in ("straight", "resumed", "stopped", "again")]
     assert endings == ["finished", "finished", "time_budget", "finished"]
@@ -177,7 +179,19 @@ def test_two_ranks_of_torchrun_equal_two_spawned_ones(
     assert not (here["straight"].log_file(0)).exists()
     files = {path.name for path in here["straight"].root.iterdir()}
     assert {"loss.png", "summary.md"} < files
-    assert ".meeting" not in files
+    assert not [*here["straight"].root.glob(".torchrun*")]
+
+
+def test_torchrun_prints_what_rank_0_of_the_command_line_raised(tmp_path: Path) -> None:
+    command = ["-m", "minimind_nb", "pretrain", "--data_path", "nowhere.jsonl"]
+    place = ["--standalone", "--nproc_per_node=2", *command]
+    failing = torchrun(*place, "--out_dir", str(tmp_path))
+    (output,) = finish(failing)
+    assert failing.returncode
+    assert "\nminimind-nb: " in output, output
+    cause = output.partition("Root Cause")[2]
+    assert "rank      : 0 " in cause, output
+    assert "FileNotFoundError: nowhere.jsonl" in cause, output
 
 
 def test_two_machines_train_what_one_does(
