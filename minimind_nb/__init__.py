@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .data.datasets import DPODataset, PretrainDataset, RLAIFDataset, SFTDataset
-    from .data.faults import DataError
+    from .data.jsonl import DataError
     from .data.tokenizer import load_tokenizer
     from .data.tokenizer_training import train_tokenizer
     from .diagnosis import doctor, verify
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DPODataset": "data.datasets",
-    "DataError": "data.faults",
+    "DataError": "data.jsonl",
     "History": "monitor.metrics",
     "MiniMindConfig": "model.architecture",
     "MiniMindForCausalLM": "model.architecture",

@@ -44,7 +44,7 @@ def plan(cfg: TrainConfig) -> Facts:
     """
     notes: list[str] = []
     settled = settle(cfg, notes.append)
-    corpus = open_corpus(settled, lambda _: None)
+    corpus = open_corpus(settled)
     cfg, initial = settled.cfg, settled.initial
     assert cfg.num_processes and cfg.batch_size
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
@@ -177,7 +177,7 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     comes first.
     """
     settled = settle(cfg)
-    corpus = open_corpus(settled, lambda _: None)
+    corpus = open_corpus(settled)
     stream = corpus.training_stream(settled.cfg, settled.tokenizer.pad_id)
     decode = load_tokenizer(settled.tokenizer).decode
     plain = settled.cfg.stage == "pretrain"

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .faults import Fault
+from .jsonl import Fault
 from .tokenizer import TokenizerSpec
 
 Message = dict[str, str]

@@ -13,7 +13,7 @@ import numpy as np
 
 from .chat_template import ESCAPE, ChatTemplate, Layout, Message, limited
 from .fast_encoding import BulkEncoder
-from .faults import Fault
+from .jsonl import Fault
 from .tokenizer import TokenizerSpec
 
 TRAINED, TURN, USER = 1, 2, 4

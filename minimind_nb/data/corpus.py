@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from ..config import TrainConfig
 from .batches import TrainingStream, ValidationRows
 from .demo import DEMO
 from .excerpts import Excerpts, take_excerpts
-from .faults import DataError
-from .jsonl import iter_chunks, read_rows
+from .jsonl import DataError, check_file, iter_chunks, read_rows
 from .packing import split_by_hash
 from .token_cache import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
@@ -28,13 +27,13 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
     """
     if path == DEMO:
         return "pretrain" if demo == "pretrain" else "sft"
-    chunk = next(iter_chunks(path))
-    rows, problems, *_ = read_rows(chunk, lambda _: None)
+    check_file(path)
+    rows, tally = read_rows(next(iter_chunks(path)), lambda _: None)
     keys = set(rows[0][1]) if rows else set()
     for key, record_format in (("conversations", "sft"), ("text", "pretrain")):
         if key in keys:
             return record_format
-    found = f"the keys {sorted(keys)}" if rows else str(problems[:1])
+    found = f"the keys {sorted(keys)}" if rows else str(tally.problems[:1])
     raise DataError(
         f"{path} has neither texts nor conversations, its first row {found}: expected is "
         'one {"text": "…"} or {"conversations": […]} a line'
@@ -66,7 +65,6 @@ class Corpus:
         spec: TokenizerSpec,
         root: Path,
         processes: int,
-        on_progress: Callable[[str], None],
     ) -> Corpus:
         """Tokenise what a resolved configuration names, unless that was done before.
 
@@ -78,7 +76,7 @@ class Corpus:
             source = Source(
                 path, cfg.stage, spec, cfg.on_bad_line, cfg.max_bad_fraction
             )
-            return open_cache(source, root, processes, on_progress)
+            return open_cache(source, root, processes)
 
         assert cfg.data_path
         val_cache = cache_of(cfg.val_path) if cfg.val_path else None

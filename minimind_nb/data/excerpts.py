@@ -43,9 +43,9 @@ def take_excerpts(cache: TokenCache, documents: np.ndarray, width: int) -> Excer
     starts = np.zeros_like(targets)
     sizes = np.array(cache.sizes[documents])
     longest = int(targets.max(initial=0))
-    if cache.marks is None or cache.trained is None:
+    if cache.marks is None or cache.loss_tokens is None:
         return Excerpts(documents, starts, targets, targets, sizes, 0, 0, longest)
-    trained = np.array(cache.trained[documents])
+    trained = np.array(cache.loss_tokens[documents])
     together = 2 if cache.facts["record_format"] == "dpo" else 1
     long = np.flatnonzero(targets.reshape(-1, together).max(1) > width)
     kept = np.ones(len(documents) // together, bool)

@@ -1,13 +1,14 @@
 """Validated reading of JSON Lines: bytes on disk become rows, or faults with a place.
 
-`iter_chunks` cuts a file into pieces of whole physical lines, `read_rows` decodes,
-parses and checks the lines of one piece (in helper processes, if need be), and
-`faults.Tally` adds the pieces up and decides whether the file may be used. A format of
-rows is one function, `check`.
+`iter_chunks` cuts a file into whole physical lines, `read_rows` decodes, parses and
+checks the lines of one chunk (in helper processes, if need be), and a `Tally` adds the
+chunks up and decides whether the file may be used.
 
 Python's own `json` accepts lone surrogates, NaN and duplicate keys, and
-`str.splitlines` splits inside strings at U+2028; none of that happens here.
+`str.splitlines` splits inside strings at U+2028; neither happens here.
 """
+
+from __future__ import annotations
 
 import contextlib
 import difflib
@@ -18,19 +19,21 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from .faults import BadRow, DataError, Fault, describe
-
 MAX_LINE_BYTES = 16_000_000
 MAX_DEPTH = 100
+# About 40 MB, all bad rows of ten million rows at the default limit of 1 %.
+KEPT_PROBLEMS = 100_000
+LISTED_PROBLEMS = 5
+EXCERPT_CHARACTERS = 80
 
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 1 << 10
-_DESCRIBED = 1000  # problems of a chunk, which may be all its lines
-# How a file begins that is no JSON Lines at all, and what it is then.
+# How files begin that are not JSON Lines, and what they are.
 _OTHER_FILES = (
     (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
     (rb"\x1f\x8b", "compressed with gzip: give it a name that ends in .gz"),
@@ -39,32 +42,116 @@ _OTHER_FILES = (
     (rb"\s*[^\s{\[].*\n\s*[^\s{\[]", "CSV or plain text: write one JSON object a line"),
 )
 
+Row = dict[str, Any]
+
+
+class Fault(ValueError):
+    """The reason why a row cannot be used: returned by a check, raised while parsing.
+
+    `kind` is short and stable, for counting; `reason` is for people. `mark` is a string
+    whose last occurrence in the line is the place of the fault.
+    """
+
+    def __init__(self, kind: str, reason: str, mark: str | None = None) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
+        self.mark = mark
+
+
+class BadRow(NamedTuple):
+    """A refused row: physical line and column (in characters), both from 1, and why.
+
+    `excerpt` is at most 80 printable characters around the column.
+    """
+
+    line: int
+    column: int
+    kind: str
+    reason: str
+    excerpt: str
+
+
+class DataError(ValueError):
+    """A data file cannot be used: because of its `problems`, or as a whole."""
+
+    def __init__(self, message: str, problems: Iterable[BadRow] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
+
+
+Check = Callable[[Row], Fault | None]
+
 
 class Chunk(NamedTuple):
-    """Whole physical lines of a file, or the head of one that is too long.
-
-    `first_line` counts from 1. `overlong` is 0, or else the size in bytes of the
-    single line whose first bytes are in `data` and whose rest was not kept.
-    """
+    """Whole physical lines of a file, the first of them number `first_line` (from 1)."""
 
     first_line: int
     data: bytes
-    overlong: int = 0
 
 
-class ChunkRows(NamedTuple):
-    """What a chunk holds, in order: (line, row)s, the refused rows; and blank lines.
+@dataclass
+class Tally:
+    """The rows of a chunk or of a file, counted; bad ones by `kinds`.
 
-    Of the refused rows the first 1,000 are described, `more` counts the rest by kind.
+    Of the bad rows the first 100,000 are kept as `problems`.
     """
 
-    rows: list[tuple[int, dict[str, Any]]]
-    problems: list[BadRow]
-    blank: int
-    more: Counter[str]
+    good: int = 0
+    blank: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    problems: list[BadRow] = field(default_factory=list)
 
+    def refuse(self, line: int, raw: bytes, error: ValueError) -> None:
+        """Count a bad row, with the cause and place of its error."""
+        row = _explain(line, raw, error)
+        self.kinds[row.kind] += 1
+        if len(self.problems) < KEPT_PROBLEMS:
+            self.problems.append(row)
 
-Check = Callable[[dict[str, Any]], Fault | None]
+    def add(self, other: Tally) -> None:
+        """Add the rows that follow."""
+        self.good += other.good
+        self.blank += other.blank
+        self.kinds += other.kinds
+        self.problems += other.problems[: KEPT_PROBLEMS - len(self.problems)]
+
+    def raise_if_too_many(
+        self,
+        path: str | os.PathLike[str],
+        on_bad_line: str = "error",
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        """Raise `DataError` unless there are rows, and few enough bad ones.
+
+        `on_bad_line="error"` allows none, "skip" a share of `max_bad_fraction` of all
+        rows that are not blank. The error lists the first five problems and counts all
+        of them by kind.
+        """
+        bad = self.kinds.total()
+        total = self.good + bad
+        limit = f"{100 * max_bad_fraction:g} %"
+        if not total:
+            raise DataError(f"{path} has only blank lines, {self.blank} of them")
+        if on_bad_line == "error" and bad:
+            advice = f'Fix these lines, or set on_bad_line="skip" (up to {limit}).'
+        elif bad > max_bad_fraction * total or not self.good:
+            advice = (
+                f'on_bad_line="skip" leaves out at most {limit} of the rows, here it'
+                f" would be {bad / total:.3%}: fix the file, or raise max_bad_fraction."
+            )
+        else:
+            return
+        kinds = (f"{n} {k.replace('_', ' ')}" for k, n in self.kinds.most_common())
+        lines = [
+            f"{path}: {bad} of {total} rows read cannot be used: {', '.join(kinds)}"
+        ]
+        for row in self.problems[:LISTED_PROBLEMS]:
+            place = f"{Path(path).name}:{row.line}:{row.column}"
+            lines += [f"  {place}: {row.reason}", f"      {row.excerpt}"]
+        if bad > LISTED_PROBLEMS:
+            lines.append(f"  … and {bad - LISTED_PROBLEMS} more")
+        raise DataError("\n".join([*lines, advice]), self.problems)
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -84,15 +171,35 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path} does not exist: {hint}")
     if not path.is_file():
         raise DataError(f"{path} is a pipe or a device, which cannot be read twice")
-    with _opened(path) as stream:
+    with _open(path) as stream:
         head = stream.read(_HEAD_BYTES).removeprefix(_BOM)
     for beginning, what in _OTHER_FILES:
         if re.match(beginning, head):
             raise DataError(f"{path} is {what}")
 
 
+def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[Chunk]:
+    """Yield the file as `Chunk`s of about `size` bytes of whole physical lines.
+
+    A `.gz` is read through gzip; sizes and lines are those of its text. Memory stays
+    within twice `size` + 16 MB: a longer line, which `read_rows` refuses, is cut off.
+    Raises `DataError` for a damaged gzip.
+    """
+    line = 1
+    with _open(Path(path)) as stream:
+        while data := stream.read(size):
+            if not data.endswith(b"\n"):
+                data += stream.readline(MAX_LINE_BYTES + 1)
+            yield Chunk(line, data)
+            line += data.count(b"\n")
+            if not data.endswith(b"\n"):  # too long, or the end of the file
+                while (rest := stream.readline(size)) and not rest.endswith(b"\n"):
+                    pass
+                line += 1
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+def _open(path: Path) -> Iterator[io.BufferedIOBase]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             yield stream
@@ -101,75 +208,39 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
         raise DataError(f"{path} cannot be unpacked ({error}): {advice}") from error
 
 
-def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[Chunk]:
-    """Yield the file as `Chunk`s of about `size` bytes of whole physical lines.
-
-    A `.gz` is read through gzip, sizes and lines being those of its text. Memory stays
-    within twice `size` + 16 MB: of a longer line only a head is kept, as a chunk of its
-    own with `overlong` set. Raises as `check_file`; `DataError` for a damaged gzip too.
-    """
-    check_file(path)
-    line = 1
-    with _opened(Path(path)) as stream:
-        while data := stream.read(size):
-            if not data.endswith(b"\n"):
-                data += stream.readline(MAX_LINE_BYTES)
-            whole = data.rfind(b"\n") + 1
-            overlong = len(data) - whole
-            if overlong <= MAX_LINE_BYTES:  # nothing, or the last line of the file
-                whole, overlong = len(data), 0
-            if whole:
-                yield Chunk(line, data[:whole])
-                line += data.count(b"\n")
-            if overlong:
-                while rest := stream.readline(size):
-                    overlong += len(rest)
-                    if rest.endswith(b"\n"):
-                        break
-                yield Chunk(line, data[whole : whole + _HEAD_BYTES], overlong)
-                line += 1
-
-
-def read_rows(chunk: Chunk, check: Check) -> ChunkRows:
+def read_rows(chunk: Chunk, check: Check) -> tuple[list[tuple[int, Row]], Tally]:
     """Decode, parse and check every line of a chunk; never raises for bad data.
 
-    `check` is a module-level function (so that it travels to other processes) which
-    gives None or a `Fault` for a row that parsed. A byte order mark on line 1, CRLF,
-    blank lines (counted) and a missing last newline are accepted; the text of a row is
-    never changed. Costs little more than `json.loads` on each line.
+    Returns (line, row) of the good rows, and all rows counted. `check` returns None or
+    a `Fault` for a row that parsed; it is a module-level function if it must travel to
+    other processes. A byte order mark on line 1, CRLF, blank lines (counted) and a
+    missing last newline are accepted; the text of a row is never changed. Costs little
+    more than `json.loads` on each line.
     """
     data = chunk.data.removesuffix(b"\n")
     if chunk.first_line == 1:
         data = data.removeprefix(_BOM)
-    rows: list[tuple[int, dict[str, Any]]] = []
-    problems: list[BadRow] = []
-    blank, more = 0, Counter[str]()
+    rows: list[tuple[int, Row]] = []
+    tally = Tally()
     for number, raw in enumerate(data.split(b"\n"), chunk.first_line):
-        size = chunk.overlong or len(raw)
-        if size <= MAX_LINE_BYTES and not raw.strip():
-            blank += 1
+        if not raw.strip():
+            tally.blank += 1
             continue
         try:
-            if size > MAX_LINE_BYTES:
-                limit = f"at most {MAX_LINE_BYTES / 1e6:g} MB are read"
-                raise Fault("too_long", f"the line has {size / 1e6:,.1f} MB, {limit}")
             row = _parse(raw)
             if fault := check(row):
                 raise fault
             rows.append((number, row))
         except ValueError as error:
-            problem = describe(number, raw, error)
-            if len(problems) < _DESCRIBED:
-                problems.append(problem)
-            else:
-                more[problem.kind] += 1
-    return ChunkRows(rows, problems, blank, more)
+            tally.refuse(number, raw, error)
+    tally.good = len(rows)
+    return rows, tally
 
 
-def check_text_row(row: dict[str, Any]) -> Fault | None:
-    """Check a row of plain text: `{"text": "…"}`, other keys being ignored.
+def check_text_row(row: Row) -> Fault | None:
+    """Check a row of plain text: `{"text": "…"}`; other keys are ignored.
 
-    An empty text is no fault; whoever makes documents of the rows counts those.
+    An empty text is no fault; it makes no document and is counted.
     """
     if "text" not in row:
         keys = json.dumps(list(row)[:5], ensure_ascii=False)[:80]
@@ -180,7 +251,10 @@ def check_text_row(row: dict[str, Any]) -> Fault | None:
     return None
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def _parse(raw: bytes) -> Row:
+    if len(raw) > MAX_LINE_BYTES:
+        limit = f"{MAX_LINE_BYTES / 1e6:g} MB"
+        raise Fault("too_long", f"the line has more than {limit}, the most for one row")
     text = raw.decode("utf-8")
     try:
         row = _DECODER.decode(text)
@@ -205,7 +279,7 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, value), default=0)
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
@@ -214,9 +288,51 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise Fault("not_finite", f"{name} is no JSON number", name)
+    raise Fault("not_finite", f"{name} is not a JSON number", name)
 
 
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
 )
+
+
+def _explain(line: int, raw: bytes, error: ValueError) -> BadRow:
+    """Return the place, kind and cause of a line's error, in plain words."""
+    text = raw.decode("utf-8", "backslashreplace")
+    if isinstance(error, Fault):
+        at = text.rfind(error.mark) if error.mark else 0
+        kind, reason = error.kind, error.reason
+    elif isinstance(error, UnicodeDecodeError):
+        at = len(raw[: error.start].decode("utf-8"))
+        kind, reason = "not_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8"
+        reason += "; if the file is GBK, convert it: iconv -f GB18030 -t UTF-8"
+    elif isinstance(error, UnicodeEncodeError):
+        escape = f"\\u{ord(error.object[error.start]):04x}"
+        at = text.lower().rfind(escape)
+        kind, reason = "lone_surrogate", f"{escape} is half of a surrogate pair"
+    else:
+        at = min(getattr(error, "pos", 0), len(text.rstrip()))
+        kind, reason = _explain_syntax(text, at, getattr(error, "msg", str(error)))
+    at = max(0, at)
+    shown = text[max(0, at - EXCERPT_CHARACTERS // 2) :][:EXCERPT_CHARACTERS]
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+    return BadRow(line, at + 1, kind, reason, shown[:EXCERPT_CHARACTERS])
+
+
+def _explain_syntax(text: str, at: int, message: str) -> tuple[str, str]:
+    """Turn the parser's message, which differs between versions, into a cause."""
+    first, here = text.lstrip()[:1], text[at : at + 1]
+    comma = "," in (text[:at].rstrip()[-1:], here)
+    closed = text[at:].lstrip(", ")[:1] in ("}", "]")
+    cut = at == len(text.rstrip()) or message.startswith("Unterminated string")
+    # The first that holds.
+    causes = (
+        ("nul", "\0" in text, "a NUL byte: the file was cut off or damaged"),
+        ("not_json", first != "{", f"the line begins with {first!r}, a row with '{{'"),
+        ("extra_data", message.startswith("Extra data"), "more than one object a line"),
+        ("trailing_comma", comma and closed, "a comma before the closing bracket"),
+        ("single_quotes", here == "'", "single quotes, JSON wants double ones"),
+        ("truncated", cut, "the row does not end on this line: was it cut off?"),
+        ("broken_json", True, f"broken JSON: {message}"),
+    )
+    return next((kind, reason) for kind, holds, reason in causes if holds)

@@ -1,15 +1,16 @@
-"""A row becomes documents of token ids: one function for each record format.
+"""Rows become documents of token ids, as their record format says.
 
-Change `VERSION` whenever a function here gives other ids for the same row: it is part
-of the token cache's key.
+Change `VERSION` whenever this gives other ids for the same row: it is part of the token
+cache's key.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,17 +25,19 @@ from .conversations import (
     plain,
 )
 from .fast_encoding import BulkEncoder
-from .faults import Fault
-from .jsonl import Check, check_text_row
+from .jsonl import Check, Chunk, Fault, Row, Tally, check_text_row, read_rows
 from .tokenizer import TokenizerSpec
 
 VERSION = 3
 
-Row = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+Chat = tuple[list[Message], int]
+"""A conversation, and how many of its first messages stay out of the loss."""
 
 
 class Document(NamedTuple):
-    """Token ids; of a conversation also their marks, and its trained answers' bytes."""
+    """Token ids; of a conversation also their marks and the bytes of each answer that
+    is in the loss."""
 
     ids: np.ndarray
     marks: np.ndarray | None = None
@@ -43,129 +46,155 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How rows of one kind are checked, read and encoded.
+    """How rows of one kind are checked, hashed and encoded.
 
-    `text` gives what a row's content hash is made of, empty for a row that has nothing
-    to learn from; `encode` gives the documents of each row, `per_row` of them, or why
-    there are none.
+    `chats` returns the conversations of a row, `per_row` of them; None for plain text.
     """
 
     check: Check
-    text: Callable[[Row], str]
-    encode: Callable[
-        [list[Row], BulkEncoder, TokenizerSpec], list[list[Document] | Fault]
-    ]
+    chats: Callable[[Row], list[Chat]] | None = None
     per_row: int = 1
 
+    def text(self, row: Row) -> str:
+        """Return what a row's content hash is made of; "" for a row without text."""
+        if not self.chats:
+            return row["text"]
+        messages = [message for chat, _ in self.chats(row) for message in chat]
+        said = [[message["role"], message["content"]] for message in messages]
+        return json.dumps(said, ensure_ascii=False)
 
-def encode_texts(
-    rows: list[Row], encoder: BulkEncoder, spec: TokenizerSpec
-) -> list[list[Document] | Fault]:
-    """Pretraining documents: begin token, text, end token.
+    def encode(
+        self, rows: Sequence[Row], encoder: BulkEncoder, spec: TokenizerSpec
+    ) -> list[list[Document] | Fault]:
+        """Return the documents of each row, or why it has none."""
+        if not self.chats:
+            texts = [row["text"] for row in rows]
+            return [[one] for one in _encode_texts(texts, encoder, spec)]
+        chats = [chat for row in rows for chat in self.chats(row)]
+        encoded = _encode_chats(chats, encoder, spec)
+        documents: list[list[Document] | Fault] = []
+        for begin in range(0, len(encoded), self.per_row):
+            made = encoded[begin : begin + self.per_row]
+            faults = [one for one in made if isinstance(one, Fault)]
+            whole = [one for one in made if isinstance(one, Document)]
+            documents.append(faults[0] if faults else whole)
+        return documents
 
-    Neither is doubled where the text has it already, as MiniMind's published rows do.
+
+def _encode_texts(
+    texts: list[str], encoder: BulkEncoder, spec: TokenizerSpec
+) -> list[Document]:
+    """Encode texts between begin and end token.
+
+    Neither is doubled if the text has it already, as MiniMind's published rows do.
     Special strings in the text become their special ids.
     """
     begin, end = np.array([[spec.bos_id], [spec.eos_id]], np.uint32)
-    documents: list[list[Document] | Fault] = []
-    for ids in encoder.encode([row["text"] for row in rows]):
-        has_begin = len(ids) and ids[0] == spec.bos_id
-        has_end = len(ids) and ids[-1] == spec.eos_id
-        parts = [] if has_begin else [begin]
-        parts += [ids] if has_end else [ids, end]
-        whole = np.concatenate(parts) if len(parts) > 1 else ids
-        documents.append([Document(whole)])
+    documents = []
+    for ids in encoder.encode(texts):
+        parts = [] if len(ids) and ids[0] == spec.bos_id else [begin]
+        parts += [ids] if len(ids) and ids[-1] == spec.eos_id else [ids, end]
+        documents.append(Document(np.concatenate(parts) if parts[1:] else ids))
     return documents
-
-
-def encode_conversations(
-    rows: list[Row], encoder: BulkEncoder, spec: TokenizerSpec
-) -> list[list[Document] | Fault]:
-    """Conversations of which every answer is learned from."""
-    conversations = [plain(row["conversations"]) for row in rows]
-    return _encode_chats([[(one, 0)] for one in conversations], encoder, spec)
-
-
-def encode_prompts(
-    rows: list[Row], encoder: BulkEncoder, spec: TokenizerSpec
-) -> list[list[Document] | Fault]:
-    """Conversations of which the last answer alone is learned from."""
-    conversations = [plain(row["conversations"]) for row in rows]
-    return _encode_chats(
-        [[(one, len(one) - 1)] for one in conversations], encoder, spec
-    )
-
-
-def encode_pairs(
-    rows: list[Row], encoder: BulkEncoder, spec: TokenizerSpec
-) -> list[list[Document] | Fault]:
-    """Pairs: the chosen, then the rejected, learned from after what they share."""
-    chats = []
-    for row in rows:
-        chosen, rejected = plain(row["chosen"]), plain(row["rejected"])
-        shared = count_shared(chosen, rejected)
-        chats.append([(chosen, shared), (rejected, shared)])
-    return _encode_chats(chats, encoder, spec)
 
 
 def _encode_chats(
-    rows: list[list[tuple[list[Message], int]]],
-    encoder: BulkEncoder,
-    spec: TokenizerSpec,
-) -> list[list[Document] | Fault]:
-    """Encode each row's conversations, given with how many messages are untrained.
-
-    What follows the last trained token is left out: nothing is learned from it.
-    """
-    flat = [chat for row in rows for chat in row]
-    encoded = iter(
-        ChatEncoder(spec, encoder).encode(
-            [messages for messages, _ in flat], [untrained for _, untrained in flat]
-        )
-    )
-    documents: list[list[Document] | Fault] = []
-    for row in rows:
-        made: list[Document] = []
-        faults = []
-        for messages, untrained in row:
-            one = next(encoded)
-            if isinstance(one, Fault):
-                faults.append(one)
-                continue
-            ids, marks = one
-            end = int(np.flatnonzero(marks & TRAINED)[-1]) + 1
-            sizes = [
-                len(message["content"].encode("utf-8"))
-                for message in messages[untrained:]
-                if message["role"] == "assistant"
-            ]
-            made.append(Document(ids[:end], marks[:end], sizes))
-        documents.append(faults[0] if faults else made)
+    chats: list[Chat], encoder: BulkEncoder, spec: TokenizerSpec
+) -> list[Document | Fault]:
+    """Encode conversations up to the last token in the loss."""
+    messages, unlearned = [one for one, _ in chats], [count for _, count in chats]
+    documents: list[Document | Fault] = []
+    encoded = ChatEncoder(spec, encoder).encode(messages, unlearned)
+    for (conversation, first), one in zip(chats, encoded, strict=True):
+        if isinstance(one, Fault):
+            documents.append(one)
+            continue
+        ids, marks = one
+        end = int(np.flatnonzero(marks & TRAINED)[-1]) + 1
+        answers = [
+            m["content"] for m in conversation[first:] if m["role"] == "assistant"
+        ]
+        sizes = [len(answer.encode()) for answer in answers]
+        documents.append(Document(ids[:end], marks[:end], sizes))
     return documents
 
 
-def _join(*conversations: Sequence[Row]) -> str:
-    return json.dumps(
-        [[one["role"], one["content"]] for each in conversations for one in each],
-        ensure_ascii=False,
-    )
+def _conversation(row: Row) -> list[Chat]:
+    """Every answer is in the loss."""
+    return [(plain(row["conversations"]), 0)]
 
 
-def _conversation_text(row: Row) -> str:
-    return _join(row["conversations"])
+def _prompt(row: Row) -> list[Chat]:
+    """Only the last answer is in the loss."""
+    messages = plain(row["conversations"])
+    return [(messages, len(messages) - 1)]
 
 
-RECORD_FORMATS: dict[str, RecordFormat] = {
-    "pretrain": RecordFormat(
-        check=check_text_row, text=lambda row: row["text"], encode=encode_texts
-    ),
-    "sft": RecordFormat(check_conversation, _conversation_text, encode_conversations),
-    "rlaif": RecordFormat(check_prompt, _conversation_text, encode_prompts),
-    "dpo": RecordFormat(
-        check=check_pair,
-        text=lambda row: _join(row["chosen"], row["rejected"]),
-        encode=encode_pairs,
-        per_row=2,
-    ),
+def _pair(row: Row) -> list[Chat]:
+    """The chosen, then the rejected: in the loss are the answers after the shared part."""
+    chosen, rejected = plain(row["chosen"]), plain(row["rejected"])
+    shared = count_shared(chosen, rejected)
+    return [(chosen, shared), (rejected, shared)]
+
+
+RECORD_FORMATS = {
+    "pretrain": RecordFormat(check_text_row),
+    "sft": RecordFormat(check_conversation, _conversation),
+    "rlaif": RecordFormat(check_prompt, _prompt),
+    "dpo": RecordFormat(check_pair, _pair, per_row=2),
 }
-"""Record formats by stage; "rlaif" has none, another program trains on it."""
+"""Record formats by stage; "rlaif" has no stage, another program trains on it."""
+
+
+def token_type(vocab_size: int) -> str:
+    """Return the smallest array type that holds all ids: "uint16" or "uint32"."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def encode_chunk(
+    record_format: str, spec: TokenizerSpec, encoder: BulkEncoder, chunk: Chunk
+) -> tuple[Arrays, Tally]:
+    """Return the arrays of a chunk, by the name of their file, and its rows counted.
+
+    `token_cache.TokenCache` says what they hold; `offsets` are the documents' ends.
+    """
+    kind = RECORD_FORMATS[record_format]
+    rows, tally = read_rows(chunk, kind.check)
+    texts = [(line, row, kind.text(row).encode()) for line, row in rows]
+    full = [each for each in texts if each[2]]
+    encoded = kind.encode([row for _, row, _ in full], encoder, spec)
+    documents: list[tuple[int, bytes, Document]] = []
+    for (line, row, text), made in zip(full, encoded, strict=True):
+        if isinstance(made, Fault):
+            tally.good -= 1
+            tally.refuse(line, json.dumps(row, ensure_ascii=False).encode(), made)
+        else:
+            documents += [(line, text, document) for document in made]
+    tally.problems.sort()
+    ids = [document.ids for _, _, document in documents]
+    tokens = np.concatenate([np.zeros(0, np.uint32), *ids])
+    if tokens.max(initial=0) >= spec.vocab_size:
+        raise ValueError(
+            f"the tokenizer gave the id {tokens.max()} but states {spec.vocab_size} "
+            "entries: use another tokenizer"
+        )
+    hashes = (hashlib.blake2b(text, digest_size=8) for _, text, _ in documents)
+    arrays = {
+        "tokens": tokens.astype(token_type(spec.vocab_size)),
+        "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
+        "lines": np.array([line for line, _, _ in documents], np.int64),
+        "sizes": np.array([len(text) for _, text, _ in documents], np.int64),
+        "hashes": np.frombuffer(b"".join(h.digest() for h in hashes), "<u8"),
+    }
+    if kind.chats:
+        marks = [one.marks for _, _, one in documents if one.marks is not None]
+        sizes = [one.answer_sizes for _, _, one in documents]
+        in_loss = [np.count_nonzero(each & TRAINED) for each in marks]
+        arrays |= {
+            "sizes": np.array([sum(each) for each in sizes], np.int64),
+            "marks": np.concatenate([np.zeros(0, np.uint8), *marks]),
+            "trained": np.array(in_loss, np.int64),
+            "answers": np.array([len(each) for each in sizes], np.int64),
+            "answer_sizes": np.array([n for each in sizes for n in each], np.int64),
+        }
+    return arrays, tally

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
+import logging
+import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
-from .faults import BadRow, DataError, Tally, write_rejected
-from .jsonl import check_file, iter_chunks
-from .record_formats import RECORD_FORMATS, VERSION
-from .tokenising import Encoded, encode_chunks, token_type
+from .conversations import TRAINED
+from .fast_encoding import BulkEncoder
+from .jsonl import Chunk, DataError, Tally, iter_chunks
+from .record_formats import RECORD_FORMATS, VERSION, Arrays, encode_chunk, token_type
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -30,13 +37,15 @@ _GZIP_RATIO = 3
 # Below this a pool of helpers costs more than it saves: two start in 0.9 s of processor
 # time, and one process alone tokenises 16 MB in 2.1 s.
 _ALONE_BYTES = 16 << 20
-_REPORT_SECONDS = 5.0
+_LOG_SECONDS = 10.0
 _REJECTED = "rejected.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a token cache is made of: a file, its record format, a tokenizer."""
+    """The ingredients of a token cache: a file, its record format, a tokenizer."""
 
     path: str
     record_format: str
@@ -45,12 +54,16 @@ class Source:
     max_bad_fraction: float = 0.01
 
     def content(self) -> str:
-        """What is read, and how: equal for equal files, whatever they are called."""
+        """Return a hash of the file's bytes and of how they are read.
+
+        It does not depend on the file's name. Runs keep it, so that a resumed one can
+        tell whether its data changed.
+        """
         parts = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
         return _hash(*parts, self.record_format, VERSION)
 
     def name(self, content: str) -> str:
-        """The name of the cache of this content."""
+        """Return the name of the cache of this content."""
         key = _hash(content, self.tokenizer.fingerprint, self.on_bad_line)
         return f"tokens-{key[:24]}"
 
@@ -58,14 +71,15 @@ class Source:
 class TokenCache:
     """Documents as token ids, memory-mapped.
 
-    `tokens` holds all ids on end (uint16; uint32 for vocabularies over 65,536);
-    document d is `tokens[offsets[d]:offsets[d + 1]]`. `lines` are physical line numbers
-    in the file, from 1; `sizes` UTF-8 bytes, of the text or of the answers learned from;
-    `hashes` the rows' 64-bit hashes.
+    `tokens` holds all ids, one document after the other (uint16; uint32 for
+    vocabularies over 65,536); document d is `tokens[offsets[d]:offsets[d + 1]]`.
+    `lines` are physical line numbers in the file, from 1; `sizes` UTF-8 bytes, of the
+    text or of the answers in the loss; `hashes` the rows' 64-bit hashes.
 
-    Of chat formats also: `marks` (uint8, one a token, bits as in `conversations`);
-    `trained`, tokens learned from, and `answers`, of which they are, int64 a document;
-    `answer_sizes`, UTF-8 bytes of each of these answers. None for plain text.
+    Chat formats also have `marks` (uint8, one a token: the loss mask and the turn
+    starts, bits as in `conversations`); `loss_tokens`, the number of tokens in the loss,
+    and `answers`, the number of answers that these belong to, both int64 a document;
+    `answer_sizes`, the UTF-8 bytes of each of these answers. None for plain text.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -76,10 +90,10 @@ class TokenCache:
         self.lines = _map(folder / "lines", np.int64)
         self.sizes = _map(folder / "sizes", np.int64)
         self.hashes = _map(folder / "hashes", np.uint64)
-        self.marks = self.trained = self.answers = self.answer_sizes = None
+        self.marks = self.loss_tokens = self.answers = self.answer_sizes = None
         if facts["record_format"] != "pretrain":
             self.marks = _map(folder / "marks", np.uint8)
-            self.trained = _map(folder / "trained", np.int64)
+            self.loss_tokens = _map(folder / "trained", np.int64)
             self.answers = _map(folder / "answers", np.int64)
             self.answer_sizes = _map(folder / "answer_sizes", np.int64)
 
@@ -87,18 +101,25 @@ class TokenCache:
         return len(self.lines)
 
     def document(self, number: int) -> np.ndarray:
-        """The ids of one document."""
+        """Return the ids of one document."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
     def marks_of(self, number: int) -> np.ndarray:
-        """The marks of one document of a chat format."""
+        """Return the marks of one document of a chat format."""
         assert self.marks is not None
         return self.marks[self.offsets[number] : self.offsets[number + 1]]
 
     def piece(self, number: int, start: int, count: int) -> np.ndarray:
-        """The ids of `count` targets of a document, and the one before the first."""
+        """Return the ids of `count` targets of a document, and the one before them."""
         begin = int(self.offsets[number]) + start
         return self.tokens[begin : begin + count + 1]
+
+    def loss_mask(self, number: int, start: int, count: int) -> np.ndarray:
+        """Return which targets of a piece are in the loss (bool); of plain text, all."""
+        if self.marks is None:
+            return np.ones(count, bool)
+        begin = int(self.offsets[number]) + start + 1
+        return self.marks[begin : begin + count] & TRAINED > 0
 
     @property
     def targets(self) -> np.ndarray:
@@ -107,24 +128,19 @@ class TokenCache:
 
     @property
     def rejected_file(self) -> Path | None:
-        """The list of rows left out, where some were."""
+        """The list of skipped rows, if there are any."""
         file = self.folder / _REJECTED
         return file if file.exists() else None
 
 
-def open_cache(
-    source: Source,
-    root: Path,
-    processes: int = 1,
-    on_progress: Callable[[str], None] = lambda _: None,
-) -> TokenCache:
-    """The token cache of a file, built if it is not there or not intact.
+def open_cache(source: Source, root: Path, processes: int = 1) -> TokenCache:
+    """Return the token cache of a file, which is built if it is missing or damaged.
 
-    Memory does not grow with the file: a few chunks of 2 MiB are in flight. Whoever
-    comes second waits for the first. Raises `FileNotFoundError`, `DataError` (also
-    where the file changes meanwhile) or `OSError`.
+    The file must be one that `check_file` accepts. It is hashed each time, and read
+    again only to build. Memory does not grow with it: a few chunks of 2 MiB are in
+    flight. A second process waits for the first. Raises `DataError` (also for a file
+    that changes meanwhile) or `OSError`.
     """
-    check_file(source.path)
     before = Path(source.path).stat()
     content = source.content()
     folder = root / source.name(content)
@@ -134,106 +150,131 @@ def open_cache(
         if folder.exists():
             try:
                 facts = verified.verify(folder)
-                _judge_again(source, facts, folder / _REJECTED)
-                return TokenCache(folder, facts)
+                bad = sum(facts["bad_rows"].values())
+                if bad <= source.max_bad_fraction * (bad + facts["rows"]):
+                    return TokenCache(folder, facts)
             except verified.DamagedFolder as damage:
-                on_progress(f"the token cache is damaged and made anew: {damage}")
+                logger.warning("the token cache is damaged, rebuilding it: %s", damage)
                 shutil.rmtree(folder)
-        for leftover in root.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with_what = (source, folder, processes, on_progress)
-        _build(*with_what, before=before, content=content)
+        verified.remove_leftovers(root, folder.name)
+        _build(source, folder, processes, content, before)
         return TokenCache(folder, verified.verify(folder))
+
+
+def estimate_bytes(file: Path) -> int:
+    """Return about how much room the token cache of a JSONL file takes."""
+    unpacked = _GZIP_RATIO if file.suffix == ".gz" else 1
+    return int(file.stat().st_size * unpacked * _CACHE_SHARE)
 
 
 def _hash(*parts: object) -> str:
     return hashlib.sha256(verified.canonical_json(parts).encode()).hexdigest()
 
 
-def _judge_again(source: Source, facts: dict[str, Any], rejected: Path) -> None:
-    """Hold a cache built under a laxer max_bad_fraction to this one."""
-    tally = Tally(source.path, source.on_bad_line, source.max_bad_fraction)
-    tally.good = facts["rows"]
-    tally.kinds.update(facts["bad_rows"])
-    if tally.kinds:
-        with rejected.open(encoding="utf-8") as lines:
-            tally.problems = [BadRow(**json.loads(line)) for line in lines]
-    tally.judge()
-
-
-def estimate_bytes(file: Path) -> int:
-    """What the token cache of a JSONL file takes on the disk, about."""
-    unpacked = _GZIP_RATIO if file.suffix == ".gz" else 1
-    return int(file.stat().st_size * unpacked * _CACHE_SHARE)
+def _map(file: Path, dtype: npt.DTypeLike) -> np.ndarray:
+    if file.stat().st_size == 0:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(file, dtype, mode="r")
 
 
 def _build(
     source: Source,
     folder: Path,
     processes: int,
-    on_progress: Callable[[str], None],
-    *,
-    before: os.stat_result,
     content: str,
+    before: os.stat_result,
 ) -> None:
     """Write the cache; `before` is the state of the file when `content` was taken."""
-    tally = Tally(source.path, source.on_bad_line, source.max_bad_fraction)
-    facts: dict[str, Any] = {"token_type": token_type(source.tokenizer.vocab_size)}
-    facts |= {"record_format": source.record_format, "content": content}
-    if before.st_size < _ALONE_BYTES and not source.path.endswith(".gz"):
+    path = Path(source.path)
+    if before.st_size < _ALONE_BYTES and path.suffix != ".gz":
         processes = 1
-    with verified.writing(folder, facts, estimate_bytes(Path(source.path))) as aside:
-        chunks = iter_chunks(source.path, CHUNK_BYTES)
-        with contextlib.closing(
-            encode_chunks(source.record_format, source.tokenizer, chunks, processes)
-        ) as parts:
-            facts |= _write_parts(parts, aside, tally, on_progress, before.st_size)
-        after = Path(source.path).stat()
+    policy = (source.path, source.on_bad_line, source.max_bad_fraction)
+    tally = Tally()
+    facts: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0}
+    next_log = time.monotonic() + _LOG_SECONDS
+    with (
+        verified.writing(folder, facts, estimate_bytes(path)) as aside,
+        contextlib.closing(_encode(source, processes)) as parts,
+    ):
+        (aside / "offsets").write_bytes(bytes(8))  # the first document begins at 0
+        for arrays, counted in parts:
+            tally.add(counted)
+            if source.on_bad_line == "error" and tally.kinds:
+                tally.raise_if_too_many(*policy)
+            arrays["offsets"] += facts["tokens"]
+            for name, array in arrays.items():
+                with (aside / name).open("ab") as file:
+                    file.write(array.tobytes())
+            facts["tokens"] += len(arrays["tokens"])
+            facts["documents"] += len(arrays["lines"])
+            facts["text_bytes"] += int(arrays["sizes"].sum())
+            if time.monotonic() > next_log:
+                next_log = time.monotonic() + _LOG_SECONDS
+                done, size = facts["text_bytes"] / 1e6, before.st_size / 1e6
+                logger.info("tokenised %.0f MB of text (file: %.0f MB)", done, size)
+        after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(
-                f"{source.path} changed while it was read: start again when nothing "
-                "writes to it any more"
+                f"{path} changed while it was read: start again when nothing writes to "
+                "it any more"
             )
-        tally.judge()
+        tally.raise_if_too_many(*policy)
         if tally.problems:
-            write_rejected(aside / _REJECTED, tally.problems)
-        facts |= {"bad_rows": dict(tally.kinds), "rows": tally.good}
+            rows = (json.dumps(p._asdict(), ensure_ascii=False) for p in tally.problems)
+            text = "".join(f"{row}\n" for row in rows)
+            (aside / _REJECTED).write_text(text, encoding="utf-8")
         rows = facts["documents"] // RECORD_FORMATS[source.record_format].per_row
+        facts |= {"rows": tally.good, "bad_rows": dict(tally.kinds)}
         facts |= {"blank": tally.blank, "empty": tally.good - rows}
+        facts |= {"record_format": source.record_format, "content": content}
+        facts |= {"token_type": token_type(source.tokenizer.vocab_size)}
 
 
-def _write_parts(
-    parts: Iterator[Encoded],
-    folder: Path,
-    tally: Tally,
-    on_progress: Callable[[str], None],
-    size: int,
-) -> dict[str, int]:
-    tokens = documents = text_bytes = 0
-    next_report = time.monotonic() + _REPORT_SECONDS
-    with contextlib.ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        for part in parts:
-            tally.add(part.rows, part.problems, part.blank, part.more)
-            tally.judge_so_far()
-            if not files:
-                for name in part.arrays:
-                    files[name] = stack.enter_context((folder / name).open("wb"))
-                files["offsets"].write(bytes(8))  # the first document begins at 0
-            part.arrays["offsets"] += tokens
-            for name, file in files.items():
-                file.write(part.arrays[name].tobytes())
-            tokens += len(part.arrays["tokens"])
-            documents += len(part.arrays["lines"])
-            text_bytes += int(part.arrays["sizes"].sum())
-            if time.monotonic() > next_report:
-                next_report = time.monotonic() + _REPORT_SECONDS
-                done = f"tokenised {text_bytes / 1e6:,.0f} MB of text"
-                on_progress(f"{done} (the file has {size / 1e6:,.0f} MB)")
-    return {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
+def _encode(
+    source: Source, processes: int
+) -> Generator[tuple[Arrays, Tally], None, None]:
+    """Encode a file in this process or in helpers; the chunks come in order."""
+    chunks = iter_chunks(source.path, CHUNK_BYTES)
+    if processes == 1:
+        yield from map(_make_encoder(source), chunks)
+        return
+    with concurrent.futures.ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_helper,
+        initargs=(os.getpid(), source),
+    ) as pool:
+        waiting: deque[concurrent.futures.Future[tuple[Arrays, Tally]]] = deque()
+        try:
+            for chunk in chunks:
+                with without_main_script():  # the pool starts its helpers here
+                    waiting.append(pool.submit(_encode_in_helper, chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise RuntimeError(
+                "a helper process that tokenises was killed; if nobody did that, the "
+                "machine ran out of memory: close other programs, and start again"
+            ) from error
 
 
-def _map(file: Path, dtype: npt.DTypeLike) -> np.ndarray:
-    if file.stat().st_size == 0:
-        return np.zeros(0, dtype)  # an empty file cannot be mapped
-    return np.memmap(file, dtype, mode="r")
+_encode_chunk: functools.partial[tuple[Arrays, Tally]] | None = None
+
+
+def _start_helper(parent_pid: int, source: Source) -> None:
+    global _encode_chunk  # noqa: PLW0603 - an initializer can only leave a global
+    die_with_parent(parent_pid)
+    _encode_chunk = _make_encoder(source)
+
+
+def _encode_in_helper(chunk: Chunk) -> tuple[Arrays, Tally]:
+    assert _encode_chunk is not None
+    return _encode_chunk(chunk)
+
+
+def _make_encoder(source: Source) -> functools.partial[tuple[Arrays, Tally]]:
+    spec = source.tokenizer
+    encoder = BulkEncoder(spec, threads=1)
+    return functools.partial(encode_chunk, source.record_format, spec, encoder)

@@ -1,5 +1,7 @@
 """Training a byte-level BPE vocabulary from JSON Lines, as the shipped one was."""
 
+from __future__ import annotations
+
 import os
 import re
 import zlib
@@ -9,9 +11,15 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minimind_nb.data.faults import Fault, Tally
-from minimind_nb.data.jsonl import check_text_row, iter_chunks, read_rows
-from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
+from .jsonl import (
+    Fault,
+    Tally,
+    check_file,
+    check_text_row,
+    iter_chunks,
+    read_rows,
+)
+from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _SPECIAL_STRINGS = re.compile("|".join(map(re.escape, _SPECIAL)))
@@ -80,13 +88,14 @@ def train_tokenizer(
 
 def _count_bytes(path: Path) -> int:
     """Check every row of a file and add up its text, in bytes."""
-    tally = Tally(path)
+    check_file(path)
+    tally = Tally()
     total = 0
     for chunk in iter_chunks(path):
-        rows, problems, blank, more = read_rows(chunk, _check_row)
-        tally.add(len(rows), problems, blank, more)
+        rows, counted = read_rows(chunk, _check_row)
+        tally.add(counted)
         total += sum(len(text.encode()) for _, row in rows for text in _texts(row))
-    tally.judge()
+    tally.raise_if_too_many(path)
     return total
 
 
@@ -95,7 +104,7 @@ def _sample(paths: Sequence[str | os.PathLike[str]], share: float) -> Iterator[s
     limit = int(share * 2**32)
     for path in paths:
         for chunk in iter_chunks(path):
-            for _, row in read_rows(chunk, _check_row).rows:
+            for _, row in read_rows(chunk, _check_row)[0]:
                 texts = _texts(row)
                 if zlib.crc32("\n".join(texts).encode()) < limit:
                     for text in texts:

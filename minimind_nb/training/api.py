@@ -188,7 +188,7 @@ def _evaluate(
     settled = settle(TrainConfig(**choices, init_from=init_from), print)
     cfg, cores = settled.cfg, settled.hardware.cpu_cores
     at = (settled.tokenizer, settled.cache_root, cores)
-    corpus = Corpus.prepare(cfg, *at, lambda _: None)
+    corpus = Corpus.prepare(cfg, *at)
     corpus.judge(cfg, 1.0)
     at_hand = settled.cache_root if torchrun else None  # where other machines see it
     with scratch_folder(at_hand) as folder:

@@ -130,14 +130,15 @@ def settle(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Settled:
     return Settled(resolved, tokenizer, hardware, cache_root, initial)
 
 
-def open_corpus(settled: Settled, on_note: _Note) -> Corpus:
+def open_corpus(settled: Settled) -> Corpus:
     """The tokenised documents of a settled configuration."""
     cfg, root = settled.cfg, settled.cache_root
     assert cfg.data_path
-    data_path = str(locate(cfg.data_path, root, cfg.stage))
-    cfg = dataclasses.replace(cfg, data_path=data_path)
+    if cfg.data_path == DEMO:
+        data_path = str(locate(DEMO, root, cfg.stage))
+        cfg = dataclasses.replace(cfg, data_path=data_path)
     cores = settled.hardware.cpu_cores
-    corpus = Corpus.prepare(cfg, settled.tokenizer, root, cores, on_note)
+    corpus = Corpus.prepare(cfg, settled.tokenizer, root, cores)
     corpus.judge(cfg, cfg.max_bad_fraction)
     return corpus
 
@@ -160,7 +161,7 @@ def prepare(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Iterator[Prepa
         resolved = meet_run(folder, settled.cfg, on_note)
         settled = dataclasses.replace(settled, cfg=resolved)
         check_room(resolved, cache=settled.cache_root)
-        corpus = open_corpus(settled, on_note)
+        corpus = open_corpus(settled)
         config = _describe(cfg, settled, corpus)
         config["accumulation_asked"] = asked
         start = _find_start(settled, folder, config, on_note)

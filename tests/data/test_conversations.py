@@ -23,7 +23,7 @@ from minimind_nb.data.conversations import (
     check_pair,
     check_prompt,
 )
-from minimind_nb.data.faults import Fault
+from minimind_nb.data.jsonl import Fault
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 
 SHIPPED = read_tokenizer()

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from minimind_nb.config import TrainConfig, resolve
-from minimind_nb.data import token_cache
 from minimind_nb.data.batches import IGNORED
 from minimind_nb.data.corpus import Corpus, detect_format
-from minimind_nb.data.faults import DataError
+from minimind_nb.data.jsonl import DataError
 
 TEXTS = [f"document {n}" for n in range(200)]
 
@@ -19,15 +18,13 @@ TEXTS = [f"document {n}" for n in range(200)]
 def prepare(tmp_path, byte_spec, write_rows):
     """A function that writes texts, and opens them as a configuration says."""
 
-    def prepare(texts, val_texts=None, notes=None, **wanted):
+    def prepare(texts, val_texts=None, **wanted):
         file = write_rows(tmp_path / "rows.jsonl", texts)
         if val_texts is not None:
             own = write_rows(tmp_path / "held_out.jsonl", val_texts)
             wanted["val_path"] = str(own)
         cfg = resolve(TrainConfig(data_path=str(file), **wanted))
-        note = (lambda _: None) if notes is None else notes.append
-        corpus = Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1, note)
-        return corpus, cfg
+        return Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1), cfg
 
     return prepare
 
@@ -78,13 +75,6 @@ def test_changed_text_goes_to_another_cache_and_a_length_does_not(prepare):
     assert prepare(TEXTS[1:], max_seq_len=64)[0].cache.folder != folder
 
 
-def test_progress_is_passed_on(prepare, monkeypatch):
-    monkeypatch.setattr(token_cache, "_REPORT_SECONDS", -1.0)
-    notes = []
-    prepare(TEXTS, val_texts=["x"], notes=notes)
-    assert notes == ["tokenised 0 MB of text (the file has 0 MB)"] * 2
-
-
 @pytest.mark.parametrize("texts", [[""], ["", ""]])
 def test_a_file_without_text_to_train_on_is_refused(prepare, texts):
     with pytest.raises(ValueError, match="no text to train on: 0 documents that are"):
@@ -104,9 +94,9 @@ def test_bad_rows_are_refused_or_left_out_as_the_configuration_says(
     file.write_text('{"text": "a"}\n{"txt": "b"}\n')
     cfg = dataclasses.replace(cfg, data_path=str(file))
     with pytest.raises(DataError, match=r"some\.jsonl:2:1: no \"text\" in the row"):
-        Corpus.prepare(cfg, byte_spec, tmp_path, 1, print)
+        Corpus.prepare(cfg, byte_spec, tmp_path, 1)
     cfg = dataclasses.replace(cfg, on_bad_line="skip", max_bad_fraction=0.5)
-    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1, print)
+    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1)
     assert corpus.documents.tolist() == [0]
 
 
@@ -165,7 +155,7 @@ def prepare_rows(tmp_path, byte_spec):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = resolve(TrainConfig(stage=stage, data_path=str(file), **wanted))
         root = tmp_path / "cache"
-        corpus = Corpus.prepare(cfg, byte_spec, root, 1, lambda _: None)
+        corpus = Corpus.prepare(cfg, byte_spec, root, 1)
         corpus.judge(cfg, cfg.max_bad_fraction)
         return corpus, cfg
 

@@ -14,7 +14,7 @@ from minimind_nb.data.datasets import (
     RLAIFDataset,
     SFTDataset,
 )
-from minimind_nb.data.faults import DataError
+from minimind_nb.data.jsonl import DataError
 from minimind_nb.data.tokenizer import read_tokenizer
 
 TEXTS = ["abc", "", "d", "efghijk"]

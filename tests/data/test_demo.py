@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from minimind_nb.data import demo
-from minimind_nb.data.faults import DataError
-from minimind_nb.data.jsonl import check_text_row, iter_chunks, read_rows
+from minimind_nb.data.jsonl import DataError, check_text_row, iter_chunks, read_rows
 from minimind_nb.storage.verified import hash_file
 
 Messages = list[dict[str, str]]
@@ -27,8 +26,8 @@ def corpus_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(corpus_file) -> list[str]:
     results = [read_rows(chunk, check_text_row) for chunk in iter_chunks(corpus_file)]
-    assert not any(result.problems or result.blank for result in results)
-    return [row["text"] for result in results for _, row in result.rows]
+    assert not any(tally.kinds or tally.blank for _, tally in results)
+    return [row["text"] for rows, _ in results for _, row in rows]
 
 
 @pytest.fixture(scope="module")

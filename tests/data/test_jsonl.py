@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from minimind_nb.data.faults import DataError, Tally, write_rejected
+from minimind_nb.data import jsonl
 from minimind_nb.data.jsonl import (
     Chunk,
+    DataError,
+    Tally,
     check_file,
     check_text_row,
     iter_chunks,
@@ -29,9 +31,9 @@ def read(data: bytes, first_line: int = 1):
 def read_file(path: Path, size: int = 1 << 20):
     rows, problems = [], []
     for chunk in iter_chunks(path, size):
-        part = read_rows(chunk, check_text_row)
-        rows += part.rows
-        problems += part.problems
+        good, tally = read_rows(chunk, check_text_row)
+        rows += good
+        problems += tally.problems
     return rows, problems
 
 
@@ -64,8 +66,8 @@ REFUSED = {
     b"\0\0\0\0": ("nul", 1, "cut off or damaged"),
     b'{"text": "\\ud83d"}': ("lone_surrogate", 11, r"\\ud83d is half"),
     b'{"text": "\\n", "b": ["\\uDE00"]}': ("lone_surrogate", 23, r"\\ude00 is half"),
-    b'{"text": "a", "b": NaN}': ("not_finite", 20, "NaN is no JSON number"),
-    b'{"text": "NaN", "b": [-Infinity]}': ("not_finite", 23, "-Infinity is no"),
+    b'{"text": "a", "b": NaN}': ("not_finite", 20, "NaN is not a JSON number"),
+    b'{"text": "NaN", "b": [-Infinity]}': ("not_finite", 23, "-Infinity is not"),
     b'{"text": "a", "text": "b"}': ("duplicate_key", 15, "'text' comes twice"),
     b'{"b": {"c": 1, "c": 1}}': ("duplicate_key", 16, "'c' comes twice"),
     b'{"\\ud800": 1, "\\ud800": 1}': ("duplicate_key", 1, r"'\\ud800' comes twice"),
@@ -83,10 +85,10 @@ REFUSED = {
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: repr(line[:40]))
 def test_bad_line_is_refused_at_its_place_and_its_neighbours_are_read(line):
     kind, column, reason = REFUSED[line]
-    result = read(GOOD + b"\n\n" + line + b"\r\n" + GOOD, first_line=7)
-    assert [number for number, _ in result.rows] == [7, 10]
-    assert result.blank == 1
-    (bad,) = result.problems
+    rows, tally = read(GOOD + b"\n\n" + line + b"\r\n" + GOOD, first_line=7)
+    assert [number for number, _ in rows] == [7, 10]
+    assert (tally.good, tally.blank, tally.kinds) == (2, 1, {kind: 1})
+    (bad,) = tally.problems
     assert (bad.line, bad.kind) == (9, kind)
     assert bad.column in (column if isinstance(column, tuple) else (column,))
     assert re.search(reason, bad.reason)
@@ -111,25 +113,25 @@ ACCEPTED = {
 @pytest.mark.fault("F40")
 @pytest.mark.parametrize("line", ACCEPTED, ids=lambda line: repr(line[:40]))
 def test_unusual_but_valid_line_is_accepted_with_its_text_unchanged(line):
-    result = read(line)
-    assert not result.problems
-    assert [row["text"] for _, row in result.rows] == [ACCEPTED[line]]
+    rows, tally = read(line)
+    assert not tally.problems
+    assert [row["text"] for _, row in rows] == [ACCEPTED[line]]
 
 
 def test_blank_lines_are_counted_and_keep_the_numbers_physical():
-    result = read(b"\n \r\n" + GOOD + b"\n\n\n" + GOOD)
-    assert [number for number, _ in result.rows] == [3, 6]
-    assert result.blank == 4
+    rows, tally = read(b"\n \r\n" + GOOD + b"\n\n\n" + GOOD)
+    assert [number for number, _ in rows] == [3, 6]
+    assert tally.blank == 4
 
 
 @pytest.mark.fault("F41")
 def test_many_keys_are_fine():
     keys = ", ".join(f'"{n}": 0' for n in range(100_000))
-    assert len(read(f'{{"text": "a", {keys}}}'.encode()).rows) == 1
+    assert read(f'{{"text": "a", {keys}}}'.encode())[1].good == 1
 
 
 def test_excerpt_shows_the_surroundings_of_the_column():
-    (bad,) = read(b'{"text": "' + b"x" * 5000 + b"\x01HERE" + b"y" * 5000).problems
+    (bad,) = read(b'{"text": "' + b"x" * 5000 + b"\x01HERE" + b"y" * 5000)[1].problems
     assert bad.column == 5011
     assert "\\x01HERE" in bad.excerpt
 
@@ -165,10 +167,9 @@ def test_line_over_the_limit_is_refused_and_the_next_one_is_read(tmp_path, size)
     path.write_bytes(b"\n".join([GOOD, long, GOOD, long]))
     rows, problems = read_file(path, size)
     assert [number for number, _ in rows] == [1, 3]
-    assert [(bad.line, bad.kind) for bad in problems] == [(2, "too_long")] * 1 + [
-        (4, "too_long")
-    ]
-    assert "the line has 17.0 MB, at most 16 MB are read" in problems[0].reason
+    places = [(bad.line, bad.kind) for bad in problems]
+    assert places == [(2, "too_long"), (4, "too_long")]
+    assert "the line has more than 16 MB, the most for one row" in problems[0].reason
     assert problems[0].excerpt.startswith('{"text": "xxx')
 
 
@@ -185,7 +186,8 @@ def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "parts = [read_rows(c, check_text_row) for c in iter_chunks(sys.argv[1])]\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-        "print(parts[-1].problems[0].kind, parts[-1].problems[0].line)\n"
+        "bad = parts[-1][1].problems[0]\n"
+        "print(bad.kind, bad.line)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)],
@@ -220,7 +222,7 @@ def test_other_formats_get_one_line_with_cause_and_fix(tmp_path, name):
     data, message = WHOLE_FILE[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message) as caught:
-        list(iter_chunks(tmp_path / name))
+        check_file(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
@@ -256,74 +258,51 @@ def test_array_on_the_first_line_only_is_a_bad_row_not_a_bad_file(tmp_path):
     assert problems[0].kind == "not_object"
 
 
-def tally(good: int, bad: bytes, **policy) -> Tally:
-    total = Tally("some/corpus.jsonl", **policy)
-    total.add(good, read(bad).problems, 0, {})
+def tally(good: int, bad: bytes) -> Tally:
+    total = Tally(good)
+    total.add(read(bad)[1])
     return total
 
 
 def test_default_policy_lists_the_first_five_and_counts_by_kind():
     lines = b'{"text": 1}\n' * 2 + b"{\n" * 5
     with pytest.raises(DataError) as caught:
-        tally(93, lines).judge()
+        tally(93, lines).raise_if_too_many("some/corpus.jsonl")
     message = str(caught.value).splitlines()
     assert message[0] == (
-        "some/corpus.jsonl: 7 of 100 rows cannot be used: 5 truncated, 2 not a string"
+        "some/corpus.jsonl: 7 of 100 rows read cannot be used: 5 truncated, "
+        "2 not a string"
     )
     assert message[1] == '  corpus.jsonl:1:2: "text" is 1, not a string'
     assert message[2] == '      {"text": 1}'
     assert sum(line.startswith("  corpus.jsonl:") for line in message) == 5
     assert message[-2] == "  … and 2 more"
-    assert 'set on_bad_line="skip" (up to 1 %)' in message[-1]
+    assert message[-1] == 'Fix these lines, or set on_bad_line="skip" (up to 1 %).'
     assert len(caught.value.problems) == 7
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.fault("F41")
-def test_a_chunk_that_is_bad_throughout_is_counted_and_not_described_whole():
-    found = read(b"{}\n" * 5000)
-    assert (len(found.problems), found.more) == (1000, {"missing_text": 4000})
-    total = Tally("x.jsonl")
-    total.add(0, found.problems, 0, found.more)
-    with pytest.raises(DataError, match="5000 of 5000 rows read so far cannot be used"):
-        total.judge_so_far()
-    lax = Tally("x.jsonl", "skip")
-    lax.add(0, found.problems, 0, found.more)
-    lax.judge_so_far()
+def test_of_endless_bad_rows_all_are_counted_and_few_are_kept(monkeypatch):
+    monkeypatch.setattr(jsonl, "KEPT_PROBLEMS", 7)
+    total = Tally()
+    for first_line in (1, 6, 11):
+        total.add(read(b"{}\n" * 5, first_line)[1])
+    assert total.kinds == {"missing_text": 15}
+    assert [row.line for row in total.problems] == list(range(1, 8))
+    assert len(read(b"{}\n" * 5000)[1].problems) == 7
 
 
 def test_skipping_is_allowed_up_to_the_fraction():
-    tally(99, b"{", on_bad_line="skip").judge()
+    tally(99, b"{").raise_if_too_many("x", "skip")
     with pytest.raises(DataError, match=r"at most 1 % of the rows.* be 1\.010%"):
-        tally(98, b"{", on_bad_line="skip").judge()
-    tally(50, b"{\n" * 50, on_bad_line="skip", max_bad_fraction=0.5).judge()
+        tally(98, b"{").raise_if_too_many("x", "skip")
+    tally(50, b"{\n" * 50).raise_if_too_many("x", "skip", 0.5)
     with pytest.raises(DataError, match="at most 100 % of the rows"):
-        tally(0, b"{", on_bad_line="skip", max_bad_fraction=1.0).judge()
-
-
-def test_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="on_bad_line is 'ignore', use \"error\""):
-        Tally("x", on_bad_line="ignore")
+        tally(0, b"{").raise_if_too_many("x", "skip", 1.0)
 
 
 @pytest.mark.fault("F42")
 def test_file_of_blank_lines_is_refused():
-    total = Tally("x.jsonl")
-    total.add(0, [], read(b"\n \n").blank, {})
     with pytest.raises(DataError, match=r"x\.jsonl has only blank lines, 2 of them"):
-        total.judge()
-
-
-def test_rejected_rows_are_written_as_json_lines(tmp_path):
-    problems = read(b"{\n" + GOOD + b'\n{"\\ud800": 1, "\\ud800": 1}').problems
-    write_rejected(tmp_path / "rejected.jsonl", problems)
-    written = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["line"] for line in written] == [1, 3]
-    assert set(json.loads(written[0])) == {
-        "line",
-        "column",
-        "kind",
-        "reason",
-        "excerpt",
-    }
-    assert [p.name for p in tmp_path.iterdir()] == ["rejected.jsonl"]
+        read(b"\n \n")[1].raise_if_too_many("x.jsonl")

@@ -8,8 +8,8 @@ import pytest
 from minimind_nb.config import STAGES
 from minimind_nb.data.conversations import TRAINED
 from minimind_nb.data.fast_encoding import BulkEncoder
-from minimind_nb.data.faults import Fault
-from minimind_nb.data.record_formats import RECORD_FORMATS, encode_texts
+from minimind_nb.data.jsonl import Fault
+from minimind_nb.data.record_formats import RECORD_FORMATS
 
 A, B, C = 67, 68, 69
 PAD, BEGIN, END = 0, 1, 2
@@ -25,7 +25,9 @@ def encode(byte_spec):
     encoder = BulkEncoder(byte_spec)
 
     def encode(text, spec=byte_spec):
-        ((document,),) = good(encode_texts([{"text": text}], encoder, spec))
+        ((document,),) = good(
+            RECORD_FORMATS["pretrain"].encode([{"text": text}], encoder, spec)
+        )
         assert document.marks is None
         return document.ids.tolist()
 
@@ -58,7 +60,9 @@ def test_one_token_may_be_both_begin_and_end(encode, byte_spec):
 
 def test_documents_keep_their_order_and_one_type(byte_spec):
     rows = [{"text": text} for text in ("a", "<|im_start|>b<|im_end|>", "c<|im_end|>")]
-    made = good(encode_texts(rows, BulkEncoder(byte_spec), byte_spec))
+    made = good(
+        RECORD_FORMATS["pretrain"].encode(rows, BulkEncoder(byte_spec), byte_spec)
+    )
     ids = [document.ids for documents in made for document in documents]
     assert [each[1:-1].tolist() for each in ids] == [[A], [B], [C]]
     assert {each.dtype.name for each in ids} == {"uint32"}

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minimind_nb.data import token_cache, tokenising
-from minimind_nb.data.faults import DataError
+from minimind_nb.data import token_cache
+from minimind_nb.data.jsonl import DataError
+from minimind_nb.data.record_formats import token_type
 from minimind_nb.data.token_cache import Source, TokenCache, open_cache
-from minimind_nb.data.tokenising import token_type
 from minimind_nb.data.tokenizer import read_tokenizer
 
 # A script that opens a cache as its arguments say; what is injected stands before.
@@ -48,14 +48,13 @@ token_cache._build = slow_build
 DEATH_AT_PART_3 = """
 import itertools, multiprocessing
 token_cache._ALONE_BYTES, token_cache.CHUNK_BYTES = 0, 2000
-write_parts = token_cache._write_parts
-def die_at_part_3(parts, *arguments):
-    def dying():
-        yield from itertools.islice(parts, 3)
-        print(*[p.pid for p in multiprocessing.active_children()], flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write_parts(dying(), *arguments)
-token_cache._write_parts = die_at_part_3
+encode = token_cache._encode
+def die_at_part_3(*arguments):
+    parts = encode(*arguments)
+    yield from itertools.islice(parts, 3)
+    print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+token_cache._encode = die_at_part_3
 """
 ASK, SAY = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "é"}'
 CHAT = f'{{"conversations": [{ASK}, {SAY}]}}'
@@ -170,7 +169,9 @@ def test_what_a_cache_holds_at_literal_points(make_source, root):
     assert cache.facts["tokens"] == 10
     assert cache.facts["text_bytes"] == 6
     assert cache.facts["record_format"] == "pretrain"
-    assert cache.marks is cache.trained is cache.answers is cache.answer_sizes is None
+    assert (
+        cache.marks is cache.loss_tokens is cache.answers is cache.answer_sizes is None
+    )
     assert contents(cache.folder).keys() == {
         *("tokens", "offsets", "lines", "sizes", "hashes", "manifest.json")
     }
@@ -188,7 +189,7 @@ def test_what_a_cache_of_conversations_holds_at_literal_points(source_of_bytes, 
     for found, values in (
         (cache.lines, [1, 3]),
         (cache.sizes, [2, 3]),
-        (cache.trained, [4, 7]),
+        (cache.loss_tokens, [4, 7]),
         (cache.answers, [1, 2]),
         (cache.answer_sizes, [2, 2, 1]),
     ):
@@ -350,20 +351,20 @@ def test_helpers_make_the_same_of_conversations(source_of_bytes, root, monkeypat
     assert len(helped) == 2 * len(rows)
 
 
-def test_progress_is_told_now_and_then(make_source, root, monkeypatch):
+def test_progress_is_logged_now_and_then(make_source, root, monkeypatch, caplog):
+    caplog.set_level("INFO", "minimind_nb")
     monkeypatch.setattr(token_cache, "CHUNK_BYTES", 500_000)
     source = make_source(["a" * 400_000] * 5)
-    notes = []
-    open_cache(source, root / "quick", on_progress=notes.append)
-    assert notes == []
-    monkeypatch.setattr(token_cache, "_REPORT_SECONDS", -1.0)
-    open_cache(source, root / "slow", on_progress=notes.append)
-    assert len(notes) > 2
-    assert notes[-1] == "tokenised 2 MB of text (the file has 2 MB)"
+    open_cache(source, root / "quick")
+    assert caplog.messages == []
+    monkeypatch.setattr(token_cache, "_LOG_SECONDS", -1.0)
+    open_cache(source, root / "slow")
+    assert len(caplog.messages) > 2
+    assert caplog.messages[-1] == "tokenised 2 MB of text (file: 2 MB)"
 
 
 def test_small_files_start_no_helpers(make_source, root, monkeypatch):
-    monkeypatch.setattr(tokenising.concurrent.futures, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(token_cache.concurrent.futures, "ProcessPoolExecutor", None)
     assert len(open_cache(make_source(["a"]), root, processes=8)) == 1
 
 
@@ -445,24 +446,21 @@ def test_changed_data_is_tokenised_anew(make_source, root):
 
 @pytest.mark.fault("F23")
 @pytest.mark.parametrize("name", ["tokens", "offsets", "hashes", "manifest.json"])
-def test_damaged_cache_is_made_anew(make_source, root, name):
+def test_damaged_cache_is_rebuilt(make_source, root, name, caplog):
     source = make_source(["a", "b"])
     folder = open_cache(source, root).folder
     whole = contents(folder)
     raw = bytearray(whole[name])
     raw[len(raw) // 2] ^= 1
     (folder / name).write_bytes(raw)
-    notes = []
-    cache = open_cache(source, root, on_progress=notes.append)
+    cache = open_cache(source, root)
     assert contents(cache.folder) == whole
-    assert notes[0].startswith("the token cache is damaged and made anew: ")
+    assert caplog.messages[0].startswith("the token cache is damaged, rebuilding it: ")
 
 
 def test_bad_rows_refuse_the_file_and_leave_no_cache(source_of_bytes, root):
     source = source_of_bytes(b'{"text": "a"}\n{"text": 1}\n\n{"text": "b"\n')
-    with pytest.raises(
-        DataError, match="2 of 3 rows read so far cannot be used"
-    ) as caught:
+    with pytest.raises(DataError, match="2 of 3 rows read cannot be used") as caught:
         open_cache(source, root)
     assert [(row.line, row.kind) for row in caught.value.problems] == [
         (2, "not_a_string"),
@@ -518,13 +516,6 @@ def test_a_file_that_changes_while_it_is_read_makes_no_cache(
     assert texts_of(open_cache(source, root)) == [b"other"]
 
 
-def test_missing_file_is_named_and_nothing_is_made(tmp_path, byte_spec, root):
-    source = Source(str(tmp_path / "no.jsonl"), "pretrain", byte_spec)
-    with pytest.raises(FileNotFoundError, match=r"no\.jsonl does not exist"):
-        open_cache(source, root)
-    assert not root.exists()
-
-
 @pytest.mark.fault("F59")
 def test_of_two_processes_one_builds_and_the_other_waits(tmp_path, make_source, root):
     source = make_source([f"text {n}" for n in range(100)])
@@ -571,18 +562,16 @@ def test_death_during_a_build_leaves_nothing_that_is_used(tmp_path, make_source,
 def test_killed_helper_is_told_in_plain_words(make_source, root, monkeypatch):
     monkeypatch.setattr(token_cache, "_ALONE_BYTES", 0)
     monkeypatch.setattr(token_cache, "CHUNK_BYTES", 2000)
-    write_parts = token_cache._write_parts
+    encode = token_cache._encode
 
-    def kill_and_write(parts, *arguments):
-        def dying():
-            yield next(parts)
-            for helper in multiprocessing.active_children():
-                helper.kill()
-            yield from parts
+    def kill_and_encode(*arguments):
+        parts = encode(*arguments)
+        yield next(parts)
+        for helper in multiprocessing.active_children():
+            helper.kill()
+        yield from parts
 
-        return write_parts(dying(), *arguments)
-
-    monkeypatch.setattr(token_cache, "_write_parts", kill_and_write)
+    monkeypatch.setattr(token_cache, "_encode", kill_and_encode)
     source = make_source([f"{n} {ENGLISH}" for n in range(900)])
     with pytest.raises(RuntimeError, match="a helper process that tokenises was kill"):
         open_cache(source, root, processes=2)

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from minimind_nb.data.fast_encoding import BulkEncoder
-from minimind_nb.data.faults import DataError
+from minimind_nb.data.jsonl import DataError
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 from minimind_nb.data.tokenizer_training import train_tokenizer
 

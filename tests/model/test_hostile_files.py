@@ -16,7 +16,7 @@ import torch
 
 from minimind_nb.data import chat_template
 from minimind_nb.data.conversations import ChatEncoder
-from minimind_nb.data.faults import Fault
+from minimind_nb.data.jsonl import Fault
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.model.loading import load

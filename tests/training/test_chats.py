@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.runs import Settings, metric_rows, prepare_here, state_hashes, train_here
 
-from minimind_nb.data.faults import DataError
+from minimind_nb.data.jsonl import DataError
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training.loop import Trainer
 

@@ -10,7 +10,7 @@ import pytest
 from support.runs import Settings, prepare_here, tree
 
 from minimind_nb.config import TrainConfig
-from minimind_nb.data.faults import DataError
+from minimind_nb.data.jsonl import DataError
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.training import disk, preparation
 from minimind_nb.training.preparation import settle
