@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .data.tokenizer import load_tokenizer
     from .data.tokenizer_training import train_tokenizer
     from .diagnosis import doctor, verify
-    from .examination import examine
     from .launch.outcome import TrainingFailed
     from .model.architecture import MiniMindConfig, MiniMindForCausalLM
     from .model.export import export
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .model.loading import load
     from .monitor.chat import chat
     from .monitor.comparison import compare
+    from .monitor.examination import examine
     from .monitor.inspector import inspect
     from .monitor.metrics import History
     from .monitor.runs import Run, runs
@@ -49,7 +49,7 @@ _HOMES = {
     "compare": "monitor.comparison",
     "doctor": "diagnosis",
     "evaluate": "training.api",
-    "examine": "examination",
+    "examine": "monitor.examination",
     "export": "model.export",
     "find_input": "storage.inputs",
     "find_inputs": "storage.inputs",

@@ -30,7 +30,7 @@ class Session:
     inputs: Path | None = None
 
     def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
-        """The folder for what can be made again: token caches, the demo corpus.
+        """The folder for what can be made again: token caches.
 
         Kaggle saves `/kaggle/working` with every version, so it goes to scratch there.
         """

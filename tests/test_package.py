@@ -26,7 +26,7 @@ ROOMS = (
     {"model"},
     {"monitor"},
     {"training"},
-    {"planning", "diagnosis", "examination", "cli", "__main__", ""},
+    {"planning", "diagnosis", "cli", "__main__", ""},
 )
 HEAVY = "torch matplotlib ipywidgets transformers IPython numpy tokenizers tqdm".split()
 MOST_LINES = 350

@@ -42,7 +42,7 @@ class _CachedRows(Dataset[_T_co]):
     ) -> None:
         self.spec = read_tokenizer(tokenizer)
         root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
-        file = str(locate(path, root, self._record_format))
+        file = str(locate(path, self._record_format))
         self.cache = open_cache(Source(file, self._record_format, self.spec), root)
 
     def __len__(self) -> int:

@@ -180,8 +180,7 @@ def _evaluate(
     weights = find_weights(source, which, settings.get("tokenizer"), **shape)
     stage = detect_format(data_path, weights.stage or "pretrain")
     choices = {"out_dir": _home(weights.file), "eval_tokens": 1 << 62, **settings}
-    cache = current_session().cache_folder(choices["out_dir"])
-    file = locate(data_path, cache, stage)
+    file = locate(data_path, stage)
     choices |= {"stage": stage, "data_path": file, "val_path": file}
     in_folder = weights.file.suffix in (".safetensors", ".bin")
     init_from = str(weights.file.parent if in_folder else weights.file)

@@ -135,7 +135,7 @@ def open_corpus(settled: Settled) -> Corpus:
     cfg, root = settled.cfg, settled.cache_root
     assert cfg.data_path
     if cfg.data_path == DEMO:
-        data_path = str(locate(DEMO, root, cfg.stage))
+        data_path = str(locate(DEMO, cfg.stage))
         cfg = dataclasses.replace(cfg, data_path=data_path)
     cores = settled.hardware.cpu_cores
     corpus = Corpus.prepare(cfg, settled.tokenizer, root, cores)

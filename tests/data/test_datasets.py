@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from minimind_nb.data import demo
 from minimind_nb.data.datasets import (
     DPODataset,
     PretrainDataset,
@@ -106,13 +105,6 @@ def test_bad_files_are_refused_with_the_line(tmp_path, byte_spec):
         PretrainDataset(file, byte_spec, cache_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         PretrainDataset(tmp_path / "none.jsonl", byte_spec, cache_dir=tmp_path)
-
-
-def test_demo_names_the_embedded_corpus(tmp_path, monkeypatch, byte_spec):
-    monkeypatch.setattr(demo, "documents", lambda: iter(["a text", "一段文字"]))
-    rows = PretrainDataset("demo", byte_spec, cache_dir=tmp_path)
-    assert len(rows) == 2
-    assert (tmp_path / "demo.jsonl").is_file()
 
 
 def talk(*contents):
@@ -237,20 +229,20 @@ def test_bad_chat_rows_are_refused_with_the_line(open_chats, kind):
             open_chats(kind, [], max_seq_len=1)
 
 
-@pytest.mark.parametrize("kind", [SFTDataset, DPODataset, RLAIFDataset])
-def test_demo_names_the_embedded_rows_of_each_kind(
+@pytest.mark.parametrize(
+    "kind", [PretrainDataset, SFTDataset, DPODataset, RLAIFDataset]
+)
+def test_demo_names_the_shipped_rows_of_each_kind(
     tmp_path, monkeypatch, kind, byte_spec
 ):
-    rows = PAIRS if kind is DPODataset else CHATS
-    file = tmp_path / "demo.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "rows.jsonl"
+    row = PAIRS[0] | CHATS[0] | {"text": "a text"}
+    file.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(
+        "minimind_nb.data.datasets.locate",
+        lambda path, record_format: wanted.append((path, record_format)) or file,
+    )
     wanted = []
-
-    def write_corpus(folder, record_format):
-        wanted.append((folder, record_format))
-        return file
-
-    monkeypatch.setattr(demo, "write_corpus", write_corpus)
-    assert len(kind("demo", byte_spec, cache_dir=tmp_path)) == len(rows)
+    assert len(kind("demo", byte_spec, cache_dir=tmp_path)) == 1
     formats = {SFTDataset: "sft", DPODataset: "dpo", RLAIFDataset: "rlaif"}
-    assert wanted == [(tmp_path, formats[kind])]
+    assert wanted == [("demo", formats.get(kind, "pretrain"))]
