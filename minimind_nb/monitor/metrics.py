@@ -3,6 +3,8 @@
 Standard library only, because every worker imports this module.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import io
@@ -16,67 +18,51 @@ from typing import Any, Self
 from ..storage import verified
 
 METRICS_NAME = "metrics.jsonl"
-NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-RESTARTS = ("start", "resume")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_PENDING_BYTES = 1 << 20  # of rows that wait for a full disk
 
 Row = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends rows to a metrics file, each handed to the system before it returns.
+    """Append rows to a metrics file, each handed to the system before `append` returns.
 
     A half line left at the end by a killed writer is closed with a newline and never
-    rewritten. What a full disk does not take is kept and goes ahead of the next row; a
-    file that was deleted is made anew. Raises OSError when the file cannot be opened or
-    written.
+    rewritten. Rows that a full disk does not take wait in memory and go ahead of the
+    next one. Raises OSError if the file cannot be opened or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path
-        self._pending = b""
-        self._open()
-
-    def _open(self) -> None:
-        self._file = open(self._path, "a+b", buffering=0)
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
+        self._file = open(path, "ab", buffering=_PENDING_BYTES)
+        if self._file.tell():
+            with open(path, "rb") as written:
+                written.seek(-1, os.SEEK_END)
+                if written.read() != b"\n":
+                    self._file.write(b"\n")
 
     @classmethod
     def silent(cls) -> Self:
-        """A log that keeps nothing, for ranks above 0."""
+        """Return a log that keeps nothing, for ranks above 0."""
         return cls(os.devnull)
 
     def append(self, kind: str, **fields: object) -> None:
         """Write one row. `kind` is "train", "eval", "sample" or "event".
 
         Values are numbers, strings, booleans, None and lists of these. NaN and the
-        infinities become "nan", "inf" and "-inf": JSON has no such numbers.
+        infinities become "nan", "inf" and "-inf", since JSON has no such numbers.
         """
         row = {"kind": kind} | {name: _plain(value) for name, value in fields.items()}
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        self._pending += line.encode()
         try:
-            self._write_pending()
+            self._file.write(line.encode())
+            self._file.flush()
         except OSError as error:
             if not verified.is_full_disk(error):
                 raise
 
     def close(self) -> None:
-        """Write what is pending, and close; raises OSError where the disk is full."""
-        try:
-            self._write_pending()
-        finally:
-            self._file.close()
-
-    def _write_pending(self) -> None:
-        if self._pending and not os.path.exists(self._path):
-            self._file.close()
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._open()
-        while self._pending:
-            self._pending = self._pending[self._file.write(self._pending) :]
+        """Write the waiting rows and close; raises OSError if the disk is still full."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -84,18 +70,18 @@ class MetricsLog:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
             return self.close()
-        with contextlib.suppress(OSError):  # it says less than what is under way
+        with contextlib.suppress(OSError):  # the error being raised says more
             self.close()
 
 
 class History:
     """The rows of a metrics file, as they stand after every resume.
 
-    `rows` holds them in order; numbers that were not finite are floats again (not in
-    "sample" rows, whose strings are a model's answers). When a run starts again at
-    step s, earlier rows of a higher step are dropped: the weights they describe were
-    lost. `damaged_lines` counts whole lines that are no metrics row. `History(path)`
-    takes a file that need not exist yet; `History.load` wants one.
+    `rows` holds them in order, non-finite numbers as floats (except in "sample" rows,
+    whose strings are a model's answers). When a run resumes at step s, earlier rows of
+    a higher step are dropped, since the weights they describe were lost.
+    `damaged_lines` counts complete lines that are not metrics rows. `History(path)`
+    accepts a file that does not exist yet, `History.load` does not.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -106,11 +92,11 @@ class History:
         self.refresh()
 
     @classmethod
-    def load(cls, source: "str | os.PathLike[str] | History") -> "History":
-        """Read a run folder, its metrics.jsonl or a `Run`; a History is handed back.
+    def load(cls, source: str | os.PathLike[str] | History) -> History:
+        """Read a run folder, its metrics.jsonl or a `Run`; return a History unchanged.
 
-        Raises FileNotFoundError for a place that is no run (naming the runs there)
-        and ValueError for a file without rows.
+        Raises FileNotFoundError, listing the runs nearby, if `source` is not a run,
+        and ValueError for a file without metrics rows.
         """
         if isinstance(source, History):
             return source
@@ -118,12 +104,12 @@ class History:
         if history.damaged_lines and not history.rows:
             raise ValueError(
                 f"{history.path}: none of its {history.damaged_lines} lines is a metrics "
-                'row, a JSON object with "kind" and "step"; give the folder of a run.'
+                'row, a JSON object with "kind" and "step". Pass the folder of a run.'
             )
         return history
 
     def refresh(self) -> None:
-        """Read what was appended since, a replaced or shortened file from its start."""
+        """Read the rows appended since; reread a replaced or shortened file."""
         if not self.path.is_file():
             return
         with open(self.path, "rb") as file:
@@ -144,52 +130,50 @@ class History:
             self.rows.append(row)
 
     def select(self, kind: str) -> list[Row]:
-        """The rows of one kind, oldest first."""
+        """Return the rows of one kind, oldest first."""
         return [row for row in self.rows if row["kind"] == kind]
 
     def column(self, kind: str, name: str) -> list[float]:
-        """One number for each row of a kind; NaN where a row has no such number."""
+        """Return one number for each row of a kind, NaN if a row has no such number."""
         values = [row.get(name) for row in self.select(kind)]
         return [float(v) if isinstance(v, int | float) else math.nan for v in values]
 
     def last(self, kind: str) -> Row | None:
-        """The newest row of a kind, or None."""
+        """Return the newest row of a kind, or None."""
         return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
 
     @property
     def session(self) -> list[Row]:
-        """The rows from the newest start or resume on; that one holds the totals."""
+        """The rows since the newest start or resume; that row comes first."""
         starts = [index for index, row in enumerate(self.rows) if _restarts(row)]
         return self.rows[starts[-1] :] if starts else self.rows
 
     @property
     def stage(self) -> str:
-        """The stage that the rows are of; where no event names one, pretraining."""
+        """The stage of the run; "pretrain" if no row names one."""
         return next(iter(self.session), {}).get("stage", "pretrain")
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write the training and validation rows as one table, replacing a file there.
+        """Write the training and validation rows as one table, replacing a file.
 
-        A column for each name, `kind` and `step` first, empty where a row has no such
-        value. Lists take a column an entry: `peak_memory_gib_1` is the second process',
+        There is a column for each name, empty if a row has no such value. Each entry of
+        a list has its own: `peak_memory_gib_1` is that of the second process,
         `expert_load_0_3` the share of the fourth expert in the first layer. Raises
-        ValueError for the metrics file itself.
+        ValueError if `path` is the metrics file.
         """
-        kinds = ("train", "eval")
-        rows = [dict(flatten(row)) for row in self.rows if row["kind"] in kinds]
-        columns = dict.fromkeys(
-            ["kind", "step", *(name for row in rows for name in row)]
-        )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         file = Path(path)
         if file.resolve() == self.path.resolve():
             raise ValueError(
-                f"{file} holds the metrics themselves; name another file, such as "
+                f"{file} holds the metrics themselves; choose another file, such as "
                 f"{file.with_suffix('.csv')}"
             )
+        kept = (row for row in self.rows if row["kind"] in ("train", "eval"))
+        rows = [dict(flatten(row)) for row in kept]
+        names = dict.fromkeys(["kind", "step", *(name for row in rows for name in row)])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         file.parent.mkdir(parents=True, exist_ok=True)
         verified.write_text(file, text.getvalue())
         return file
@@ -203,29 +187,25 @@ class History:
 
 
 def find_metrics(source: str | os.PathLike[str]) -> Path:
-    """The metrics file of a run folder or of a path to the file itself.
+    """Return the metrics file of a run folder, or `source` if it is a file.
 
-    Raises FileNotFoundError that names the runs that are there, or how to make one.
+    Raises FileNotFoundError that lists the runs nearby.
     """
     path = Path(source)
     file = path if path.is_file() else path / METRICS_NAME
     if file.is_file():
         return file
-    found = f"has no {METRICS_NAME}" if path.is_dir() else "does not exist"
+    problem = f"has no {METRICS_NAME}" if path.is_dir() else "does not exist"
     near = path if path.is_dir() else path.parent
     runs = sorted(str(found.parent) for found in near.glob(f"*/{METRICS_NAME}"))
     raise FileNotFoundError(
-        f"{path} {found}; expected the folder of a training run, which mm.train(cfg) "
+        f"{path} {problem}; expected the folder of a training run, which mm.train(cfg) "
         f"makes in out_dir. Runs in {near}: {', '.join(runs) or 'none'}."
     )
 
 
-def _restarts(row: Row) -> bool:
-    return row["kind"] == "event" and row.get("event") in RESTARTS
-
-
 def flatten(row: Row) -> Iterator[tuple[str, Any]]:
-    """Names and values of a row, an entry of a list by its place."""
+    """Yield names and values of a row; a list's entries get their index as suffix."""
     for name, value in row.items():
         if isinstance(value, list):
             yield from flatten({f"{name}_{at}": item for at, item in enumerate(value)})
@@ -233,29 +213,33 @@ def flatten(row: Row) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _restarts(row: Row) -> bool:
+    return row["kind"] == "event" and row.get("event") in ("start", "resume")
+
+
 def _plain(value: object) -> object:
-    """`value` as JSON can hold it, non-finite floats as strings."""
+    """Return `value` as JSON can hold it, non-finite floats as strings."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    lost = isinstance(value, float) and not math.isfinite(value)
-    return str(value) if lost else value
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite else str(value)
 
 
 def _restore(value: Any) -> Any:
     if isinstance(value, list):
         return [_restore(item) for item in value]
-    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _parse(line: bytes) -> Row | None:
-    """The row in a line, or None where the line is no metrics row."""
+    """Return the row in a line, or None if the line is not a metrics row."""
     try:
         row = json.loads(line)
-        kind, step = row["kind"], row["step"]
+        valid = isinstance(row["kind"], str) and isinstance(row["step"], int)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    if not isinstance(kind, str) or not isinstance(step, int):
+    if not valid:
         return None
-    if kind == "sample":
+    if row["kind"] == "sample":
         return row
     return {name: _restore(value) for name, value in row.items()}
