@@ -1,8 +1,10 @@
-"""What the parent shows while the workers train: a cell's picture or plain lines.
+"""Live views of a training run, for the parent process: a cell's picture or plain lines.
 
-A view reads the history and nothing else. It is called from the loop that watches
-the workers, so whatever goes wrong in it is caught, counted and reported once.
+A view only reads the history. It is called from the loop that watches the workers, so
+errors in it are caught and reported once.
 """
+
+from __future__ import annotations
 
 import base64
 import contextlib
@@ -11,7 +13,6 @@ import logging
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,47 +20,44 @@ from ..session import current_session, running_kernel
 from .metrics import History, Row
 from .progress import (
     STATUS_WORDS,
-    Plan,
-    describe,
     failed_saves,
     figures,
     outcome,
     position,
+    progress_line,
 )
 
 # A drawing takes 0.2 s of the cores that the workers need, and an update sends 70 kB.
 REDRAW_SECONDS = 5.0
 LOG_SECONDS = 60.0
-MOST_FAILURES = 3
 SMALL = "opacity:.65;font-size:85%"
 
 
 class View:
-    """Shows nothing; the other views build on it.
+    """Show nothing; the other views build on it.
 
-    `start` comes before the workers, its `plan` giving `total_steps` until a row does;
-    `update` after every look at the metrics, about twice a second; `finish` once, with
-    a status of a run; `note` at any time, with a line about what happened beside the
-    steps. None of them raises an Exception: `failures` counts them by method.
+    `start` comes before the workers, with the total of steps until a row has it;
+    `update` about twice a second; `finish` once, with the run's status; `note` at any
+    time, with a message. None of them raises an Exception: `failed` names what did.
     """
 
     def __init__(self) -> None:
-        self.plan: Plan = {}
+        self.total_steps: int | None = None
         self.notes: list[str] = []
-        self.failures: Counter[str] = Counter()
+        self.failed: set[str] = set()
         self._failed_saves = 0
 
-    def start(self, history: History, plan: Plan | None = None) -> None:
-        self.plan = plan or {}
+    def start(self, history: History, total_steps: int | None = None) -> None:
+        self.total_steps = total_steps
         self._failed_saves = len(failed_saves(history))
         self.update(history)
 
     def update(self, history: History) -> None:
-        self.attempt(self._tell_failed_saves, history)
+        self.attempt(self._note_failed_saves, history)
         self.attempt(self._update, history)
 
     def finish(self, history: History, status: str) -> None:
-        self.attempt(self._tell_failed_saves, history)
+        self.attempt(self._note_failed_saves, history)
         self.attempt(self._finish, history, status)
 
     def note(self, text: str) -> None:
@@ -83,20 +81,18 @@ class View:
             logger.removeHandler(handler)
 
     def attempt(self, action: Callable[..., object], *arguments: object) -> None:
-        """Do what must not fail the run: tell its first failure, stop after three."""
-        name = getattr(action, "__qualname__", "the view")
-        if self.failures[name] == MOST_FAILURES:
-            return
+        """Call `action`; an error is printed the first time and never raised."""
         try:
             action(*arguments)
         except Exception as error:
-            self.failures[name] += 1
-            if self.failures[name] == 1:
+            name = getattr(action, "__qualname__", "the view")
+            if name not in self.failed:
+                self.failed.add(name)
                 text = f"{name} failed ({type(error).__name__}: {error})"
-                with contextlib.suppress(OSError, ValueError):  # stderr may be gone
+                with contextlib.suppress(OSError, ValueError):  # stderr may be closed
                     print(f"{text}; the training is not affected", file=sys.stderr)
 
-    def _tell_failed_saves(self, history: History) -> None:
+    def _note_failed_saves(self, history: History) -> None:
         failed = failed_saves(history)
         for text in failed[self._failed_saves :]:
             self.note(text)
@@ -124,7 +120,7 @@ class _NoteHandler(logging.Handler):
 
 
 class CallbackView(View):
-    """Hands the history to a function of the user's whenever it has new rows."""
+    """Call a function with the history whenever it has new rows."""
 
     def __init__(self, callback: Callable[[History], object]) -> None:
         super().__init__()
@@ -138,29 +134,28 @@ class CallbackView(View):
 
 
 class TerminalView(View):
-    """A progress bar where stderr is a terminal, else one line for each logged row."""
+    """Show a progress bar if stderr is a terminal, else one line per logged row."""
 
     def __init__(self) -> None:
         super().__init__()
         self._bar: Any = None
-        self._seen: list[Row | None] = [None, None, None]
+        self._seen: Row | None = None
 
     def _update(self, history: History) -> None:
-        if self._bar is None and sys.stderr.isatty():
+        line = progress_line(history, self.total_steps)
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
             layout = "{bar:10} {desc}"
-            self._bar = tqdm(bar_format=layout, dynamic_ncols=True, leave=False)
-        newest = history.rows[-1] if history.rows else {}
-        reference = newest if newest.get("event") == "reference" else None
-        seen = [history.last("train"), history.last("eval"), reference]
-        line = describe(history, self.plan)
-        if self._bar is not None:
-            self._bar.n, self._bar.total = position(history, self.plan)
-            self._bar.set_description_str(line)
-        elif seen != self._seen:
+            bar = self._bar or tqdm(bar_format=layout, dynamic_ncols=True, leave=False)
+            bar.n, bar.total = position(history, self.total_steps)
+            bar.set_description_str(line)
+            self._bar = bar
+            return
+        newest = next(filter(_is_shown, reversed(history.rows)), None)
+        if newest is not self._seen:
+            self._seen = newest
             self._note(line)
-        self._seen = seen
 
     def _finish(self, history: History, status: str) -> None:
         self._update(history)
@@ -176,15 +171,19 @@ class TerminalView(View):
             self._bar.write(text, file=sys.stderr)
 
 
-class CellView(View):
-    """One output of a notebook cell: progress and curve, at the end one static chart.
+def _is_shown(row: Row) -> bool:
+    return row["kind"] in ("train", "eval") or row.get("event") == "reference"
 
-    It is a display that is updated in place, so it needs neither JavaScript nor
+
+class CellView(View):
+    """Show progress and curve as one output of a cell, at the end one static chart.
+
+    The output is a display that is updated in place, so it needs neither JavaScript nor
     widgets and works under papermill. While the run lasts it is HTML with the curve
-    as a picture inside; at the end it becomes a PNG with a line of text. Updates of a
-    display do not reach the log of a Kaggle batch run, so there a plain line goes,
-    once a minute, to the stderr that the kernel was started with: `sys.stderr` is an
-    output of the cell, but its `fileno()` is that stream.
+    inside; at the end it becomes a PNG with a line of text. Updates of a display do not
+    reach the log of a Kaggle batch run, so there a plain line a minute goes to the
+    stderr that the kernel was started with: `sys.stderr` is an output of the cell, but
+    its `fileno()` is that stream.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -197,7 +196,7 @@ class CellView(View):
         self._batch = current_session().batch
 
     def _note(self, text: str) -> None:
-        if not self._seen:  # later ones come with the next update
+        if not self._seen:  # later notes come with the next update
             self._show({"text/html": self._notes(), "text/plain": text})
 
     def _update(self, history: History) -> None:
@@ -208,7 +207,7 @@ class CellView(View):
             self._next_update = now + REDRAW_SECONDS
         self._seen = history.rows[-1:]
         self.attempt(self._draw, history)
-        line = describe(history, self.plan)
+        line = progress_line(history, self.total_steps)
         self._show({"text/html": self._page(history), "text/plain": line})
         if self._batch and now >= self._next_log:
             self._next_log = now + LOG_SECONDS
@@ -245,34 +244,34 @@ class CellView(View):
             self._display.update(bundle, raw=True)
 
     def _page(self, history: History) -> str:
-        """A bar, figures, curve and notes in colours for light and dark pages."""
-        step, total = position(history, self.plan)
+        """Return a bar, figures, curve and notes, legible on light and dark pages."""
+        step, total = position(history, self.total_steps)
         cells = "".join(
             f'<div><div style="{SMALL}">{name}</div>{text}</div>'
-            for name, text in figures(history, self.plan).items()
+            for name, text in figures(history, self.total_steps).items()
         )
-        page = (
+        source = f"data:image/png;base64,{self._picture}"
+        curve = f'<img alt="loss so far" style="max-width:100%" src="{source}">'
+        return (
             '<div style="max-width:800px;font-variant-numeric:tabular-nums">'
             f"<b>{html.escape(history.path.parent.name)}</b>"
             '<div style="background:rgba(128,128,128,.25);margin:6px 0 8px">'
             f'<div style="width:{step / (total or 1):.1%};height:8px;'
             'background:#0072B2"></div></div>'
             f'<div style="display:flex;flex-wrap:wrap;gap:4px 26px">{cells}</div></div>'
+            f"{curve if self._picture else ''}{self._notes()}"
         )
-        if self._picture:
-            source = f"data:image/png;base64,{self._picture}"
-            page += f'<img alt="loss so far" style="max-width:100%" src="{source}">'
-        return page + self._notes()
 
     def _notes(self) -> str:
         return f'<div style="{SMALL}">{"<br>".join(map(html.escape, self.notes))}</div>'
 
 
 def choose_view(view: object = None) -> View:
-    """The view for `train(cfg, view=…)`.
+    """Return the view for `train(cfg, view=…)`.
 
-    None or True: the cell's in a Jupyter kernel, else the terminal's. False: none. A
-    function gets each new state of the History. Anything else is a TypeError.
+    None or True: a cell's in a Jupyter kernel, else a terminal's. False: a silent one.
+    A function is called with each new state of the History. Raises TypeError for
+    anything else.
     """
     if view is None or view is True:
         return TerminalView() if running_kernel() is None else CellView()

@@ -1,13 +1,13 @@
-"""How far a run is, in numbers and in words; standard library only."""
+"""The progress of a run in numbers and in words; standard library only."""
+
+from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from .metrics import History, Row
 
-RECENT_ROWS = 12  # "time left" goes by the speed of so many logged rows
+RECENT_ROWS = 12  # logged rows whose speed gives the time left
 LARGEST_LOSS = 700  # exp of more does not fit a float
 
 STATUS_WORDS = {
@@ -21,18 +21,16 @@ STATUS_WORDS = {
     "new": "not started",
 }
 
-Plan = Mapping[str, Any]
 
-
-def position(history: History, plan: Plan | None = None) -> tuple[int, int | None]:
-    """Steps done and steps in all; `plan` gives `total_steps` before the rows do."""
-    step = history.rows[-1]["step"] if history.rows else 0
-    begin = history.session[0] if history.rows else {}
-    return step, begin.get("total_steps") or (plan or {}).get("total_steps")
+def position(history: History, planned: int | None = None) -> tuple[int, int | None]:
+    """Return the steps done and in all; `planned` is the total before a row has it."""
+    if not history.rows:
+        return 0, planned
+    return history.rows[-1]["step"], history.session[0].get("total_steps") or planned
 
 
 def seconds_left(history: History) -> float | None:
-    """Training time to the last step at this session's speed, None until it is known."""
+    """Return the training time left at this session's speed, None until it is known."""
     _, total = position(history)
     rows = [row for row in history.session if row["kind"] == "train"]
     rows = [*history.session[:1], *rows][-RECENT_ROWS:]
@@ -42,9 +40,9 @@ def seconds_left(history: History) -> float | None:
     return (total - rows[-1]["step"]) * seconds / steps
 
 
-def figures(history: History, plan: Plan | None = None) -> dict[str, str]:
-    """What a watcher wants to know of a running training, by name."""
-    step, total = position(history, plan)
+def figures(history: History, planned: int | None = None) -> dict[str, str]:
+    """Return the figures of a running training, by name."""
+    step, total = position(history, planned)
     train, validation = history.last("train"), history.last("eval")
     left = seconds_left(history)
     share = f"/{total:,} ({step / total:.0%})" if total else ""
@@ -56,9 +54,9 @@ def figures(history: History, plan: Plan | None = None) -> dict[str, str]:
     if train:
         shown |= {"loss": f"{train['loss']:.3f}"} | scores(train)
     if validation:
-        shown["validation loss"] = f"{validation['loss']:.3f}"
-        if "reward_margin" in validation:
-            shown["validation loss"] = loss_text(validation)
+        text = loss_text(validation)
+        preferences = "reward_margin" in validation
+        shown["validation loss"] = text if preferences else f"{validation['loss']:.3f}"
     if train:
         shown["text tokens/s"] = f"{train['tokens_per_second']:,.0f}"
         if train["skipped_steps"]:
@@ -66,14 +64,14 @@ def figures(history: History, plan: Plan | None = None) -> dict[str, str]:
     return shown
 
 
-def describe(history: History, plan: Plan | None = None) -> str:
-    """The figures as one plain line."""
-    shown = figures(history, plan).items()
+def progress_line(history: History, planned: int | None = None) -> str:
+    """Return the figures as one plain line."""
+    shown = figures(history, planned).items()
     return "  ".join(f"{name} {text}" for name, text in shown)
 
 
 def outcome(history: History, status: str = "") -> str:
-    """One plain line about a run that is over, or is looked at."""
+    """Return one plain line about a run that has ended."""
     step, total = position(history)
     train, validation = history.last("train"), history.last("eval")
     parts = [STATUS_WORDS[status]] if status else []
@@ -89,21 +87,21 @@ def outcome(history: History, status: str = "") -> str:
 
 
 def failed_saves(history: History) -> list[str]:
-    """A line for each save that failed and was left to the next one."""
-    events = history.select("event")
-    failed = (row for row in events if row.get("event") == "save_failed")
+    """Return a line for each save that failed and was left to the next one."""
     return [
-        f"saving at step {row['step']:,} failed: {row.get('error')}" for row in failed
+        f"saving at step {row['step']:,} failed: {row.get('error')}"
+        for row in history.select("event")
+        if row.get("event") == "save_failed"
     ]
 
 
 def perplexity_text(loss: float) -> str:
-    """exp(loss) to four digits."""
+    """Return exp(loss) to four digits."""
     return f"{math.inf if loss > LARGEST_LOSS else math.exp(loss):,.4g}"
 
 
 def scores(row: Row) -> dict[str, str]:
-    """What explains a row's loss: of preferences accuracy and margin, else perplexity."""
+    """Return accuracy and margin of a row of preferences, else the perplexity."""
     if "reward_margin" in row:
         margin = f"{row['reward_margin']:.3g}"
         return {"accuracy": f"{100 * row['accuracy']:.0f} %", "margin": margin}
@@ -111,11 +109,11 @@ def scores(row: Row) -> dict[str, str]:
 
 
 def loss_text(row: Row) -> str:
-    """A row's loss and what goes with it: "2.000 (perplexity 7.389)"."""
-    told = ", ".join(f"{name} {text}" for name, text in scores(row).items())
-    return f"{row['loss']:.3f} ({told})"
+    """Return a row's loss with its scores: "2.000 (perplexity 7.389)"."""
+    listed = ", ".join(f"{name} {text}" for name, text in scores(row).items())
+    return f"{row['loss']:.3f} ({listed})"
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 3:05:00; 1 day, 2:00:00."""
+    """Return hours, minutes and seconds: 3:05:00; 1 day, 2:00:00."""
     return str(datetime.timedelta(seconds=round(seconds)))

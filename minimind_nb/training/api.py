@@ -107,7 +107,7 @@ def _run(prepared: Prepared, shown: View, torchrun: TorchrunSession | None) -> s
         shown.note(f"{run.folder} is finished; raise {further} to train longer")
         shown.finish(history, run.status)
         return str(run.folder)
-    shown.start(history, {"total_steps": prepared.total_steps})
+    shown.start(history, prepared.total_steps)
     shown.attempt(follower.start)
     status = "failed"
     try:

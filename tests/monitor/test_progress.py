@@ -1,11 +1,11 @@
 import math
 
 from minimind_nb.monitor.progress import (
-    describe,
     duration,
     outcome,
     perplexity_text,
     position,
+    progress_line,
     seconds_left,
 )
 
@@ -28,19 +28,19 @@ def test_the_speed_before_a_resume_does_not_count(make_history, add_rows):
 
 def test_before_the_first_row_the_plan_gives_the_total(make_history):
     history = make_history(total=None)
-    assert describe(history, {"total_steps": 50}) == "step 0/50 (0%)"
-    assert describe(history) == outcome(history) == "step 0"
+    assert progress_line(history, 50) == "step 0/50 (0%)"
+    assert progress_line(history) == outcome(history) == "step 0"
 
 
 def test_the_plain_line(make_history, add_rows):
     history = make_history([5.0, 3.2109], [(2, 3.5)], total=1800)
-    assert describe(history) == (
+    assert progress_line(history) == (
         "step 2/1,800 (0%)  time left 0:59:56  loss 3.211  perplexity 24.8  "
         "validation loss 3.500  text tokens/s 2,000"
     )
     add_rows(history, 3, loss=math.nan, skipped_steps=2)
-    assert "loss nan  perplexity nan" in describe(history)
-    assert describe(history).endswith("skipped steps 2")
+    assert "loss nan  perplexity nan" in progress_line(history)
+    assert progress_line(history).endswith("skipped steps 2")
 
 
 def test_the_last_line(make_history):
@@ -52,7 +52,7 @@ def test_the_last_line(make_history):
 
 
 def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):
-    assert describe(preferences) == (
+    assert progress_line(preferences) == (
         "step 3/100 (3%)  time left 0:03:14  loss 0.600  accuracy 70 %  margin 0.5  "
         "validation loss 0.612 (accuracy 71 %, margin 0.434)  text tokens/s 2,000"
     )
