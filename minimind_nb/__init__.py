@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .monitor.metrics import History
     from .monitor.runs import Run, runs
     from .planning import plan, preview
-    from .storage.inputs import find_input, find_inputs, input_runs
+    from .session import find_input, find_inputs, input_runs
     from .training.api import evaluate, train
 
 __version__ = "0.1.0"
@@ -51,10 +51,10 @@ _HOMES = {
     "evaluate": "training.api",
     "examine": "monitor.examination",
     "export": "model.export",
-    "find_input": "storage.inputs",
-    "find_inputs": "storage.inputs",
+    "find_input": "session",
+    "find_inputs": "session",
     "generate": "model.generation",
-    "input_runs": "storage.inputs",
+    "input_runs": "session",
     "inspect": "monitor.inspector",
     "load": "model.loading",
     "load_tokenizer": "data.tokenizer",

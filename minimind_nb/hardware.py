@@ -1,4 +1,4 @@
-"""Which processors there are, and which precision suits them."""
+"""The processors of this machine, and the precision that suits them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ BF16_CAPABILITY = (8, 0)
 _NATIVE_BF16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _ASK_SECONDS = 120
 
-# Asked in a process of its own: the parent of the workers never touches CUDA.
+# Runs in a process of its own: the parent of the workers never touches CUDA.
 _ASK_TORCH = """
 import json, torch
 print(json.dumps([
-    {"name": p.name, "capability": [p.major, p.minor],
-     "memory_gib": p.total_memory / 2**30}
+    [p.name, [p.major, p.minor], p.total_memory / 2**30]
     for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
 ]))
 """
@@ -45,7 +44,7 @@ class Hardware:
     memory_gib: float
 
     def describe(self) -> str:
-        """One line for people, such as "2 × Tesla T4 (15 GiB, sm_75), 4 cores"."""
+        """Return one line such as "2 × Tesla T4 (15 GiB, sm_75), 4 cores"."""
         cores = f"{self.cpu_cores} CPU core{'' if self.cpu_cores == 1 else 's'}"
         parts = [
             f"{count} × {gpu.name} ({gpu.memory_gib:.0f} GiB, "
@@ -60,7 +59,7 @@ def choose_dtype(
     capability: tuple[int, int] | None = None,
     cpu_native_bf16: bool = False,
 ) -> str:
-    """The precision of matrix products: "float16", "bfloat16" or "float32".
+    """Return the precision of matrix products: "float16", "bfloat16" or "float32".
 
     By compute capability, never by `torch.cuda.is_bf16_supported()`: that answers
     True on a T4 (7.5), where bf16 is emulated and three times slower than fp16.
@@ -73,7 +72,7 @@ def choose_dtype(
 
 
 def choose_threads(num_processes: int, cpu_cores: int) -> int:
-    """Threads for each of `num_processes` workers that share `cpu_cores`.
+    """Return the threads for each of `num_processes` workers that share `cpu_cores`.
 
     More threads than cores is the costly mistake: two workers of two threads each
     on two cores took 300 ms a step, of one thread each 90 ms.
@@ -82,25 +81,25 @@ def choose_threads(num_processes: int, cpu_cores: int) -> int:
 
 
 def detect_hardware() -> Hardware:
-    """Look at this machine without initialising CUDA in this process."""
+    """Describe this machine without initialising CUDA in this process."""
+    import psutil
     import torch
 
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Hardware(
         gpus=_ask_gpus() if torch.cuda.device_count() > 0 else (),
         cpu_cores=count_cores(),
-        # What oneDNN says of multiplying bf16 in hardware (AVX512-BF16 or AMX).
+        # oneDNN multiplies bf16 in hardware with AVX512-BF16 or AMX.
         cpu_native_bf16=any(getattr(torch.cpu, name, bool)() for name in _NATIVE_BF16),
-        memory_gib=pages / 2**30,
+        memory_gib=psutil.virtual_memory().total / 2**30,
     )
 
 
 def count_cores() -> int:
-    """Cores this process may use: its affinity, and its container's quota."""
+    """Return the cores that this process may use, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     cores = cores or os.cpu_count() or 1
     try:
-        # "max 100000" where nothing bounds them.
+        # "max 100000" if there is no quota.
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
     except (OSError, ValueError):
         return cores
@@ -115,17 +114,15 @@ def _ask_gpus() -> tuple[Gpu, ...]:
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(
-            f"CUDA is there but does not answer: {error}\n{str(error.stderr)[-600:]}\n"
-            'Train on the CPU with device="cpu", or mend the driver.'
+            f"CUDA is installed but does not answer: {error}\n{str(error.stderr)[-600:]}\n"
+            'Train on the CPU with device="cpu", or fix the driver installation.'
         ) from error
-    return tuple(
-        Gpu(gpu["name"], tuple(gpu["capability"]), gpu["memory_gib"])
-        for gpu in json.loads(answer.splitlines()[-1])
-    )
+    found = json.loads(answer.splitlines()[-1])
+    return tuple(Gpu(name, tuple(version), memory) for name, version, memory in found)
 
 
 def peak_memory_gib(device: str) -> float:
-    """The most memory this process has held, in GiB: the GPU's on CUDA, else resident."""
+    """Return this process's peak memory in GiB: the GPU's on CUDA, else resident."""
     if device == "cuda":
         import torch
 

@@ -1,27 +1,33 @@
-"""Where this code runs, which folders are whose, and when the session ends."""
+"""The session: where this code runs, when that ends, and what is mounted there."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import glob
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .config import PATH_FIELDS, STAGE_BEFORE, TrainConfig
 from .lifetime import oldest_age_seconds
+from .storage.run_folder import RunFolder
 
-KAGGLE_SESSION_HOURS = 12.0
-KAGGLE_MARGIN_HOURS = 0.5
+KAGGLE_HOURS = 11.5  # of 12
+_NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also takes
+_Path = TypeVar("_Path")
 
 
 @dataclass(frozen=True)
 class Session:
-    """The place a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
+    """The place that a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `batch` tells a Kaggle commit from an interactive session; `scratch` is a folder
-    that is thrown away at the end, `inputs` the read-only folder below which data sets
-    and other notebooks' outputs are mounted, where there is one.
+    `batch` is true of a Kaggle commit, false of an interactive session; `scratch` is a
+    folder that is thrown away at the end; `inputs` is the read-only folder below which
+    data sets and other notebooks' outputs are mounted, if there is one.
     """
 
     kind: str
@@ -30,29 +36,25 @@ class Session:
     inputs: Path | None = None
 
     def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
-        """The folder for what can be made again: token caches.
+        """Return the folder for what can be made again: token caches.
 
-        Kaggle saves `/kaggle/working` with every version, so it goes to scratch there.
+        Kaggle saves `/kaggle/working` with every version, so it is in scratch there.
         """
         return self.scratch / "minimind_nb" if self.scratch else Path(out_dir) / "cache"
-
-    def hours(self, max_session_hours: float | None) -> float | None:
-        """The length of the session in hours, or None where nothing ends it."""
-        if max_session_hours is None and self.kind == "kaggle":
-            return KAGGLE_SESSION_HOURS - KAGGLE_MARGIN_HOURS
-        return max_session_hours
 
     def seconds_left(
         self, max_session_hours: float | None, call_seconds: float = 0.0
     ) -> float | None:
-        """Seconds until the session ends, or None where nothing ends it.
+        """Return the seconds until the session ends, or None if nothing ends it.
 
-        On Kaggle and Colab the clock started with the session, whose age is that of
-        the oldest process above this one: a restarted kernel, or a command started from
-        a cell, is younger. Elsewhere a session is one call of `train`, which began
+        On Kaggle and Colab the clock started with the session, whose age is that of the
+        oldest ancestor of this process: a restarted kernel, or a command started from a
+        cell, is younger. Elsewhere a session is one call of `train`, which began
         `call_seconds` ago.
         """
-        hours = self.hours(max_session_hours)
+        hours = max_session_hours
+        if hours is None and self.kind == "kaggle":
+            hours = KAGGLE_HOURS
         if hours is None:
             return None
         age = call_seconds if self.kind == "plain" else oldest_age_seconds()
@@ -60,7 +62,7 @@ class Session:
 
 
 def running_kernel() -> Any:
-    """The Jupyter kernel that this process is, or None."""
+    """Return the Jupyter kernel that this process is, or None."""
     if "ipykernel" not in sys.modules:
         return None
     from IPython.core.getipython import get_ipython
@@ -68,14 +70,13 @@ def running_kernel() -> Any:
     return getattr(get_ipython(), "kernel", None)
 
 
-def current_session(environ: Mapping[str, str] | None = None) -> Session:
+def current_session(environ: Mapping[str, str] = os.environ) -> Session:
     """Tell Kaggle, Colab and a plain machine apart.
 
     Only KAGGLE_KERNEL_RUN_TYPE proves Kaggle: an API key on a laptop sets other
-    variables that start with KAGGLE. MINIMIND_NB_INPUTS names a folder that stands in
-    for `/kaggle/input`.
+    variables that start with KAGGLE. MINIMIND_NB_INPUTS names a folder to use instead
+    of `/kaggle/input`.
     """
-    environ = os.environ if environ is None else environ
     named = environ.get("MINIMIND_NB_INPUTS")
     inputs = Path(named) if named else None
     if run_type := environ.get("KAGGLE_KERNEL_RUN_TYPE"):
@@ -83,3 +84,77 @@ def current_session(environ: Mapping[str, str] | None = None) -> Session:
         return Session("kaggle", run_type == "Batch", Path("/kaggle/temp"), inputs)
     kind = "colab" if "COLAB_RELEASE_TAG" in environ else "plain"
     return Session(kind, inputs=inputs)
+
+
+def find_input(path: _Path) -> _Path | str:
+    """Find a file or folder by its name below the mounted inputs.
+
+    Returns `path` unchanged if it exists, is absolute, leads out of the inputs, is no
+    path ("demo", "auto", "none"), or if nothing is mounted under its name. Several
+    parts, `"minimind-sft/out"`, choose among several places. Raises `ValueError` if
+    several remain.
+    """
+    inputs = current_session().inputs
+    if inputs is None or not isinstance(path, str | os.PathLike) or path in _NO_PATHS:
+        return path
+    if Path(path).is_absolute() or Path(path).exists() or ".." in Path(path).parts:
+        return path
+    found = sorted(inputs.rglob(glob.escape(os.fspath(Path(path)))))
+    return _only(found, os.fspath(path)) if found else path
+
+
+def input_runs(stage: str | None = None, run_name: str | None = None) -> list[Path]:
+    """List the run folders below the mounted inputs, of a stage and a name if given.
+
+    Those that `resume=False` has set aside are left out.
+    """
+    inputs = current_session().inputs
+    return _runs_below(inputs, stage, run_name) if inputs else []
+
+
+def find_inputs(cfg: TrainConfig) -> TrainConfig:
+    """Return the configuration with its files and runs found below the mounted inputs.
+
+    If `out_dir` has no run of this stage, resume="auto" becomes the run that a previous
+    version of the notebook left; without one, init_from becomes the run of the stage
+    before, unless `out_dir` has one. If nothing is mounted, nothing changes. Raises
+    `ValueError` if there are several to choose from.
+    """
+    if current_session().inputs is None:
+        return cfg
+    read = [name for name in PATH_FIELDS if name != "out_dir"]
+    found = {name: find_input(getattr(cfg, name)) for name in read}
+    own = _runs_below(Path(cfg.out_dir), cfg.stage, cfg.run_name)
+    runs = input_runs(cfg.stage, cfg.run_name)
+    if cfg.resume == "auto" and runs and not own:
+        found["resume"] = _only(runs, 'resume="auto"')
+    before = STAGE_BEFORE.get(cfg.stage)
+    resumes = found["resume"] != cfg.resume or (own and cfg.resume is not False)
+    if before and cfg.init_from in (None, "auto") and not resumes:
+        earlier = input_runs(before)
+        if earlier and not _runs_below(Path(cfg.out_dir), before, None):
+            found["init_from"] = _only(earlier, 'init_from="auto"')
+    return dataclasses.replace(cfg, **found)
+
+
+def _runs_below(root: Path, stage: str | None, run_name: str | None) -> list[Path]:
+    found = []
+    for file in sorted(root.rglob("config.json")):
+        run = RunFolder(file.parent)
+        if not run.checkpoints.is_dir() or run.is_aside():
+            continue
+        with contextlib.suppress(ValueError):
+            settings = run.read_config().get("settings", {})
+            fits = stage in (None, settings.get("stage"))
+            if fits and run_name in (None, run.root.name):
+                found.append(run.root)
+    return found
+
+
+def _only(found: list[Path], what: str) -> str:
+    if len(found) > 1:
+        listing = "\n  ".join(map(str, found))
+        raise ValueError(
+            f"{what} matches several of the inputs: name one of them\n  {listing}"
+        )
+    return str(found[0])

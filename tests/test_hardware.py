@@ -94,7 +94,7 @@ def test_this_machine_is_detected_without_initialising_cuda(monkeypatch):
 
 
 def test_gpus_are_asked_for_in_another_process(monkeypatch):
-    answer = '[{"name": "Tesla T4", "capability": [7, 5], "memory_gib": 14.6}]'
+    answer = '[["Tesla T4", [7, 5], 14.6]]'
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(hardware, "_ASK_TORCH", f"print('hello'); print('{answer}')")
     assert detect_hardware().gpus == (T4,)
@@ -106,9 +106,9 @@ def test_a_gpu_that_does_not_answer_is_named_with_its_error(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         detect_hardware()
     text = str(caught.value)
-    assert text.startswith("CUDA is there but does not answer:")
+    assert text.startswith("CUDA is installed but does not answer:")
     assert "driver too old" in text
-    assert 'Train on the CPU with device="cpu", or mend the driver.' in text
+    assert 'Train on the CPU with device="cpu", or fix the driver installation.' in text
 
 
 def test_native_bf16_is_what_onednn_reports(monkeypatch):

@@ -19,8 +19,9 @@ PACKAGE = "minimind_nb"
 # Each room may import from the rooms before it only.
 ROOMS = (
     {"config"},
-    {"lifetime", "session", "hardware"},
+    {"lifetime", "hardware"},
     {"storage"},
+    {"session"},
     {"data"},
     {"launch"},
     {"model"},

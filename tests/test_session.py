@@ -1,11 +1,24 @@
+"""The session: where it is, when it ends, and what is found by its name in the inputs."""
+
+from __future__ import annotations
+
+import json
 from pathlib import Path
 
 import pytest
 
 from minimind_nb import session
-from minimind_nb.session import Session, current_session
+from minimind_nb.config import TrainConfig
+from minimind_nb.session import (
+    Session,
+    current_session,
+    find_input,
+    find_inputs,
+    input_runs,
+)
 
 KAGGLE = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
+LAYOUTS = ("notebooks/ann/minimind-{}/out", "minimind-{}/out")
 
 
 def test_kaggle_is_known_by_its_run_type():
@@ -37,11 +50,12 @@ def test_what_can_be_made_again_is_kept_out_of_kaggles_saved_folder():
     assert Session("plain").cache_folder("runs") == Path("runs/cache")
 
 
-def test_a_session_on_kaggle_ends_with_a_margin_unless_set():
+def test_a_session_on_kaggle_ends_with_a_margin_unless_set(monkeypatch):
+    monkeypatch.setattr(session, "oldest_age_seconds", lambda: 0.0)
     kaggle = current_session(KAGGLE)
-    assert kaggle.hours(None) == 11.5
-    assert kaggle.hours(9.0) == 9.0
-    assert Session("colab").hours(None) is None
+    assert kaggle.seconds_left(None) == 11.5 * 3600
+    assert kaggle.seconds_left(9.0) == 9.0 * 3600
+    assert Session("colab").seconds_left(None) is None
 
 
 def test_a_plain_session_starts_with_the_call():
@@ -53,3 +67,97 @@ def test_a_plain_session_starts_with_the_call():
 def test_a_hosted_sessions_clock_started_with_the_session(kind, monkeypatch):
     monkeypatch.setattr(session, "oldest_age_seconds", lambda: 600.0)
     assert Session(kind).seconds_left(1.0) == 3000.0
+
+
+@pytest.fixture
+def mount(tmp_path, monkeypatch):
+    working, inputs = tmp_path / "working", tmp_path / "input"
+    working.mkdir()
+    inputs.mkdir()
+    monkeypatch.chdir(working)
+    monkeypatch.setenv("MINIMIND_NB_INPUTS", str(inputs))
+    return inputs
+
+
+def leave_run(out_dir, stage, name):
+    run = out_dir / name
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"settings": {"stage": stage}}))
+    return run
+
+
+def test_a_file_is_found_below_the_inputs_by_its_name(mount):
+    file = mount / "datasets" / "ann" / "texts" / "a [1].jsonl"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert find_input("a [1].jsonl") == str(file)
+    for path in (None, "demo", "auto", "b.jsonl", "/a [1].jsonl"):
+        assert find_input(path) == path
+    Path("a [1].jsonl").touch()
+    assert find_input("a [1].jsonl") == "a [1].jsonl"
+
+
+def test_a_path_that_leads_out_of_the_inputs_is_not_looked_for(mount):
+    (mount.parent / "x.jsonl").touch()
+    (mount / "data").mkdir()
+    for path in ("../x.jsonl", "data/../../x.jsonl"):
+        assert find_input(path) == path
+
+
+def test_of_several_files_one_must_be_named(mount):
+    for folder in ("one", "two"):
+        (mount / folder).mkdir()
+        (mount / folder / "c.jsonl").touch()
+    with pytest.raises(ValueError, match="c.jsonl matches several of the inputs"):
+        find_input("c.jsonl")
+    assert find_input("two/c.jsonl") == str(mount / "two" / "c.jsonl")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_goes_on_from_the_version_before(mount, layout):
+    cfg = TrainConfig(data_path="demo")
+    assert find_inputs(cfg) == cfg
+    run = leave_run(mount / layout.format("pretrain"), "pretrain", "pretrain_512")
+    assert input_runs() == input_runs("pretrain", "pretrain_512") == [run]
+    assert find_inputs(cfg).resume == str(run)
+    assert find_inputs(TrainConfig(data_path="demo", resume=False)).resume is False
+    assert find_inputs(TrainConfig(data_path="demo", run_name="b")).resume == "auto"
+    leave_run(Path("out"), "pretrain", "pretrain_512")
+    assert find_inputs(cfg) == cfg
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stage_begins_from_the_stage_before(mount, layout):
+    cfg = TrainConfig(stage="sft", data_path="demo")
+    before = leave_run(mount / layout.format("pretrain"), "pretrain", "pretrain_512")
+    assert find_inputs(cfg).init_from == str(before)
+    own = leave_run(mount / layout.format("sft"), "sft", "sft_512")
+    goes_on = find_inputs(cfg)
+    assert (goes_on.resume, goes_on.init_from) == (str(own), None)
+    leave_run(Path("out"), "pretrain", "pretrain_512")
+    anew = TrainConfig(stage="sft", data_path="demo", resume=False)
+    assert find_inputs(anew).init_from is None
+
+
+def test_of_several_runs_one_must_be_named(mount):
+    for name in ("a", "b"):
+        leave_run(mount / name, "pretrain", "pretrain_512")
+    with pytest.raises(ValueError, match='resume="auto" matches several'):
+        find_inputs(TrainConfig(data_path="demo"))
+    with pytest.raises(ValueError, match='init_from="auto" matches several'):
+        find_inputs(TrainConfig(stage="sft", data_path="demo"))
+
+
+def test_a_run_that_was_set_aside_is_no_choice(mount):
+    run = leave_run(mount / "a", "pretrain", "pretrain_512")
+    leave_run(mount / "a", "pretrain", "pretrain_512.old1")
+    assert find_inputs(TrainConfig(data_path="demo")).resume == str(run)
+
+
+def test_where_nothing_is_mounted_nothing_changes(monkeypatch):
+    monkeypatch.delenv("MINIMIND_NB_INPUTS", raising=False)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    cfg = TrainConfig(data_path="nowhere.jsonl")
+    assert find_inputs(cfg) is cfg
+    assert find_input("nowhere.jsonl") == "nowhere.jsonl"
+    assert input_runs() == []

@@ -76,8 +76,9 @@ def test_ranks_listen_on_this_machine_only(settings: Settings) -> None:
         for rank in range(2):
             record = RankRecord.read(history.path.with_name(f"rank{rank}.json"))
             assert record
-            for one in psutil.Process(record.pid).net_connections("inet"):
-                if one.status == psutil.CONN_LISTEN:
+            for one in psutil.net_connections("inet"):
+                listens = one.pid == record.pid and one.status == psutil.CONN_LISTEN
+                if listens and one.laddr:
                     listening.add(one.laddr.ip)
 
     mm.train(cfg, view=look)
