@@ -1,4 +1,4 @@
-"""The command line: `minimind-nb pretrain --data_path …`, and a command for each door.
+"""The command line: `minimind-nb pretrain --data_path …` and a command for each task.
 
 Options are generated from `TrainConfig`: its field names, types and docstrings.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import importlib
 import inspect
 import itertools
 import json
@@ -15,7 +16,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
@@ -31,48 +32,93 @@ _EXIT_CODES = {
 }
 _USAGE_ERROR = 2
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_MODEL = "a run folder, a checkpoint, a .pth file or a saved folder"
-_WHICH = 'which checkpoint of a run: "last", or "best" on validation (last)'
-_TOKENIZER = "instead of the one that lies with the weights"
-_SAMPLING: dict[str, tuple[type, str]] = {
-    "system": (str, "a system turn to begin with"),
-    "temperature": (float, "0 takes the likeliest token; more draws freer (0.8)"),
-    "top_p": (float, "draw from the likeliest tokens of this probability (0.9)"),
-    "top_k": (int, "draw from this many likeliest tokens; 0 from all (0)"),
-    "repetition_penalty": (float, "above 1 repeats less (1.0)"),
-    "max_new_tokens": (int, "longest answer in tokens (256)"),
-    "seed": (int, "the same answers every time"),
-}
-# What `evaluate` takes; of the shape, what a .pth leaves open.
 _EVALUATION = (
     "tokenizer out_dir max_seq_len document_mask batch_size eval_tokens device "
     "num_processes dtype hang_timeout_seconds on_bad_line max_bad_fraction"
 ).split() + SHAPE_FIELDS
+_SAMPLING: dict[str, type] = {
+    **{"system": str, "temperature": float, "top_p": float, "top_k": int},
+    **{"repetition_penalty": float, "max_new_tokens": int, "seed": int},
+}
+# Help of what is no field of `TrainConfig`, or means something else in a command.
+_HELP = {
+    "source": "run folder, checkpoint, .pth file or Hugging Face folder",
+    "text": "what to say; without it, lines are read from the terminal",
+    "folder": "where to write: a new or empty folder",
+    "run_dir": "folder of a run, such as out/pretrain_512",
+    "which": 'checkpoint of a run: "last", or "best" on validation (last)',
+    "ddp": "Accepted for compatibility with MiniMind; DDP is always on.",
+    "system": "system turn at the start of the conversation",
+    "temperature": "0 takes the likeliest token (0.8)",
+    "top_p": "sample from the likeliest tokens of this total probability (0.9)",
+    "top_k": "sample from this many likeliest tokens; 0 from all (0)",
+    "repetition_penalty": "above 1 repeats less (1.0)",
+    "max_new_tokens": "longest answer in tokens (256)",
+    "format": "llama, qwen3, qwen3_moe, minimind, pth or gguf; the one that fits",
+    "chat seed": "seed of the sampling",
+    "chat tokenizer": "tokenizer to use instead of the one beside the weights",
+    "export tokenizer": "tokenizer to use instead of the one beside the weights",
+    "export dtype": "precision of the weights: float16, bfloat16 or float32",
+    "tokenizer data_path": "JSONL files, separated by commas",
+    "tokenizer vocab_size": "entries (6400)",
+}
+_TRAINING = [name for name in kinds() if name != "stage"] + ["ddp"]
+# The public function that a command calls, its help, its positionals and its options.
+_COMMANDS: dict[str, tuple[str, str, list[str], list[str]]] = {
+    "pretrain": ("train", "Train a model on plain text.", [], _TRAINING),
+    "sft": ("train", "Fine-tune a model on conversations.", [], _TRAINING),
+    "dpo": ("train", "Train on preferences between answers.", [], _TRAINING),
+    "eval": (
+        "evaluate",
+        "Measure the loss of a model on a file.",
+        ["source"],
+        ["data_path", "which", *_EVALUATION],
+    ),
+    "chat": (
+        "chat",
+        "Talk to a model.",
+        ["source", "text"],
+        ["which", "tokenizer", *SHAPE_FIELDS, *_SAMPLING],
+    ),
+    "export": (
+        "export",
+        "Write a model in another program's format.",
+        ["source", "folder"],
+        ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
+    ),
+    "tokenizer": (
+        "train_tokenizer",
+        "Train a tokenizer on JSONL files.",
+        [],
+        ["data_path", "out_dir", "vocab_size"],
+    ),
+    "plan": ("plan", "Estimate what a run takes.", [], [*_TRAINING, "stage"]),
+    "doctor": ("doctor", "Report problems of this machine.", [], ["out_dir"]),
+    "verify": ("verify", "Check the files of a run.", ["run_dir"], []),
+}
+_REQUIRED = {"eval": ["data_path"], "tokenizer": ["data_path", "out_dir"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 when it did what was asked, 143 after SIGTERM.
+    """Run a command and exit: 0 on success, 143 after SIGTERM.
 
-    `arguments` are those of the process unless given. A mistake of the user's is one
-    line on stderr and exit code 2, a failed run its explanation and 1. Raises
-    `RuntimeError` in a notebook without `arguments`: the process has those of Jupyter.
+    `arguments` default to those of the process. A user's mistake is one line on stderr
+    and exit code 2; a failed run is its explanation and exit code 1. Raises
+    `RuntimeError` in a notebook without `arguments`, where the process has Jupyter's.
     """
     if arguments is None and running_kernel():
         raise RuntimeError(
             "in a notebook the command line is Jupyter's own: call "
-            "mm.train(mm.TrainConfig(…)), write !minimind-nb pretrain --data_path …, or "
-            'give the arguments, main(["doctor"])'
+            "mm.train(mm.TrainConfig(…)), or write !minimind-nb pretrain --data_path …"
         )
-    options = _parse(arguments)
-    try:
-        # torchrun starts a command in all its processes, and these need one.
-        idle = options.run in (_chat, _export, _tokenizer) and not _is_first()
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun prints what is raised
-            from torch.distributed.elastic.multiprocessing.errors import record
+    options, call = _parse(arguments), run
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun prints what is raised
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-            options.run = record(options.run)
-        code = 0 if idle else options.run(options)
-    except BrokenPipeError:  # whoever read has seen enough, as `head` does
+        call = record(run)
+    try:
+        code = call(**vars(options))
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except TrainingFailed as failure:
@@ -88,149 +134,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minimind-nb", description="MiniMind models on any processor."
-    )
-    parser.add_argument("-V", "--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, run, add_options, text in (
-        ("pretrain", _train, _add_training, "Train a model on plain text."),
-        ("sft", _train, _add_training, "Fine-tune a model on conversations."),
-        ("dpo", _train, _add_training, "Train on preferences between answers."),
-        ("eval", _evaluate, _add_eval, "Measure the loss of a model on a file."),
-        ("chat", _chat, _add_chat, "Talk to a model."),
-        ("export", _export, _add_export, "Write a model as other programs read it."),
-        ("tokenizer", _tokenizer, _add_tokenizer, "Train a vocabulary on JSONL files."),
-        ("plan", _plan, _add_plan, "Say what a run would take."),
-        ("doctor", _doctor, _add_doctor, "Say what will go wrong on this machine."),
-        ("verify", _verify, _add_verify, "Say whether the files of a run are intact."),
-    ):
-        command = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False
-        )
-        command.set_defaults(run=run, command=command, stage=name, words={})
-        add_options(command)
-        words = command.get_default("words")
-        shapes = (" {}" if words[word] else " [{}]" for word in words)
-        shown = "".join(map(str.format, shapes, map(str.upper, words)))
-        command.usage = f"minimind-nb {name}{shown} [--OPTION VALUE ...]"
-    return parser
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and say what was probably meant for an option that does not exist.
-
-    What a command takes as `words`, such as its source, can be named as an option too;
-    the words beside the options are the rest of them, in order.
-    """
-    options, unknown = _parser().parse_known_args(arguments)
-    open_words = [word for word in options.words if getattr(options, word) is None]
-    for word in unknown:
-        is_option = word.startswith("-") and " " not in word
-        if is_option or not open_words:
-            known = [o for o in options.command._option_string_actions if o[:2] == "--"]
-            name = word.partition("=")[0]
-            problem = describe_unknown(name, known, "option")
-            if not is_option:
-                problem += (
-                    "; options are named, as in --data_path FILE, and words with "
-                )
-                problem += "blanks stand in quotes"
-            options.command.error(problem)
-        setattr(options, open_words.pop(0), word)
-    for word in open_words:
-        if options.words[word]:
-            options.command.error(f"{word.upper()} is missing: {options.words[word]}")
+    """Parse; an unknown option is an error that names the closest known one."""
+    options, rest = _parser().parse_known_args(arguments)
+    parser = vars(options).pop("parser")
+    if rest and options.command == "chat" and not rest[0].startswith("--"):
+        # Before Python 3.13 argparse ignores an optional positional after an option.
+        vars(options).setdefault("text", rest.pop(0))
+    if rest:
+        known = [o for o in parser._option_string_actions if o.startswith("--")]
+        problem = describe_unknown(rest[0].partition("=")[0], known, "option")
+        if not rest[0].startswith("-"):
+            problem += "; name it, as in --data_path FILE, and quote words with blanks"
+        parser.error(problem)
     return options
 
 
-def _add_words(parser: argparse.ArgumentParser, **words: str) -> None:
-    """Words a command takes, each with its help; `text` may be left out."""
-    for word, text in words.items():
-        parser.add_argument(f"--{word}", help=text)
-    needed = {word: "" if word == "text" else text for word, text in words.items()}
-    parser.set_defaults(words=needed)
-
-
-def _add_fields(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """One option for each of these fields of `TrainConfig`; its docstring is the help."""
-    helps = field_docstrings()
-    for name in names:
-        is_switch = {"nargs": "?", "const": True} if bool in kinds()[name] else {}
-        parser.add_argument(
-            f"--{name}",
-            type=_converter(kinds()[name]),
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=helps[name].replace("%", "%%"),
-            **is_switch,
-        )
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    _add_fields(parser, (name for name in kinds() if name != "stage"))
-    switch = _converter((bool,))
-    text = "Always on, and taken for MiniMind's sake: every GPU has a process."
-    parser.add_argument(
-        "--ddp", type=switch, nargs="?", const=True, metavar="VALUE", help=text
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser; an option that is not given is absent from its result."""
+    main_parser = argparse.ArgumentParser(
+        prog="minimind-nb", description="Train MiniMind models and talk to them."
     )
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    _add_training(parser)
-    parser.add_argument("--stage", default="pretrain", choices=STAGES)
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    _add_words(parser, source=_MODEL)
-    text = 'JSONL file with one {"text": "…"} or {"conversations": […]} a line'
-    parser.add_argument("--data_path", required=True, help=text)
-    parser.add_argument("--which", default="last", help=_WHICH)
-    _add_fields(parser, (name for name in kinds() if name in _EVALUATION))
-
-
-def _add_chat(parser: argparse.ArgumentParser) -> None:
-    said = "what to say; without it, lines from the terminal until an empty one"
-    _add_words(parser, source=_MODEL, text=said)
-    parser.add_argument("--which", default="last", help=_WHICH)
-    parser.add_argument("--tokenizer", help=_TOKENIZER)
-    _add_fields(parser, SHAPE_FIELDS)
-    for name, (kind, text) in _SAMPLING.items():
-        parser.add_argument(
-            f"--{name}", type=kind, default=argparse.SUPPRESS, help=text
+    main_parser.add_argument("-V", "--version", action="version", version=__version__)
+    commands = main_parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", dest="command"
+    )
+    for command, (_, text, positionals, options) in _COMMANDS.items():
+        words = [word.upper() if word != "text" else "[TEXT]" for word in positionals]
+        parser = commands.add_parser(
+            command,
+            help=text,
+            description=text,
+            usage=" ".join(["minimind-nb", command, *words, "[--OPTION VALUE ...]"]),
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
         )
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    _add_words(parser, source=_MODEL, folder="where to write, a new or empty folder")
-    formats = "llama, qwen3, qwen3_moe, minimind, pth or gguf; what fits unless set"
-    parser.add_argument("--format", help=formats)
-    parser.add_argument("--which", default="last", help=_WHICH)
-    dtype = "precision of the weights written: float16, bfloat16 or float32"
-    parser.add_argument("--dtype", help=dtype)
-    parser.add_argument("--tokenizer", help=_TOKENIZER)
-    _add_fields(parser, SHAPE_FIELDS)
-
-
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument
-    option("--data_path", required=True, help="JSONL files, separated by commas")
-    option("--out_dir", required=True, help="folder for tokenizer.json")
-    option("--vocab_size", type=int, default=6400, help="entries (6400)")
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out_dir", default="out", help="where runs would go (out)")
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    _add_words(parser, run_dir="the folder of a run, such as out/pretrain_512")
+        parser.set_defaults(parser=parser)
+        for word in positionals:
+            optional: Any = {"nargs": "?"} if word == "text" else {}
+            parser.add_argument(
+                word, metavar=word.upper(), help=_HELP[word], **optional
+            )
+        for option in options:
+            own = {**_SAMPLING, "ddp": bool}.get(option, str)
+            types = kinds().get(option, (own,))
+            is_switch: Any = {"nargs": "?", "const": True} if bool in types else {}
+            shown = _HELP.get(f"{command} {option}") or _HELP.get(option)
+            parser.add_argument(
+                f"--{option}",
+                type=_converter(types),
+                metavar="VALUE",
+                help=(shown or field_docstrings()[option]).replace("%", "%%"),
+                required=option in _REQUIRED.get(command, []),
+                **is_switch,
+            )
+    return main_parser
 
 
 @functools.cache
 def field_docstrings() -> dict[str, str]:
-    """The string below each field of `TrainConfig`, on one line."""
+    """Return the docstring of each field of `TrainConfig`, on one line."""
     body: Any = ast.parse(inspect.getsource(TrainConfig)).body[0]
     pairs = itertools.pairwise(body.body)
     return {
@@ -241,7 +204,7 @@ def field_docstrings() -> dict[str, str]:
 
 
 def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
-    """Read an option's text as the first of a field's types that it fits."""
+    """Return a parser of an option's text: the first of a field's types that fits."""
 
     def convert(text: str) -> Any:
         if bool in types and text.lower() in (*_TRUE, *_FALSE):
@@ -262,89 +225,31 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
 
 
 def _is_first() -> bool:
-    """Whether this process speaks: of torchrun's processes rank 0 does."""
+    """Return whether this process prints: under torchrun, only rank 0 does."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
-def _show(result: object) -> None:
-    if _is_first():
-        print(result)
-
-
-def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """What was given of these options."""
-    return {name: value for name, value in vars(options).items() if name in names}
-
-
-def _config(options: argparse.Namespace) -> TrainConfig:
-    if options.ddp is not None and _is_first():
-        text = "--ddp is always on: a process for each GPU, or --num_processes of them"
+def run(command: str, **options: Any) -> int:
+    """Call the function behind a command, print its result, return the exit code."""
+    if command in ("chat", "export", "tokenizer") and not _is_first():
+        return 0  # torchrun starts every command in all its processes
+    if options.pop("ddp", None) is not None and _is_first():
+        text = "--ddp is always on: one process per GPU, or --num_processes of them"
         print(f"minimind-nb: {text}", file=sys.stderr)
-    return TrainConfig(**_given(options, kinds()))
-
-
-def _train(options: argparse.Namespace) -> int:
-    from .training.api import train
-
-    run = train(_config(options))
-    _show(run)
-    return _EXIT_CODES.get(run.status, 1)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from .planning import plan
-
-    _show(plan(_config(options)))
-    return 0
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from .training.api import evaluate
-
-    settings = _given(options, _EVALUATION)
-    _show(evaluate(options.source, options.data_path, options.which, **settings))
-    return 0
-
-
-def _chat(options: argparse.Namespace) -> int:
-    from .monitor.chat import chat
-
-    source, opening = options.source, ("which", "tokenizer", *SHAPE_FIELDS)
-    named, sampling = _given(options, opening), _given(options, _SAMPLING)
-    if named.keys() & set(SHAPE_FIELDS):
-        from .model.loading import load
-
-        source, named = load(source, **named), {}
-    chat(source, options.text, **named, **sampling)
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from .model.export import export
-
-    choices = _given(options, ("format", "which", "tokenizer", "dtype", *SHAPE_FIELDS))
-    _show(export(options.source, options.folder, **choices))
-    return 0
-
-
-def _tokenizer(options: argparse.Namespace) -> int:
-    from .data.tokenizer_training import train_tokenizer
-
-    paths = [path.strip() for path in options.data_path.split(",")]
-    _show(train_tokenizer(paths, options.out_dir, vocab_size=options.vocab_size))
-    return 0
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from .diagnosis import doctor
-
-    _show(doctor(options.out_dir))
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from .diagnosis import verify
-
-    verdict = verify(options.run_dir)
-    _show(verdict)
-    return 0 if verdict.intact else 1
+    function = _COMMANDS[command][0]
+    package = importlib.import_module("minimind_nb")
+    if function in ("train", "plan"):
+        options |= {"stage": command} if command in STAGES else {}
+        options = {"cfg": TrainConfig(**options)}
+    if command == "tokenizer":
+        options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
+    if command == "chat" and (shape := options.keys() & set(SHAPE_FIELDS)):
+        named = shape | (options.keys() & {"which", "tokenizer"})
+        opening = {name: options.pop(name) for name in named}
+        options["source"] = package.load(source=options["source"], **opening)
+    result = getattr(package, function)(**options)
+    if command != "chat" and _is_first():
+        print(result)
+    if command == "verify":
+        return 0 if result.intact else 1
+    return _EXIT_CODES.get(result.status, 1) if function == "train" else 0

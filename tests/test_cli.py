@@ -2,10 +2,10 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ import pytest
 import torch
 
 import minimind_nb
-from minimind_nb import cli, diagnosis
+from minimind_nb import cli
 from minimind_nb.cli import field_docstrings, main
 from minimind_nb.config import SHAPE_FIELDS, STAGES, TrainConfig
 from minimind_nb.diagnosis import Verdict
 from minimind_nb.launch.outcome import TrainingFailed
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.storage.run_folder import RunLocked
-from minimind_nb.training import api
 
 # Frozen: scripts depend on these names.
 OPTIONS = """
@@ -36,42 +35,33 @@ OPTIONS = """
     save_interval keep_checkpoints max_session_hours device num_processes dtype
     max_skipped_steps hang_timeout_seconds on_bad_line max_bad_fraction
 """.split()
-EVALUATION = """
-    source data_path which tokenizer out_dir
-    hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout
-    qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha
-    seq_aux norm_topk_prob inference_rope_scaling max_seq_len document_mask batch_size
+EVALUATION = (
+    """
+    data_path which tokenizer out_dir max_seq_len document_mask batch_size
     eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line
     max_bad_fraction
 """.split()
-CHAT = """
-    source text which tokenizer
-    hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout
-    qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha
-    seq_aux norm_topk_prob inference_rope_scaling
-    system temperature top_p top_k repetition_penalty max_new_tokens seed
-""".split()
+    + SHAPE_FIELDS
+)
+CHAT = ["which", "tokenizer", *SHAPE_FIELDS]
+CHAT += "system temperature top_p top_k repetition_penalty max_new_tokens seed".split()
 COMMANDS = {
     "pretrain": [*OPTIONS, "ddp"],
     "sft": [*OPTIONS, "ddp"],
     "dpo": [*OPTIONS, "ddp"],
     "eval": EVALUATION,
     "chat": CHAT,
-    "export": [
-        "source",
-        "folder",
-        "format",
-        "which",
-        "dtype",
-        "tokenizer",
-        *SHAPE_FIELDS,
-    ],
+    "export": ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
     "tokenizer": ["data_path", "out_dir", "vocab_size"],
     "plan": [*OPTIONS, "ddp", "stage"],
     "doctor": ["out_dir"],
-    "verify": ["run_dir"],
+    "verify": [],
+}
+POSITIONALS = {
+    "eval": ["SOURCE"],
+    "chat": ["SOURCE", "TEXT"],
+    "export": ["SOURCE", "FOLDER"],
+    "verify": ["RUN_DIR"],
 }
 # What people who come from MiniMind type.
 MINIMIND = """
@@ -103,7 +93,7 @@ class FakeTrain:
 @pytest.fixture
 def train(monkeypatch) -> FakeTrain:
     fake = FakeTrain()
-    monkeypatch.setattr(api, "train", fake)
+    monkeypatch.setattr(minimind_nb, "train", fake)
     return fake
 
 
@@ -120,11 +110,13 @@ def test_options_are_the_settings_but_the_stage():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_options_of_a_command_are_these(command, capsys):
+def test_the_arguments_of_a_command_are_these(command, capsys):
     assert exit_code(command, "--help") == 0
-    shown = capsys.readouterr().out.partition("options:")[2].splitlines()
-    found = [line.split()[0] for line in shown if line.startswith("  --")]
+    words, _, options = capsys.readouterr().out.partition("options:")
+    found = [n.split()[0] for n in options.splitlines() if n.startswith("  --")]
     assert [name.removeprefix("--") for name in found] == COMMANDS[command]
+    found = re.findall(r"^  ([A-Z_]+)", words, re.MULTILINE)
+    assert found == POSITIONALS.get(command, [])
 
 
 def test_the_help_is_the_settings_docstrings(capsys):
@@ -228,7 +220,7 @@ def test_ddp_is_taken_and_said_to_be_always_on(given, train, capsys, monkeypatch
     assert exit_code("sft", *given, "--epochs", "2") == 0
     assert train.configs == [TrainConfig(stage="sft", epochs=2)]
     assert capsys.readouterr().err == (
-        "minimind-nb: --ddp is always on: a process for each GPU, or --num_processes of "
+        "minimind-nb: --ddp is always on: one process per GPU, or --num_processes of "
         "them\n"
     )
     monkeypatch.setenv("RANK", "1")
@@ -256,7 +248,7 @@ def test_of_torchruns_processes_the_first_speaks(train, monkeypatch, capsys):
         ("--hiden-size=512", "is no option; did you mean --hidden_size?"),
         ("--epoch 1", "is no option; did you mean --epochs?"),
         ("--qqq 1", "qqq' is no option"),
-        ("corpus.jsonl", "no option; options are named, as in --data_path FILE"),
+        ("corpus.jsonl", "no option; name it, as in --data_path FILE"),
     ],
 )
 def test_an_option_that_cannot_be_is_explained(arguments, text, train, capsys):
@@ -316,8 +308,8 @@ def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_reader_who_has_seen_enough_is_no_error():
     code = (
-        "import sys, minimind_nb.cli as cli\n"
-        "cli._show = lambda _: print('x' * 1_000_000, flush=True)\n"
+        "import minimind_nb, minimind_nb.cli as cli\n"
+        "minimind_nb.doctor = lambda: print('x' * 1_000_000, flush=True)\n"
         "cli.main(['doctor'])"
     )
     command = [sys.executable, "-c", code]
@@ -383,7 +375,7 @@ def test_plan_takes_a_stage(tmp_path, monkeypatch, capsys):
     assert shown.startswith("dpo_128 on ")
     assert "8 pairs = batch_size 8" in shown
     assert exit_code("plan", "--stage", "spt") == 2
-    assert "invalid choice: 'spt'" in capsys.readouterr().err
+    assert "did you mean 'sft'?" in capsys.readouterr().err
 
 
 def question(number: int) -> dict[str, str]:
@@ -401,33 +393,31 @@ def test_plan_names_a_file_that_is_not_there(capsys):
 
 def test_doctor_prints_what_this_machine_is(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(diagnosis, "doctor", lambda out: asked.append(out) or "a table")
+    monkeypatch.setattr(
+        minimind_nb, "doctor", lambda **named: asked.append(named) or "a table"
+    )
     assert exit_code("doctor") == exit_code("doctor", "--out_dir", "runs") == 0
-    assert asked == ["out", "runs"]
+    assert asked == [{}, {"out_dir": "runs"}]
     assert capsys.readouterr().out == "a table\n" * 2
 
 
-def keep(monkeypatch, module: str, name: str, answer: Any = None) -> list[Any]:
-    """Put a function in the place of one that a command calls; what it is called with."""
+def keep(monkeypatch, name: str, answer: Any = None) -> list[dict[str, Any]]:
+    """Replace a function that a command calls; returns what it is called with."""
     calls = []
-    stand_in = types.ModuleType(module)
-    stand_in.__dict__[name] = lambda *given, **named: (
-        calls.append((given, named)) or answer
+    monkeypatch.setattr(
+        minimind_nb, name, lambda **named: calls.append(named) or answer
     )
-    monkeypatch.setitem(sys.modules, f"minimind_nb.{module}", stand_in)
     return calls
 
 
 def test_eval_prints_the_scores(monkeypatch, capsys):
-    calls = keep(monkeypatch, "training.api", "evaluate", "a table")
+    calls = keep(monkeypatch, "evaluate", "a table")
     given = "eval out/sft_512 --data_path chats.jsonl"
     more = " --which best --batch_size 4 --num_attention_heads 2 --document_mask"
     assert exit_code(*given.split()) == exit_code(*(given + more).split()) == 0
     settings = {"batch_size": 4, "num_attention_heads": 2, "document_mask": True}
-    assert calls == [
-        (("out/sft_512", "chats.jsonl", "last"), {}),
-        (("out/sft_512", "chats.jsonl", "best"), settings),
-    ]
+    both = {"source": "out/sft_512", "data_path": "chats.jsonl"}
+    assert calls == [both, {**both, "which": "best", **settings}]
     assert capsys.readouterr().out == "a table\n" * 2
     assert exit_code("eval", "out/sft_512") == 2
     assert "required: --data_path" in capsys.readouterr().err
@@ -437,10 +427,9 @@ def test_eval_prints_the_scores(monkeypatch, capsys):
     ("arguments", "text", "settings"),
     [
         (["out/sft_512"], None, {}),
+        (["out/sft_512", "--", "--hi"], "--hi", {}),
         (["out/sft_512", "你好"], "你好", {}),
         (["out/sft_512", "--seed", "3", "- so?"], "- so?", {"seed": 3}),
-        (["--source", "out/sft_512", "--text=--hi"], "--hi", {}),
-        (["--source", "out/sft_512", "hi"], "hi", {}),
         (
             ["out/sft_512", "hi", "--system", "Be brief.", "--temperature", "0"],
             "hi",
@@ -459,10 +448,19 @@ def test_eval_prints_the_scores(monkeypatch, capsys):
     ],
 )
 def test_chat_says_what_is_given(arguments, text, settings, monkeypatch):
-    calls = keep(monkeypatch, "monitor.chat", "chat")
+    calls = keep(monkeypatch, "chat")
     assert exit_code("chat", *arguments) == 0
-    named = {"which": "last", "tokenizer": None, **settings}
-    assert calls == [(("out/sft_512", text), named)]
+    said = {} if text is None else {"text": text}
+    assert calls == [{"source": "out/sft_512", **said, **settings}]
+
+
+def test_chat_loads_weights_of_a_named_shape(monkeypatch):
+    loaded = keep(monkeypatch, "load", "a model")
+    calls = keep(monkeypatch, "chat")
+    given = "chat a.pth hi --num_attention_heads 2 --tokenizer t --seed 3"
+    assert exit_code(*given.split()) == 0
+    assert loaded == [{"source": "a.pth", "num_attention_heads": 2, "tokenizer": "t"}]
+    assert calls == [{"source": "a model", "text": "hi", "seed": 3}]
 
 
 def test_chat_without_a_text_and_without_a_terminal_is_an_error(monkeypatch, capsys):
@@ -472,21 +470,21 @@ def test_chat_without_a_text_and_without_a_terminal_is_an_error(monkeypatch, cap
 
 
 def test_export_prints_where_it_wrote(monkeypatch, capsys):
-    calls = keep(monkeypatch, "model.export", "export", "hf")
+    calls = keep(monkeypatch, "export", "hf")
     given = "export out/sft_512 hf --format llama --which best --dtype float16"
     assert exit_code(*given.split()) == 0
-    named = {"format": "llama", "which": "best", "dtype": "float16", "tokenizer": None}
-    assert calls == [(("out/sft_512", "hf"), named)]
+    named = {"format": "llama", "which": "best", "dtype": "float16"}
+    assert calls == [{"source": "out/sft_512", "folder": "hf", **named}]
     assert capsys.readouterr().out == "hf\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("eval --data_path a", "SOURCE is missing: a run folder, a checkpoint, a .pth"),
-        ("chat --seed 1", "SOURCE is missing: a run folder"),
-        ("export out/sft_512", "FOLDER is missing: where to write"),
-        ("verify", "RUN_DIR is missing: the folder of a run"),
+        ("eval --data_path a", "arguments are required: SOURCE"),
+        ("chat --seed 1", "arguments are required: SOURCE"),
+        ("export out/sft_512", "arguments are required: FOLDER"),
+        ("verify", "arguments are required: RUN_DIR"),
         ("verify out/a out/b", "'out/b' is no option"),
         ("chat out/a hi --tempreature 1", "is no option; did you mean --temperature?"),
     ],
@@ -501,7 +499,9 @@ def test_verify_tells_by_its_exit_code(monkeypatch, capsys):
     found = [Verdict("a", rows), Verdict("b", [["checkpoint", "", "none yet"]])]
     asked = []
     monkeypatch.setattr(
-        diagnosis, "verify", lambda run: asked.append(run) or found[len(asked) - 1]
+        minimind_nb,
+        "verify",
+        lambda run_dir: asked.append(run_dir) or found[len(asked) - 1],
     )
     assert [exit_code("verify", "out/a"), exit_code("verify", "out/b")] == [0, 1]
     assert asked == ["out/a", "out/b"]
