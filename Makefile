@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest faults check clean
+.PHONY: setup demo test test-oldest faults check docs clean
 
 setup: .venv/.ready
 
@@ -50,6 +50,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# The API reference, from the docstrings.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pdoc
+	$(BIN)/python tools/repository.py
+	$(BIN)/pdoc --output-directory out/docs minimind_nb
+	@echo "Open out/docs/minimind_nb.html."
 
 clean:
 	rm -rf .venv .venv-oldest out build dist *.egg-info
