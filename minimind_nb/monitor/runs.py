@@ -1,7 +1,8 @@
-"""What stays of a run: its summary and chart; `Run` opens one later, `runs` lists all."""
+"""Runs on disk: `Run` opens one, `runs` lists a folder of them; summary and chart."""
+
+from __future__ import annotations
 
 import html
-import itertools
 import math
 import os
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import shorten_home
 from ..storage import verified
 from ..storage.run_folder import RunFolder
-from .metrics import History, Row, find_metrics
+from .metrics import History, find_metrics
 from .progress import (
     STATUS_WORDS,
     duration,
@@ -30,17 +31,14 @@ COLUMNS = [
     *("name", "stage", "status", "step", "loss", "validation loss"),
     *("size", "last change"),
 ]
-EVALUATED = {
-    "bits_per_byte": "bits per byte (validation)",
-    "kl": "KL divergence, estimated (nats per answer token)",
-}
 PROMPT_WIDTH = 40  # columns of a prompt that heads a column
 
 
 class Run:
     """A training run on disk: `mm.Run("out/pretrain_512")`; `mm.train` returns one.
 
-    Goes wherever a path goes. Raises FileNotFoundError where the folder is no run.
+    It can be passed wherever a path can. Raises FileNotFoundError for a folder that is
+    not a run, listing the runs nearby.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,29 +63,29 @@ class Run:
 
     @property
     def history(self) -> History:
-        """The metrics, read up to now."""
+        """The metrics logged so far."""
         self._history.refresh()
         return self._history
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json holds; `config["settings"]` are TrainConfig's values."""
+        """The content of config.json; `config["settings"]` are TrainConfig's values."""
         return self._files.read_config()
 
-    def plot(self, **choices: Any) -> "Chart":
-        """The chart of `plot_history`, which names the choices (x, y, smoothing, …)."""
+    def plot(self, **choices: Any) -> Chart:
+        """Return the chart of `plot_history`, with its choices (x, y, smoothing, …)."""
         from .charts import plot_history
 
         return plot_history(self.history, **choices)
 
     def export_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write the metrics as a table, as `History.to_csv` says."""
+        """Write the metrics as a table, as `History.to_csv` does."""
         return self.history.to_csv(path)
 
     def samples(self, most: int = 8) -> Table:
-        """How the answers to the run's fixed prompts changed, validation by validation.
+        """Return the answers to the run's fixed prompts, one row per validation.
 
-        `most` steps at even distances, the first and the last among them.
+        There are at most `most` rows at even distances, the first and last included.
         """
         return sample_table(self.history, most)
 
@@ -96,7 +94,7 @@ class Run:
 
 
 class Runs(Table):
-    """A listing of runs; `runs` are those with a checkpoint to load, in its order."""
+    """A list of runs; `runs` are those with a checkpoint to load, in the same order."""
 
     def __init__(self, title: str, rows: list[list[str]], runs: list[Run]) -> None:
         super().__init__(title, COLUMNS, rows)
@@ -104,23 +102,23 @@ class Runs(Table):
 
 
 def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
-    """The runs in a folder, the last changed first: `mm.runs("out")`.
+    """List the runs in a folder, the last changed first: `mm.runs("out")`.
 
-    Losses are the last logged ones; the size is that of the run folder, with all
-    checkpoints. What cannot be read is listed with the reason. Raises
-    FileNotFoundError where there is no such folder.
+    Losses are the last logged ones; the size is that of the run folder with all its
+    checkpoints. A run that cannot be read is listed with the reason. Raises
+    FileNotFoundError if there is no such folder.
     """
     root = Path(out_dir).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root} is no folder; expected the out_dir of training runs, for example "
+            f"{root} is not a folder; expected the out_dir of training runs, for example "
             'mm.runs("out"). mm.train(cfg) makes it.'
         )
     found = []
     for folder in filter(Path.is_dir, root.glob("[!.]*")):
         try:
             cells = _list_run(folder)
-        except Exception as error:  # a listing shows every run, whatever ails one
+        except Exception as error:  # a damaged run must not hide the others
             reason = f"{error}".replace(f"{folder}{os.sep}", "")
             cells = ["", f"cannot be read: {reason}", "", "", ""]
         if cells:
@@ -131,12 +129,12 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
     found.sort(reverse=True)
     trained = [f for _, f, _ in found if RunFolder(f).checkpoint_folders()]
     none = "" if found else ": none yet; mm.train(cfg) makes one"
-    title, rows = f"Runs in {root}{none}", [row for _, _, row in found]
-    return Runs(title, rows, [Run(folder) for folder in trained])
+    rows = [row for _, _, row in found]
+    return Runs(f"Runs in {root}{none}", rows, [Run(folder) for folder in trained])
 
 
 def _list_run(folder: Path) -> list[str]:
-    """Stage, status, step and losses, or nothing of a folder that is no run."""
+    """Return stage, status, step and losses; an empty list if this is not a run."""
     files = RunFolder(folder)
     config = files.read_config() if files.exists() else {}
     if "settings" not in config and not files.metrics_file.exists():
@@ -153,7 +151,7 @@ def _list_run(folder: Path) -> list[str]:
 
 
 def _measure(folder: Path) -> tuple[float, float]:
-    """MiB of all files below a folder, and when the last of them was written."""
+    """Return the MiB of all files in a folder, and when the last was written."""
     size, changed = 0, 0.0
     for path in folder.rglob("*"):
         try:
@@ -166,65 +164,70 @@ def _measure(folder: Path) -> tuple[float, float]:
 
 
 def sample_table(history: History, most: int = 8) -> Table:
-    """A row for each of at most `most` steps, a column for each prompt."""
-    name = history.path.parent.name
+    """Return a row for each of at most `most` steps, a column for each prompt."""
+    name, samples = history.path.parent.name, history.select("sample")
+    if not samples:
+        title = f"{name} has no sampled answers; every validation makes some unless "
+        return Table(f"{title}sample_tokens=0", [], [])
+    prompts = dict.fromkeys((row["number"], row["prompt"]) for row in samples)
     answers: dict[int, dict[tuple[int, str], str]] = {}
-    for row in history.select("sample"):
-        answers.setdefault(row["step"], {})[row["number"], row["prompt"]] = row[
-            "answer"
-        ]
-    prompts = dict.fromkeys(itertools.chain(*answers.values()))
-    if not answers:
-        how = "every validation makes some unless sample_tokens=0"
-        return Table(f"{name} has no sampled answers; {how}", [], [])
+    for row in samples:
+        at_step = answers.setdefault(row["step"], {})
+        at_step[row["number"], row["prompt"]] = row["answer"]
     steps = sorted(answers)
     gaps = max(1, min(most, len(steps)) - 1)
-    shown = dict.fromkeys(round(n * (len(steps) - 1) / gaps) for n in range(gaps + 1))
+    indices = dict.fromkeys(round(n * (len(steps) - 1) / gaps) for n in range(gaps + 1))
     return Table(
         f"How the answers of {name} change",
         ["step", *(shorten(prompt, PROMPT_WIDTH) for _, prompt in prompts)],
         [
-            [
-                f"{steps[n]:,}",
-                *(answers[steps[n]].get(prompt, "") for prompt in prompts),
-            ]
-            for n in shown
+            [f"{step:,}", *(answers[step].get(prompt, "") for prompt in prompts)]
+            for step in (steps[index] for index in indices)
         ],
     )
 
 
 def save_chart(run: Run) -> None:
-    """Write the run's chart as loss.png, at once."""
+    """Write the run's chart as loss.png, replacing it at once."""
     verified.write_bytes(run.folder / "loss.png", run.plot().png())
 
 
 def write_summary(run: Run, status: str, weights_file: Path) -> None:
-    """Write summary.md, at once; `weights_file` is the run's `.pth` beside the folder."""
-    folder, config = run.folder, run.config
-    place = shorten_home(str(folder))
-    told = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
+    """Write summary.md, replacing it at once.
+
+    `weights_file` is the run's `.pth` beside the folder.
+    """
+    folder, config, history = run.folder, run.config, run.history
+    path = shorten_home(str(folder))
+    settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
     files = [path.name for path in sorted(folder.iterdir())]
     files += [f"../{weights_file.name}"] if weights_file.is_file() else []
     chart = "![loss](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
-    goes_on = "`mm.train(cfg)` goes on from the newest good checkpoint."
+    following = "`mm.train(cfg)` resumes from the newest good checkpoint."
     if status == "finished":
         limit = config["settings"].get("max_steps") or math.inf
-        further = "max_steps" if limit <= position(run.history)[0] else "epochs"
-        goes_on = f"To train longer, raise `{further}` and call `mm.train(cfg)` again."
+        name = "max_steps" if limit <= position(history)[0] else "epochs"
+        following = f"To train longer, raise `{name}` and call `mm.train(cfg)` again."
+    samples, answers = sample_table(history, most=2), ""
+    if samples.rows:
+        cells = [
+            [html.escape(text, quote=False) for text in row] for row in samples.rows
+        ]
+        answers = f"## Answers\n\n{_markdown(cells, samples.columns)}\n\n"
     text = f"""# {folder.name}
 
 {STATUS_WORDS[status].capitalize()}, {time.strftime("%Y-%m-%d %H:%M")}.
-{goes_on}
+{following}
 
 ## Result
 
-{_markdown(result_facts(run.history).items())}
+{_markdown(result_facts(history).items())}
 
-{chart}{_answers(run.history)}## Settings
+{chart}{answers}## Settings
 
-{_markdown(told.items())}
+{_markdown(settings.items())}
 
-Everything else has its default, which `config.json` tells.
+All other settings have their defaults; `config.json` lists them.
 
 ## Files
 
@@ -233,15 +236,15 @@ Everything else has its default, which `config.json` tells.
 ```python
 import minimind_nb as mm
 
-model, tokenizer = mm.load("{place}")
-mm.Run("{place}").plot()
+model, tokenizer = mm.load("{path}")
+mm.Run("{path}").plot()
 ```
 """
     verified.write_text(folder / "summary.md", text)
 
 
 def result_facts(history: History) -> dict[str, str]:
-    """The figures of a run in words, in reading order; what is not known is left out."""
+    """Return the known figures of a run in words, in reading order."""
     step, total = position(history)
     facts = {"optimizer steps": f"{step:,} of {total:,}" if total else f"{step:,}"}
     if train := history.last("train"):
@@ -254,56 +257,40 @@ def result_facts(history: History) -> dict[str, str]:
             "text tokens per second": f"{tokens / seconds:,.0f}",
             "peak memory (GiB, each process)": memory,
             "skipped steps": f"{train['skipped_steps']:,}",
-        } | _routing(train)
-    if validation := history.last("eval"):
-        lowest = min(history.select("eval"), key=lambda row: row["loss"])
-        facts |= {
-            "validation loss": loss_text(validation),
-            "lowest validation loss": f"{lowest['loss']:.3f} at step {lowest['step']:,}",
         }
-        for name, words in EVALUATED.items():
-            if name in validation:
-                facts[words] = f"{validation[name]:.3f}"
-    begin = next(iter(history.session), {})
-    if begin.get("cut") or begin.get("dropped"):
+        if layers := train.get("expert_load"):
+            shares = [100 * share for layer in layers for share in layer]
+            span = f"{min(shares):.1f} % to {max(shares):.1f} %"
+            facts["load of an expert"] = (
+                f"{span}, even would be {100 / len(layers[0]):.1f} %"
+            )
+            facts["auxiliary loss"] = f"{train['aux_loss']:.4f}"
+    if last := history.last("eval"):
+        best = min(history.select("eval"), key=lambda row: row["loss"])
+        facts["validation loss"] = loss_text(last)
+        facts["lowest validation loss"] = f"{best['loss']:.3f} at step {best['step']:,}"
+        if "bits_per_byte" in last:
+            facts["bits per byte (validation)"] = f"{last['bits_per_byte']:.3f}"
+        if "kl" in last:
+            name = "KL divergence, estimated (nats per answer token)"
+            facts[name] = f"{last['kl']:.3f}"
+    start = next(iter(history.session), {})
+    if start.get("cut") or start.get("dropped"):
         documents = "pairs" if history.stage == "dpo" else "conversations"
-        lost = f"{begin['cut']:,} cut at a turn, {begin['dropped']:,} dropped"
-        facts[f"over-long {documents}"] = lost
+        counts = f"{start['cut']:,} cut at a turn, {start['dropped']:,} dropped"
+        facts[f"over-long {documents}"] = counts
     events = history.select("event")
-    if resumes := [f"{e['step']:,}" for e in events if e["event"] == "resume"]:
+    if resumes := [f"{row['step']:,}" for row in events if row["event"] == "resume"]:
         facts["resumed at step"] = ", ".join(resumes)
     if failed := failed_saves(history):
-        facts["last of the saves that failed"] = failed[-1]
+        facts["last save that failed"] = failed[-1]
     if history.damaged_lines:
         facts["damaged lines in metrics.jsonl"] = f"{history.damaged_lines:,}"
     return facts
 
 
-def _routing(train: Row) -> dict[str, str]:
-    """How evenly a mixture's experts are used, and the loss that evens them out."""
-    if not (layers := train.get("expert_load")):
-        return {}
-    shares = [100 * share for layer in layers for share in layer]
-    even = f"even would be {100 / len(layers[0]):.1f} %"
-    return {
-        "load of an expert": f"{min(shares):.1f} % to {max(shares):.1f} %, {even}",
-        "auxiliary loss": f"{train['aux_loss']:.4f}",
-    }
-
-
-def _answers(history: History) -> str:
-    """The first and the last sampled answer to each prompt, as Markdown."""
-    table = sample_table(history, most=2)
-    if not table.rows:
-        return ""
-    (_, *steps), *lines = zip(table.columns, *table.rows, strict=True)
-    columns = ["prompt", *(f"step {step}" for step in steps)]
-    safe = ([html.escape(text, quote=False) for text in line] for line in lines)
-    return f"## Answers\n\n{_markdown(safe, columns)}\n\n"
-
-
 def _markdown(rows: Iterable[Iterable[str]], columns: Sequence[str] = ("", "")) -> str:
-    """A table; a bar would end its cell, and a new line the row."""
+    """Return a table; in Markdown a bar ends a cell, and a new line the row."""
     lines = [columns, ["---"] * len(columns), *rows]
     cells = [[" ".join(t.split()).replace("|", "\\|") for t in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
