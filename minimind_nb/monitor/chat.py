@@ -1,12 +1,15 @@
-"""Talking to a model: answers that appear as they are written, and a history."""
+"""Chat with a model: answers appear as they are generated, and turns are kept."""
+
+from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import html
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ..data.conversations import ChatEncoder, Message, check_messages
@@ -16,28 +19,29 @@ from ..model.generation import check_tokenizer, stream_ids
 from ..model.loading import load
 from ..session import current_session, running_kernel
 
-UPDATE_SECONDS = 0.25  # between two states of an answer in a notebook
+UPDATE_SECONDS = 0.25  # between two states of an answer in the widget
+SHORTENED = "[The chat outgrew the model: its oldest turns are left out.]\n"
 
 
 class Answer(str):
-    """An answer; as the value of a cell, which has shown it, it is not shown again."""
+    """An answer, already printed: a cell does not show it again as its value."""
 
     def _ipython_display_(self) -> None:
         pass
 
 
 class Chat:
-    """A conversation with a model, which streams its answers; `chat` makes one.
+    """A conversation with a model that streams its answers; `chat` makes one.
 
-    `say` goes on; `history` holds the messages ({"role", "content"}) of the turns that
-    were answered, after the system turn where there is one; `clear` begins anew;
-    `converse` reads from the terminal; `panel` is a widget. `settings` are those of
-    `generate`, with 256 new tokens at most; with a `seed` the n-th answer since the
-    beginning is drawn from `seed` + n, the first being the one that `generate` gives. An
-    interrupt ends the answer, not the chat, and what was said until then stays.
+    `say` adds a turn; `history` holds the messages ({"role", "content"}) of the
+    answered turns after the system turn, if any; `clear` starts over; `converse` reads
+    from the terminal; `panel` is a widget. `settings` are those of `generate`, with at
+    most 256 new tokens by default; with a `seed` the n-th answer is drawn from
+    `seed` + n, so the first equals that of `generate`. An interrupt ends the answer,
+    not the chat, and keeps the text so far.
 
-    Where the history outgrows the model's positions, the oldest turns (but the
-    system's) are left out of the prompt, which is said once; `history` keeps them.
+    When the history outgrows the model's positions, the prompt leaves out the oldest
+    turns (but not the system turn), with one message; `history` keeps them.
     """
 
     def __init__(
@@ -53,40 +57,46 @@ class Chat:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was said, but for the system turn."""
+        """Forget all turns but the system turn."""
         self.history: list[Message] = [*self._beginning]
-        self._told = False
+        self._shortened = False
 
     def say(self, text: str) -> str:
-        """Say something; the answer is shown as it comes, and returned.
+        """Say something; the answer is printed as it is generated, and returned.
 
-        A cell shows it as one output, a terminal prints it. Raises `TypeError` for what
-        is not a string, `ValueError` for an empty or too long one.
+        Raises `TypeError` if `text` is not a string, `ValueError` if it is empty or too
+        long.
         """
-        return self._answer(text, _Cell() if running_kernel() else _Terminal())
+        answer = self._answer(text, functools.partial(print, end="", flush=True))
+        print()
+        return answer
 
-    def _answer(self, text: str, view: "_View") -> Answer:
-        """`say`, shown in a view."""
+    def _answer(self, text: str, show: Callable[[str], None]) -> Answer:
+        """Add a turn; `show` gets the answer piece by piece."""
         if not isinstance(text, str):
-            raise TypeError(f"{text!r} is a {type(text).__name__}: say a string")
-        asked = [*self.history, {"role": "user", "content": text}]
-        if reason := check_messages(asked):
-            raise ValueError(f"this cannot be said: {reason}")
-        ids, left_out = self._fit(asked)
-        if left_out and not self._told:
-            self._told = True
-            view.note("The chat outgrew the model: its oldest turns are left out.")
+            raise TypeError(f"expected a string to say, found {type(text).__name__}")
+        messages = [*self.history, {"role": "user", "content": text}]
+        if reason := check_messages(messages):
+            raise ValueError(f"invalid message: {reason}")
+        ids, left_out = self._fit(messages)
+        if left_out and not self._shortened:
+            self._shortened = True
+            show(SHORTENED)
         seed = self._sampling.seed
         if seed is not None:
             seed += sum(one["role"] == "assistant" for one in self.history)
         settings = {**self._settings, "seed": seed}
-        said = view.follow(stream_ids(self._model, self._tokenizer, ids, **settings))
-        if said.strip():  # an empty turn could not be told in the next prompt
-            self.history = [*asked, {"role": "assistant", "content": said}]
-        return Answer(said)
+        answer = ""
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
+                answer += piece
+                show(piece)
+        if answer.strip():  # an empty turn is invalid in the next prompt
+            self.history = [*messages, {"role": "assistant", "content": answer}]
+        return Answer(answer)
 
     def _fit(self, messages: list[Message]) -> tuple[list[int], int]:
-        """The prompt's ids, and how many of the user's turns it leaves out."""
+        """Return the prompt's ids, and how many of the user's turns it leaves out."""
         positions = self._model.config.max_position_embeddings
         room = positions - self._sampling.max_new_tokens
         turns = [n for n, one in enumerate(messages) if one["role"] == "user"]
@@ -122,7 +132,7 @@ class Chat:
                 print(error)
 
     def panel(self) -> Any:
-        """The chat as a widget: what was said, a line to write in, a button."""
+        """Return the chat as a widget: transcript, a line to write in, a button."""
         return _Panel(self).box
 
     def __repr__(self) -> str:
@@ -130,7 +140,7 @@ class Chat:
 
 
 def chat(
-    source: "str | os.PathLike[str] | tuple[Any, Any]",
+    source: str | os.PathLike[str] | tuple[Any, Any],
     text: str | None = None,
     *,
     system: str | None = None,
@@ -138,22 +148,22 @@ def chat(
     tokenizer: Any = None,
     **settings: Any,
 ) -> Chat:
-    """Talk to a model: `chat = mm.chat(run, "你好")`, then `chat.say("…")`.
+    """Chat with a model: `chat = mm.chat(run, "你好")`, then `chat.say("…")`.
 
     `source`, `which` and `tokenizer` are those of `load`, or `source` is a pair of a
     model and its tokenizer; `system` is a system turn; `settings` those of `generate`
     (max_new_tokens, 256 here, temperature, top_p, top_k, repetition_penalty, seed).
-    Without a `text` you write yourself: in a terminal line by line, in a cell in a
-    widget.
+    Without a `text`, a terminal reads line by line and a cell shows a widget.
 
-    Raises what `load` and `Chat` raise, and `ValueError` without a `text` where nobody
-    can write: in a batch run (papermill, nbconvert, a Kaggle commit), without terminal.
+    Raises what `load` and `Chat` raise, and `ValueError` without a `text` if nobody can
+    write one: in a batch run (papermill, nbconvert, a Kaggle commit) or without a
+    terminal.
     """
     kernel = running_kernel()
-    if text is None and not _attended(kernel):
+    if text is None and not _is_interactive(kernel):
         raise ValueError(
-            "nobody can write here, in a batch run or without a terminal: give what is "
-            'to be said, mm.chat(…, "…")'
+            "nobody can write here, in a batch run or without a terminal: pass the text, "
+            'mm.chat(…, "…")'
         )
     if isinstance(source, tuple):
         model, own = source
@@ -172,11 +182,11 @@ def chat(
     return talk
 
 
-def _attended(kernel: Any) -> bool:
-    """Whether somebody is there who can write.
+def _is_interactive(kernel: Any) -> bool:
+    """Return whether somebody can write.
 
-    What executes whole notebooks tells the kernel that it cannot answer `input()`;
-    hosted front ends have ways of their own for that.
+    A program that executes whole notebooks tells the kernel that it cannot answer
+    `input()`; hosted front ends have their own ways for that.
     """
     session = current_session()
     if kernel is None or session.batch:
@@ -185,117 +195,52 @@ def _attended(kernel: Any) -> bool:
     return session.kind != "plain" or request.get("allow_stdin", True)
 
 
-class _View:
-    """Shows an answer in a notebook, where `draw` gets it as far as it is known."""
-
-    seconds = UPDATE_SECONDS
-
-    def __init__(self) -> None:
-        self.notes = ""
-
-    def draw(self, text: str) -> None:
-        raise NotImplementedError
-
-    def note(self, text: str) -> None:
-        self.notes = text
-
-    def follow(self, pieces: Iterator[str]) -> str:
-        """What came until the end or an interrupt; drawn on the way and once more."""
-        text, due = "", 0.0
-        with contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
-                text += piece
-                if time.monotonic() >= due:
-                    self.draw(text)
-                    due = time.monotonic() + self.seconds
-        self.draw(text)
-        return text
-
-
-class _Terminal(_View):
-    seconds = 0.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._printed = 0
-
-    def draw(self, text: str) -> None:
-        print(text[self._printed :], end="", flush=True)
-        self._printed = len(text)
-
-    def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def follow(self, pieces: Iterator[str]) -> str:
-        text = super().follow(pieces)
-        print()
-        return text
-
-
-class _Cell(_View):
-    """One output, updated in place, so that it works without widgets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._display: Any = None
-
-    def draw(self, text: str) -> None:
-        from IPython.display import display
-
-        words = "\n\n".join(filter(None, [self.notes, text]))
-        page = f"{_small(self.notes)}{_paragraph(text)}"
-        bundle = {"text/plain": words, "text/html": page}
-        if self._display is None:
-            self._display = display(bundle, raw=True, display_id=True)
-        else:
-            self._display.update(bundle, raw=True)
-
-
-class _Panel(_View):
+class _Panel:
     """A widget: the transcript, a line to write in, a button."""
 
     def __init__(self, talk: Chat) -> None:
         import ipywidgets as widgets
 
-        super().__init__()
-        self._chat, self._asked = talk, ""
-        self.transcript = widgets.HTML()
-        self.line = widgets.Text(placeholder="Say something", layout={"width": "80%"})
-        self.button = widgets.Button(description="Send")
-        self.button.on_click(lambda _: self._send())
-        self.line.on_msg(self._receive)
-        writing = widgets.HBox([self.line, self.button])
-        self.box = widgets.VBox([self.transcript, writing])
-        self.draw("")
+        self._chat = talk
+        self._transcript = widgets.HTML()
+        self._line = widgets.Text(placeholder="Say something", layout={"width": "80%"})
+        button = widgets.Button(description="Send")
+        button.on_click(lambda _: self._send())
+        self._line.on_msg(self._receive)
+        self.box = widgets.VBox([self._transcript, widgets.HBox([self._line, button])])
+        self._draw()
 
-    def draw(self, text: str) -> None:
-        messages = [*self._chat.history]
-        if self._asked:
-            messages += [{"role": "user", "content": self._asked}]
-            messages += [{"role": "assistant", "content": text}]
-        turns = (_small(m["role"]) + _paragraph(m["content"]) for m in messages)
-        self.transcript.value = "".join([*turns, _small(self.notes)])
+    def _draw(self, *turn: Message, problem: str = "") -> None:
+        style = "opacity:.65;font-size:85%"
+        lines = [(one["role"], one["content"]) for one in [*self._chat.history, *turn]]
+        if problem:
+            lines.append(("", problem))
+        self._transcript.value = "".join(
+            f'<div style="{style}">{head}</div>'
+            f'<div style="white-space:pre-wrap">{html.escape(text)}</div>'
+            for head, text in lines
+        )
 
     def _receive(self, _: object, content: dict[str, Any], __: object) -> None:
         if content.get("event") == "submit":  # the key Enter
             self._send()
 
     def _send(self) -> None:
-        self._asked, self.line.value, self.notes = self.line.value, "", ""
-        if not self._asked.strip():
+        text, self._line.value = self._line.value, ""
+        if not text.strip():
             return
+        answer, due, problem = "", 0.0, ""
+
+        def show(piece: str) -> None:
+            nonlocal answer, due
+            answer += piece
+            if time.monotonic() >= due:
+                asked: Message = {"role": "user", "content": text}
+                self._draw(asked, {"role": "assistant", "content": answer})
+                due = time.monotonic() + UPDATE_SECONDS
+
         try:
-            self._chat._answer(self._asked, self)
+            self._chat._answer(text, show)
         except ValueError as error:
-            self.note(str(error))
-        self._asked = ""
-        self.draw("")
-
-
-def _paragraph(text: str) -> str:
-    return f'<div style="white-space:pre-wrap">{html.escape(text)}</div>'
-
-
-def _small(text: str) -> str:
-    style = "opacity:.65;font-size:85%"
-    return f'<div style="{style}">{html.escape(text)}</div>' if text else ""
+            problem = str(error)
+        self._draw(problem=problem)
