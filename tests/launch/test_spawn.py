@@ -51,12 +51,13 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(condition: Any, seconds: float) -> bool:
+    """Whether a condition is met in time; it is looked at after the end once more."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
+    while not condition():
+        if time.monotonic() > end:
+            return False
         time.sleep(0.05)
-    return False
+    return True
 
 
 def test_two_ranks_finish_and_each_has_its_own_log(tmp_path: Path) -> None:
@@ -167,8 +168,11 @@ def test_an_interrupt_of_the_parent_reaches_the_ranks(tmp_path: Path) -> None:
         if record and record.step >= 2 and not sent:
             sent.append(record.step)
             os.kill(os.getpid(), signal.SIGINT)
+        elif sent:
+            until.touch()
 
-    job = make_job(tmp_path, 1, pause=0.4)
+    until = tmp_path / "until"
+    job = make_job(tmp_path, 1, until=str(until))
     assert run_processes(job, interrupt) == "interrupted"
     assert sent
 
@@ -209,9 +213,12 @@ def test_a_signal_that_comes_twice_is_one_wish(
         if record and record.step >= 2 and len(sent) < 2:
             sent.append(record.step)
             os.kill(os.getpid(), number)
+        elif sent:
+            until.touch()
 
+    until = tmp_path / "until"
     before = signal.getsignal(number)
-    job = make_job(tmp_path, 1, pause=0.4)
+    job = make_job(tmp_path, 1, until=str(until))
     assert run_processes(job, send) == "terminated"
     assert len(sent) == 2
     assert signal.getsignal(number) == before
@@ -246,15 +253,17 @@ def test_a_slow_display_blames_nobody_else(tmp_path: Path) -> None:
 @pytest.mark.fault("F58")
 def test_the_lock_is_free_when_the_last_rank_has_left(tmp_path: Path) -> None:
     held = contextlib.ExitStack()
-    job = make_job(tmp_path, 1, pause=0.2)
+    until = tmp_path / "until"
+    job = make_job(tmp_path, 1, until=str(until))
     lock = held.enter_context(job.folder.lock())
     locked: list[bool] = []
 
     def let_go() -> None:
         record = RankRecord.read(tmp_path / "rank0.json")
-        if record and 2 <= record.step < 9:
+        if record and record.step >= 2 and not locked:
             held.close()
             locked.append(job.folder.is_locked())
+            until.touch()
 
     run_processes(dataclasses.replace(job, lock=lock), let_go)
     assert locked and all(locked), "the rank holds it too"

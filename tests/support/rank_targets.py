@@ -15,12 +15,16 @@ from minimind_nb.launch.process_group import Group
 
 STEPS = 12
 FAILING_STEP = 5
+WAITING_STEP = 3
 
 
 def work(
     rank: int, payload: dict[str, Any], record: RankRecord, stop: StopRequest
 ) -> str:
-    """Sum a tensor a step; do what the payload says at step 5 on its rank."""
+    """Sum a tensor a step; do what the payload says at step 5 on its rank.
+
+    After step 3 it waits for the file `until`, if the payload names one.
+    """
     record.update(phase="meeting", total_steps=STEPS)
     size = payload["size"]
     group = Group(rank, size, Path(payload["store"]), "cpu", payload.get("timeout", 30))
@@ -35,6 +39,10 @@ def work(
         record.update(step=step)
         if reason := count_ballots(ballots.tolist()):
             return reason
+        while step == WAITING_STEP and "until" in payload:
+            if Path(payload["until"]).exists():
+                break
+            time.sleep(0.02)
         time.sleep(payload.get("pause", 0.0))
     group.close()
     return "finished"
