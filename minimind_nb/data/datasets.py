@@ -1,18 +1,17 @@
 """Torch data sets over the token cache, one row of the file each.
 
-Training does not use them (it packs); they are for reading data the way MiniMind's
-scripts do, and for loops and trainers of one's own. All take a `path` ("demo" is the
-embedded corpus), a `tokenizer` (an object or a path, None the shipped one) and read
-through the validated token cache, which lies in `cache_dir` (where this session keeps
-such things unless set). They raise `FileNotFoundError`, or `DataError` naming the lines
-that are wrong.
+Training does not use them (it packs); they serve to read data the way MiniMind's
+scripts do, and loops and trainers of one's own. All take a `path` ("demo" is the
+embedded corpus), a `tokenizer` (an object or a path, None the shipped one) and a
+`cache_dir` for the validated token cache (None for the session's own). They raise
+`FileNotFoundError`, or `DataError` naming the invalid lines.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,116 +23,105 @@ from .conversations import TRAINED
 from .demo import locate
 from .excerpts import take_excerpts
 from .record_formats import RECORD_FORMATS
-from .token_cache import Source, open_cache
-from .tokenizer import read_tokenizer
+from .token_cache import Source, TokenCache, open_cache
+from .tokenizer import TokenizerSpec, read_tokenizer
 
-_Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_T_co = TypeVar("_T_co", covariant=True)
+PathLike = str | os.PathLike[str]
+Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _CachedRows(Dataset[_T_co]):
-    _record_format = "pretrain"
+def _open(
+    path: PathLike, record_format: str, spec: TokenizerSpec, cache_dir: PathLike | None
+) -> TokenCache:
+    root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
+    file = str(locate(path, record_format))
+    return open_cache(Source(file, record_format, spec), root)
+
+
+class _PaddedRows(Dataset[Any]):
+    _record_format = ""
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: PathLike,
         tokenizer: Any = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        max_seq_len: int = 1024,
+        cache_dir: PathLike | None = None,
     ) -> None:
+        if max_seq_len < 2:  # noqa: PLR2004 - an input and its target
+            raise ValueError(f"max_seq_len={max_seq_len} is too small, 2 is needed")
         self.spec = read_tokenizer(tokenizer)
-        root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
-        file = str(locate(path, self._record_format))
-        self.cache = open_cache(Source(file, self._record_format, self.spec), root)
+        self.cache = _open(path, self._record_format, self.spec, cache_dir)
+        self.max_seq_len = max_seq_len
+        documents = np.arange(len(self.cache))
+        excerpts = take_excerpts(self.cache, documents, max_seq_len - 1)
+        # A document without an excerpt is cut anywhere and has an empty loss mask.
+        self._pieces = np.stack([documents, 0 * documents, self.cache.targets], 1)
+        kept = [excerpts.documents, excerpts.starts, excerpts.targets]
+        self._pieces[excerpts.documents] = np.stack(kept, 1)
+        self._pieces[:, 2] = np.minimum(self._pieces[:, 2], max_seq_len - 1)
+        self._has_loss = np.isin(documents, excerpts.documents)
 
     def __len__(self) -> int:
         return len(self.cache) // RECORD_FORMATS[self._record_format].per_row
 
-    def _number(self, index: int) -> int:
-        return range(len(self))[index]  # negative and too large ones, as in a list
+    def __getitem__(self, index: int) -> Any:
+        return self._example(range(len(self))[index])  # negative ones as in a list
 
-
-class _PaddedRows(_CachedRows[_T_co]):
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        tokenizer: Any = None,
-        max_seq_len: int = 1024,
-        cache_dir: str | os.PathLike[str] | None = None,
-    ) -> None:
-        if max_seq_len < 2:  # noqa: PLR2004 - an input and its target
-            raise ValueError(f"max_seq_len={max_seq_len} is too small, 2 is needed")
-        super().__init__(path, tokenizer, cache_dir)
-        self.max_seq_len = max_seq_len
-        documents = np.arange(len(self.cache))
-        excerpts = take_excerpts(self.cache, documents, max_seq_len - 1)
-        self._starts = np.zeros_like(documents)
-        self._targets = np.minimum(self.cache.targets, max_seq_len - 1)
-        self._learned = np.zeros(len(documents), bool)
-        kept = excerpts.documents
-        self._starts[kept] = excerpts.starts
-        self._targets[kept] = np.minimum(excerpts.targets, max_seq_len - 1)
-        self._learned[kept] = True
-
-    def _example(self, document: int) -> _Example:
-        start, count = int(self._starts[document]), int(self._targets[document])
+    def _example(self, number: int) -> Example:
+        document, start, count = self._pieces[number].tolist()
         ids = self.cache.piece(document, start, count).astype(np.int64)
         padded = torch.full((self.max_seq_len,), self.spec.pad_id, dtype=torch.int64)
         padded[: len(ids)] = torch.from_numpy(ids)
         mask = torch.zeros(self.max_seq_len - 1, dtype=torch.int64)
-        if self.cache.marks is None:
-            mask[:count] = 1
-        elif self._learned[document]:
-            marks = self.cache.marks_of(document)[start + 1 : start + 1 + count]
-            mask[:count] = torch.from_numpy((marks & TRAINED).astype(np.int64))
+        if self._has_loss[number]:
+            in_loss = self.cache.loss_mask(document, start, count)
+            mask[:count] = torch.from_numpy(in_loss)
         return padded[:-1], padded[1:], mask
 
 
-class PretrainDataset(_PaddedRows[_Example]):
+class PretrainDataset(_PaddedRows):
     """Documents of a JSONL file as `(X, Y, loss_mask)`, padded to one length.
 
     Each is [max_seq_len - 1] int64: `Y` is `X` one token on, `loss_mask` is 1 where `Y`
     is text and 0 where it is padding, as in MiniMind. A longer document is cut.
     """
 
+    _record_format = "pretrain"
+
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: PathLike,
         tokenizer: Any = None,
         max_seq_len: int = 512,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: PathLike | None = None,
     ) -> None:
         super().__init__(path, tokenizer, max_seq_len, cache_dir)
 
-    def __getitem__(self, index: int) -> _Example:
-        return self._example(self._number(index))
 
-
-class SFTDataset(_PaddedRows[_Example]):
+class SFTDataset(_PaddedRows):
     """Conversations as `(X, Y, loss_mask)`, padded to one length.
 
     As `PretrainDataset`, but `loss_mask` is 1 on answers alone, with what closes them.
-    A longer conversation ends after the last whole answer that fits; where not even the
+    A longer conversation ends after the last whole answer that fits; if not even the
     first one does, it is cut anywhere and its mask is 0 throughout.
     """
 
     _record_format = "sft"
 
-    def __getitem__(self, index: int) -> _Example:
-        return self._example(self._number(index))
 
-
-class DPODataset(_PaddedRows[dict[str, torch.Tensor]]):
+class DPODataset(_PaddedRows):
     """Pairs as `x_chosen`, `y_chosen`, `mask_chosen`, and the same of the `rejected`.
 
     Each is [max_seq_len - 1] int64 as in `SFTDataset`; masks are 1 on the answers after
-    what both have in common. Of a longer prompt both lose the same oldest turns; where
+    what both have in common. Of a longer prompt both lose the same oldest turns; if
     that does not help, both are cut anywhere and their masks are 0 throughout.
     """
 
     _record_format = "dpo"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number = 2 * self._number(index)
+        number = 2 * range(len(self))[index]
         example = {}
         for document, name in enumerate(("chosen", "rejected"), number):
             parts = zip("x y mask".split(), self._example(document), strict=True)
@@ -141,26 +129,28 @@ class DPODataset(_PaddedRows[dict[str, torch.Tensor]]):
         return example
 
 
-class RLAIFDataset(_CachedRows[dict[str, str]]):
+class RLAIFDataset(Dataset[dict[str, str]]):
     """Conversations as `prompt` and `answer`, the assistant's last turn, held back.
 
     The prompt is text as the chat template writes it, up to where the answer begins;
     the answer is without what closes it. For trainers that generate answers themselves.
     """
 
-    _record_format = "rlaif"
-
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: PathLike,
         tokenizer: Any = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: PathLike | None = None,
     ) -> None:
-        super().__init__(path, tokenizer, cache_dir)
+        self.spec = read_tokenizer(tokenizer)
+        self.cache = _open(path, "rlaif", self.spec, cache_dir)
         self._tokenizer = Tokenizer.from_str(self.spec.json)
 
+    def __len__(self) -> int:
+        return len(self.cache)
+
     def __getitem__(self, index: int) -> dict[str, str]:
-        number = self._number(index)
+        number = range(len(self))[index]
         ids = self.cache.document(number)
         begin = int(np.argmax(self.cache.marks_of(number) & TRAINED))
         prompt, answer = (
