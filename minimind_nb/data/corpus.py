@@ -20,10 +20,10 @@ from .tokenizer import TokenizerSpec
 
 
 def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
-    """The record format of a file, by the keys of its first row: "pretrain" or "sft".
+    """Return the record format of a file, "pretrain" or "sft", by its first row's keys.
 
-    "demo" is the embedded corpus of the stage `demo`. Raises what `check_file` does, and
-    `DataError` for rows that have neither key.
+    "demo" is the embedded corpus of the stage `demo`. Raises as `check_file` does, and
+    `DataError` if the row has neither key.
     """
     if path == DEMO:
         return "pretrain" if demo == "pretrain" else "sft"
@@ -43,20 +43,26 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
 class Corpus:
     """The token caches of a run, and which of their documents are for what.
 
-    The split is a view on the cache, taken by content hash, unless validation has a
-    file of its own. Plain data (`describe`) carries it to other processes.
+    Without a validation file of its own, validation is a part of `cache`, taken by
+    content hash. `documents` and `val_documents` are numbers in `cache` and `val_cache`,
+    `excerpts` and `val_excerpts` the parts of them that rows can hold. Plain data
+    (`describe`) carries a corpus to other processes.
     """
 
     def __init__(
-        self, cache: TokenCache, val_cache: TokenCache | None, val_fraction: float
+        self, cache: TokenCache, val_cache: TokenCache | None, cfg: TrainConfig
     ) -> None:
+        assert cfg.max_seq_len
         self.cache = cache
         self.val_cache = cache if val_cache is None else val_cache
         if val_cache is None:
-            split = split_by_hash(cache.hashes, val_fraction)
+            split = split_by_hash(cache.hashes, cfg.val_fraction)
         else:
             split = np.arange(len(cache)), np.arange(len(val_cache))
         self.documents, self.val_documents = split
+        width = cfg.max_seq_len
+        self.excerpts = take_excerpts(cache, self.documents, width)
+        self.val_excerpts = take_excerpts(self.val_cache, self.val_documents, width)
 
     @classmethod
     def prepare(
@@ -65,36 +71,46 @@ class Corpus:
         spec: TokenizerSpec,
         root: Path,
         processes: int,
+        max_dropped: float,
     ) -> Corpus:
-        """Tokenise what a resolved configuration names, unless that was done before.
+        """Tokenise the files of a resolved configuration, if that was not done before.
 
-        Raises `FileNotFoundError`, `DataError` naming what is wrong with a file, or
-        `ValueError` where no text is left.
+        Raises `DataError` for a malformed file, and `ValueError` if no text is left or
+        more than a share of `max_dropped` of the conversations has no answer that fits.
         """
 
-        def cache_of(path: str) -> TokenCache:
-            source = Source(
-                path, cfg.stage, spec, cfg.on_bad_line, cfg.max_bad_fraction
-            )
-            return open_cache(source, root, processes)
+        def open_file(path: str) -> TokenCache:
+            policy = (cfg.on_bad_line, cfg.max_bad_fraction)
+            return open_cache(Source(path, cfg.stage, spec, *policy), root, processes)
 
         assert cfg.data_path
-        val_cache = cache_of(cfg.val_path) if cfg.val_path else None
-        corpus = cls(cache_of(cfg.data_path), val_cache, cfg.val_fraction)
+        cache = open_file(cfg.data_path)
+        val_cache = None
+        if cfg.val_path:
+            same = cfg.val_path == cfg.data_path  # which is hashed only once
+            val_cache = (
+                TokenCache(cache.folder, cache.facts)
+                if same
+                else open_file(cfg.val_path)
+            )
+        corpus = cls(cache, val_cache, cfg)
         if not len(corpus.documents):
             raise ValueError(
-                f"{cfg.data_path} has no text to train on: {len(corpus.cache)} documents "
-                f"that are not empty, {len(corpus.val_documents)} of them held out"
+                f"{cfg.data_path} has no text to train on: {len(cache)} documents that "
+                f"are not empty, {len(corpus.val_documents)} of them held out"
             )
-        if val_cache is not None and not len(val_cache):
+        if cfg.val_path and not len(corpus.val_documents):
             raise ValueError(
                 f"{cfg.val_path} has no text to validate on: every text in it is empty; "
                 "leave val_path out to hold out a part of data_path"
             )
+        _check_truncation(cfg, cfg.data_path, corpus.excerpts, max_dropped)
+        if cfg.val_path:
+            _check_truncation(cfg, cfg.val_path, corpus.val_excerpts, 1.0)
         return corpus
 
     def describe(self) -> list[dict[str, Any]]:
-        """Where the caches lie, as plain data for `reopen`."""
+        """Return where the caches lie, as plain data for `reopen`."""
         caches = [self.cache]
         if self.val_cache is not self.cache:
             caches.append(self.val_cache)
@@ -102,11 +118,11 @@ class Corpus:
 
     @classmethod
     def reopen(
-        cls, description: Sequence[Mapping[str, Any]], val_fraction: float
+        cls, description: Sequence[Mapping[str, Any]], cfg: TrainConfig
     ) -> Corpus:
         """Open caches that the process which described them has verified."""
         caches = [TokenCache(Path(one["folder"]), one["facts"]) for one in description]
-        return cls(caches[0], caches[1] if caches[1:] else None, val_fraction)
+        return cls(caches[0], caches[1] if caches[1:] else None, cfg)
 
     def training_stream(
         self,
@@ -116,46 +132,28 @@ class Corpus:
         size: int = 1,
         samples: int = 0,
     ) -> TrainingStream:
-        """The samples of a resolved configuration for one rank, from `samples` on."""
-        ranks = {"rank": rank, "size": size, "samples": samples}
-        return TrainingStream(self.cache, self.excerpts(cfg), cfg, pad_id, **ranks)
-
-    def excerpts(self, cfg: TrainConfig) -> Excerpts:
-        """What is trained on of each document: all of it, or what a row can hold."""
-        assert cfg.max_seq_len
-        return take_excerpts(self.cache, self.documents, cfg.max_seq_len)
-
-    def held_out_excerpts(self, cfg: TrainConfig) -> Excerpts:
-        """The same of the held-out documents."""
-        assert cfg.max_seq_len
-        return take_excerpts(self.val_cache, self.val_documents, cfg.max_seq_len)
+        """Return the samples of a resolved configuration for one rank."""
+        place = {"rank": rank, "size": size, "samples": samples}
+        return TrainingStream(self.cache, self.excerpts, cfg, pad_id, **place)
 
     def validation_rows(self, cfg: TrainConfig, pad_id: int) -> ValidationRows | None:
-        """The held-out rows, at most `eval_tokens`; None where nothing is held out."""
-        excerpts = self.held_out_excerpts(cfg)
-        if not len(excerpts.documents):
+        """Return the held-out rows, at most `eval_tokens`; None if nothing is held out."""
+        if not len(self.val_excerpts.documents):
             return None
-        return ValidationRows(self.val_cache, excerpts, cfg, pad_id)
+        return ValidationRows(self.val_cache, self.val_excerpts, cfg, pad_id)
 
-    def judge(self, cfg: TrainConfig, limit: float) -> None:
-        """Raise `ValueError` where more than `limit` of the conversations, or of those
-        of a validation file all, have no answer that fits."""
-        self._judge(cfg, limit, cfg.data_path, self.excerpts(cfg))
-        if self.val_cache is not self.cache:
-            self._judge(cfg, 1.0, cfg.val_path, self.held_out_excerpts(cfg))
 
-    def _judge(
-        self, cfg: TrainConfig, limit: float, path: str | None, excerpts: Excerpts
-    ) -> None:
-        kept, dropped = len(excerpts.documents), excerpts.dropped
-        kept //= 2 if cfg.stage == "dpo" else 1
-        if kept and dropped <= limit * (kept + dropped):
-            return
-        noun = "pairs" if cfg.stage == "dpo" else "conversations"
-        raise ValueError(
-            f"{path}: {dropped:,} of {kept + dropped:,} {noun} have no "
-            f"whole answer within max_seq_len={cfg.max_seq_len} tokens, so nothing could "
-            f"be learned from them; raise max_seq_len (the longest has "
-            f"{excerpts.longest:,} tokens), or let more than {limit:.3g} of them be left "
-            'out: max_bad_fraction=…, with on_bad_line="skip"'
-        )
+def _check_truncation(
+    cfg: TrainConfig, path: str, excerpts: Excerpts, max_dropped: float
+) -> None:
+    pairs = cfg.stage == "dpo"
+    kept, dropped = len(excerpts.documents) // (1 + pairs), excerpts.dropped
+    if kept and dropped <= max_dropped * (kept + dropped):
+        return
+    raise ValueError(
+        f"{path}: {dropped:,} of {kept + dropped:,} {'pairs' if pairs else 'conversations'} "
+        f"have no whole answer within max_seq_len={cfg.max_seq_len} tokens, so nothing "
+        "could be learned from them; raise max_seq_len (the longest has "
+        f"{excerpts.longest:,} tokens), or let a larger share than {max_dropped:.3g} be "
+        'left out: max_bad_fraction=…, with on_bad_line="skip"'
+    )

@@ -187,8 +187,7 @@ def _evaluate(
     settled = settle(TrainConfig(**choices, init_from=init_from), print)
     cfg, cores = settled.cfg, settled.hardware.cpu_cores
     at = (settled.tokenizer, settled.cache_root, cores)
-    corpus = Corpus.prepare(cfg, *at)
-    corpus.judge(cfg, 1.0)
+    corpus = Corpus.prepare(cfg, *at, max_dropped=1.0)
     at_hand = settled.cache_root if torchrun else None  # where other machines see it
     with scratch_folder(at_hand) as folder:
         run = RunFolder(folder)
@@ -198,8 +197,7 @@ def _evaluate(
         )
         _launch(job, cfg.device, lambda: None, lambda _: None, torchrun)
         scores = json.loads((run.root / "scores.json").read_bytes())
-    excerpts = corpus.excerpts(cfg)
-    return scores | {"cut": excerpts.cut, "dropped": excerpts.dropped}
+    return scores | {"cut": corpus.excerpts.cut, "dropped": corpus.excerpts.dropped}
 
 
 def _home(weights: Path) -> str:

@@ -17,8 +17,8 @@ def describe_cuts(corpus: Corpus, cfg: TrainConfig) -> list[str]:
     noun = "pairs" if cfg.stage == "dpo" else "conversations"
     told = []
     for what, excerpts in (
-        (noun, corpus.excerpts(cfg)),
-        (f"held-out {noun}", corpus.held_out_excerpts(cfg)),
+        (noun, corpus.excerpts),
+        (f"held-out {noun}", corpus.val_excerpts),
     ):
         if excerpts.cut or excerpts.dropped:
             told.append(

@@ -138,9 +138,7 @@ def open_corpus(settled: Settled) -> Corpus:
         data_path = str(locate(DEMO, cfg.stage))
         cfg = dataclasses.replace(cfg, data_path=data_path)
     cores = settled.hardware.cpu_cores
-    corpus = Corpus.prepare(cfg, settled.tokenizer, root, cores)
-    corpus.judge(cfg, cfg.max_bad_fraction)
-    return corpus
+    return Corpus.prepare(cfg, settled.tokenizer, root, cores, cfg.max_bad_fraction)
 
 
 @contextlib.contextmanager

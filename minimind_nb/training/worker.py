@@ -87,7 +87,7 @@ def _score(
     model = initial_model(payload).eval()
     nn.Module.to(model, device)
     pad_id = read_tokenizer(folder.tokenizer).pad_id
-    corpus = Corpus.reopen(payload["corpus"], cfg.val_fraction)
+    corpus = Corpus.reopen(payload["corpus"], cfg)
     rows = corpus.validation_rows(cfg, pad_id)
     assert rows is not None
     stage, autocast = STAGES[cfg.stage], _autocast(cfg, device)
@@ -150,7 +150,7 @@ def build(
     progress = Progress()
     if checkpoint:
         progress = load_checkpoint(Path(checkpoint), model, optimizer, scaler)
-    corpus = Corpus.reopen(payload["corpus"], cfg.val_fraction)
+    corpus = Corpus.reopen(payload["corpus"], cfg)
     stream = corpus.training_stream(
         cfg, tokenizer.pad_id, group.rank, group.size, progress.samples
     )

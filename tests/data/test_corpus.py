@@ -24,7 +24,7 @@ def prepare(tmp_path, byte_spec, write_rows):
             own = write_rows(tmp_path / "held_out.jsonl", val_texts)
             wanted["val_path"] = str(own)
         cfg = resolve(TrainConfig(data_path=str(file), **wanted))
-        return Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1), cfg
+        return Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1, 0.01), cfg
 
     return prepare
 
@@ -61,7 +61,7 @@ def test_other_processes_open_the_same_documents(prepare):
     for wanted in ({"val_fraction": 0.2}, {"val_texts": ["x", "y"]}):
         corpus, cfg = prepare(TEXTS, **wanted)
         description = json.loads(json.dumps(corpus.describe()))
-        again = Corpus.reopen(description, cfg.val_fraction)
+        again = Corpus.reopen(description, cfg)
         assert again.cache.folder == corpus.cache.folder
         assert again.val_cache.folder == corpus.val_cache.folder
         assert np.array_equal(again.documents, corpus.documents)
@@ -94,9 +94,9 @@ def test_bad_rows_are_refused_or_left_out_as_the_configuration_says(
     file.write_text('{"text": "a"}\n{"txt": "b"}\n')
     cfg = dataclasses.replace(cfg, data_path=str(file))
     with pytest.raises(DataError, match=r"some\.jsonl:2:1: no \"text\" in the row"):
-        Corpus.prepare(cfg, byte_spec, tmp_path, 1)
+        Corpus.prepare(cfg, byte_spec, tmp_path, 1, 0.01)
     cfg = dataclasses.replace(cfg, on_bad_line="skip", max_bad_fraction=0.5)
-    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1)
+    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1, 0.01)
     assert corpus.documents.tolist() == [0]
 
 
@@ -155,9 +155,8 @@ def prepare_rows(tmp_path, byte_spec):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = resolve(TrainConfig(stage=stage, data_path=str(file), **wanted))
         root = tmp_path / "cache"
-        corpus = Corpus.prepare(cfg, byte_spec, root, 1)
-        corpus.judge(cfg, cfg.max_bad_fraction)
-        return corpus, cfg
+        limit = cfg.max_bad_fraction
+        return Corpus.prepare(cfg, byte_spec, root, 1, limit), cfg
 
     return prepare_rows
 
@@ -222,11 +221,11 @@ def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
     chats = [{"conversations": row} for row in rows]
     lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
     corpus, cfg = prepare_rows(chats, "sft", max_seq_len=50, **lax)
-    excerpts = corpus.excerpts(cfg)
-    assert excerpts.documents.tolist() == [0, 1]
-    assert (excerpts.cut, excerpts.dropped) == (0, 1)
+    assert corpus.excerpts.documents.tolist() == [0, 1]
+    assert (corpus.excerpts.cut, corpus.excerpts.dropped) == (0, 1)
     assert corpus.training_stream(cfg, pad_id=0).tokens == 22 + 23
-    assert corpus.excerpts(dataclasses.replace(cfg, max_seq_len=200)).dropped == 0
+    longer = dataclasses.replace(cfg, max_seq_len=200)
+    assert Corpus.reopen(corpus.describe(), longer).excerpts.dropped == 0
 
 
 def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare_rows):
@@ -237,7 +236,7 @@ def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare
         prepare_rows(rows, "dpo", max_seq_len=60, val_fraction=0.0)
     lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
     corpus, cfg = prepare_rows(rows, "dpo", max_seq_len=60, **lax)
-    assert corpus.excerpts(cfg).dropped == 5
+    assert corpus.excerpts.dropped == 5
     assert corpus.training_stream(cfg, pad_id=0).rows == 5
 
 
