@@ -1,4 +1,4 @@
-"""What a run will take, before anything runs: parameters, tokens, memory, hours."""
+"""The cost of a run before it starts: parameters, tokens, memory, hours; a preview."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from .config import TrainConfig, count_parameters
-from .data.batches import TrainingStream
-from .data.corpus import Corpus
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, choose_threads
-from .monitor.metrics import History
+from .monitor.metrics import METRICS_NAME, History
 from .monitor.progress import duration
 from .monitor.tables import Facts
 from .training.notes import describe_cuts
@@ -34,70 +32,55 @@ _WIDTHS_A_BLOCK = 14
 
 
 def plan(cfg: TrainConfig) -> Facts:
-    """What a configuration amounts to on this machine, as a table.
+    """Return what a configuration amounts to on this machine, as a table.
 
-    Reads (and tokenises, unless that was done before) the data; starts no process and
-    makes no run folder. The time is the speed of an earlier run of the same name where
-    there is one, else an expectation from this machine's rate of matrix products.
-    Raises what `train` would raise for the configuration and the data; a run that is
-    there is not compared with them.
+    Reads the data, and tokenises it unless that was done before; starts no process and
+    makes no run folder. The time assumes the speed of an existing run of the same name,
+    else a share of this machine's rate of matrix products. Raises what `train` raises
+    for the configuration and the data; an existing run is not compared with them.
     """
     notes: list[str] = []
     settled = settle(cfg, notes.append)
     corpus = open_corpus(settled)
     cfg, initial = settled.cfg, settled.initial
-    assert cfg.num_processes and cfg.batch_size
+    assert cfg.num_processes
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
+    pairs = stream.reader.pairs
+    row = "pair" if pairs else "row"
     steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
     samples = min(stream.total_samples, steps * stream.global_batch)
     tokens = round(samples * stream.tokens / stream.rows)
     count = count_parameters(cfg.shape())
     active = f", {count['active']:,} active for a token" if cfg.use_moe else ""
-    processes = _several(cfg.num_processes, "process", "es")
-    return Facts(
-        f"{cfg.run_name} on {settled.hardware.describe()}",
-        {
-            "parameters": f"{count['total']:,}{active}",
-            "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
-            **_if("begins from", initial.source if initial else ""),
-            **_if("note", "; ".join(notes)),
-            f"{_noun(stream, 'document')}s": _split(corpus, 1 + stream.reader.pairs),
-            **_if("too long", "; ".join(describe_cuts(corpus, cfg))),
-            "an epoch": _epoch(stream),
-            "global batch": f"{_several(stream.global_batch, _noun(stream, 'row'))} = "
-            f"batch_size "
-            f"{cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
-            f"{processes}",
-            "steps": f"{_several(steps, 'optimizer step')}, "
-            f"about {_several(tokens, 'text token')}",
-            "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
-            "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
-            f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
-            "time": _time(cfg, settled.hardware, tokens),
-        },
-    )
-
-
-def _if(name: str, text: str) -> dict[str, str]:
-    return {name: text} if text else {}
-
-
-def _noun(stream: TrainingStream, otherwise: str) -> str:
-    return "pair" if stream.reader.pairs else otherwise
-
-
-def _split(corpus: Corpus, together: int) -> str:
-    counts = len(corpus.documents) // together, len(corpus.val_documents) // together
-    return f"{counts[0]:,} to train on, {counts[1]:,} held out"
-
-
-def _epoch(stream: TrainingStream) -> str:
-    tokens = _several(stream.tokens, "text token")
-    rows = f"{tokens} in {_several(stream.rows, _noun(stream, 'row'))}"
-    if not stream.reader.pairs:
-        rows = f"{rows} of {stream.width} (fill {stream.fill:.3f})"
-    trained = int(stream.excerpts.trained.sum())
-    return f"{rows}, {trained:,} learned from" if trained < stream.tokens else rows
+    counts = [len(corpus.documents), len(corpus.val_documents)]
+    trained, held_out = (count // (1 + pairs) for count in counts)
+    epoch = f"{_several(stream.tokens, 'text token')} in {_several(stream.rows, row)}"
+    if not pairs:
+        epoch += f" of {stream.width} (fill {stream.fill:.3f})"
+    if (targets := int(stream.excerpts.trained.sum())) < stream.tokens:
+        epoch += f", {targets:,} in the loss"
+    facts = {
+        "parameters": f"{count['total']:,}{active}",
+        "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
+        "begins from": initial.source if initial else "",
+        "note": "; ".join(notes),
+        "pairs"
+        if pairs
+        else "documents": f"{trained:,} to train on, {held_out:,} held out",
+        "too long": "; ".join(describe_cuts(corpus, cfg)),
+        "an epoch": epoch,
+        "global batch": f"{_several(stream.global_batch, row)} = "
+        f"batch_size {cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
+        f"{_several(cfg.num_processes, 'process', 'es')}",
+        "steps": f"{_several(steps, 'optimizer step')}, "
+        f"about {_several(tokens, 'text token')}",
+        "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
+        "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
+        f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
+        "time": _time(cfg, settled.hardware, tokens),
+    }
+    known = {name: text for name, text in facts.items() if text}
+    return Facts(f"{cfg.run_name} on {settled.hardware.describe()}", known)
 
 
 def _several(number: int, noun: str, ending: str = "s") -> str:
@@ -105,9 +88,9 @@ def _several(number: int, noun: str, ending: str = "s") -> str:
 
 
 def flops_per_token(cfg: TrainConfig) -> float:
-    """Floating point operations of a forward and backward pass, a token.
+    """Return the floating point operations of a token's forward and backward pass.
 
-    6 a parameter in use, and the products of causal attention counted once.
+    They are 6 a parameter in use, and the products of causal attention counted once.
     """
     assert cfg.num_hidden_layers and cfg.max_seq_len
     assert cfg.num_attention_heads and cfg.head_dim
@@ -129,10 +112,9 @@ def _memory_gib(cfg: TrainConfig) -> float:
 
 
 def _time(cfg: TrainConfig, hardware: Hardware, tokens: int) -> str:
-    metrics = Path(cfg.out_dir) / (cfg.run_name or "") / "metrics.jsonl"
-    last = History.load(metrics).last("train") if metrics.is_file() else None
-    if last:
-        speed, source = last["tokens_per_second"], "the speed of the run that is there"
+    metrics = Path(cfg.out_dir) / (cfg.run_name or "") / METRICS_NAME
+    if last := History(metrics).last("train"):
+        speed, source = last["tokens_per_second"], "the speed of the existing run"
     elif flops := _product_rate(cfg, hardware):
         speed = _EXPECTED_SHARE * flops / flops_per_token(cfg)
         source = f"expected at {_EXPECTED_SHARE:.0%} of the rate of matrix products"
@@ -146,7 +128,7 @@ def _time(cfg: TrainConfig, hardware: Hardware, tokens: int) -> str:
 
 
 def _product_rate(cfg: TrainConfig, hardware: Hardware) -> float | None:
-    """FLOP/s of all processes together: measured on a CPU, known for some GPUs."""
+    """Return FLOP/s of all processes: measured on a CPU, known for some GPUs."""
     assert cfg.num_processes
     if cfg.device == "cuda":
         rate = _SUSTAINED_FLOPS.get(hardware.gpus[0].name)
@@ -169,32 +151,26 @@ def _product_rate(cfg: TrainConfig, hardware: Hardware) -> float | None:
 
 
 def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
-    """The first samples of the first epoch as text, as the model will meet them.
+    """Return the first samples of the first epoch as text, as the model gets them.
 
     Documents follow each other within a row, each with its end; special tokens are
-    shown. A document that is cut goes on in another row. Where conversations are
-    trained on, what is learned from stands between ⟦ and ⟧; of a pair the chosen answer
-    comes first.
+    shown. A document that is cut continues in another row. In the chat stages, tokens
+    that count in the loss are between ⟦ and ⟧; the chosen answer of a pair comes first.
     """
     settled = settle(cfg)
     corpus = open_corpus(settled)
     stream = corpus.training_stream(settled.cfg, settled.tokenizer.pad_id)
     decode = load_tokenizer(settled.tokenizer).decode
-    plain = settled.cfg.stage == "pretrain"
 
-    def text(ids: np.ndarray, learned: np.ndarray) -> str:
-        if plain:
+    def text(ids: np.ndarray, loss_mask: np.ndarray) -> str:
+        if settled.cfg.stage == "pretrain":
             return str(decode(ids))
-        cuts = np.flatnonzero(np.diff(learned)) + 1
-        parts = zip(np.split(ids, cuts), np.split(learned, cuts), strict=True)
-        return "".join(
-            f"⟦{decode(part)}⟧" if which[0] else str(decode(part))
-            for part, which in parts
-        )
+        cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(ids)]
+        parts = ((decode(ids[a:b]), loss_mask[a]) for a, b in itertools.pairwise(cuts))
+        return "".join(f"⟦{part}⟧" if counts else str(part) for part, counts in parts)
 
-    heads = (
-        ["chosen: ", "\nrejected: "] if stream.reader.pairs else itertools.repeat("")
-    )
+    pair = ["chosen: ", "\nrejected: "]
+    heads = pair if stream.reader.pairs else itertools.repeat("")
     return [
         "".join(
             head + text(*piece)

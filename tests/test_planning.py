@@ -99,7 +99,7 @@ def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
         log.append("train", step=1, tokens_per_second=50.0)
         log.append("train", step=2, tokens_per_second=0.01)
     assert re.fullmatch(
-        r"about [\d.]+ hours at 0 text tokens/s \(the speed of the run that is there\)",
+        r"about [\d.]+ hours at 0 text tokens/s \(the speed of the existing run\)",
         plan(TrainConfig(**settings))["time"],
     )
 
@@ -200,8 +200,8 @@ def test_a_plan_of_fine_tuning_tells_what_is_learned_from_and_what_is_cut(
         "out, for no whole answer fits"
     )
     epoch = re.fullmatch(
-        r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\), (\d+) learned "
-        r"from",
+        r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\), (\d+) in "
+        r"the loss",
         facts["an epoch"],
     )
     assert epoch
@@ -219,7 +219,7 @@ def test_a_plan_of_preferences_counts_pairs(pair_settings):
     trained, held_out = map(int, found.groups())
     assert trained + held_out == 60 and held_out > 0
     assert re.fullmatch(
-        rf"[\d,]+ text tokens in {trained} pairs, [\d,]+ learned from",
+        rf"[\d,]+ text tokens in {trained} pairs, [\d,]+ in the loss",
         facts["an epoch"],
     )
     assert facts["global batch"].startswith("8 pairs = batch_size 8 × ")
