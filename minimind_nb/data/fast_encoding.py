@@ -1,15 +1,16 @@
-"""Encoding in bulk: tiktoken's speed with the ids of ``tokenizers``.
+"""Encode texts in bulk: tiktoken's speed with the ids of `tokenizers`.
 
-A byte-level BPE of GPT-2's kind can be written down as tiktoken's ranks. Whether a
-given vocabulary is one is established when the encoder is made: by its settings, by
-its merges, and by encoding probes both ways. Every other vocabulary, and every text
-that tiktoken cannot take, goes to ``tokenizers``.
+A byte-level BPE whose settings are those of the shipped vocabulary can be written down as
+tiktoken's ranks. Every other vocabulary, and every text that tiktoken cannot take, goes
+to `tokenizers`.
 """
 
-import itertools
+from __future__ import annotations
+
+import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -17,8 +18,8 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, pre_tokenizers
 
-from minimind_nb.data.tokenizer import TokenizerSpec
-from minimind_nb.hardware import count_cores
+from ..hardware import count_cores
+from .tokenizer import TokenizerSpec, read_tokenizer
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
@@ -30,22 +31,15 @@ _SPLIT = (
     r"(?:'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)"
     r"|\s+(?!\S)|\s+"
 )
-# tiktoken panics (a BaseException) on a million blanks before a word, its regular
-# expressions keeping a place to go back to for each, and before 0.13 takes a time that
-# grows with the square of a run of letters, digits or signs: 2 s for 20,000 Chinese ones.
+# tiktoken panics (a BaseException) on a million blanks before a word, because its regular
+# expressions keep a place to return to for each, and before 0.13 takes a time that grows
+# with the square of a run of letters, digits or signs: 2 s for 20,000 Chinese ones.
 _LONGEST_RUN = 10_000
 _CLASSES = (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]")
 _LONG_RUN = re.compile(
     "|".join(f"(?<!{kind}){kind}{{{_LONGEST_RUN}}}" for kind in _CLASSES)
 )
 _TEXTS_PER_TASK = 256
-
-# Settings of a BPE, its split and its added tokens that tiktoken has no word for.
-_NOT_IN_MODEL = (
-    "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback "
-    "ignore_merges"
-).split()
-_NOT_IN_ADDED = ("single_word", "lstrip", "rstrip")
 
 _PROBES = (
     "",
@@ -59,17 +53,16 @@ _PROBES = (
 
 
 class BulkEncoder:
-    """Encode many texts into ids that equal those of ``tokenizers``.
+    """Encode many texts into ids that equal those of `tokenizers`.
 
-    ``backend`` is "tiktoken" or, for a vocabulary that tiktoken cannot express,
-    "tokenizers", and ``reason`` then says why. Nothing is added to a text, cut or
-    padded. Ids come as one uint32 array a text (tiktoken's own buffer, not copied),
-    ready for ``np.concatenate``. Texts must not hold lone surrogates.
+    `backend` is "tiktoken" or, for a vocabulary that tiktoken cannot express,
+    "tokenizers". Nothing is added to a text, truncated or padded. Ids come as one uint32
+    array per text (tiktoken's own buffer, not copied), ready for `np.concatenate`. Texts
+    must not hold lone surrogates.
 
-    ``threads``: None for one a core, as ``tokenizers`` does; give 1 where several
-    processes share the cores. On two cores, 15 MB of Chinese and English took 1/3.2 of
-    the time of ``encode_batch_fast`` with one thread, 1/5.7 with two. Making an encoder
-    takes 0.1 s.
+    `threads`: None for one per core, as `tokenizers` does; give 1 if several processes
+    share the cores. On two cores, 15 MB of Chinese and English took 1/3.2 of the time of
+    `encode_batch_fast` with one thread, 1/5.7 with two. Making an encoder takes 0.1 s.
     """
 
     def __init__(self, spec: TokenizerSpec, threads: int | None = None) -> None:
@@ -77,20 +70,19 @@ class BulkEncoder:
         self._with_special = _plain_tokenizer(spec)
         self._ordinary = _plain_tokenizer(spec)
         self._ordinary.encode_special_tokens = True
-        # As tokenizers writes it down, so that no setting is missing.
-        content = json.loads(self._ordinary.to_str())
+        content = _content(self._ordinary)
         added = content["added_tokens"]
         self._added = frozenset(one["content"] for one in added)
         self._never_ordinary = frozenset(
             one["content"] for one in added if not one["special"]
         )
         self._tiktoken: tiktoken.Encoding | None = None
-        self.reason = next(_obstacles(content, self._ordinary), "")
-        if not self.reason:
+        if _can_be_ranks(content, self._ordinary):
             self._tiktoken = _build_tiktoken(content)
-            self.reason = next(self._differing_probes(), "")
+            if not self._probes_agree():
+                self._tiktoken = None
         self.backend: Literal["tiktoken", "tokenizers"] = (
-            "tokenizers" if self.reason else "tiktoken"
+            "tiktoken" if self._tiktoken else "tokenizers"
         )
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -100,7 +92,7 @@ class BulkEncoder:
     def encode_ordinary(self, texts: Sequence[str]) -> list[Ids]:
         """Encode; special strings inside a text are ordinary text, and stay harmless.
 
-        As in ``tokenizers``, added tokens that are not marked special (``<think>`` in
+        As in `tokenizers`, added tokens that are not marked special (`<think>` in
         some vocabularies) are words like others and keep their ids.
         """
         return self._encode(texts, self._ordinary, self._never_ordinary)
@@ -108,7 +100,7 @@ class BulkEncoder:
     def _encode(
         self, texts: Sequence[str], tokenizer: Tokenizer, allowed: frozenset[str]
     ) -> list[Ids]:
-        if self._tiktoken is None or self.reason:
+        if self._tiktoken is None:
             return _encode_slowly(tokenizer, texts)
         encode = self._tiktoken.encode_to_numpy
 
@@ -126,17 +118,13 @@ class BulkEncoder:
         with ThreadPoolExecutor(self._threads) as pool:
             return [ids for part in pool.map(encode_from, starts) for ids in part]
 
-    def _differing_probes(self) -> Iterator[str]:
+    def _probes_agree(self) -> bool:
         added = sorted(self._added)
         probes = [*_PROBES, "".join(added), " a ".join(["", *added, ""])]
-        for tokenizer, encode in (
-            (self._with_special, self.encode),
-            (self._ordinary, self.encode_ordinary),
-        ):
-            slow = _encode_slowly(tokenizer, probes)
-            for probe, a, b in zip(probes, encode(probes), slow, strict=True):
-                if a.tolist() != b.tolist():
-                    yield f"tiktoken gives other ids for {probe[:40]!r}"
+        slow = _encode_slowly(self._with_special, probes)
+        slow += _encode_slowly(self._ordinary, probes)
+        fast = self.encode(probes) + self.encode_ordinary(probes)
+        return all(map(np.array_equal, fast, slow))
 
 
 def _plain_tokenizer(spec: TokenizerSpec) -> Tokenizer:
@@ -151,58 +139,50 @@ def _encode_slowly(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
-def _obstacles(content: dict[str, Any], ordinary: Tokenizer) -> Iterator[str]:
-    """Say what in a ``tokenizer.json`` tiktoken cannot express, one after the other."""
-    model, added = content["model"], content["added_tokens"]
-    split = {"type": None, **(content["pre_tokenizer"] or {})}
-    names = sorted(one["content"] for one in added)
-    beginnings = {name[0] for name in names}
-    prefix = any(b.startswith(a) for a, b in itertools.pairwise(names))
-    passes = {one["normalized"] for one in added}
-    checks = {
-        "it has a normalizer": content["normalizer"],
-        "it does not split as GPT-2 does": split["type"] != "ByteLevel"
-        or (split["add_prefix_space"], split["use_regex"]) != (False, True),
-        "its model is not a plain byte-level BPE": model["type"] != "BPE"
-        or any(model[name] for name in _NOT_IN_MODEL),
-        "it has no special tokens": not added,
-        "an added token strips blanks or wants to be a single word": any(
-            one[name] for one in added for name in _NOT_IN_ADDED
-        ),
-        "its added tokens are looked for in two passes": len(passes) > 1,
-        # They can compete for a place, and each side has its own way to decide.
-        "its added tokens overlap": prefix
-        or any(beginnings & set(name[1:]) for name in names),
-    }
-    yield from (reason for reason, holds in checks.items() if holds)
-    yield from _obstacles_in_merges(model, added, ordinary)
+def _content(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer as `tokenizers` writes it, so that no setting is missing."""
+    return json.loads(tokenizer.to_str())
 
 
-def _obstacles_in_merges(
-    model: dict[str, Any], added: list[dict[str, Any]], ordinary: Tokenizer
-) -> Iterator[str]:
-    """Say why tiktoken's merging by rank would differ from merging by the list.
+def _can_be_ranks(content: dict[str, Any], ordinary: Tokenizer) -> bool:
+    """Return True if merging by rank must equal merging by the list of merges.
 
     tiktoken merges any two neighbours that make an entry, lowest id first; the list
-    allows certain pairs, first come first. They agree where each entry is a byte or
-    comes from exactly one merge, ids grow in the order of the merges, and each entry,
-    encoded alone, comes out as itself.
+    allows certain pairs, first come first. They agree if the entries are the bytes and
+    then one for each merge, in the order of the merges, and each entry, encoded alone,
+    comes out as itself. Added tokens that overlap are found differently.
     """
-    vocab: dict[str, int] = model["vocab"]
-    merged = ["".join(pair) for pair in model["merges"]]
-    if any(vocab[a] >= vocab[b] for a, b in itertools.pairwise(merged)):
-        yield "its ids do not grow in the order of its merges"
-    letters = set(pre_tokenizers.ByteLevel.alphabet())
-    if not letters <= vocab.keys():
-        yield "it lacks an entry for some byte"
-    names = {one["content"] for one in added}
-    if vocab.keys() - letters - names != set(merged) - names:
-        yield "some of its entries come from no merge"
-    if any(vocab.get(one["content"], one["id"]) != one["id"] for one in added):
-        yield "an added token has another id as an entry"
-    for entry in merged:
-        if [token.value for token in ordinary.model.tokenize(entry)] != [entry]:
-            yield f"its merges never arrive at its entry {entry!r}"
+    added = {one["content"] for one in content["added_tokens"]}
+    starts = {name[0] for name in added}
+    vocab = content["model"]["vocab"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    if (
+        _settings(content) != _shipped_settings()
+        or any(starts & set(name[1:]) for name in added)
+        or not set(letters) <= vocab.keys()
+    ):
+        return False
+    merged = ["".join(pair) for pair in content["model"]["merges"]]
+    entries = sorted(vocab.keys() - set(letters) - added, key=vocab.__getitem__)
+    return entries == merged and all(
+        [token.value for token in ordinary.model.tokenize(entry)] == [entry]
+        for entry in merged
+    )
+
+
+def _settings(content: dict[str, Any]) -> list[Any]:
+    """Return all that decides about ids but the entries, merges and added tokens."""
+    model = dict(content["model"], vocab=None, merges=None)
+    split = dict(content["pre_tokenizer"] or {}, trim_offsets=None)
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    added = {tuple(one[flag] for flag in flags) for one in content["added_tokens"]}
+    model = {name: value or None for name, value in model.items()}
+    return [content["normalizer"], split, model, added]
+
+
+@functools.cache
+def _shipped_settings() -> list[Any]:
+    return _settings(_content(Tokenizer.from_str(read_tokenizer().json)))
 
 
 def _build_tiktoken(content: dict[str, Any]) -> tiktoken.Encoding:

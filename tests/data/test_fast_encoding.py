@@ -188,32 +188,25 @@ def bytes_and(*entries: str, merges: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 END = added("<|im_end|>", 2)
-OBSTACLES = [
-    ({"normalizer": {"type": "NFC"}}, "has a normalizer"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "does not split as GPT-2 does"),
-    ({"pre_tokenizer": None}, "does not split as GPT-2 does"),
-    ({"model": {"ignore_merges": True}}, "not a plain byte-level BPE"),
-    ({"model": {"dropout": 0.5}}, "not a plain byte-level BPE"),
-    ({"added_tokens": []}, "has no special tokens"),
-    ({"added_tokens": [END | {"rstrip": True}]}, "strips blanks"),
-    (
-        {"added_tokens": [END, added("<x>", 300, normalized=True)]},
-        "looked for in two passes",
-    ),
-    ({"added_tokens": [END, added("<|im_end|>>", 300)]}, "added tokens overlap"),
-    ({"added_tokens": [END, added("x<", 300)]}, "added tokens overlap"),
-    (
-        {"model": bytes_and("cd", "ab", merges=[("a", "b"), ("c", "d")])},
-        "do not grow in the order of its merges",
-    ),
-    ({"model": bytes_and("ab", merges=[])}, "come from no merge"),
+CHANGES = [
+    ({"normalizer": {"type": "NFC"}}, "tokenizers"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "tokenizers"),
+    ({"pre_tokenizer": None}, "tokenizers"),
+    ({"model": {"ignore_merges": True}}, "tokenizers"),
+    ({"model": {"dropout": 0.5}}, "tokenizers"),
+    ({"added_tokens": []}, "tokenizers"),
+    ({"added_tokens": [END | {"rstrip": True}]}, "tokenizers"),
+    ({"added_tokens": [END, added("<x>", 300, normalized=True)]}, "tokenizers"),
+    ({"added_tokens": [END, added("x<", 300)]}, "tokenizers"),
+    ({"model": bytes_and("cd", "ab", merges=[("a", "b"), ("c", "d")])}, "tokenizers"),
+    ({"model": bytes_and("ab", merges=[])}, "tokenizers"),
     (
         {
             "model": bytes_and(
                 "ab", "bc", "abbc", merges=[("a", "b"), ("b", "c"), ("ab", "bc")]
             )
         },
-        "",
+        "tiktoken",
     ),
     (
         {
@@ -221,28 +214,38 @@ OBSTACLES = [
                 "bc", "ab", "abc", merges=[("b", "c"), ("a", "b"), ("ab", "c")]
             )
         },
-        "never arrive at its entry 'abc'",
+        "tokenizers",
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "reason"), OBSTACLES)
-def test_only_what_tiktoken_can_express_goes_to_tiktoken(
-    changes: dict[str, Any], reason: str
-):
+def encoder_of(changes: dict[str, Any]) -> tuple[BulkEncoder, Tokenizer]:
     content = json.loads(train(WORDS).to_str())
     content["model"] |= changes.get("model", {})
     content |= {name: value for name, value in changes.items() if name != "model"}
     spec = read_tokenizer(Tokenizer.from_str(json.dumps(content)))
-    encoder = BulkEncoder(spec)
-    assert reason in encoder.reason
-    assert encoder.backend == ("tokenizers" if reason else "tiktoken")
+    return BulkEncoder(spec), Tokenizer.from_str(spec.json)
+
+
+@pytest.mark.parametrize(("changes", "backend"), CHANGES)
+def test_only_what_tiktoken_can_express_goes_to_tiktoken(
+    changes: dict[str, Any], backend: str
+):
+    encoder, slow = encoder_of(changes)
+    assert encoder.backend == backend
     texts = ["Low lowest, abc abbc<|im_end|> new", ""]
-    slow = Tokenizer.from_str(spec.json)
-    if not content["model"]["dropout"]:
+    if "dropout" not in changes.get("model", {}):
         assert [ids.tolist() for ids in encoder.encode(texts)] == [
             slow.encode(text, add_special_tokens=False).ids for text in texts
         ]
+
+
+def test_a_special_string_that_begins_another_keeps_its_id():
+    encoder, slow = encoder_of({"added_tokens": [END, added("<|im_end|>>", 300)]})
+    text = "a<|im_end|>>b<|im_end|>"
+    expected = slow.encode(text, add_special_tokens=False).ids
+    assert len(expected) == 4
+    assert encoder.encode([text])[0].tolist() == expected
 
 
 def test_vocabulary_of_words_goes_to_tokenizers():
@@ -261,7 +264,4 @@ def test_differing_probe_decides_for_tokenizers(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("minimind_nb.data.fast_encoding._SPLIT", split)
     encoder = BulkEncoder(SHIPPED)
     assert encoder.backend == "tokenizers"
-    assert "tiktoken gives other ids for 'Hello world, it's" in encoder.reason.replace(
-        '"', "'"
-    )
     assert encoder.encode(["hello"])[0].tolist() == slow_ids("hello")
