@@ -1,9 +1,11 @@
-"""The tokenizer as plain data, where it comes from, and as transformers' object.
+"""The tokenizer as plain data, its sources, and as an object of transformers.
 
-``TokenizerSpec`` travels to helper processes and into fingerprints; it is read from the
-vocabulary shipped with the package, a ``tokenizer.json``, a Hugging Face folder or a
-tokenizer object. Only ``load_tokenizer`` imports transformers.
+`TokenizerSpec` travels to helper processes and into fingerprints; it is read from the
+vocabulary shipped with the package, a `tokenizer.json`, a Hugging Face folder or a
+tokenizer object. Only `load_tokenizer` imports transformers.
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
@@ -20,11 +22,9 @@ from tokenizers import Tokenizer
 from ..storage import verified
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
     from transformers import PreTrainedTokenizerFast
 
-# Where nothing says which token is which: ChatML's, else the commonest.
+# Taken if nothing names the tokens: ChatML's, else the commonest.
 _WELL_KNOWN = {
     "pad": ("<pad>", "<|endoftext|>"),
     "bos": ("<|im_start|>", "<s>"),
@@ -40,8 +40,8 @@ _MOST_GROWTH = 1000
 class TokenizerSpec:
     """A tokenizer as plain data: picklable, comparable, independent of transformers.
 
-    ``json`` is the text of a ``tokenizer.json``. ``vocab_size`` is the number of ids
-    that a model needs: the highest id, added tokens included, plus one.
+    `json` is the text of a `tokenizer.json`. `vocab_size` is the number of ids that a
+    model needs: the highest id, added tokens included, plus one.
     """
 
     json: str
@@ -71,26 +71,26 @@ class TokenizerSpec:
 
 
 def read_tokenizer(source: Any = None) -> TokenizerSpec:
-    """Read a tokenizer from wherever it is; ids and special tokens are checked.
+    """Read a tokenizer and check its special tokens.
 
-    ``source``: None (the vocabulary shipped with the package), the path of a
-    ``tokenizer.json``, a folder with one (as ``save_pretrained`` writes it), an object
-    of transformers or tokenizers, or a ``TokenizerSpec``, given back as it is.
+    `source`: None (the vocabulary shipped with the package), the path of a
+    `tokenizer.json`, a folder with one (as `save_pretrained` writes it), an object of
+    transformers or tokenizers, or a `TokenizerSpec`, which is returned as it is.
 
-    Padding, begin and end are those named by ``tokenizer_config.json`` or
-    ``special_tokens_map.json`` beside it, else ChatML's or ``</s>`` and its like; begin
-    and padding fall back to the end token. A vocabulary with ChatML's two tokens and no
-    chat template of its own gets the package's.
+    Padding, begin and end are those named by `tokenizer_config.json` or
+    `special_tokens_map.json` beside it, else ChatML's or `</s>` and its like; begin and
+    padding fall back to the end token. A vocabulary with ChatML's two tokens and no chat
+    template of its own gets the package's.
 
     Raises FileNotFoundError, TypeError or ValueError saying what was found instead.
     Not covered: names on a hub (nothing is downloaded), sentencepiece files.
     """
     if isinstance(source, TokenizerSpec):
         return source
-    shipped = resources.files("minimind_nb.data") / "vocabulary"
+    shipped = Path(str(resources.files("minimind_nb.data") / "vocabulary"))
     if source is None or isinstance(source, str | os.PathLike):
-        place = shipped if source is None else Path(source)
-        name, (data, described) = str(place), _read_files(place)
+        path = shipped if source is None else Path(source)
+        name, (data, described) = str(path), _read_path(path)
     else:
         name, (data, described) = type(source).__name__, _read_object(source)
     try:
@@ -114,7 +114,7 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     if isinstance(template, dict):
         template = template.get("default")
     if template is None and vocab.keys() >= _CHATML:
-        template = _read_files(shipped)[1]["chat_template"]
+        template = _read_path(shipped)[1]["chat_template"]
     return TokenizerSpec(
         json=data.decode(),
         chat_template=template,
@@ -128,12 +128,12 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     )
 
 
-def load_tokenizer(source: Any = None) -> "PreTrainedTokenizerFast":
-    """Read a tokenizer as ``read_tokenizer`` does, as an object of transformers.
+def load_tokenizer(source: Any = None) -> PreTrainedTokenizerFast:
+    """Read a tokenizer as `read_tokenizer` does, into an object of transformers.
 
-    It has the chat template and the special tokens set, and adds none of them to a text
-    by itself: begin and end of a document are put there by whoever builds documents. A
-    post-processor that would add some is therefore left out.
+    It has the chat template and the special tokens, and adds none of them to a text by
+    itself: whoever builds documents adds begin and end. A post-processor that would add
+    some is therefore left out.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -156,7 +156,7 @@ def write_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
 
 
 def _growth(normalizer: dict[str, Any] | None) -> int:
-    """How many times as long a normalizer can make a text by what it puts in."""
+    """Return how many times as long a normalizer can make a text by what it inserts."""
     steps = (normalizer or {}).get("normalizers", [normalizer or {}])
     longer = [len(step.get("content") or "") for step in steps if "pattern" in step]
     nested = [_growth(step) for step in steps if "normalizers" in step]
@@ -174,29 +174,24 @@ def _settings(spec: TokenizerSpec) -> dict[str, Any]:
     }
 
 
-def _read_files(place: "Traversable") -> tuple[bytes, dict[str, Any]]:
-    """The bytes of a ``tokenizer.json``, and what lies beside it that describes it."""
-    if place.is_file() and place.name != "tokenizer.json":
-        return place.read_bytes(), {}
-    folder = place if place.is_dir() else Path(str(place)).parent
-    if place.name != "tokenizer.json" and not place.is_dir():
-        folder = Path(str(place))  # it is not there, and its neighbours are not meant
-    file = folder / "tokenizer.json"
+def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes of a `tokenizer.json`, and the settings in the files beside it."""
+    file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        held = [one.name for one in folder.iterdir()] if place.is_dir() else []
+        held = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
         raise FileNotFoundError(
-            f"no tokenizer at {place}{f' (it holds {sorted(held)[:9]})' if held else ''}: "
+            f"no tokenizer at {path}{f' (it holds {held[:9]})' if held else ''}: "
             "give a tokenizer.json, a folder that holds one, or None for the vocabulary "
             "of this package. A tokenizer of another kind, or on a hub: open it with "
             "transformers, save_pretrained(FOLDER) there, then give FOLDER"
         )
-    described = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            described |= _read_json(folder / name)
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        described["chat_template"] = template
+    described: dict[str, Any] = {}
+    if file.name == "tokenizer.json":
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (beside := file.with_name(name)).is_file():
+                described |= _read_json(beside)
+        if (template := file.with_name("chat_template.jinja")).is_file():
+            described["chat_template"] = template.read_text(encoding="utf-8")
     return file.read_bytes(), described
 
 
@@ -213,7 +208,7 @@ def _read_object(source: Any) -> tuple[bytes, dict[str, Any]]:
     return backend.to_str().encode(), described
 
 
-def _read_json(file: "Traversable") -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
@@ -229,25 +224,26 @@ def _read_json(file: "Traversable") -> dict[str, Any]:
 def _special_tokens(
     name: str, backend: Tokenizer, described: dict[str, Any], vocab: dict[str, int]
 ) -> tuple[str, str, str]:
-    """Name the pad, begin and end tokens, each of them an entry of the vocabulary."""
+    """Return the pad, begin and end tokens, each of them an entry of the vocabulary."""
     found: dict[str, str] = {}
     for role, known in _WELL_KNOWN.items():
         token = described.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and token not in vocab:
+        if not isinstance(token, str):
+            token = next((each for each in known if each in vocab), None)
+        elif token not in vocab:
             raise ValueError(
                 f"{name} names {token!r} as its {role}_token, but the vocabulary has"
                 f" no such entry: correct {role}_token in tokenizer_config.json"
             )
-        candidates = [token] if isinstance(token, str) else known
-        if token := next((one for one in candidates if one in vocab), None):
+        if token:
             found[role] = token
     if "eos" not in found:
         tokens = backend.get_added_tokens_decoder().values()
         added = [repr(token.content) for token in tokens]
         more = len(added) - _LISTED_TOKENS
         raise ValueError(
-            f"{name} has no end token that is known: its special tokens are"
+            f"{name} has no known end token: its special tokens are"
             f" {', '.join(added[:_LISTED_TOKENS]) or 'none'}"
             f"{f' and {more} more' if more > 0 else ''}. Put a tokenizer_config.json"
             ' beside it that names one, {"eos_token": "…"}'
