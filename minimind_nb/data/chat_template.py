@@ -42,26 +42,16 @@ _MOST = 1_000_000  # a number in a template
 _WIDE = re.compile(r"[%:<>^]0?\d{5,}")  # in what formats a number
 
 
-class Layout(NamedTuple):
-    """A conversation as text, the special strings in its messages escaped.
+class Segment(NamedTuple):
+    """A part of a rendered conversation, the special strings in its messages escaped.
 
-    `turns` gives the role of the turn that begins at a place; `answers` from where to
-    where each trained answer goes, with what the template closes it by.
+    `role` is that of the turn which begins here, None inside of a turn. What is `trained`
+    belongs to an answer that counts in the loss, or is what the template closes it by.
     """
 
     text: str
-    turns: dict[int, str]
-    answers: list[tuple[int, int]]
-
-    def cuts(self) -> list[int]:
-        """All these places, in order, with the beginning and the end of the text."""
-        places = {0, len(self.text), *self.turns}
-        places.update(itertools.chain.from_iterable(self.answers))
-        return sorted(places)
-
-    def pieces(self) -> list[str]:
-        """The text, cut at all these places."""
-        return [self.text[a:b] for a, b in itertools.pairwise(self.cuts())]
+    role: str | None
+    trained: bool
 
 
 class ChatTemplate:
@@ -99,32 +89,32 @@ class ChatTemplate:
         self._unescaped = re.compile("|".join(self._meant))
 
     def escape(self, content: str) -> str:
-        """A message's content with nothing in it that could be a special string."""
+        """Return a message's content with nothing in it that could be a special string."""
         return self._escaped.sub(lambda found: self._escapes[found[0]], content)
 
     def unescape(self, text: str) -> str:
-        """What was said, of a piece of a layout."""
+        """Return what was said, of an escaped text."""
         return self._unescaped.sub(lambda found: self._meant[found[0]], text)
 
-    def lay_out(
+    def render(
         self, messages: Sequence[Message], untrained: int = 0, answered: bool = True
-    ) -> Layout:
-        """Lay out a conversation, or a prompt, which ends where an answer begins.
+    ) -> list[Segment]:
+        """Render a conversation, or a prompt, which ends where an answer begins.
 
-        The answers among the first `untrained` messages are no answers to it. Raises
-        `Fault` where the template fails, or does not show where the answers are.
+        The answers among the first `untrained` messages do not count in the loss. Raises
+        `Fault` if the template fails, or does not show where the answers are.
         """
         messages = [
             {"role": one["role"], "content": self.escape(one["content"])}
             for one in messages
         ]
         roles = [one["role"] for one in messages]
+        answering = [n for n, role in enumerate(roles) if role == "assistant"]
         roles += [] if answered else ["assistant"]
         text, answers = self._render(messages, not answered, self._marks_answers)
-        begins = self._find_turns(messages, text, roles)
-        answering = [n for n, one in enumerate(messages) if one["role"] == "assistant"]
+        turns = self._find_turns(messages, text, roles)
         if not self._marks_answers:
-            ends = [*begins[1:], len(text)]
+            ends = [*turns[1:], len(text)]
             answers = [
                 (self._find_start(text, messages[:n]), ends[n]) for n in answering
             ]
@@ -132,21 +122,27 @@ class ChatTemplate:
             raise _refusal(
                 f"it shows {len(answers)} of {len(answering)}, or empty ones"
             )
-        trained = zip(answers, answering, strict=True)
-        answers = [answer for answer, number in trained if number >= untrained]
-        return Layout(text, dict(zip(begins, roles, strict=True)), answers)
+        ends = {
+            start: end
+            for (start, end), number in zip(answers, answering, strict=True)
+            if number >= untrained
+        }
+        role_at = dict(zip(turns, roles, strict=True))
+        end, segments = 0, []
+        cuts = sorted({0, len(text), *turns, *ends, *ends.values()})
+        for a, b in itertools.pairwise(cuts):
+            end = ends.get(a, end)
+            segments.append(Segment(text[a:b], role_at.get(a), a < end))
+        return segments
 
     def _find_turns(
         self, messages: list[Message], text: str, roles: list[str]
     ) -> list[int]:
-        """Where the turns begin: at ChatML's heads, else where shorter ones end."""
-        opener = self._names["bos_token"]
-        heads = [found.start() for found in re.finditer(re.escape(opener), text)]
-        if len(heads) == len(roles) and all(
-            text.startswith(role, head + len(opener))
-            for head, role in zip(heads, roles, strict=True)
-        ):
-            return [0, *heads[1:]]
+        """Return where turns begin: at ChatML's heads, else where shorter ones end."""
+        opener = re.escape(self._names["bos_token"])
+        heads = list(re.finditer(rf"{opener}(\w*)", text))
+        if [head[1] for head in heads] == roles:
+            return [0, *(head.start() for head in heads[1:])]
         places = [0]
         for count in range(1, len(roles)):
             shorter, _ = self._render(messages[:count])

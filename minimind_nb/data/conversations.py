@@ -1,4 +1,4 @@
-"""Conversations become token ids, each marked: is it learned from, does a turn begin.
+"""Conversations become token ids with marks: counts in the loss, begins a turn.
 
 What a message says stays ordinary text: none can forge a turn, or move a mark.
 """
@@ -6,18 +6,18 @@ What a message says stays ordinary text: none can forge a turn, or move a mark.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .chat_template import ESCAPE, ChatTemplate, Layout, Message, limited
+from .chat_template import ESCAPE, ChatTemplate, Message, Segment, limited
 from .fast_encoding import BulkEncoder
 from .jsonl import Fault
 from .tokenizer import TokenizerSpec
 
 TRAINED, TURN, USER = 1, 2, 4
-"""Bits of a token's mark: it is learned from; a turn begins here; it is the user's."""
+"""Bits of a token's mark: it counts in the loss; a turn begins here; it is the user's."""
 
 _FOLLOWERS = {
     None: ("system", "user"),
@@ -29,110 +29,111 @@ _FOLLOWERS = {
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def check_conversation(row: dict[str, Any]) -> Fault | None:
-    """Check `{"conversations": [{"role", "content"}, …]}` with an answer at least."""
-    return next(_row_faults(row, "conversations", ended=False), None)
+def check_conversation(
+    row: dict[str, Any], key: str = "conversations", answered: bool = False
+) -> Fault | None:
+    """Check `{"conversations": [{"role", "content"}, …]}` with at least one answer.
+
+    If `answered`, the last turn must be the assistant's.
+    """
+    if key not in row:
+        return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {_keys(row)}')
+    if fault := _check(row[key]):
+        reason = f'in "{key}", {fault.reason}'
+        return Fault(fault.kind, reason, fault.mark or f'"{key}"')
+    roles = [message["role"] for message in row[key]]
+    if "assistant" not in roles:
+        reason = f'in "{key}", no turn is the assistant\'s: there is nothing to learn'
+        return Fault("no_answer", reason, f'"{key}"')
+    if answered and (last := roles[-1]) != "assistant":
+        reason = f"in \"{key}\", the last turn is the {last}'s, not the assistant's"
+        return Fault("no_last_answer", reason, f'"{last}"')
+    return None
 
 
 def check_prompt(row: dict[str, Any]) -> Fault | None:
-    """Check a conversation whose last turn is the assistant's, to be held back."""
-    return next(_row_faults(row, "conversations", ended=True), None)
+    """Check a conversation whose last turn, the assistant's, is the answer held back."""
+    return check_conversation(row, answered=True)
 
 
 def check_pair(row: dict[str, Any]) -> Fault | None:
-    """Check `{"chosen": […], "rejected": […]}`: one prompt, and two ways to go on."""
-    return next(_pair_faults(row), None)
+    """Check `{"chosen": […], "rejected": […]}`: one prompt with two continuations."""
+    for key in ("chosen", "rejected"):
+        if fault := check_conversation(row, key, answered=True):
+            return fault
+    chosen, rejected = plain(row["chosen"]), plain(row["rejected"])
+    shared = count_shared(chosen, rejected)
+    if chosen == rejected:
+        kind, reason = "equal_pair", '"chosen" and "rejected" are equal'
+    elif not shared:
+        kind = "no_common_prompt"
+        reason = (
+            '"chosen" and "rejected" have no prompt in common: they begin otherwise'
+        )
+    elif shared == min(len(chosen), len(rejected)):
+        kind = "no_difference"
+        reason = 'of "chosen" and "rejected" one is the beginning of the other'
+    else:
+        return None
+    return Fault(kind, reason, '"rejected"')
 
 
 def check_messages(messages: Any) -> str | None:
-    """Say what is wrong with a conversation, answered or not; None if nothing is."""
-    fault = next(_faults(messages), None)
+    """Return what is wrong with a conversation, answered or not; None if nothing is."""
+    fault = _check(messages)
     return fault.reason if fault else None
 
 
 def plain(messages: Sequence[dict[str, Any]]) -> list[Message]:
-    """What is used of messages that were checked: role and content."""
+    """Return role and content of messages that were checked, without other keys."""
     return [{"role": one["role"], "content": one["content"]} for one in messages]
 
 
 def count_shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """How many first messages two conversations have in common."""
+    """Return how many first messages two conversations have in common."""
     same = [x == y for x, y in zip(a, b, strict=False)]
     return same.index(False) if False in same else len(same)
 
 
-def _pair_faults(row: dict[str, Any]) -> Iterator[Fault]:
-    yield from _row_faults(row, "chosen", ended=True)
-    yield from _row_faults(row, "rejected", ended=True)
-    chosen, rejected = plain(row["chosen"]), plain(row["rejected"])
-    shared = count_shared(chosen, rejected)
-    if chosen == rejected:
-        yield Fault("equal_pair", '"chosen" and "rejected" are equal', '"rejected"')
-    if not shared:
-        reason = (
-            '"chosen" and "rejected" have no prompt in common: they begin otherwise'
-        )
-        yield Fault("no_common_prompt", reason, '"rejected"')
-    if shared == min(len(chosen), len(rejected)):
-        reason = 'of "chosen" and "rejected" one is the beginning of the other'
-        yield Fault("no_difference", reason, '"rejected"')
-
-
-def _row_faults(row: dict[str, Any], key: str, ended: bool) -> Iterator[Fault]:
-    if key not in row:
-        keys = _show(list(row)[:5], 80)
-        yield Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {keys}')
-    for fault in _faults(row[key]):
-        yield Fault(fault.kind, f'in "{key}", {fault.reason}', fault.mark or f'"{key}"')
-    roles = [message["role"] for message in row[key]]
-    if "assistant" not in roles:
-        reason = f'in "{key}", no turn is the assistant\'s: there is nothing to learn'
-        yield Fault("no_answer", reason, f'"{key}"')
-    if ended and roles[-1] != "assistant":
-        reason = (
-            f"in \"{key}\", the last turn is the {roles[-1]}'s, not the assistant's"
-        )
-        yield Fault("no_last_answer", reason, f'"{roles[-1]}"')
-
-
-def _faults(messages: Any) -> Iterator[Fault]:
-    """What is wrong; only the first is sure, the rest follow from a wrong beginning."""
+def _check(messages: Any) -> Fault | None:
     if not isinstance(messages, list | tuple):
-        yield Fault("not_a_list", f"{_show(messages)} is not a list of messages")
+        return Fault("not_a_list", f"{_show(messages)} is not a list of messages")
     if not messages:
-        yield Fault("no_messages", "the list of messages is empty")
+        return Fault("no_messages", "the list of messages is empty")
     before = None
     for number, message in enumerate(messages, 1):
-        for kind, found in _message_faults(message, before):
+        if wrong := _check_message(message, before):
+            kind, found = wrong
             at = message["role"] if kind == "unknown_role" else message
-            yield Fault(kind, f"message {number} {found}", _show(at, None))
+            return Fault(kind, f"message {number} {found}", _show(at, None))
         before = message["role"]
+    return None
 
 
-def _message_faults(message: Any, before: str | None) -> Iterator[tuple[str, str]]:
+def _check_message(message: Any, before: str | None) -> tuple[str, str] | None:
+    """Return the kind of fault and what was found; None for a good message."""
     if not isinstance(message, dict):
         wanted = "an object with role and content"
-        yield "not_a_message", f"is {_show(message)}, not {wanted}"
+        return "not_a_message", f"is {_show(message)}, not {wanted}"
     for key in ("role", "content"):
         if key not in message:
-            keys = _show(list(message)[:5], 80)
-            yield f"missing_{key}", f'has no "{key}", its keys: {keys}'
+            return f"missing_{key}", f'has no "{key}", its keys: {_keys(message)}'
     role, content = message["role"], message["content"]
     if role not in _ROLES:
-        yield "unknown_role", f"has the role {_show(role)}, not {_listed(_ROLES)}"
+        return "unknown_role", f"has the role {_show(role)}, not {' or '.join(_ROLES)}"
     if role not in _FOLLOWERS[before]:
-        where = f"after the {before}'s" if before else "at the beginning"
-        wanted = f"there must be {_listed(_FOLLOWERS[before])}"
-        yield "role_order", f"is the {role}'s {where}, where {wanted}"
+        place = f"after the {before}'s" if before else "at the beginning"
+        wanted = f"there must be {' or '.join(_FOLLOWERS[before])}"
+        return "role_order", f"is the {role}'s {place}, where {wanted}"
     if not isinstance(content, str):
-        yield "content_not_a_string", f"has the content {_show(content)}, not a string"
-    if not content.strip():
-        kind = "empty_answer" if role == "assistant" else "empty_content"
-        yield kind, f"is the {role}'s and empty"
+        found = f"has the content {_show(content)}, not a string"
+        return "content_not_a_string", found
+    kind = "empty_answer" if role == "assistant" else "empty_content"
+    return None if content.strip() else (kind, f"is the {role}'s and empty")
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " or ".join(words)
+def _keys(row: dict[str, Any]) -> str:
+    return _show(list(row)[:5], 80)
 
 
 def _show(value: Any, length: int | None = 40) -> str:
@@ -140,12 +141,13 @@ def _show(value: Any, length: int | None = 40) -> str:
 
 
 class ChatEncoder:
-    """Encodes conversations as a tokenizer's chat template lays them out.
+    """Encodes conversations with a tokenizer's chat template.
 
     Template and messages are encoded together, as transformers does it, but cut where a
     turn or an answer begins or ends: there a prompt ends when answers are generated.
     Raises `ValueError` for a tokenizer without a template, `TimeoutError` for a template
-    that takes more than a second, or some of many turns. Not covered: descriptions of tools, documents.
+    that takes more than a second, or some for many turns. Not covered: descriptions of
+    tools, documents.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
@@ -157,49 +159,47 @@ class ChatEncoder:
         conversations: Sequence[Sequence[Message]],
         untrained: Sequence[int] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray] | Fault]:
-        """Ids (uint32) and marks (uint8) of whole conversations, each checked before.
+        """Return ids (uint32) and marks (uint8) of conversations that were checked.
 
-        Nothing is learned from the first `untrained` messages of each. In the place of
-        a conversation that the template does not take stands the `Fault`.
+        Nothing of the first `untrained` messages of each counts in the loss. A `Fault`
+        stands in the place of a conversation that the template does not take.
         """
-        layouts: list[Layout | Fault] = []
-        characters = sum(_length(messages) for messages in conversations)
-        with limited(characters) as start:
+        rendered: list[list[Segment] | Fault] = []
+        with limited(sum(map(_length, conversations))) as start:
             for number, messages in enumerate(conversations):
                 start(len(messages))
                 first = untrained[number] if untrained else 0
                 try:
-                    layouts.append(self._template.lay_out(messages, first))
+                    rendered.append(self._template.render(messages, first))
                 except Fault as fault:
-                    layouts.append(fault)
-        laid_out = [each for each in layouts if isinstance(each, Layout)]
-        pieces = [piece for each in laid_out for piece in each.pieces()]
-        ids = iter(self._encode_pieces(pieces))
+                    rendered.append(fault)
+        good = [each for each in rendered if not isinstance(each, Fault)]
+        ids = iter(self._encode_segments([one for each in good for one in each]))
         return [
-            layout if isinstance(layout, Fault) else _mark(layout, ids)
-            for layout in layouts
+            each if isinstance(each, Fault) else _join(each, [next(ids) for _ in each])
+            for each in rendered
         ]
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """Ids (uint32) of messages, up to where the assistant's next answer begins.
+        """Return the ids (uint32) of messages up to the assistant's next answer.
 
         They are those that `encode` gives before that answer. Raises `Fault`, a
-        `ValueError`, where the template does not take them.
+        `ValueError`, if the template does not take them.
         """
         with limited(_length(messages)) as start:
             start(len(messages))
-            layout = self._template.lay_out(messages, answered=False)
-        return np.concatenate(self._encode_pieces(layout.pieces()))
+            segments = self._template.render(messages, answered=False)
+        return np.concatenate(self._encode_segments(segments))
 
-    def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
-        usual = iter(self._encoder.encode([one for one in pieces if ESCAPE not in one]))
+    def _encode_segments(self, segments: list[Segment]) -> list[np.ndarray]:
+        texts = [segment.text for segment in segments]
+        usual = iter(self._encoder.encode([one for one in texts if ESCAPE not in one]))
         return [
-            self._encode_escaped(one) if ESCAPE in one else next(usual)
-            for one in pieces
+            self._encode_escaped(one) if ESCAPE in one else next(usual) for one in texts
         ]
 
-    def _encode_escaped(self, piece: str) -> np.ndarray:
-        parts = self._template.special.split(piece)
+    def _encode_escaped(self, text: str) -> np.ndarray:
+        parts = self._template.special.split(text)
         said = [self._template.unescape(part) for part in parts[::2]]
         ids = [*self._encoder.encode_ordinary(said), *self._encoder.encode(parts[1::2])]
         order = [n // 2 + len(said) * (n % 2) for n in range(len(parts))]
@@ -207,25 +207,18 @@ class ChatEncoder:
 
 
 def _length(messages: Sequence[Message]) -> int:
-    """The characters of a conversation."""
     return sum(len(text) for message in messages for text in message.values())
 
 
-def _mark(
-    layout: Layout, pieces: Iterator[np.ndarray]
+def _join(
+    segments: list[Segment], ids: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put a layout's pieces together, and mark their tokens."""
-    begins = layout.cuts()[:-1]
-    ids = [next(pieces) for _ in begins]
-    ends = dict(layout.answers)
-    until = 0
-    trained = [
-        TRAINED * (begin < (until := ends.get(begin, until))) for begin in begins
+    """Return the ids of all segments in one array, and their marks."""
+    marks = [
+        np.full(len(each), TRAINED * one.trained, np.uint8)
+        for one, each in zip(segments, ids, strict=True)
     ]
-    marks = np.repeat(np.array(trained, np.uint8), [len(each) for each in ids])
-    place = 0
-    for begin, each in zip(begins, ids, strict=True):
-        if begin in layout.turns:
-            marks[place : place + 1] |= TURN | USER * (layout.turns[begin] == "user")
-        place += len(each)
-    return np.concatenate(ids), marks
+    for one, each in zip(segments, marks, strict=True):
+        if one.role:
+            each[:1] |= TURN | USER * (one.role == "user")
+    return np.concatenate(ids), np.concatenate(marks)
