@@ -80,9 +80,8 @@ def test_a_child_dies_with_its_killed_parent(means):
         # The pipe reaches its end when the last process that holds it is gone.
         os.set_blocking(output.fileno(), False)
         limit = time.monotonic() + 3
-        while output.read() != b"" and time.monotonic() < limit:
+        while not (ended := output.read() == b"") and time.monotonic() < limit:
             time.sleep(0.02)
-        ended = time.monotonic() < limit
     if not ended:
         os.kill(child, signal.SIGKILL)
     assert ended

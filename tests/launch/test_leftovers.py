@@ -45,7 +45,7 @@ def test_a_rank_whose_parent_is_gone_is_ended(
     me = identify_process(sleeper.pid)
     folder = leave(tmp_path, sleeper.pid, me, renumbered(me, pid=str(GONE)))
     assert end_orphans(folder) == [sleeper.pid]
-    assert sleeper.wait(5) < 0
+    assert sleeper.wait(60) < 0
     assert end_orphans(folder) == []
 
 

