@@ -21,8 +21,7 @@ import torch
 
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import MicroBatch, SampleReader
-from minimind_nb.data.excerpts import take_excerpts
-from minimind_nb.data.packing import pack
+from minimind_nb.data.packing import pack, truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindForCausalLM
@@ -50,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = open_cache(Source(options.file, "sft", spec), Path(folder))
         width = options.max_seq_len
-        found = take_excerpts(cache, np.arange(len(cache)), width)
+        found = truncate_documents(cache, np.arange(len(cache)), width)
         documents = found.documents[: options.conversations]
         lengths = found.targets[: options.conversations]
         tokens = int(lengths.sum())

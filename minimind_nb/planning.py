@@ -57,7 +57,7 @@ def plan(cfg: TrainConfig) -> Facts:
     epoch = f"{_several(stream.tokens, 'text token')} in {_several(stream.rows, row)}"
     if not pairs:
         epoch += f" of {stream.width} (fill {stream.fill:.3f})"
-    if (targets := int(stream.excerpts.trained.sum())) < stream.tokens:
+    if (targets := int(stream.truncated.trained.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
     facts = {
         "parameters": f"{count['total']:,}{active}",

@@ -16,8 +16,14 @@ import torch
 
 from ..config import TrainConfig
 from .conversations import TRAINED
-from .excerpts import Excerpts
-from .packing import PackedRows, pack, pack_epoch, pair_up, shuffle_rows
+from .packing import (
+    PackedRows,
+    TruncatedDocuments,
+    pack,
+    pack_epoch,
+    pair_up,
+    shuffle_rows,
+)
 from .token_cache import TokenCache
 
 IGNORED = -100
@@ -169,7 +175,7 @@ class TrainingStream:
     def __init__(
         self,
         cache: TokenCache,
-        excerpts: Excerpts,
+        truncated: TruncatedDocuments,
         cfg: TrainConfig,
         pad_id: int,
         *,
@@ -179,7 +185,7 @@ class TrainingStream:
     ) -> None:
         assert cfg.epochs and cfg.batch_size and cfg.accumulation_steps
         self.cache = cache
-        self.excerpts = excerpts
+        self.truncated = truncated
         self.cfg = cfg
         self.reader = SampleReader(cache, cfg, pad_id)
         self.rank = rank
@@ -188,20 +194,20 @@ class TrainingStream:
         self.width = self.reader.width
         self.batch_size = cfg.batch_size
         self.global_batch = cfg.batch_size * cfg.accumulation_steps * size
-        self.tokens = int(excerpts.targets.sum())
+        self.tokens = int(truncated.targets.sum())
         self._rows_of = functools.lru_cache(maxsize=2)(self.arrange)
         if cfg.stage == "pretrain":  # not worth a packing
             self.rows = -(-self.tokens // self.width)
         else:
             self.rows = len(self._rows_of(0))
             self._trained = np.zeros(len(cache), np.int64)
-            self._trained[excerpts.documents] = excerpts.trained
+            self._trained[truncated.documents] = truncated.trained
         self.total_samples = cfg.epochs * self.rows
         self.total_steps = -(-self.total_samples // self.global_batch)
 
     def arrange(self, epoch: int) -> PackedRows:
         """The samples of an epoch; a step may reach across its end."""
-        e, seed = self.excerpts, self.cfg.seed
+        e, seed = self.truncated, self.cfg.seed
         if self.reader.pairs:
             pieces = np.stack([e.documents, e.starts, e.targets], 1)
             return shuffle_rows(pair_up(pieces), seed, epoch)
@@ -270,13 +276,17 @@ class ValidationRows:
     """
 
     def __init__(
-        self, cache: TokenCache, excerpts: Excerpts, cfg: TrainConfig, pad_id: int
+        self,
+        cache: TokenCache,
+        truncated: TruncatedDocuments,
+        cfg: TrainConfig,
+        pad_id: int,
     ) -> None:
         assert cfg.eval_tokens
         self.cache = cache
         self.reader = SampleReader(cache, cfg, pad_id)
         together = 2 if self.reader.pairs else 1
-        targets = excerpts.targets.reshape(-1, together).sum(1)
+        targets = truncated.targets.reshape(-1, together).sum(1)
         left = max(cfg.eval_tokens, int(targets.min()))
         taken = []
         for index, count in enumerate(targets.tolist()):
@@ -284,15 +294,15 @@ class ValidationRows:
                 taken.append(index)
                 left -= count
         kept = (np.array(taken)[:, None] * together + np.arange(together)).ravel()
-        self.documents = documents = excerpts.documents[kept]
-        targets = excerpts.targets[kept]
+        self.documents = documents = truncated.documents[kept]
+        targets = truncated.targets[kept]
         if self.reader.pairs:
-            pieces = np.stack([documents, excerpts.starts[kept], targets], 1)
+            pieces = np.stack([documents, truncated.starts[kept], targets], 1)
             self.rows = pair_up(pieces)
         else:
             split = cfg.stage == "pretrain"
             self.rows = pack(documents, targets, self.reader.width, split)
-        self.text_bytes = int(excerpts.text_bytes[kept].sum())
+        self.text_bytes = int(truncated.text_bytes[kept].sum())
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,9 +12,8 @@ import numpy as np
 from ..config import TrainConfig
 from .batches import TrainingStream, ValidationRows
 from .demo import DEMO
-from .excerpts import Excerpts, take_excerpts
 from .jsonl import DataError, check_file, iter_chunks, read_rows
-from .packing import split_by_hash
+from .packing import TruncatedDocuments, split_by_hash, truncate_documents
 from .token_cache import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
 
@@ -45,7 +44,7 @@ class Corpus:
 
     Without a validation file of its own, validation is a part of `cache`, taken by
     content hash. `documents` and `val_documents` are numbers in `cache` and `val_cache`,
-    `excerpts` and `val_excerpts` the parts of them that rows can hold. Plain data
+    `truncated` and `val_truncated` the parts of them that rows can hold. Plain data
     (`describe`) carries a corpus to other processes.
     """
 
@@ -61,8 +60,10 @@ class Corpus:
             split = np.arange(len(cache)), np.arange(len(val_cache))
         self.documents, self.val_documents = split
         width = cfg.max_seq_len
-        self.excerpts = take_excerpts(cache, self.documents, width)
-        self.val_excerpts = take_excerpts(self.val_cache, self.val_documents, width)
+        self.truncated = truncate_documents(cache, self.documents, width)
+        self.val_truncated = truncate_documents(
+            self.val_cache, self.val_documents, width
+        )
 
     @classmethod
     def prepare(
@@ -104,9 +105,9 @@ class Corpus:
                 f"{cfg.val_path} has no text to validate on: every text in it is empty; "
                 "leave val_path out to hold out a part of data_path"
             )
-        _check_truncation(cfg, cfg.data_path, corpus.excerpts, max_dropped)
+        _check_truncation(cfg, cfg.data_path, corpus.truncated, max_dropped)
         if cfg.val_path:
-            _check_truncation(cfg, cfg.val_path, corpus.val_excerpts, 1.0)
+            _check_truncation(cfg, cfg.val_path, corpus.val_truncated, 1.0)
         return corpus
 
     def describe(self) -> list[dict[str, Any]]:
@@ -134,26 +135,26 @@ class Corpus:
     ) -> TrainingStream:
         """Return the samples of a resolved configuration for one rank."""
         place = {"rank": rank, "size": size, "samples": samples}
-        return TrainingStream(self.cache, self.excerpts, cfg, pad_id, **place)
+        return TrainingStream(self.cache, self.truncated, cfg, pad_id, **place)
 
     def validation_rows(self, cfg: TrainConfig, pad_id: int) -> ValidationRows | None:
         """Return the held-out rows, at most `eval_tokens`; None if nothing is held out."""
-        if not len(self.val_excerpts.documents):
+        if not len(self.val_truncated.documents):
             return None
-        return ValidationRows(self.val_cache, self.val_excerpts, cfg, pad_id)
+        return ValidationRows(self.val_cache, self.val_truncated, cfg, pad_id)
 
 
 def _check_truncation(
-    cfg: TrainConfig, path: str, excerpts: Excerpts, max_dropped: float
+    cfg: TrainConfig, path: str, truncated: TruncatedDocuments, max_dropped: float
 ) -> None:
     pairs = cfg.stage == "dpo"
-    kept, dropped = len(excerpts.documents) // (1 + pairs), excerpts.dropped
+    kept, dropped = len(truncated.documents) // (1 + pairs), truncated.dropped
     if kept and dropped <= max_dropped * (kept + dropped):
         return
     raise ValueError(
         f"{path}: {dropped:,} of {kept + dropped:,} {'pairs' if pairs else 'conversations'} "
         f"have no whole answer within max_seq_len={cfg.max_seq_len} tokens, so nothing "
         "could be learned from them; raise max_seq_len (the longest has "
-        f"{excerpts.longest:,} tokens), or let a larger share than {max_dropped:.3g} be "
+        f"{truncated.longest:,} tokens), or let a larger share than {max_dropped:.3g} be "
         'left out: max_bad_fraction=…, with on_bad_line="skip"'
     )

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from ..session import current_session
 from .conversations import TRAINED
 from .demo import locate
-from .excerpts import take_excerpts
+from .packing import truncate_documents
 from .record_formats import RECORD_FORMATS
 from .token_cache import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec, read_tokenizer
@@ -54,13 +54,13 @@ class _PaddedRows(Dataset[Any]):
         self.cache = _open(path, self._record_format, self.spec, cache_dir)
         self.max_seq_len = max_seq_len
         documents = np.arange(len(self.cache))
-        excerpts = take_excerpts(self.cache, documents, max_seq_len - 1)
+        truncated = truncate_documents(self.cache, documents, max_seq_len - 1)
         # A document without an excerpt is cut anywhere and has an empty loss mask.
         self._pieces = np.stack([documents, 0 * documents, self.cache.targets], 1)
-        kept = [excerpts.documents, excerpts.starts, excerpts.targets]
-        self._pieces[excerpts.documents] = np.stack(kept, 1)
+        kept = [truncated.documents, truncated.starts, truncated.targets]
+        self._pieces[truncated.documents] = np.stack(kept, 1)
         self._pieces[:, 2] = np.minimum(self._pieces[:, 2], max_seq_len - 1)
-        self._has_loss = np.isin(documents, excerpts.documents)
+        self._has_loss = np.isin(documents, truncated.documents)
 
     def __len__(self) -> int:
         return len(self.cache) // RECORD_FORMATS[self._record_format].per_row

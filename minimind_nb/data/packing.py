@@ -1,6 +1,6 @@
-"""Documents become rows of one width: order, packing, and the held-out split.
+"""Documents become rows of one width: held-out split, truncation, packing and order.
 
-Pure functions of lengths, hashes and seeds; no token is read here. A document of n
+Pure functions of lengths, marks, hashes and seeds; no token is read here. A document of n
 tokens is n - 1 *targets*: each token but its first is predicted from those before it.
 """
 
@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .conversations import TRAINED, TURN, USER
+from .token_cache import TokenCache
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -17,12 +20,12 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Which pieces of which documents make up each row; all int64.
+    """The pieces of documents that make up each row; all int64.
 
     A piece is (document, start, count): `count` targets of a document, of which the
-    first is predicted from the token at `start`, so a piece that goes on repeats the
-    last token of the one before. `spans` [rows, 2] says from where to where in `pieces`
-    each row lies, `targets` [rows] how many targets it has.
+    first is predicted from the token at `start`, so a later piece repeats the
+    last token of the one before. `spans` [rows, 2] gives begin and end in `pieces` of
+    each row, `targets` [rows] how many targets it has.
     """
 
     pieces: np.ndarray
@@ -33,7 +36,7 @@ class PackedRows:
         return len(self.targets)
 
     def row(self, number: int) -> list[tuple[int, int, int]]:
-        """The pieces of one row, as (document, start, count)."""
+        """Return the pieces of one row, as (document, start, count)."""
         begin, end = self.spans[number]
         return [(d, start, n) for d, start, n in self.pieces[begin:end].tolist()]
 
@@ -43,11 +46,10 @@ def pack(
 ) -> PackedRows:
     """Fill rows of `width` targets with documents; only the last row may have room.
 
-    `documents` are numbers in the order wished for, `targets` their numbers of targets
-    (int64 both). A document longer than a row fills whole rows first. What remains is
+    `documents` are numbers in the wanted order, `targets` their numbers of targets (int64
+    both). A document longer than a row fills whole rows first. What remains is
     packed best fit, longest first (the offline bin-packing heuristic, Johnson 1974):
-    the longest document that fits goes in, and where none fits, the longest there is
-    is split. Costs about 1 µs a piece; rows = ceil(sum of targets / width), so fill
+    the longest document that fits goes in, and if none fits, the longest left is split. Costs about 1 µs a piece; rows = ceil(sum of targets / width), so fill
     is 1 but for the last row. Not covered: the order of the rows follows the lengths;
     shuffle them.
 
@@ -73,31 +75,31 @@ def pack(
 def _best_fit(
     rest: np.ndarray, width: int, split: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack pieces shorter than a row; returns them, and where each row of them ends."""
+    """Pack pieces shorter than a row; return them, and the end of each row in them."""
     buckets: list[list[tuple[int, int]]] = [[] for _ in range(width)]
     for document, start, count in rest[::-1].tolist():
         buckets[count].append((document, start))
-    # Bit n says that a piece of n targets is there: the longest that fits is then one
+    # Bit n is set if a piece of n targets is left: the longest that fits is then one
     # shift of a 512-bit integer away.
-    there = sum(1 << count for count in range(1, width) if buckets[count])
+    left = sum(1 << count for count in range(1, width) if buckets[count])
     pieces: list[tuple[int, int, int]] = []
     ends: list[int] = []
-    while there:
+    while left:
         room = width
-        while room and there:
-            fitting = there & ((2 << room) - 1)
+        while room and left:
+            fitting = left & ((2 << room) - 1)
             if not (fitting or split):
                 break
-            count = (fitting or there).bit_length() - 1
+            count = (fitting or left).bit_length() - 1
             document, start = buckets[count].pop()
             if not buckets[count]:
-                there ^= 1 << count
+                left ^= 1 << count
             taken = min(count, room)
             pieces.append((document, start, taken))
             room -= taken
             if taken < count:
                 buckets[count - taken].append((document, start + taken))
-                there |= 1 << (count - taken)
+                left |= 1 << (count - taken)
         ends.append(len(pieces))
     return np.array(pieces, np.int64).reshape(-1, 3), np.array(ends, np.int64)
 
@@ -111,7 +113,7 @@ def pack_epoch(
     *,
     split: bool = True,
 ) -> PackedRows:
-    """The rows of one epoch: shuffled documents, packed, and the rows shuffled."""
+    """Return the rows of one epoch: shuffled documents, packed, and the rows shuffled."""
     order = shuffled(len(documents), seed, epoch, 0)
     return shuffle_rows(
         pack(documents[order], targets[order], width, split), seed, epoch
@@ -119,20 +121,20 @@ def pack_epoch(
 
 
 def pair_up(pieces: np.ndarray) -> PackedRows:
-    """One row for every two pieces [2n, 3], in their order."""
+    """Return one row for every two pieces [2n, 3], in their order."""
     ends = np.arange(0, len(pieces) + 1, 2)
     targets = pieces[:, 2].reshape(-1, 2).sum(1)
     return PackedRows(pieces, np.stack([ends[:-1], ends[1:]], 1), targets)
 
 
 def shuffle_rows(rows: PackedRows, seed: int, epoch: int) -> PackedRows:
-    """The same rows in the order of an epoch."""
+    """Return the same rows in the order of an epoch."""
     order = shuffled(len(rows), seed, epoch, 1)
     return replace(rows, spans=rows.spans[order], targets=rows.targets[order])
 
 
 def shuffled(n: int, *keys: int) -> np.ndarray:
-    """A permutation of range(n), a function of n and the keys alone.
+    """Return a permutation of range(n), a function of n and the keys alone.
 
     Sorts by splitmix64 (Steele, Lea and Flood 2014) of the position and the keys:
     random generators may change their streams between versions, and a resumed run
@@ -153,11 +155,11 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def split_by_hash(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Document numbers to train on and to hold out, each in the file's order.
+    """Return document numbers to train on and to hold out, each in the file's order.
 
     A document is held out when its 64-bit content hash falls below `fraction` of the
     range, so equal texts stay on one side and the choice does not depend on order or
-    on other documents. Where there are two different texts, each side gets one at
+    on other documents. Of two or more different texts each side gets one at
     least; a single one is trained on.
     """
     held_out = hashes < np.uint64(min(fraction, 1.0) * float(2**64 - 2**11))
@@ -166,3 +168,110 @@ def split_by_hash(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.n
             held_out = hashes == hashes.min()
         held_out &= hashes != hashes.max()
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+@dataclass(frozen=True)
+class TruncatedDocuments:
+    """The parts of documents that are used; arrays are int64, one entry a document.
+
+    A part is (document, start, targets): `targets` predicted tokens, the first from the
+    token at `start`. Of them `trained` count in the loss, and spell `text_bytes` bytes of
+    UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left, and
+    are not among `documents`; the longest had `longest` targets before.
+    """
+
+    documents: np.ndarray
+    starts: np.ndarray
+    targets: np.ndarray
+    trained: np.ndarray
+    text_bytes: np.ndarray
+    cut: int
+    dropped: int
+    longest: int
+
+
+def truncate_documents(
+    cache: TokenCache, documents: np.ndarray, width: int
+) -> TruncatedDocuments:
+    """Return the parts of `documents` (numbers in the cache) that fit in rows of `width`.
+
+    Plain text stays whole, of any length. A conversation of more targets ends after the
+    last whole answer that fits. Pairs, chosen and rejected being neighbours in
+    `documents`, lose the oldest turns of their prompt, the same in both, so that both
+    fit and, if possible, begin with the user's turn; one turn of it stays at least.
+    """
+    targets = cache.targets[documents]
+    starts = np.zeros_like(targets)
+    sizes = np.array(cache.sizes[documents])
+    longest = int(targets.max(initial=0))
+    if cache.marks is None or cache.loss_tokens is None:
+        return TruncatedDocuments(
+            documents, starts, targets, targets, sizes, 0, 0, longest
+        )
+    trained = np.array(cache.loss_tokens[documents])
+    together = 2 if cache.facts["record_format"] == "dpo" else 1
+    long = np.flatnonzero(targets.reshape(-1, together).max(1) > width)
+    kept = np.ones(len(documents) // together, bool)
+    if together == 1:
+        ends, trained[long], sizes[long] = _find_ends(cache, documents[long], width)
+        kept[long] = ends > 0
+        targets[long] = ends - 1
+    else:
+        begins = _find_begins(cache, documents.reshape(-1, 2)[long], width)
+        kept[long] = begins[:, 0] > 0
+        starts.reshape(-1, 2)[long] = begins
+        targets -= starts
+    whole = np.repeat(kept, together)
+    dropped = len(kept) - int(kept.sum())
+    return TruncatedDocuments(
+        documents[whole],
+        starts[whole],
+        targets[whole],
+        trained[whole],
+        sizes[whole],
+        cut=len(long) - dropped,
+        dropped=dropped,
+        longest=longest,
+    )
+
+
+def _find_ends(cache: TokenCache, documents: np.ndarray, width: int) -> np.ndarray:
+    """Return the end of the last whole answer that fits, its trained tokens and bytes.
+
+    An array [3, documents]; 0 throughout if no answer fits.
+    """
+    assert cache.answers is not None and cache.answer_sizes is not None
+    first = np.cumsum(cache.answers) - cache.answers
+    found = np.zeros((3, len(documents)), np.int64)
+    for number, document in enumerate(documents.tolist()):
+        marks = cache.marks_of(document)
+        continued = np.append((marks[1:] & (TRAINED | TURN)) == TRAINED, False)
+        ends = np.flatnonzero((marks & TRAINED > 0) & ~continued) + 1
+        ends = ends[ends <= width + 1]
+        if len(ends):
+            sizes = cache.answer_sizes[first[document] :][: len(ends)]
+            trained = np.count_nonzero(marks[: ends[-1]] & TRAINED)
+            found[:, number] = ends[-1], trained, sizes.sum()
+    return found
+
+
+def _find_begins(cache: TokenCache, pairs: np.ndarray, width: int) -> np.ndarray:
+    """Return where chosen and rejected [pairs, 2] begin, at one turn; 0 if none fits."""
+    found = np.zeros_like(pairs)
+    for number, pair in enumerate(pairs.tolist()):
+        marks = [cache.marks_of(document) for document in pair]
+        turns = [_find_prompt_turns(each) for each in marks]
+        fitting = [
+            (begins, bool(marks[0][begins[0]] & USER))
+            for begins in zip(*turns, strict=False)
+            if all(len(m) - 1 - a <= width for m, a in zip(marks, begins, strict=True))
+        ]
+        if fitting:
+            found[number] = max(fitting, key=lambda each: each[1])[0]
+    return found
+
+
+def _find_prompt_turns(marks: np.ndarray) -> list[int]:
+    """Return the begins of the turns before the first trained answer, but the first."""
+    answer = int(np.argmax(marks & TRAINED > 0))
+    return np.flatnonzero(marks[: answer + 1] & TURN)[1:-1].tolist()

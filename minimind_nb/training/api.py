@@ -197,7 +197,7 @@ def _evaluate(
         )
         _launch(job, cfg.device, lambda: None, lambda _: None, torchrun)
         scores = json.loads((run.root / "scores.json").read_bytes())
-    return scores | {"cut": corpus.excerpts.cut, "dropped": corpus.excerpts.dropped}
+    return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
 
 
 def _home(weights: Path) -> str:

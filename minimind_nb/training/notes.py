@@ -16,14 +16,14 @@ def describe_cuts(corpus: Corpus, cfg: TrainConfig) -> list[str]:
     """What of the conversations is longer than a row, in words."""
     noun = "pairs" if cfg.stage == "dpo" else "conversations"
     told = []
-    for what, excerpts in (
-        (noun, corpus.excerpts),
-        (f"held-out {noun}", corpus.val_excerpts),
+    for what, truncated in (
+        (noun, corpus.truncated),
+        (f"held-out {noun}", corpus.val_truncated),
     ):
-        if excerpts.cut or excerpts.dropped:
+        if truncated.cut or truncated.dropped:
             told.append(
                 f"of the {what} longer than max_seq_len={cfg.max_seq_len}, "
-                f"{excerpts.cut:,} are cut at a turn and {excerpts.dropped:,} left out, "
+                f"{truncated.cut:,} are cut at a turn and {truncated.dropped:,} left out, "
                 "for no whole answer fits"
             )
     return told

@@ -37,7 +37,7 @@ def choose_prompts(
         return []
     if cfg.sample_prompts is not None:
         return [_encode(text, cfg, tokenizer) for text in cfg.sample_prompts]
-    cache, documents = stream.cache, stream.excerpts.documents
+    cache, documents = stream.cache, stream.truncated.documents
     if validation is not None:
         cache, documents = validation.cache, validation.documents
     decode = _decoder(tokenizer)

@@ -197,8 +197,8 @@ def log_start(t: Trainer, event: str) -> None:
         total_samples=min(stream.total_samples, at.samples + samples_left),
         num_processes=t.group.size,
         global_batch=stream.global_batch,
-        cut=stream.excerpts.cut,
-        dropped=stream.excerpts.dropped,
+        cut=stream.truncated.cut,
+        dropped=stream.truncated.dropped,
     )
 
 

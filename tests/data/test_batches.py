@@ -22,8 +22,7 @@ from minimind_nb.data.batches import (
     TrainingStream,
     ValidationRows,
 )
-from minimind_nb.data.excerpts import Excerpts, take_excerpts
-from minimind_nb.data.packing import pack
+from minimind_nb.data.packing import TruncatedDocuments, pack, truncate_documents
 from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 
@@ -43,8 +42,8 @@ def cache(make_cache):
     return make_cache(list(itertools.chain(*((text, "") for text in texts))))
 
 
-def excerpts_of(cache: TokenCache, width: int = WIDTH) -> Excerpts:
-    return take_excerpts(cache, np.arange(len(cache.lines)), width)
+def truncated_of(cache: TokenCache, width: int = WIDTH) -> TruncatedDocuments:
+    return truncate_documents(cache, np.arange(len(cache.lines)), width)
 
 
 def unique_tokens(targets: list[int]) -> TokenCache:
@@ -79,8 +78,8 @@ def make_stream(
     cfg = resolve(TrainConfig(**{**given, **other}))
     place = {"rank": rank, "size": size, "samples": samples}
     assert cfg.max_seq_len
-    excerpts = excerpts_of(cache, cfg.max_seq_len)
-    return TrainingStream(cache, excerpts, cfg, PAD, **place)
+    truncated = truncated_of(cache, cfg.max_seq_len)
+    return TrainingStream(cache, truncated, cfg, PAD, **place)
 
 
 def read_all(cache: TokenCache, width: int, mask: bool) -> MicroBatch:
@@ -340,7 +339,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, siz
 
 def validation_rows(cache: TokenCache, width: int, most: int) -> ValidationRows:
     cfg = TrainConfig(max_seq_len=width, eval_tokens=most)
-    return ValidationRows(cache, excerpts_of(cache, width), cfg, PAD)
+    return ValidationRows(cache, truncated_of(cache, width), cfg, PAD)
 
 
 def test_validation_takes_each_document_once(make_cache):
@@ -531,7 +530,7 @@ def test_an_over_long_pair_loses_the_same_oldest_turns_in_both(open_chats):
     chosen, rejected = (ids.tolist() for ids, _ in stream.pieces(0))
     assert chosen == [*ASKS, *ANSWERS, 69, 2, NEWLINE]
     assert rejected == [*ASKS, *ANSWERS, 70, 70, 70, 2, NEWLINE]
-    assert (stream.excerpts.cut, stream.excerpts.dropped) == (1, 0)
+    assert (stream.truncated.cut, stream.truncated.dropped) == (1, 0)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -571,13 +570,15 @@ def test_resumed_chats_equal_the_uninterrupted_ones(chats, stage, size):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_each_excerpt_is_read_once_an_epoch_in_another_order(chats, stage):
     stream = make_stream(chats[stage], stage=stage, max_seq_len=96)
-    excerpts = stream.excerpts
-    assert excerpts.cut > 0
+    truncated = stream.truncated
+    assert truncated.cut > 0
     orders = []
     for epoch in range(2):
         rows = stream.arrange(epoch)
         found = list(itertools.chain(*(rows.row(n) for n in range(len(rows)))))
-        pieces = zip(excerpts.documents, excerpts.starts, excerpts.targets, strict=True)
+        pieces = zip(
+            truncated.documents, truncated.starts, truncated.targets, strict=True
+        )
         expected = sorted(pieces)
         if stage == "sft":
             expected = [(d, 0, n) for d, _, n in expected]
@@ -593,7 +594,7 @@ def test_validation_takes_pairs_whole_and_counts_bytes_of_answers(open_chats):
     ]
     cache = open_chats(pairs, "dpo")  # 23 + 22, 25 + 22 and 27 + 22 targets
     cfg = resolve(TrainConfig(stage="dpo", max_seq_len=64, eval_tokens=95))
-    rows = ValidationRows(cache, excerpts_of(cache, 64), cfg, PAD)
+    rows = ValidationRows(cache, truncated_of(cache, 64), cfg, PAD)
     assert len(rows) == 2
     assert rows.documents.tolist() == [0, 1, 2, 3]
     assert rows.text_bytes == 2 + 1 + 4 + 1
@@ -605,7 +606,7 @@ def test_validation_packs_conversations_whole(open_chats):
     talks = [[user("a"), answer("b" * n)] for n in (1, 2, 30)]
     cache = open_chats(talks, "sft")
     cfg = resolve(TrainConfig(stage="sft", max_seq_len=52, eval_tokens=1000))
-    rows = ValidationRows(cache, excerpts_of(cache, 52), cfg, PAD)
+    rows = ValidationRows(cache, truncated_of(cache, 52), cfg, PAD)
     (batch,) = rows.micro_batches(8, rank=0, size=1)
     assert rows.text_bytes == 33
     assert int((batch.targets != IGNORED).sum()) == 3 + 4 + 32

@@ -221,11 +221,11 @@ def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
     chats = [{"conversations": row} for row in rows]
     lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
     corpus, cfg = prepare_rows(chats, "sft", max_seq_len=50, **lax)
-    assert corpus.excerpts.documents.tolist() == [0, 1]
-    assert (corpus.excerpts.cut, corpus.excerpts.dropped) == (0, 1)
+    assert corpus.truncated.documents.tolist() == [0, 1]
+    assert (corpus.truncated.cut, corpus.truncated.dropped) == (0, 1)
     assert corpus.training_stream(cfg, pad_id=0).tokens == 22 + 23
     longer = dataclasses.replace(cfg, max_seq_len=200)
-    assert Corpus.reopen(corpus.describe(), longer).excerpts.dropped == 0
+    assert Corpus.reopen(corpus.describe(), longer).truncated.dropped == 0
 
 
 def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare_rows):
@@ -236,7 +236,7 @@ def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare
         prepare_rows(rows, "dpo", max_seq_len=60, val_fraction=0.0)
     lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
     corpus, cfg = prepare_rows(rows, "dpo", max_seq_len=60, **lax)
-    assert corpus.excerpts.dropped == 5
+    assert corpus.truncated.dropped == 5
     assert corpus.training_stream(cfg, pad_id=0).rows == 5
 
 

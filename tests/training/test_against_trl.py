@@ -14,8 +14,7 @@ import minimind_nb as mm
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.batches import Piece, SampleReader
 from minimind_nb.data.conversations import TRAINED
-from minimind_nb.data.excerpts import take_excerpts
-from minimind_nb.data.packing import pair_up
+from minimind_nb.data.packing import pair_up, truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.training.stages import answer_log_probabilities, preference_loss
@@ -87,7 +86,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> SampleReader:
 
 def our_samples(reader: SampleReader, reference: Any) -> list[list[Piece]]:
     """All pairs; the reader then knows what the reference makes of them."""
-    e = take_excerpts(reader.cache, np.arange(2 * len(PAIRS)), WIDTH)
+    e = truncate_documents(reader.cache, np.arange(2 * len(PAIRS)), WIDTH)
     rows = pair_up(np.stack([e.documents, e.starts, e.targets], 1))
     samples = [rows.row(number) for number in range(len(rows))]
     with torch.no_grad():

@@ -11,8 +11,7 @@ from support.runs import Settings, metric_rows, train_here
 
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import IGNORED, MicroBatch, SampleReader
-from minimind_nb.data.excerpts import Excerpts, take_excerpts
-from minimind_nb.data.packing import pack
+from minimind_nb.data.packing import TruncatedDocuments, pack, truncate_documents
 from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
@@ -30,9 +29,9 @@ def tiny_model(seed: int = 0, **shape: Any) -> MiniMindForCausalLM:
 
 @pytest.fixture
 def open_rows(tmp_path: Path):
-    def open_rows(file: Path, stage: str) -> tuple[TokenCache, Excerpts]:
+    def open_rows(file: Path, stage: str) -> tuple[TokenCache, TruncatedDocuments]:
         cache = open_cache(Source(str(file), stage, read_tokenizer()), tmp_path)
-        return cache, take_excerpts(cache, np.arange(len(cache)), 64)
+        return cache, truncate_documents(cache, np.arange(len(cache)), 64)
 
     return open_rows
 
@@ -42,8 +41,8 @@ def reader_of(cache: TokenCache, stage: str, width: int = 64) -> SampleReader:
     return SampleReader(cache, cfg, pad_id=0)
 
 
-def pieces_of(excerpts: Excerpts) -> list[tuple[int, int, int]]:
-    columns = excerpts.documents, excerpts.starts, excerpts.targets
+def pieces_of(truncated: TruncatedDocuments) -> list[tuple[int, int, int]]:
+    columns = truncated.documents, truncated.starts, truncated.targets
     return [(d, start, n) for d, start, n in np.stack(columns, 1).tolist()]
 
 
@@ -68,9 +67,9 @@ def assert_same(a: tuple[float, torch.Tensor], b: tuple[float, torch.Tensor]) ->
 
 def test_conversations_packed_equal_one_at_a_time(chat_file: Path, open_rows) -> None:
     model = tiny_model()
-    cache, excerpts = open_rows(chat_file, "sft")
-    reader, pieces = reader_of(cache, "sft"), pieces_of(excerpts)
-    rows = pack(excerpts.documents, excerpts.targets, 64, split=False)
+    cache, truncated = open_rows(chat_file, "sft")
+    reader, pieces = reader_of(cache, "sft"), pieces_of(truncated)
+    rows = pack(truncated.documents, truncated.targets, 64, split=False)
     packed = reader.read([rows.row(number) for number in range(len(rows))])
     assert len(packed.inputs) < 0.8 * len(pieces), "several share a row"
     alone = []
@@ -88,8 +87,8 @@ def test_the_loss_of_answers_is_independent_of_padding(
     chat_file: Path, open_rows
 ) -> None:
     model = tiny_model()
-    cache, excerpts = open_rows(chat_file, "sft")
-    pieces = [[piece] for piece in pieces_of(excerpts)[:9]]
+    cache, truncated = open_rows(chat_file, "sft")
+    pieces = [[piece] for piece in pieces_of(truncated)[:9]]
     tight, wide = (
         loss_and_gradient(model, [reader_of(cache, "sft", width).read(pieces)])
         for width in (64, 200)
@@ -139,8 +138,8 @@ def sum_by_hand(model: MiniMindForCausalLM, ids: np.ndarray, learned: np.ndarray
 
 def test_the_preference_loss_is_its_formula(pair_file: Path, open_rows) -> None:
     model, draw = tiny_model(), np.random.default_rng(0)
-    cache, excerpts = open_rows(pair_file, "dpo")
-    pieces = pieces_of(excerpts)[:12]
+    cache, truncated = open_rows(pair_file, "dpo")
+    pieces = pieces_of(truncated)[:12]
     reader = reader_of(cache, "dpo")
     texts = [reader.text(0, piece) for piece in pieces]
     sums = []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minimind_nb.data.conversations import TRAINED, USER
-from minimind_nb.data.excerpts import take_excerpts
+from minimind_nb.data.packing import truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 
 # With single bytes a user's turn of n bytes has n + 8 tokens, an assistant's n + 13 of
@@ -32,13 +32,13 @@ def open_chats(tmp_path, byte_spec):
     return open_chats
 
 
-def listed(excerpts):
+def listed(truncated):
     arrays = (
-        excerpts.documents,
-        excerpts.starts,
-        excerpts.targets,
-        excerpts.trained,
-        excerpts.text_bytes,
+        truncated.documents,
+        truncated.starts,
+        truncated.targets,
+        truncated.trained,
+        truncated.text_bytes,
     )
     assert {each.dtype for each in arrays} == {np.dtype(np.int64)}
     return [tuple(row) for row in np.stack(arrays, 1).tolist()]
@@ -46,13 +46,13 @@ def listed(excerpts):
 
 def take(cache, width, documents=None):
     documents = np.arange(len(cache)) if documents is None else np.array(documents)
-    return take_excerpts(cache, documents, width)
+    return truncate_documents(cache, documents, width)
 
 
 def test_plain_text_stays_whole_and_is_learned_from_throughout(make_cache):
-    excerpts = take(make_cache(["abc", "d" * 100, "é"]), 10, [2, 1])
-    assert listed(excerpts) == [(2, 0, 3, 3, 2), (1, 0, 101, 101, 100)]
-    assert (excerpts.cut, excerpts.dropped) == (0, 0)
+    truncated = take(make_cache(["abc", "d" * 100, "é"]), 10, [2, 1])
+    assert listed(truncated) == [(2, 0, 3, 3, 2), (1, 0, 101, 101, 100)]
+    assert (truncated.cut, truncated.dropped) == (0, 0)
 
 
 def test_a_conversation_that_just_fits_is_whole(open_chats):
@@ -82,18 +82,18 @@ def test_a_longer_one_ends_after_the_last_answer_that_fits(open_chats):
         (ends[1] - 2, ends[0] - 1, 3, 1),
         (ends[0] - 1, ends[0] - 1, 3, 1),
     ):
-        excerpts = take(cache, width, [0])
-        assert listed(excerpts) == [(0, 0, targets, trained, size)]
-        assert excerpts.cut == (width < ends[2] - 1)
-    excerpts = take(cache, ends[0] - 1, [2, 1, 0])
-    assert listed(excerpts) == [(1, 0, ends[0] - 1, 3, 1), (0, 0, ends[0] - 1, 3, 1)]
-    assert (excerpts.cut, excerpts.dropped) == (1, 1)
-    excerpts = take(cache, ends[0] - 2)
-    assert listed(excerpts) == []
-    assert (excerpts.cut, excerpts.dropped) == (0, 3)
+        truncated = take(cache, width, [0])
+        assert listed(truncated) == [(0, 0, targets, trained, size)]
+        assert truncated.cut == (width < ends[2] - 1)
+    truncated = take(cache, ends[0] - 1, [2, 1, 0])
+    assert listed(truncated) == [(1, 0, ends[0] - 1, 3, 1), (0, 0, ends[0] - 1, 3, 1)]
+    assert (truncated.cut, truncated.dropped) == (1, 1)
+    truncated = take(cache, ends[0] - 2)
+    assert listed(truncated) == []
+    assert (truncated.cut, truncated.dropped) == (0, 3)
 
 
-def test_no_documents_have_no_excerpts(open_chats):
+def test_no_documents_stay_none(open_chats):
     cache = open_chats([talk("u: a", "a: b")])
     assert listed(take(cache, 4, np.zeros(0, np.int64))) == []
 
@@ -124,13 +124,13 @@ def test_a_pair_loses_its_oldest_turns_and_begins_with_a_question(
     cache = open_chats([pair(*PROMPT, chosen="gg", rejected="hhhh")], "dpo")
     whole = sum(LENGTHS) + ANSWER + 4
     assert np.diff(cache.offsets).tolist() == [whole - 2, whole]
-    excerpts = take(cache, whole - 1 + spare)
+    truncated = take(cache, whole - 1 + spare)
     start = sum(LENGTHS[:lost])
-    assert listed(excerpts) == [
+    assert listed(truncated) == [
         (0, start, whole - 3 - start, 4, 2),
         (1, start, whole - 1 - start, 6, 4),
     ]
-    assert (excerpts.cut, excerpts.dropped) == (int(lost > 0), 0)
+    assert (truncated.cut, truncated.dropped) == (int(lost > 0), 0)
     if lost:
         assert cache.marks_of(1)[start] & USER
 
@@ -139,8 +139,8 @@ def test_a_pair_begins_elsewhere_where_no_question_fits(open_chats):
     prompt = ("u: a", "a: b", "u: " + "c" * 50, "a: d", "t: e")
     cache = open_chats([pair(*prompt, chosen="f", rejected="gg")], "dpo")
     whole = 9 + 14 + 58 + 14 + 9 + ANSWER + 2
-    excerpts = take(cache, whole - 1 - 9 - 14 - 1)
-    assert excerpts.starts.tolist() == [9 + 14 + 58] * 2
+    truncated = take(cache, whole - 1 - 9 - 14 - 1)
+    assert truncated.starts.tolist() == [9 + 14 + 58] * 2
     assert cache.marks_of(0)[9 + 14 + 58] & USER == 0
 
 
@@ -153,17 +153,17 @@ def test_a_pair_of_which_no_turn_of_the_prompt_fits_is_dropped(open_chats):
         ],
         "dpo",
     )
-    excerpts = take(cache, 40, [4, 5, 2, 3, 0, 1])
-    assert listed(excerpts) == [(2, 0, 22, 3, 1), (3, 0, 23, 4, 2)]
-    assert (excerpts.cut, excerpts.dropped) == (0, 2)
+    truncated = take(cache, 40, [4, 5, 2, 3, 0, 1])
+    assert listed(truncated) == [(2, 0, 22, 3, 1), (3, 0, 23, 4, 2)]
+    assert (truncated.cut, truncated.dropped) == (0, 2)
 
 
 def test_trained_targets_are_those_that_the_marks_tell(open_chats):
     rows = [pair(*PROMPT, chosen="x" * n, rejected="y" * (3 * n)) for n in range(1, 9)]
     cache = open_chats(rows, "dpo")
     for width in range(20, 100, 7):
-        excerpts = take(cache, width)
-        for document, start, targets, trained, _ in listed(excerpts):
+        truncated = take(cache, width)
+        for document, start, targets, trained, _ in listed(truncated):
             assert targets <= width
             marks = cache.marks_of(document)[start + 1 : start + 1 + targets]
             assert (marks & TRAINED).sum() == trained
