@@ -4,6 +4,8 @@ No pyplot: a figure made here belongs to its caller alone, so a cell shows it on
 and nothing stays open behind it.
 """
 
+from __future__ import annotations
+
 import io
 import math
 from collections.abc import Iterable
@@ -19,7 +21,7 @@ from matplotlib.ticker import AutoLocator, EngFormatter, LogLocator, MaxNLocator
 from .metrics import History
 from .progress import LARGEST_LOSS, outcome
 
-# For each choice of x: the field of a row, its factor, and what stands at the axis.
+# For each choice of x: the field of a row, its factor, and the label of the axis.
 X_AXES = {
     "step": ("step", 1, "optimizer step"),
     "tokens": ("tokens", 1, "text tokens"),
@@ -49,7 +51,7 @@ class Chart(Figure):
     """A matplotlib Figure that shows itself as a PNG in a cell, without pyplot."""
 
     def png(self, dpi: float = 120) -> bytes:
-        """The picture as a file; 8.4 x 4.6 inches at 120 dpi are 1008 x 552 pixels."""
+        """Return the picture; 8.4 x 4.6 inches at 120 dpi are 1008 x 552 pixels."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
@@ -68,19 +70,18 @@ def plot_history(
     y: str = "loss",
     x: str = "step",
 ) -> Chart:
-    """One chart of a run: training and validation, a loss with its perplexity.
+    """Return the chart of a run: training and validation, a loss with its perplexity.
 
     `x` is "step", "tokens" (text tokens) or "minutes" (training time, all sessions);
-    `y` is "loss", with perplexity as a second scale, "perplexity", or what else the run
-    has: "reward_margin", "accuracy", "kl" (of preferences, whose loss has no
-    perplexity), "expert_load" (of mixtures). `smoothing` is the weight of the past in
-    the moving average, 0 (none) up to 1, None for one that fits the number of rows.
-    Rows whose value is not finite interrupt the curves and are marked at the top.
-    Raises ValueError for a choice that does not exist.
+    `y` is "loss", with perplexity as a second scale, or "perplexity"; for preferences
+    "loss", "reward_margin", "accuracy" or "kl"; for mixtures also "expert_load". `smoothing` is the weight of the past in
+    the moving average, 0 (none) up to 1, None for one that suits the number of
+    rows. Rows with a non-finite value interrupt the curves and are marked at the top.
+    Raises ValueError for an invalid choice.
     """
-    choices = offered(history)
+    choices = y_choices(history)
     check_choices(x, y, choices, smoothing)
-    figure, axes = blank_chart(x, describe_y(y, [history.stage]))
+    figure, axes = blank_chart(x, y_label(y, [history.stage]))
     if y == "expert_load":
         _draw_experts(axes, history, x, smoothing)
     else:
@@ -101,15 +102,15 @@ def plot_history(
     return figure
 
 
-def offered(history: History) -> list[str]:
-    """What of a run can stand at the y axis."""
+def y_choices(history: History) -> list[str]:
+    """Return the values of a run that can be drawn."""
     rows = [history.last(kind) or {} for kind in ("train", "eval")]
     usual = ["loss"] if history.stage == "dpo" else ["loss", "perplexity"]
     return usual + [n for n in list(Y_LABELS)[2:] if any(n in row for row in rows)]
 
 
-def describe_y(y: str, stages: Iterable[str]) -> str:
-    """What stands at the y axis; a loss of preferences is one of pairs."""
+def y_label(y: str, stages: Iterable[str]) -> str:
+    """Return the label of the y axis; a loss of preferences is one of pairs."""
     if y == "loss" and "dpo" in stages:
         pairs = set(stages) == {"dpo"}
         return "loss (nats per pair)" if pairs else "loss (nats per token or pair)"
@@ -117,10 +118,10 @@ def describe_y(y: str, stages: Iterable[str]) -> str:
 
 
 def smooth(values: Iterable[float], weight: float) -> np.ndarray:
-    """Moving average in which the past has `weight`, corrected for its short start.
+    """Return the moving average in which the past has `weight`.
 
-    Kingma and Ba's bias correction (2015). A value that is not finite gives NaN in its
-    place, and the average starts anew behind it.
+    Its short start is corrected as in Adam (Kingma and Ba, 2015). A non-finite value
+    gives NaN in its place, and the average restarts after it.
     """
     averages, total, mass = [], 0.0, 0.0
     for value in values:
@@ -135,19 +136,19 @@ def smooth(values: Iterable[float], weight: float) -> np.ndarray:
 
 
 def suggest_smoothing(rows: int) -> float:
-    """A weight that averages over a sixtieth of the rows; none below 90 rows."""
+    """Return a weight that averages a sixtieth of the rows; 0 below 90 rows."""
     return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))
 
 
 def check_choices(
-    x: str, y: str, y_choices: Iterable[str], smoothing: float | None
+    x: str, y: str, choices: Iterable[str], smoothing: float | None
 ) -> None:
-    """Raise ValueError for an axis that is not offered and an impossible smoothing."""
-    for name, value, choices in (("x", x, X_AXES), ("y", y, y_choices)):
-        if value not in choices:
+    """Raise ValueError for an unknown axis or an invalid smoothing."""
+    for name, value, known in (("x", x, X_AXES), ("y", y, choices)):
+        if value not in known:
             raise ValueError(
-                f"{name}={value!r} is not something this chart shows; expected "
-                f"{name}={' or '.join(map(repr, choices))}."
+                f"{name}={value!r} is not a choice of this chart; expected "
+                f"{name}={' or '.join(map(repr, known))}."
             )
     if smoothing is not None and not 0 <= smoothing < 1:
         raise ValueError(
@@ -156,13 +157,13 @@ def check_choices(
         )
 
 
-def blank_chart(x: str, y_label: str, height: float = 4.6) -> tuple[Chart, Axes]:
-    """A chart with its axes named and nothing drawn yet."""
+def blank_chart(x: str, label: str, height: float = 4.6) -> tuple[Chart, Axes]:
+    """Return a chart with labelled axes and nothing drawn yet."""
     size = (8.4, height)
     figure = Chart(figsize=size, dpi=100, facecolor="white", layout="constrained")
     axes = figure.add_subplot(facecolor="white")
     axes.set_xlabel(X_AXES[x][2], color=INK, fontsize=11)
-    axes.set_ylabel(y_label, color=INK, fontsize=11)
+    axes.set_ylabel(label, color=INK, fontsize=11)
     axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT_INK)
@@ -172,7 +173,7 @@ def blank_chart(x: str, y_label: str, height: float = 4.6) -> tuple[Chart, Axes]
 
 
 def say_empty(axes: Axes) -> None:
-    """Write that there is nothing to draw."""
+    """Write that there are no rows."""
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "no rows yet", transform=axes.transAxes, ha="center")
 
@@ -180,7 +181,7 @@ def say_empty(axes: Axes) -> None:
 def read_curve(
     history: History, kind: str, x: str, y: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The points of one kind of row, NaN where a row has no such value."""
+    """Return the points of one kind of row, NaN if a row has no such value."""
     field, factor, _ = X_AXES[x]
     values = np.array(history.column(kind, "loss" if y == "perplexity" else y))
     at = np.array(history.column(kind, field)) * factor
@@ -192,7 +193,7 @@ def read_curve(
 def _draw_curves(
     axes: Axes, history: History, x: str, y: str, smoothing: float | None
 ) -> None:
-    """Training behind validation, and marks for lost values."""
+    """Draw training behind validation, and marks for non-finite values."""
     at, values = read_curve(history, "train", x, y)
     weight = suggest_smoothing(len(values)) if smoothing is None else smoothing
     if weight:
@@ -218,7 +219,7 @@ def _draw_curves(
 def _draw_experts(
     axes: Axes, history: History, x: str, smoothing: float | None
 ) -> None:
-    """A line for each expert before the range that the layers' experts span."""
+    """Draw a line for each expert in front of the range over layers."""
     field, factor, _ = X_AXES[x]
     rows = [row for row in history.select("train") if "expert_load" in row]
     at = np.array([row[field] for row in rows]) * factor
@@ -247,7 +248,7 @@ def _mark_resumes(axes: Axes, history: History, x: str) -> None:
 
 
 def scale(axes: Axes, x: str, log_x: bool, log_y: bool) -> None:
-    """Linear or logarithmic axes with plain numbers; step 0 has no logarithm."""
+    """Set linear or logarithmic axes with plain numbers; step 0 has no logarithm."""
     if x == "step":
         whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
         axes.xaxis.set_major_locator(whole)
@@ -262,14 +263,14 @@ def scale(axes: Axes, x: str, log_x: bool, log_y: bool) -> None:
 
 
 def _tick_ratios(axis: Any, low: float, high: float) -> None:
-    """Ticks at 1, 2, 5, 10; at even distances where these would be less than four."""
+    """Set ticks at 1, 2, 5, 10, or at even distances if these would be too few."""
     ratios = high > LEAST_RATIO * low
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if ratios else AutoLocator())
     axis.minorticks_off()
 
 
 def _add_perplexity(axes: Axes) -> None:
-    """Perplexity to the right of a loss."""
+    """Add an axis of perplexity to the right of a loss."""
     second = axes.secondary_yaxis("right", functions=(_perplexity, _loss))
     _tick_ratios(second.yaxis, *_perplexity(axes.get_ylim()))
     second.yaxis.set_major_formatter("{x:,g}")
@@ -287,7 +288,7 @@ def _loss(perplexity: Any) -> np.ndarray:
 
 
 def write_titles(axes: Axes, title: str, subtitle: str) -> None:
-    """The title above the axes, and a smaller line below it."""
+    """Write the title above the axes, and a smaller line below it."""
     text, font = legible(title)
     # Chinese fonts often have no bold face, which is a warning too.
     face: Any = font or {"weight": "bold"}
@@ -301,9 +302,9 @@ def write_titles(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def legible(text: str) -> tuple[str, dict[str, Any]]:
-    """A text that may be Chinese, and the font it needs.
+    """Return a text that may be Chinese, with the font it needs.
 
-    A character that no font has warns at every drawing, so without one it is a "?".
+    A character without a font warns at every drawing, so it becomes a "?".
     """
     western = text.encode("cp1252", "replace").decode("cp1252")
     fonts = sorted(CHINESE & {font.name for font in fontManager.ttflist})

@@ -1,4 +1,6 @@
-"""Several runs on one figure, with a legend of what differs between their settings."""
+"""Several runs on one figure, with a legend of the settings that differ."""
+
+from __future__ import annotations
 
 import math
 import os
@@ -13,15 +15,15 @@ from .charts import (
     Chart,
     blank_chart,
     check_choices,
-    describe_y,
     legible,
-    offered,
     read_curve,
     say_empty,
     scale,
     smooth,
     suggest_smoothing,
     write_titles,
+    y_choices,
+    y_label,
 )
 from .metrics import History
 from .tables import shorten
@@ -38,28 +40,26 @@ STYLES = (
     ("#56B4E9", "X"),
     ("#888888", "*"),
 )
-KINDS = ("train", "eval")
-MOST_SETTINGS = 4  # told of a run
-LEGEND_COLUMNS = 110  # of text a line; beyond it a line of the legend leaves the figure
-# They say where a run lies and what it is called, not how it learns.
+LEGEND_COLUMNS = 110  # of text; a longer line of the legend leaves the figure
+# Settings that say where a run is and what it is called, not how it learns.
 PLACES = {"out_dir", "run_name", "resume", "allow_change"}
 
 
 def compare(
-    *sources: "str | os.PathLike[str] | History",
+    *sources: str | os.PathLike[str] | History,
     y: str = "loss",
     x: str = "step",
     smoothing: float | None = None,
     log_x: bool = False,
     log_y: bool = False,
 ) -> Chart:
-    """Up to eight runs on one figure: `mm.compare("out/pretrain_512", "b/pretrain_512")`.
+    """Draw up to eight runs: `mm.compare("out/pretrain_512", "b/pretrain_512")`.
 
     Each source is what `History.load` takes; `x`, `y` and the rest are those of
-    `plot_history`, `y` being something that every run has. Markers are validation, thin
-    lines training. The legend tells a run by its path, as far as the paths differ, and
-    by the settings that differ. Raises ValueError for no run, more than eight, or a
-    choice that does not exist, and what `History.load` raises.
+    `plot_history`, with a `y` that every run has. Markers are validation, thin lines
+    training. The legend names a run by its path, as far as the paths differ, and by the
+    settings that differ. Raises ValueError for no run, more than eight, or an invalid
+    choice, and what `History.load` raises.
     """
     if not 0 < len(sources) <= len(STYLES):
         raise ValueError(
@@ -67,17 +67,16 @@ def compare(
             'mm.compare("out/pretrain_512", "other/pretrain_512").'
         )
     histories = [History.load(source) for source in sources]
-    choices = [n for n in offered(histories[0]) if n != "expert_load"]
-    for history in histories:
-        choices = [name for name in choices if name in offered(history)]
-    check_choices(x, y, choices, smoothing)
-    names = _tell_apart([history.path.parent for history in histories])
+    offered = [y_choices(history) for history in histories]
+    common = [n for n in offered[0] if all(n in one for one in offered)]
+    check_choices(x, y, [n for n in common if n != "expert_load"], smoothing)
+    names = _name_runs([history.path.parent for history in histories])
     stages = dict.fromkeys(history.stage for history in histories)
-    label = describe_y(y, stages)
+    label = y_label(y, stages)
     figure, axes = blank_chart(x, label, height=4.8 + 0.21 * len(names))
     handles, smoothed = [], ""
     for history, (color, marker) in zip(histories, STYLES, strict=False):
-        train, validation = (read_curve(history, kind, x, y) for kind in KINDS)
+        train, validation = (read_curve(history, k, x, y) for k in ("train", "eval"))
         weight = suggest_smoothing(len(train[0])) if smoothing is None else smoothing
         smoothed = " (smoothed)" if weight else smoothed
         style: dict[str, Any] = {"color": color, "lw": 1.8}
@@ -92,53 +91,52 @@ def compare(
     else:
         say_empty(axes)
     _add_legend(figure, handles, names)
-    told = f"with markers: validation · thin: training{smoothed}"
+    subtitle = f"with markers: validation · thin: training{smoothed}"
     if len(stages) > 1:
-        told += f" · stages {', '.join(stages)}: their figures do not compare"
+        subtitle += f" · stages {', '.join(stages)}: their values do not compare"
     title = f"{label.partition(' (')[0]} of {len(names)} run{'s' * (len(names) > 1)}"
-    write_titles(axes, title, told)
+    write_titles(axes, title, subtitle)
     return figure
 
 
 def _add_legend(figure: Chart, handles: list[Any], names: list[str]) -> None:
-    """One line a run below the axes, where it hides no curve."""
+    """Add one line a run below the axes, where it hides no curve."""
     place: Any = {"loc": "outside lower left", "edgecolor": "none", "labelcolor": INK}
     legend = figure.legend(handles, ["run"] * len(names), fontsize=9, **place)
     lines = [shorten(name, LEGEND_COLUMNS) for name in names]
     shown, font = legible("\n".join(lines))
     for text, line in zip(legend.get_texts(), shown.split("\n"), strict=True):
-        # Set afterwards, for a label that begins with "_" would be left out.
+        # Set afterwards, since a label that begins with "_" would be left out.
         text.set(text=line, parse_math=False, **font)
 
 
-def _tell_apart(folders: Sequence[Path]) -> list[str]:
-    """For each run its path below what all have in common, and its own settings."""
+def _name_runs(folders: Sequence[Path]) -> list[str]:
+    """Return for each run its path below their common folder, and its settings.
+
+    If explicit settings differ, the defaults that follow from them are left out.
+    """
     paths = [folder.resolve() for folder in folders]
     common = os.path.commonpath([path.parent for path in paths])
     configs = [_read_config(path) for path in paths]
     settings = [config["settings"] for config in configs]
-    names = dict.fromkeys(
-        name for one in settings for name in one if name not in PLACES
-    )
-    differing = [n for n in names if len({repr(one.get(n)) for one in settings}) > 1]
+    names = dict.fromkeys(name for one in settings for name in one)
+    differing = [
+        name
+        for name in names
+        if name not in PLACES and len({repr(one.get(name)) for one in settings}) > 1
+    ]
     explicit = {name for config in configs for name in config["explicit"]}
-    # What was set explains the defaults that follow from it.
-    told = [name for name in differing if name in explicit] or differing
+    listed = [name for name in differing if name in explicit] or differing
     labels = []
     for path, one in zip(paths, settings, strict=True):
-        parts = [
-            f"{name} {_value(one[name])}"
-            for name in told[:MOST_SETTINGS]
-            if one.get(name) is not None
-        ]
-        parts += ["…"] if len(told) > MOST_SETTINGS else []
-        place = os.path.relpath(path, common)
-        labels.append(f"{place}: {', '.join(parts)}" if parts else place)
+        parts = [f"{n} {_value(one[n])}" for n in listed if one.get(n) is not None]
+        end = f": {', '.join(parts)}" if parts else ""
+        labels.append(f"{os.path.relpath(path, common)}{end}")
     return labels
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The settings and the names of the explicit ones; metrics are enough for a curve."""
+    """Return settings and explicit names; a curve needs the metrics only."""
     try:
         config = RunFolder(folder).read_config()
         return {"settings": dict(config["settings"]), "explicit": [*config["explicit"]]}

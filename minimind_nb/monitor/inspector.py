@@ -1,4 +1,6 @@
-"""A run's curve with controls; a plain picture where widgets do not load."""
+"""The curve of a run with controls; a plain picture where widgets do not load."""
+
+from __future__ import annotations
 
 import base64
 import os
@@ -10,9 +12,9 @@ from .charts import (
     X_AXES,
     Chart,
     check_choices,
-    offered,
     plot_history,
     suggest_smoothing,
+    y_choices,
 )
 from .metrics import History
 from .progress import outcome
@@ -21,9 +23,9 @@ from .progress import outcome
 class Inspector:
     """The chart of a run with smoothing, log axes, and a choice of both axes.
 
-    `source` is what `History.load` takes. The picture is drawn in the kernel at every
-    change, with what a running training has added. A saved notebook also holds the
-    picture as it was when the cell showed it.
+    `source` is what `History.load` takes. Every change draws the picture again in the
+    kernel, with the rows that a running training has added. A saved notebook also holds
+    the picture as it was when the cell showed it.
 
     Attributes: `history`; `controls`, the widgets by name (`smoothing`, `log_x`,
     `log_y`, `x`, `y`); `image`, whose `value` is the PNG; `panel`, which holds all.
@@ -31,20 +33,21 @@ class Inspector:
 
     def __init__(
         self,
-        source: "str | os.PathLike[str] | History",
+        source: str | os.PathLike[str] | History,
         *,
         y: str = "loss",
         x: str = "step",
     ) -> None:
         self.history = History.load(source)
-        choices = offered(self.history)
+        choices = y_choices(self.history)
         check_choices(x, y, choices, None)
         narrow = {"button_width": "auto"}
+        smoothing = suggest_smoothing(len(self.history.select("train")))
         self.controls: dict[str, Any] = {
             "x": widgets.ToggleButtons(options=list(X_AXES), value=x, style=narrow),
             "y": widgets.ToggleButtons(options=choices, value=y, style=narrow),
             "smoothing": widgets.FloatSlider(
-                value=suggest_smoothing(len(self.history.select("train"))),
+                value=smoothing,
                 max=0.99,
                 step=0.01,
                 description="smoothing",
@@ -54,10 +57,10 @@ class Inspector:
             "log_y": widgets.Checkbox(description="log y", indent=False),
         }
         self.image = widgets.Image(format="png", layout={"max_width": "100%"})
-        axes, others = [*self.controls.values()][:2], [*self.controls.values()][2:]
-        rows = [widgets.HBox(axes), widgets.HBox(others), self.image]
+        controls = [*self.controls.values()]
+        rows = [widgets.HBox(controls[:2]), widgets.HBox(controls[2:]), self.image]
         self.panel = widgets.VBox(rows)
-        for control in self.controls.values():
+        for control in controls:
             control.observe(self._redraw, names="value")
         self._redraw()
 
@@ -66,12 +69,12 @@ class Inspector:
         self.image.value = self.figure().png()
 
     def figure(self) -> Chart:
-        """The chart as the controls stand, to save or to change."""
+        """Return the chart with the current choices, to save or to change."""
         choices = {name: control.value for name, control in self.controls.items()}
         return plot_history(self.history, **choices)
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
-        """The widgets, and a PNG and a line of text for who cannot show them."""
+        """Return the widgets, and a PNG and a line of text for other viewers."""
         widget: Any = self.panel._repr_mimebundle_()
         picture = base64.b64encode(self.image.value).decode()
         return {**widget, "image/png": picture, "text/plain": repr(self)}
@@ -81,11 +84,11 @@ class Inspector:
 
 
 def inspect(
-    source: "str | os.PathLike[str] | History", *, y: str = "loss", x: str = "step"
+    source: str | os.PathLike[str] | History, *, y: str = "loss", x: str = "step"
 ) -> Inspector:
-    """Look at a run's curve with controls: `mm.inspect("out/pretrain_512")`.
+    """Show a run's curve with controls: `mm.inspect("out/pretrain_512")`.
 
-    `y` and `x` are what it shows at first, of what `plot_history` takes. Raises
-    ValueError for a choice that does not exist, and what `History.load` raises.
+    `y` and `x` are the first choices, of those that `plot_history` takes. Raises
+    ValueError for another choice, and what `History.load` raises.
     """
     return Inspector(source, y=y, x=x)

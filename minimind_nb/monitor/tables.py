@@ -1,4 +1,4 @@
-"""Small tables that show themselves in a cell and in a terminal."""
+"""Small tables that display themselves in a cell and in a terminal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STYLES = {
 
 
 class Table:
-    """Rows of text below named columns; `title` stands above.
+    """Rows of text with named columns below a title.
 
-    A terminal gets each cell on one line of at most 60 columns; a page, like `rows`,
-    holds the whole text.
+    A terminal gets each cell on one line of at most 60 columns; a page gets the whole
+    text, which `rows` holds too.
     """
 
     def __init__(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -36,7 +36,7 @@ class Table:
 
 
 class Facts(dict[str, str]):
-    """Names and what is said of them, in order; `title` stands above."""
+    """Names and texts, in order, below a title."""
 
     def __init__(self, title: str, facts: dict[str, str]) -> None:
         super().__init__(facts)
@@ -51,7 +51,7 @@ class Facts(dict[str, str]):
 
 
 def shorten(text: str, width: int = WIDEST) -> str:
-    """The text on one line, cut with "…" where it is wider than `width` columns."""
+    """Return the text on one line, cut with "…" if it is wider than `width` columns."""
     line = " ".join(text.split())
     if columns_of(line) <= width:
         return line
@@ -61,33 +61,30 @@ def shorten(text: str, width: int = WIDEST) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Columns that the text takes in a terminal: Chinese takes two a character."""
+    """Return the columns a text takes in a terminal; a Chinese character takes two."""
     wide = sum(unicodedata.east_asian_width(one) in "WF" for one in text)
     none = sum(unicodedata.category(one) in ("Mn", "Me", "Cf") for one in text)
     return len(text) + wide - none
 
 
 def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
-    """The rows below the title, each column as wide as its widest cell."""
+    """Return the rows below the title, each column as wide as its widest cell."""
     widths = [max(map(columns_of, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell + " " * (width - columns_of(cell))
-            for cell, width in zip(row, widths, strict=True)
-        )
-        for row in rows
-    ]
-    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+    lines = [title]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        padded = (cell + " " * (width - columns_of(cell)) for cell, width in cells)
+        lines.append(f"  {'  '.join(padded)}".rstrip())
+    return "\n".join(lines)
 
 
 def _page(title: str, rows: Iterable[Iterable[tuple[str, str]]]) -> str:
-    """The same as HTML; a cell comes with its tag."""
-    lines = (
-        "".join(
+    """Return the rows as HTML; each cell comes with its tag."""
+    body = ""
+    for row in rows:
+        cells = (
             f"<{tag} style='{STYLES[tag]}'>{html.escape(text)}</{tag}>"
             for tag, text in row
         )
-        for row in rows
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+        body += f"<tr>{''.join(cells)}</tr>"
     return f"<b>{html.escape(title)}</b><table>{body}</table>"

@@ -7,6 +7,7 @@ process without a terminal none of that reaches the training or the cell.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -97,10 +98,9 @@ class WandbFollower:
         self._process.join()
         self.report()
         if code != 0:
-            late = f"did not finish within {FINISH_SECONDS:.0f} s"
             logger.warning(
                 "wandb %s; the training is not affected, see %s",
-                late if code is None else f"ended with exit code {code}",
+                f"ended with exit code {code}" if code else "did not finish in time",
                 self._folder / LOG_NAME,
             )
 
@@ -162,33 +162,30 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
     settings = wandb.Settings(
         console="off", silent=True, disable_git=True, init_timeout=seconds
     )
-
-    def begin(mode: Any) -> Any:
-        return wandb.init(
-            mode=mode,
-            project=state["project"],
-            id=state["id"],
-            resume="allow",
-            name=folder.name,
-            dir=str(folder),
-            config=RunFolder(folder).read_config()["settings"],
-            settings=settings,
-        )
-
+    begin: Any = functools.partial(
+        wandb.init,
+        project=state["project"],
+        id=state["id"],
+        resume="allow",
+        name=folder.name,
+        dir=str(folder),
+        config=RunFolder(folder).read_config()["settings"],
+        settings=settings,
+    )
     asked = os.environ.get("WANDB_MODE")
     mode = asked or ("online" if _has_key() else "offline")
     reason = "" if asked else "no key"
     try:
         if mode == "online":
             _ask_server(seconds)  # wandb before 0.31 waits for it beyond any timeout
-        run = begin(mode)
+        run = begin(mode=mode)
     except Exception as error:
         if mode == "offline":
             raise
         traceback.print_exc()
         wandb.teardown()  # it would hold the id
         mode, reason = "offline", _one_line(error) or type(error).__name__
-        run = begin(mode)
+        run = begin(mode=mode)
     if mode != "offline":
         return run, f"wandb: {run.url}" if run.url else ""
     why = f" ({reason})" if reason else ""

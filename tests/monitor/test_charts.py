@@ -179,7 +179,7 @@ def test_titles_in_chinese_or_with_dollar_signs_do_not_warn(make_history, title)
 
 def test_choices_that_do_not_exist_are_refused(make_history, preferences):
     history = make_history([3.0])
-    with pytest.raises(ValueError, match="x='epoch' is not something this chart shows"):
+    with pytest.raises(ValueError, match="x='epoch' is not a choice of this chart"):
         plot_history(history, x="epoch")
     with pytest.raises(ValueError, match="expected y='loss' or 'perplexity'"):
         plot_history(history, y="bits")

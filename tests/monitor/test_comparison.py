@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from minimind_nb.monitor.charts import Chart
-from minimind_nb.monitor.comparison import STYLES, compare
+from minimind_nb.monitor.comparison import LEGEND_COLUMNS, STYLES, compare
 from minimind_nb.monitor.runs import Run
 
 
@@ -68,10 +68,12 @@ def test_defaults_that_differ_are_told_where_nothing_was_set(make_run):
 
 
 def test_a_long_list_of_differences_is_cut(make_run):
-    names = ["one", "two", "three", "four", "five"]
+    names = [f"setting_{number}" for number in range(20)]
     first = make_run("a", **dict.fromkeys(names, 1))
     second = make_run("b", **dict.fromkeys(names, 2))
-    assert legend(compare(first, second))[0] == "a: one 1, two 1, three 1, four 1, …"
+    line = legend(compare(first, second))[0]
+    assert line.startswith("a: setting_0 1, setting_1 1, ") and line.endswith("…")
+    assert len(line) == LEGEND_COLUMNS
 
 
 def test_runs_of_one_name_and_equal_settings_are_told_apart_by_their_paths(make_run):
@@ -111,7 +113,7 @@ def test_preferences_are_compared_by_their_margins(preferences):
 
 def test_different_stages_are_drawn_and_said(make_run, preferences):
     axes: Any = compare(make_run("a"), preferences).axes[0]
-    assert "stages pretrain, dpo: their figures do not" in axes.texts[0].get_text()
+    assert "stages pretrain, dpo: their values do not" in axes.texts[0].get_text()
     assert axes.get_ylabel() == "loss (nats per token or pair)"
 
 
@@ -120,7 +122,7 @@ def test_only_what_every_run_has_can_be_compared(make_run, preferences, mixture)
         compare(make_run("a"), preferences, y="perplexity")
     with pytest.raises(ValueError, match="y='expert_load' is not .*'perplexity'"):
         compare(mixture, y="expert_load")
-    with pytest.raises(ValueError, match="x='epoch' is not something this chart"):
+    with pytest.raises(ValueError, match="x='epoch' is not a choice of this chart"):
         compare(mixture, x="epoch")
 
 

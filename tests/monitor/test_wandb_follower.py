@@ -188,7 +188,7 @@ def test_a_wandb_that_hangs_keeps_nobody_waiting(fake, session, monkeypatch):
     began = time.monotonic()
     (message,) = session(0, 1)
     assert time.monotonic() - began < 60
-    assert message.startswith("wandb did not finish within 1 s; the training is not")
+    assert message.startswith("wandb did not finish in time; the training is not")
 
 
 @pytest.mark.parametrize(
