@@ -33,7 +33,7 @@ WIDTH = 512
 
 
 def compare_encoding(texts: list[str]) -> None:
-    fast, slow = BulkEncoder(SPEC, threads=1).encode, SLOW.encode_batch_fast
+    fast, slow = BulkEncoder(SPEC).encode, SLOW.encode_batch_fast
     pairs = zip(fast(texts), slow(texts), strict=True)
     same = sum(a.tolist() == b.ids for a, b in pairs)
     print(f"ids equal on {same} of {len(texts)} documents")

@@ -1,7 +1,7 @@
-"""Conversations laid out as text by a chat template, and where their answers lie.
+"""Render conversations with a chat template, and find their turns and answers.
 
-Where a turn or an answer begins and ends is read off what the template does, never
-searched for in what was said.
+Begin and end of a turn or an answer are read off what the template does, never searched
+for in what was said.
 """
 
 from __future__ import annotations
@@ -150,22 +150,22 @@ class ChatTemplate:
         return places
 
     def _find_end(self, text: str, shorter: str, after: int) -> int:
-        """Where the first messages end, which alone are rendered as `shorter`."""
+        """Return where the first messages end, which alone are rendered as `shorter`."""
         if text.startswith(shorter):
             return len(shorter)
         ends = [found.start() for found in self.special.finditer(shorter)]
         closing = shorter[ends[-1] :] if ends else ""
         place = text.find(closing, after) if closing else -1
         if place < 0 and self._marks_answers:
-            return after  # a turn not told from the one before hides no answer
+            return after  # a turn that merges with the one before hides no answer
         if place < 0:
             raise _refusal("it writes a turn in another way when others follow")
         return place + len(closing)
 
     def _find_start(self, text: str, asking: list[Message]) -> int:
-        """Where the answer begins to some messages.
+        """Return where the answer to some messages begins.
 
-        A template may end their prompt in another way when the answer is there, by an
+        A template may end their prompt in another way when an answer follows, by an
         empty thought, say: then it is after the last line that both have in common.
         """
         prompt, _ = self._render(asking, True)
@@ -180,7 +180,7 @@ class ChatTemplate:
     def _render(
         self, messages: list[Message], prompt: bool = False, answers: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and if asked for, where the template says that answers lie."""
+        """Return the text, and if asked for, begin and end of the marked answers."""
         try:
             texts, spans = self._render_template(
                 [messages],
@@ -194,7 +194,7 @@ class ChatTemplate:
         except MemoryError:
             raise Fault(
                 "chat_template",
-                "the tokenizer's chat template takes more memory than it is given "
+                "the tokenizer's chat template takes more memory than its limit "
                 f"({_MOST_BYTES >> 20} MiB and more): give the tokenizer another one",
             ) from None
         except Exception as error:  # a template may fail in any way that Python does
@@ -206,13 +206,13 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def limited(characters: int) -> Iterator[Callable[[int], object]]:
-    """Limit time and memory, and give a function that starts the time (again).
+    """Limit time and memory of rendering; yield a function that restarts the time.
 
-    It takes how many messages the time is for: templates that mark no answers are
-    rendered for each of them, so that it grows with their square. Where it is over,
-    `TimeoutError` is raised; where the memory for so many characters in all is,
-    `MemoryError`. Both on the main thread only: time cannot be told elsewhere, and what
-    two threads did to a process' one limit could not be undone in order.
+    It takes the number of messages: templates that mark no answers are rendered for each
+    of them, so the time grows with their square. `TimeoutError` is raised when it is
+    over, `MemoryError` when the memory for so many characters in all is. Both on the main
+    thread only: signals arrive there, and two threads could not restore a process's one
+    limit in order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda messages: None
@@ -220,8 +220,8 @@ def limited(characters: int) -> Iterator[Callable[[int], object]]:
 
     def stop(*_: object) -> None:
         raise TimeoutError(
-            "the tokenizer's chat template was stopped after a thousand times what is "
-            "usual: give the tokenizer another template"
+            "rendering the chat template timed out after a thousand times the usual time: "
+            "give the tokenizer another template"
         )
 
     before = signal.signal(signal.SIGVTALRM, stop)
@@ -236,7 +236,7 @@ def limited(characters: int) -> Iterator[Callable[[int], object]]:
 
 @contextlib.contextmanager
 def _limited_memory(more: int) -> Iterator[None]:
-    """Let the block take no more than so many bytes more, on Linux."""
+    """Limit the memory that the block may add, in bytes; on Linux only."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -256,8 +256,8 @@ def _limited_memory(more: int) -> Iterator[None]:
 def _refuse_bombs(template: str) -> None:
     """Raise `ValueError` for arithmetic by which some characters become gigabytes.
 
-    It is one call into C, which no limit of time interrupts. What this does not see ends
-    at the limit of memory.
+    It is one call into C, which no time limit interrupts. What this overlooks ends at the
+    memory limit.
     """
     import jinja2
     from jinja2 import nodes
@@ -266,7 +266,7 @@ def _refuse_bombs(template: str) -> None:
     try:
         tree = grammar.parse(_ANSWERS.sub("", template))
     except jinja2.TemplateSyntaxError:
-        return  # told of when it is used
+        return  # rendering reports it
     for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Const)):
         value = getattr(node, "value", None)
         if (

@@ -152,7 +152,7 @@ class ChatEncoder:
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
         self._template = ChatTemplate(spec)
-        self._encoder = encoder or BulkEncoder(spec, threads=1)
+        self._encoder = encoder or BulkEncoder(spec)
 
     def encode(
         self,
@@ -199,11 +199,14 @@ class ChatEncoder:
         ]
 
     def _encode_escaped(self, text: str) -> np.ndarray:
-        parts = self._template.special.split(text)
-        said = [self._template.unescape(part) for part in parts[::2]]
-        ids = [*self._encoder.encode_ordinary(said), *self._encoder.encode(parts[1::2])]
-        order = [n // 2 + len(said) * (n % 2) for n in range(len(parts))]
-        return np.concatenate([ids[n] for n in order])
+        ids = []
+        for number, part in enumerate(self._template.special.split(text)):
+            if number % 2:
+                ids += self._encoder.encode([part])
+            else:
+                said = self._template.unescape(part)
+                ids += self._encoder.encode_ordinary([said])
+        return np.concatenate(ids)
 
 
 def _length(messages: Sequence[Message]) -> int:
@@ -214,11 +217,9 @@ def _join(
     segments: list[Segment], ids: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of all segments in one array, and their marks."""
-    marks = [
-        np.full(len(each), TRAINED * one.trained, np.uint8)
-        for one, each in zip(segments, ids, strict=True)
-    ]
-    for one, each in zip(segments, marks, strict=True):
-        if one.role:
-            each[:1] |= TURN | USER * (one.role == "user")
+    marks = []
+    for segment, each in zip(segments, ids, strict=True):
+        marks.append(np.full(len(each), TRAINED * segment.trained, np.uint8))
+        if segment.role:
+            marks[-1][:1] |= TURN | USER * (segment.role == "user")
     return np.concatenate(ids), np.concatenate(marks)

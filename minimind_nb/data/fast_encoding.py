@@ -11,14 +11,12 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, pre_tokenizers
 
-from ..hardware import count_cores
 from .tokenizer import TokenizerSpec, read_tokenizer
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
@@ -39,7 +37,6 @@ _CLASSES = (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]")
 _LONG_RUN = re.compile(
     "|".join(f"(?<!{kind}){kind}{{{_LONGEST_RUN}}}" for kind in _CLASSES)
 )
-_TEXTS_PER_TASK = 256
 
 _PROBES = (
     "",
@@ -60,13 +57,12 @@ class BulkEncoder:
     array per text (tiktoken's own buffer, not copied), ready for `np.concatenate`. Texts
     must not hold lone surrogates.
 
-    `threads`: None for one per core, as `tokenizers` does; give 1 if several processes
-    share the cores. On two cores, 15 MB of Chinese and English took 1/3.2 of the time of
-    `encode_batch_fast` with one thread, 1/5.7 with two. Making an encoder takes 0.1 s.
+    It runs on one thread; processes that share the cores have one each. 15 MB of Chinese
+    and English took 1/3.2 of the time of `encode_batch_fast` on two cores. Making an
+    encoder takes 0.1 s.
     """
 
-    def __init__(self, spec: TokenizerSpec, threads: int | None = None) -> None:
-        self._threads = threads or count_cores()
+    def __init__(self, spec: TokenizerSpec) -> None:
         self._with_special = _plain_tokenizer(spec)
         self._ordinary = _plain_tokenizer(spec)
         self._ordinary.encode_special_tokens = True
@@ -103,20 +99,12 @@ class BulkEncoder:
         if self._tiktoken is None:
             return _encode_slowly(tokenizer, texts)
         encode = self._tiktoken.encode_to_numpy
-
-        def encode_from(start: int) -> list[Ids]:
-            return [
-                _encode_slowly(tokenizer, [text])[0]
-                if len(text) > _LONGEST_RUN and _LONG_RUN.search(text)
-                else encode(text, allowed_special=allowed, disallowed_special=())
-                for text in texts[start : start + _TEXTS_PER_TASK]
-            ]
-
-        starts = range(0, len(texts), _TEXTS_PER_TASK)
-        if min(self._threads, len(starts)) <= 1:
-            return [ids for start in starts for ids in encode_from(start)]
-        with ThreadPoolExecutor(self._threads) as pool:
-            return [ids for part in pool.map(encode_from, starts) for ids in part]
+        return [
+            _encode_slowly(tokenizer, [text])[0]
+            if len(text) > _LONGEST_RUN and _LONG_RUN.search(text)
+            else encode(text, allowed_special=allowed, disallowed_special=())
+            for text in texts
+        ]
 
     def _probes_agree(self) -> bool:
         added = sorted(self._added)

@@ -72,7 +72,7 @@ def _decoder(tokenizer: TokenizerSpec) -> Callable[..., Any]:
 
 def _encode(text: str, cfg: TrainConfig, tokenizer: TokenizerSpec) -> Prompt:
     if cfg.stage == "pretrain":
-        ids = [tokenizer.bos_id, *BulkEncoder(tokenizer, 1).encode([text])[0].tolist()]
+        ids = [tokenizer.bos_id, *BulkEncoder(tokenizer).encode([text])[0].tolist()]
         return Prompt(text, ids)
     message = {"role": "user", "content": text}
     return Prompt(text, ChatEncoder(tokenizer).prompt([message]).tolist())

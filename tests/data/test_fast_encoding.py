@@ -123,15 +123,6 @@ def test_ids_are_arrays_ready_to_concatenate():
     assert FAST.encode([]) == []
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_order_is_kept_with_any_number_of_threads(threads: int):
-    batch = [f"number {n}" for n in range(1500)]
-    encoder = BulkEncoder(SHIPPED, threads)
-    assert [ids.tolist() for ids in encoder.encode(batch)] == [
-        slow_ids(text) for text in batch
-    ]
-
-
 @pytest.mark.parametrize(
     ("run", "times"),
     [(" ", 1_000_000), ("\n", 600_000), ("中", 200_000), ("a", 200_000)],

@@ -340,7 +340,7 @@ def test_a_file_of_text_is_measured_by_two_processes_as_by_hand(
     file = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     file.write_text("\n".join(lines), encoding="utf-8")
-    encoded = BulkEncoder(spec, 1).encode(texts)
+    encoded = BulkEncoder(spec).encode(texts)
     ids = [[spec.bos_id, *each.tolist(), spec.eos_id] for each in encoded]
     size = sum(len(text.encode()) for text in texts)
     expected = score_by_hand(run, [(one, [True] * len(one)) for one in ids], size)
