@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(place, tmp_path):
 
 def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch):
     def silent() -> Hardware:
-        raise RuntimeError("CUDA is there but does not answer: driver too old")
+        raise RuntimeError("CUDA does not answer: driver too old")
 
     monkeypatch.setattr(diagnosis, "detect_hardware", silent)
     facts = doctor(tmp_path)
@@ -173,7 +173,7 @@ def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     (tmp_path / "out" / "cache" / "tokens-1" / "tokens").write_text("12")
     before = tree(tmp_path)
     found = verify(run.root)
-    assert not found.intact, "though the newest is what a run goes on from"
+    assert not found.intact, "though a run resumes from the newest"
     assert [state for _, _, state in found.rows] == [
         "intact",
         "damaged: weights does not have the sha256 it was written with",
@@ -216,10 +216,10 @@ def test_what_is_gone_is_said_to_be_gone(run, tmp_path):
 
 def test_a_checkpoint_that_is_pruned_meanwhile_is_not_damaged(run, monkeypatch):
     old = run.checkpoint_folder(2)
-    there = RunFolder.checkpoint_folders
+    real = RunFolder.checkpoint_folders
 
     def prune(folder: RunFolder) -> list[Path]:
-        found = there(folder)
+        found = real(folder)
         shutil.rmtree(old)
         return found
 

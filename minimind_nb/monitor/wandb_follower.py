@@ -142,7 +142,8 @@ def _send_rows(
         # Until this session's first row, nobody knows which earlier rows it drops.
         if not session or (earlier and session[0] is earlier[0]):
             continue
-        rows = [row for row in history.rows if _is_new(row, before)]
+        logged = (row for row in history.rows if row["kind"] in ("train", "eval"))
+        rows = [row for row in logged if row["step"] > before]
         for row in rows[sent:]:
             run.log(_values(row), step=row["step"])
         if rows[sent:]:
@@ -230,10 +231,6 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _is_new(row: Row, step: int) -> bool:
-    return row["kind"] in ("train", "eval") and row["step"] > step
 
 
 def _values(row: Row) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def test_preferences_have_a_loss_of_pairs_without_perplexity(preferences):
         ("kl", [0.01, 0.03, 0.05], -0.0123, "KL divergence, estimated"),
     ],
 )
-def test_what_preferences_have_besides(preferences, y, trained, validated, label):
+def test_preferences_have_curves_of_their_own(
+    preferences, y, trained, validated, label
+):
     figure = plot_history(preferences, y=y)
     assert points(figure, "training")[1] == pytest.approx(trained)
     assert points(figure, "validation").T.tolist() == [[3, validated]]

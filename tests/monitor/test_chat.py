@@ -1,4 +1,4 @@
-"""Chats: what is told to the model, what is kept, and where it is shown."""
+"""Chats: the prompts of a model, the history, and where answers are shown."""
 
 import builtins
 import os
@@ -28,7 +28,7 @@ def pair() -> tuple[Any, Any]:
 
 @pytest.fixture
 def answers(monkeypatch) -> Any:
-    """A function that lays down what the model says: pieces, or an error to raise."""
+    """A function that sets what the model says: pieces, or an error to raise."""
 
     def lay_down(*pieces: Any) -> None:
         def say(*_: Any, **__: Any) -> Iterator[str]:
@@ -44,7 +44,7 @@ def answers(monkeypatch) -> Any:
 
 @pytest.fixture
 def types(monkeypatch) -> Any:
-    """A function that lays down what is typed at a terminal: lines, or an error."""
+    """A function that sets what is typed at a terminal: lines, or an error."""
 
     def lay_down(*lines: Any) -> None:
         rest = iter(lines)

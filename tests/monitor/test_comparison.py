@@ -51,8 +51,8 @@ def test_every_run_has_a_training_and_a_validation_curve(make_run):
     assert markers[1] != markers[3]
     assert axes.get_title(loc="left") == "loss of 2 runs"
     assert axes.get_ylabel() == "loss (nats per token)"
-    told = "with markers: validation · thin: training"
-    assert axes.texts[0].get_text() == told
+    subtitle = "with markers: validation · thin: training"
+    assert axes.texts[0].get_text() == subtitle
 
 
 def test_the_legend_tells_what_was_set_differently(make_run):

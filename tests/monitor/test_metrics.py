@@ -3,8 +3,6 @@ import io
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -272,17 +270,6 @@ def test_load_of_a_file_without_rows_is_an_error(tmp_path):
 def test_a_run_that_has_not_written_yet_is_empty_not_an_error(tmp_path):
     (tmp_path / metrics.METRICS_NAME).touch()
     assert History.load(tmp_path).rows == []
-
-
-def test_workers_import_metrics_without_heavy_libraries():
-    code = (
-        "import sys, minimind_nb.monitor.metrics\n"
-        "print({'torch', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
 
 
 def test_a_table_never_replaces_the_metrics(make_history):

@@ -43,8 +43,8 @@ def test_a_save_that_failed_is_in_the_summary(run):
     assert "failed" not in str(result_facts(run.history))
     with MetricsLog(run.history.path) as log:
         log.append("event", event="save_failed", step=3, error="the disk is full")
-    told = "saving at step 3 failed: the disk is full"
-    assert result_facts(run.history)["last save that failed"] == told
+    line = "saving at step 3 failed: the disk is full"
+    assert result_facts(run.history)["last save that failed"] == line
 
 
 def test_a_run_without_a_row_yet_is_a_run(run):
@@ -68,7 +68,7 @@ def test_the_chart_is_written_whole(run):
     assert not list(run.folder.glob(".*"))
 
 
-def test_the_summary_says_what_came_of_it_and_how_to_go_on(run):
+def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     weights = run.folder.parent / "pretrain_64.pth"
     for file in (weights, weights.with_name("other.pth"), run.folder / "loss.png"):
         file.touch()
