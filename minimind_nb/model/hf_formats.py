@@ -240,20 +240,20 @@ def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
         config = known[kind](fields)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"config.json describes no model: {error}") from None
-    for name in (*_COUNTS, *_MEASURES):
-        value = getattr(config, name)
-        counts = isinstance(value, int) and not isinstance(value, bool)
-        measures = name in _MEASURES and isinstance(value, float)
-        if not ((counts or measures) and 0 < value < _MOST):
-            raise ValueError(
-                f"config.json describes no model: {name} is {value!r}, and a number "
-                "above 0 is expected"
-            )
-    for name in YARN_DEFAULTS if config.rope_parameters else ():
-        value = (config.rope_parameters or {})[name]
-        if not (isinstance(value, int | float) and 0 < value < _MOST):
-            raise ValueError(
-                f"rope_parameters describe no YaRN: {name} is {value!r}, and a number "
-                "above 0 is expected"
-            )
+    check_numbers(config)
     return config
+
+
+def check_numbers(config: MiniMindConfig) -> None:
+    """Raise `ValueError` for a size, an epsilon or a YaRN value that is not positive."""
+    yarn = config.rope_parameters or {}
+    numbers = {name: getattr(config, name) for name in (*_COUNTS, *_MEASURES)}
+    numbers |= {name: yarn[name] for name in YARN_DEFAULTS if yarn}
+    for name, value in numbers.items():
+        kinds = int if name in _COUNTS else int | float
+        valid = isinstance(value, kinds) and not isinstance(value, bool)
+        if not (valid and 0 < value < _MOST):
+            raise ValueError(
+                f"the configuration is invalid: {name} is {value!r}, and a number above "
+                "0 is expected"
+            )

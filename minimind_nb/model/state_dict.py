@@ -1,8 +1,9 @@
-"""Named tensors: read from a file, checked, put into a model; what they tell of it."""
+"""Named tensors: read from a file, checked, loaded into a model."""
 
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,56 +15,66 @@ from safetensors.torch import load_file
 from ..storage.verified import write_bytes
 from .architecture import MiniMindConfig, MiniMindForCausalLM
 
-_SHOWN_KEYS = 5
+_SHOWN = 1000  # characters of torch's list of what does not fit
 _HEADS = 8
-_FUSED = 3  # axes: experts, outputs, inputs
+_STACKED_AXES = 3  # experts, outputs, inputs
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = Mapping[str, torch.Tensor]
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file or a `.pth`. Raises `ValueError`.
+    """Return the tensors of a `.safetensors` file or a `.pth`.
 
-    Experts that lie in one tensor, as transformers holds them in memory, are told apart.
+    Experts stacked in one tensor, as transformers holds them in memory, are split.
+    Raises `ValueError` for a file of something else, a damaged one, and values that are
+    not finite in float32.
     """
-    if file.suffix != ".safetensors":
-        return _split_experts(read_pth(file))
-    try:
-        return _split_experts(_check_tensors(file, load_file(file)))
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); copy it again") from None
+    if file.suffix == ".safetensors":
+        try:
+            mapped = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); copy it again") from None
+        _check_storage(file, mapped)
+        # A mapped file that is overwritten later would end this process.
+        tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    else:
+        tensors = read_pth(file)
+    for name, tensor in tensors.items():
+        if not tensor.to(torch.float32).isfinite().all():
+            raise ValueError(f"{file} holds values that are not finite, in {name}")
+    return _split_experts(tensors)
 
 
 def _split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     split = {}
     for name, tensor in tensors.items():
-        at, _, kind = name.partition(".experts.")
-        if kind == "gate_up_proj" and tensor.ndim == _FUSED:
-            for number, both in enumerate(tensor):
-                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
-                    split[f"{at}.experts.{number}.{part}_proj.weight"] = half
-        elif kind == "down_proj" and tensor.ndim == _FUSED:
-            for number, expert in enumerate(tensor):
-                split[f"{at}.experts.{number}.down_proj.weight"] = expert
-        else:
+        mlp, _, kind = name.partition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj") or tensor.ndim != _STACKED_AXES:
             split[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for number, expert in enumerate(tensor):
+            for part, weight in zip(parts, expert.chunk(len(parts)), strict=True):
+                split[f"{mlp}.experts.{number}.{part}.weight"] = weight
     return split
 
 
-def read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """A bare state dict, without DDP's `module.` prefix. Raises `ValueError`.
+def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
+    """Return a bare state dict, without DDP's and torch.compile's prefixes.
 
-    Read with `weights_only=True`: a pickle that would run code is refused.
+    Loaded with `weights_only=True`, so a pickle that would run code is refused. With
+    `shapes_only` the values are left on the disk. Raises `ValueError`.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        lazy = shapes_only and zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except PermissionError:
         raise
     except Exception as error:  # torch raises a different type for each damage
         # Its own text is not passed on: it advises to load without weights_only.
         raise ValueError(
-            f"{path} is no file of weights: a .pth with a bare state dict is expected"
+            f"{path} is not a weights file: a .pth with a bare state dict is expected"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor)
@@ -71,38 +82,35 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     ):
         held = ", ".join(map(str, state if isinstance(state, dict) else [type(state)]))
         raise ValueError(
-            f"{path} is no bare state dict, which has names with tensors; it holds "
-            f"{held:.100}. Of a file for resuming take the weights: "
+            f"{path} holds {held:.100}, where a bare state dict (names with tensors) is "
+            "expected. Take the weights out of a resume file: "
             'torch.save(torch.load(FILE, weights_only=True)["model"], NEW_FILE)'
         )
-    tensors = {_bare(name): value for name, value in state.items()}
+    tensors = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): value
+        for name, value in state.items()
+    }
     if len(tensors) < len(state):
         raise ValueError(f"{path} holds weights twice, with a prefix and without")
-    return _check_tensors(path, tensors)
-
-
-def _bare(name: str) -> str:
-    """A name without what DDP and torch.compile put in front."""
-    return name.removeprefix("module.").removeprefix("_orig_mod.")
+    _check_storage(path, tensors)
+    return tensors
 
 
 def write_pth(tensors: Tensors, file: Path) -> None:
-    """Write a bare state dict in fp16, as MiniMind's scripts read it, at once or not.
+    """Write a bare state dict in fp16, as MiniMind's scripts read it.
 
-    Raises `OSError`, on a full disk too.
+    The file is complete or missing. Raises `OSError`, also for a full disk.
     """
-    buffer = io.BytesIO()  # torch turns a full disk into a RuntimeError of no kind
+    buffer = io.BytesIO()  # torch turns a full disk into a plain RuntimeError
     torch.save(
         {n: t.detach().to("cpu", torch.float16) for n, t in tensors.items()}, buffer
     )
     write_bytes(file, buffer.getvalue())
 
 
-def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Refuse what is no plain number for number: some bytes may claim to be gigabytes."""
+def _check_storage(path: Path, tensors: Tensors) -> None:
+    """Raise `ValueError` for a tensor whose few bytes claim to be gigabytes."""
     for name, tensor in tensors.items():
-        if not tensor.numel():
-            raise ValueError(f"{path} holds nothing in {name}: copy it again")
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         held = tensor.untyped_storage().nbytes() if plain else 0
         if not plain or tensor.dtype not in _PRECISIONS or held < tensor.nbytes:
@@ -111,37 +119,30 @@ def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, An
                 f"{path} holds {name} as {kind} in {held:,} bytes; expected is one of "
                 f"{', '.join(str(d)[6:] for d in _PRECISIONS)}, stored in full"
             )
-    return tensors
 
 
-def put_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:
-    """Load tensors by name; `lm_head.weight` may be left out, being tied.
+def build_model(
+    config: MiniMindConfig, tensors: Tensors, source: str
+) -> MiniMindForCausalLM:
+    """Return a model that holds the tensors themselves, in their precision.
 
-    Raises what `check_weights` raises; the model is not changed then.
+    Shapes are compared before memory is allocated, and without initialising weights.
+    Raises `ValueError` if they do not fit, or if the configuration cannot be built.
     """
-    check_weights(model, tensors, source)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-
-
-def check_fit(config: MiniMindConfig, tensors: Tensors, source: str) -> None:
-    """Raise what `check_weights` raises, without the memory of a model.
-
-    What a configuration from elsewhere counts is compared before anything is built.
-    """
-    mlp = "model.layers.0.mlp"
-    experts = config.n_routed_experts if config.use_moe else 0
-    shared = config.n_shared_experts if config.use_moe else 0
-    for what, prefix, said in (
+    mlp, is_mixture = "model.layers.0.mlp", config.use_moe
+    for what, prefix, claimed in (
         ("layers", "model.layers.", config.num_hidden_layers),
-        ("experts", f"{mlp}.experts.", experts),
-        ("shared experts", f"{mlp}.shared_experts.", shared),
+        ("experts", f"{mlp}.experts.", is_mixture and config.n_routed_experts),
+        (
+            "shared experts",
+            f"{mlp}.shared_experts.",
+            is_mixture and config.n_shared_experts,
+        ),
     ):
-        if (there := _count(tensors, prefix)) != said:
+        if (held := _count(tensors, prefix)) != claimed:
             raise ValueError(
-                f"{source} holds {there:,} {what} and its configuration says {said!r}: "
-                "they do not belong together"
+                f"{source} holds {held:,} {what} and its configuration says "
+                f"{int(claimed)}: they do not belong together"
             )
     try:
         with torch.device("meta"):
@@ -150,46 +151,44 @@ def check_fit(config: MiniMindConfig, tensors: Tensors, source: str) -> None:
         raise ValueError(
             f"the configuration of {source} describes no model: {error}"
         ) from None
-    check_weights(model, tensors, source)
+    put_weights(model, tensors, source, assign=True)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
-def check_weights(model: MiniMindForCausalLM, tensors: Tensors, source: str) -> None:
-    """Raise `ValueError` naming what does not fit the model, or is not finite.
+def put_weights(
+    model: MiniMindForCausalLM, tensors: Tensors, source: str, *, assign: bool = False
+) -> None:
+    """Load tensors by name, strictly; the tied `lm_head.weight` may be left out.
 
-    The model may lie on the meta device: only names and shapes of it are looked at.
+    With `assign` they become the model's own instead of being copied into it. Raises
+    `ValueError` naming what is missing, unexpected or of another shape.
     """
-    for name, tensor in tensors.items():
-        if not tensor.to(torch.float32).isfinite().all():  # what a model holds
-            raise ValueError(f"{source} holds values that are not finite, in {name}")
-    found, expected = dict(tensors), dict(model.named_parameters())
-    expected.pop("lm_head.weight", None)  # transformers 5.0.0 ties none on "meta"
-    tied = found.pop("lm_head.weight", None)
-    if tied is not None and _EMBEDDING in found:
-        if not torch.equal(tied, found[_EMBEDDING]):
-            raise ValueError(
-                f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
-            )
-    differences = [
-        f"{name}: {_shape(found, name)} there, {_shape(expected, name)} in this model"
-        for name in sorted(found.keys() | expected.keys())
-        if _shape(found, name) != _shape(expected, name)
-    ]
-    if differences:
-        if (more := len(differences) - _SHOWN_KEYS) > 0:
-            differences[_SHOWN_KEYS:] = [f"and {more} more"]
+    state = dict(tensors)
+    embedding = state.get(_EMBEDDING)
+    if embedding is not None and not torch.equal(
+        state.setdefault(_HEAD, embedding), embedding
+    ):
         raise ValueError(
-            f"the weights in {source} are of another shape:\n  "
-            + "\n  ".join(differences)
-            + "\nSet the shape that they have, or take other weights."
+            f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
         )
+    try:
+        model.load_state_dict(state, strict=True, assign=assign)
+    except RuntimeError as error:
+        _, _, differences = str(error).partition("\n")
+        raise ValueError(
+            f"the weights in {source} do not fit the model:\n{differences:.{_SHOWN}}\n"
+            "Set the shape they have, or use other weights."
+        ) from None
 
 
 def infer_shape(
     tensors: Tensors, *, num_attention_heads: int = 0, head_dim: int = 0, **_: Any
 ) -> dict[str, Any]:
-    """What the names and shapes of a MiniMind state dict tell of its configuration.
+    """Return what the names and shapes of a MiniMind state dict say of its configuration.
 
-    The number of heads or their width, where known, goes before MiniMind's 8 heads.
+    The number of heads or their width, if known, replaces MiniMind's 8 heads. Raises
+    `ValueError` for another model's state dict.
     """
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     qk_norm = f"{attention}.q_norm.weight" in tensors
@@ -202,21 +201,16 @@ def infer_shape(
         inner = len(tensors[f"{expert}.gate_proj.weight"])
         if qk_norm:
             head_dim = len(tensors[f"{attention}.q_norm.weight"])
-    except KeyError as error:
+    except (KeyError, ValueError, TypeError) as error:
         held = ", ".join(list(tensors)[:3]) or "nothing"
         raise ValueError(
-            f"this is no MiniMind state dict: {error} is missing, and it holds {held}"
-        ) from None
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"this is no MiniMind state dict: {_EMBEDDING} has the shape "
-            f"{list(tensors[_EMBEDDING].shape)}, and two axes are expected"
+            f"this is not a MiniMind state dict ({error!r}); it holds {held}"
         ) from None
     head_dim = head_dim or max(1, queries // (num_attention_heads or _HEADS))
     if queries % head_dim or keys % head_dim or not keys:
         raise ValueError(
-            f"{queries} and {keys} rows of q_proj and k_proj are no whole number of heads "
-            f"{head_dim} wide: set num_attention_heads or head_dim as it was trained"
+            f"q_proj and k_proj have {queries} and {keys} rows, not a multiple of the "
+            f"head width {head_dim}: set num_attention_heads or head_dim as in training"
         )
     shape = {
         "vocab_size": vocab_size,
@@ -242,11 +236,7 @@ def infer_shape(
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """How many numbers follow a prefix among the names."""
+    """Return how many different numbers follow a prefix among the names."""
     return len(
         {n.removeprefix(prefix).split(".")[0] for n in tensors if n.startswith(prefix)}
     )
-
-
-def _shape(tensors: Tensors, name: str) -> str:
-    return "×".join(map(str, tensors[name].shape)) if name in tensors else "missing"

@@ -70,8 +70,8 @@ def load_checkpoint(
 ) -> Progress:
     """Restore a verified checkpoint into a model and its optimizer.
 
-    Raises `ValueError` naming the tensors where it is of another shape; nothing is
-    changed then.
+    Raises `ValueError` naming the tensors if it is of another shape, before the
+    optimizer is changed.
     """
     put_weights(model, load_file(folder / WEIGHTS), str(folder))
     restore_moments(optimizer, model, load_file(folder / OPTIMIZER))

@@ -18,12 +18,7 @@ from ..config import (
     shorten_home,
 )
 from ..config import STAGES as DEFAULTS
-from ..model.loading import (
-    FoundWeights,
-    check_same_entries,
-    describe_shipped,
-    find_weights,
-)
+from ..model.loading import FoundWeights, find_weights
 from ..storage.run_folder import RunFolder
 from ..storage.verified import hash_file
 
@@ -79,10 +74,8 @@ def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
         if own := _own_run(cfg, source):
             return own
         raise
-    if weights.assumed:
-        on_note(weights.describe_assumed())
-    if not (cfg.tokenizer or weights.tokenizer):
-        on_note(describe_shipped(source))
+    for note in weights.notes:
+        on_note(note)
     has = weights.shape()
     if differences := [
         f"{name}: {has.get(name)!r} there, {value!r} now"
@@ -95,8 +88,6 @@ def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
             + "\nLeave these out (and preset), for the shape comes with the weights; or "
             'set init_from to other weights, or to "none" for new ones.'
         )
-    if cfg.tokenizer and weights.tokenizer:
-        check_same_entries(cfg.tokenizer, weights.tokenizer, source)
     weights.read()
     return Initial(source, weights, hash_file(weights.file))
 

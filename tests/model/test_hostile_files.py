@@ -65,13 +65,13 @@ def own_folder(place: Path) -> Path:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_bare_pickle_is_not_run(protocol: int) -> None:
     Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol))
-    with pytest.raises(ValueError, match="is no file of weights"):
+    with pytest.raises(ValueError, match="is not a weights file"):
         load("evil.pth")
 
 
 def test_a_pickle_within_torchs_archive_is_not_run() -> None:
     torch.save({"model.embed_tokens.weight": Evil()}, "evil.pth")
-    with pytest.raises(ValueError, match="is no file of weights"):
+    with pytest.raises(ValueError, match="is not a weights file"):
         load("evil.pth")
 
 
@@ -91,7 +91,7 @@ def test_an_archive_that_unfolds_to_gigabytes_is_not_unfolded() -> None:
     with zipfile.ZipFile("evil.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
         archive.writestr("archive/version", b"3")
-    with pytest.raises(ValueError, match="is no file of weights"):
+    with pytest.raises(ValueError, match="is not a weights file"):
         load("evil.pth")
 
 

@@ -123,7 +123,7 @@ def refusal(error: type[Exception], settings: Settings) -> str:
 def first_weights(prepared: Prepared) -> dict[str, torch.Tensor]:
     initial = prepared.settled.initial
     assert initial is not None
-    return initial.weights.read()
+    return initial.weights.read().state_dict()
 
 
 def test_fine_tuning_begins_from_the_pretrained_run(
@@ -211,7 +211,7 @@ def test_a_weights_file_is_taken_where_there_is_no_run(
     initial = settle(TrainConfig(**sft, **heads), notes.append).initial
     assert initial and Path(initial.source) == out_dir / "pretrain_32.pth"
     (note,) = notes
-    assert "comes without a tokenizer: the shipped one is taken" in note
+    assert "comes without a tokenizer: using the shipped one" in note
     ending, folder = train_here({**sft, **heads})
     assert ending == "finished"
     assert folder.read_config()["settings"]["num_attention_heads"] == 4
@@ -355,7 +355,7 @@ def test_another_tokenizer_than_the_weights_is_refused(
     other = train_tokenizer([str(corpus_file)], tmp_path / "own", vocab_size=300)
     text = refusal(ValueError, {**sft, "tokenizer": str(other)})
     assert f"were trained with another tokenizer than {other}: only " in text
-    assert "of 6,400 entries mean the same. Leave tokenizer out" in text
+    assert "of 6,400 entries are the same. Leave tokenizer out" in text
 
 
 def test_the_tokenizer_comes_with_the_weights(
@@ -391,10 +391,10 @@ def test_a_damaged_weights_file_is_refused(
     file = tmp_path / "bad.pth"
     file.write_bytes(weights_file.read_bytes()[:5000])
     text = refusal(ValueError, {**sft, "init_from": str(file)})
-    assert text.startswith(f"{file} is no file of weights: ")
+    assert text.startswith(f"{file} is not a weights file: ")
     shutil.copy(file, Path(sft["out_dir"]) / "pretrain_32.pth")
     shutil.rmtree(Path(sft["out_dir"]) / "pretrain_32")
-    assert "pretrain_32.pth is no file of weights: " in refusal(ValueError, sft)
+    assert "pretrain_32.pth is not a weights file: " in refusal(ValueError, sft)
 
 
 def test_a_place_without_weights_is_refused(sft: Settings, tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_a_new_run_may_begin_from_the_one_it_replaces(
     pretrained: tuple[Path, Settings], out_dir: Path
 ) -> None:
     run = out_dir / "pretrain_32"
-    before = find_weights(run).read()[EMBEDDING]
+    before = find_weights(run).read().state_dict()[EMBEDDING]
     anew = {"out_dir": str(out_dir), "init_from": str(run), "resume": False}
     seen: list[torch.Tensor] = []
 
