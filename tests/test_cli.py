@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
@@ -291,12 +290,12 @@ def test_the_exit_code_tells_how_a_run_ended(ending, code, train, capsys):
 def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
     shape = MiniMindConfig(hidden_size=32, num_hidden_layers=1)
     torch.save(MiniMindForCausalLM(shape).state_dict(), tmp_path / "a.pth")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("minimind_nb.model.export.find_spec", lambda name: None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     for target, kind, words in (
         ("a.gguf", "gguf", 'which is not installed: pip install "minimind_nb[gguf]"'),
-        ("full", "llama", "is there already, and nothing is overwritten"),
+        ("full", "llama", "exists and is not overwritten: use another name"),
         ("new", "qwen3", 'format="qwen3" has no qk_norm=False'),
     ):
         given = (str(tmp_path / "a.pth"), str(tmp_path / target), "--format", kind)

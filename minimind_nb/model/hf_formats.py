@@ -53,7 +53,7 @@ class Family:
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def lacks(self, config: MiniMindConfig) -> list[str]:
+    def unsupported(self, config: MiniMindConfig) -> list[str]:
         """What of a network it cannot hold, as `name=value`; [] where it holds it."""
         wrong = {
             name: getattr(config, name)
@@ -67,7 +67,7 @@ class Family:
             wrong |= {"hidden_size": width, "num_attention_heads": heads}
         return [f"{name}={value!r}" for name, value in wrong.items()]
 
-    def describe(self, config: MiniMindConfig) -> dict[str, Any]:
+    def config_json(self, config: MiniMindConfig) -> dict[str, Any]:
         """The `config.json` of a network that it holds."""
         names = {name: (name,) for name in _SAME} | dict(self.renamed)
         rope = config.rope_parameters or {
@@ -212,7 +212,7 @@ def read_own(fields: Mapping[str, Any]) -> MiniMindConfig:
     return MiniMindConfig.from_dict(kept)
 
 
-def describe_own(config: MiniMindConfig) -> dict[str, Any]:
+def own_config_json(config: MiniMindConfig) -> dict[str, Any]:
     """A `config.json` by which transformers finds the network in the folder itself."""
     classes = {
         "AutoConfig": "MiniMindConfig",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
+from torch import nn
 
 from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
@@ -59,7 +60,9 @@ def load(
     found = find_weights(source, which, tokenizer, **shape)
     for note in found.notes:
         print(note)
-    return found.read().float().eval(), load_tokenizer(found.tokenizer)
+    model = found.read().eval()
+    nn.Module.float(model)  # PreTrainedModel's own is not typed
+    return model, load_tokenizer(found.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +116,15 @@ def find_weights(
             f"{source} comes without a tokenizer: using the shipped one. MiniMind's own "
             'weights need theirs: tokenizer="minimind/model"',
         )
-    entries, size = read_tokenizer(chosen).vocab_size, found.config.vocab_size
-    if entries > size:
+    spec, config = read_tokenizer(chosen), found.config
+    if spec.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {entries} entries and the weights in {source} {size}: "
-            "they do not belong together; name the right one with tokenizer=…"
+            f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
+            f"{config.vocab_size}: they do not belong together; name the right one with "
+            "tokenizer=…"
         )
+    config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
+    config.eos_token_id = spec.eos_id
     return dataclasses.replace(found, tokenizer=chosen, notes=notes)
 
 
@@ -223,7 +229,7 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
         )
     tensors = read_pth(path, shapes_only=True)
     try:
-        config = MiniMindConfig(**infer_shape(tensors, **shape) | shape)
+        config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
         check_numbers(config)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -2,9 +2,9 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,32 +12,41 @@ import torch
 from support.small_models import make_tokenizer
 
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
+from minimind_nb.model import export as module
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.model.decoding import continue_ids
 from minimind_nb.model.export import export
-from minimind_nb.model.gguf import check_convertible, convert
 
 
-def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused():
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A folder with a small Llama-like model and a tokenizer."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_tokenizer_that_llama_cpp_would_split_differently_is_refused(small):
     spec = read_tokenizer(make_tokenizer())
     fields = json.loads(spec.json)
     fields["pre_tokenizer"] = {"type": "Whitespace"}
     other = dataclasses.replace(spec, json=json.dumps(fields))
-    with pytest.raises(
-        ValueError, match="cuts texts by 'Whitespace' where llama.cpp's"
-    ):
-        check_convertible(other)
+    with pytest.raises(ValueError, match="text by 'Whitespace', but llama.cpp's gpt-2"):
+        export(small, small / "a.gguf", tokenizer=other)
 
 
-def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_without_the_extra_one_line_says_what_to_install(small, monkeypatch):
+    monkeypatch.setattr("minimind_nb.model.export.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"gguf, .* pip install \"minimind_nb\[gguf\]"):
-        check_convertible(read_tokenizer(make_tokenizer()))
+        export(small, small / "a.gguf")
 
 
-def test_a_converter_that_fails_is_quoted(tmp_path):
-    with pytest.raises(RuntimeError, match="(?s)llama.cpp's converter failed:.*Error"):
-        convert(tmp_path / "nowhere", tmp_path / "a.gguf", "float32")
+def test_a_converter_that_fails_is_quoted(small, monkeypatch):
+    monkeypatch.setattr(module, "_CONVERTER", "raise RuntimeError('no such luck')")
+    with pytest.raises(RuntimeError, match="(?s)converter failed:.*no such luck$"):
+        export(small, small / "a.gguf")
+    assert not [*small.glob("*.gguf*")]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
