@@ -7,18 +7,11 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .jsonl import (
-    Fault,
-    Tally,
-    check_file,
-    check_text_row,
-    iter_chunks,
-    read_rows,
-)
+from . import jsonl
+from .jsonl import Fault, Row
 from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -32,23 +25,22 @@ def train_tokenizer(
     vocab_size: int = 6400,
     max_bytes: int = 64 << 20,
 ) -> Path:
-    """Train a vocabulary on JSONL files (or one), write it to ``out_dir``, return that.
+    """Train a vocabulary on one or more JSONL files and return its folder, `out_dir`.
 
-    Rows hold ``text``, or ``conversations`` of which the contents are read. The result
-    is a folder with ``tokenizer.json`` and ``tokenizer_config.json``: all 256 bytes,
-    GPT-2's split, ``<|endoftext|>`` 0 (pad), ``<|im_start|>`` 1 (begin),
-    ``<|im_end|>`` 2 (end), and the package's ChatML template. The same rows in the same
-    order give the same file.
+    Rows hold `text`, or `conversations` of which the contents are read. The folder holds
+    `tokenizer.json` and `tokenizer_config.json`: all 256 bytes, GPT-2's split,
+    `<|endoftext|>` 0 (pad), `<|im_start|>` 1 (begin), `<|im_end|>` 2 (end), and the
+    package's ChatML template. The same rows in the same order give the same file.
 
-    Of more than ``max_bytes`` of text a part of that size is read, chosen by the hash of
+    Of more than `max_bytes` of text a part of that size is read, chosen by the hash of
     each row's text. That bounds the memory: Chinese, in which whole clauses count as
     words, took 82 bytes for each byte of text, English far less, so the default stays
     within 6 GB. The files are read twice, the first time to check every row before the
     training starts. 50 MB take half a minute.
 
-    Raises FileNotFoundError or DataError for the files and their rows, FileExistsError
-    for an ``out_dir`` with a vocabulary in it, ValueError for a ``vocab_size`` that is
-    too small, or too large for the text.
+    Raises `FileNotFoundError` or `DataError` for the files and their rows,
+    `FileExistsError` if `out_dir` has a vocabulary already, `ValueError` for a
+    `vocab_size` that is too small, or too large for the text.
     """
     out_dir = Path(out_dir)
     if isinstance(paths, str | os.PathLike):
@@ -65,7 +57,9 @@ def train_tokenizer(
             f"{out_dir} holds a tokenizer.json already, and models may depend on it:"
             " choose another out_dir, or move it away"
         )
-    total = sum(_count_bytes(Path(path)) for path in paths)
+    for path in paths:
+        jsonl.check_file(path)
+    total = sum(len(text.encode()) for row in _read(paths) for text in row)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +70,7 @@ def train_tokenizer(
         show_progress=False,
     )
     share = min(1.0, max_bytes / max(total, 1))
-    tokenizer.train_from_iterator(_sample(paths, share), trainer)
+    tokenizer.train_from_iterator(_sample(_read(paths), share), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab_size:
         raise ValueError(
             f"{total:,} bytes of text yield {found} entries, {vocab_size} were asked"
@@ -86,44 +80,38 @@ def train_tokenizer(
     return out_dir
 
 
-def _count_bytes(path: Path) -> int:
-    """Check every row of a file and add up its text, in bytes."""
-    check_file(path)
-    tally = Tally()
-    total = 0
-    for chunk in iter_chunks(path):
-        rows, counted = read_rows(chunk, _check_row)
-        tally.add(counted)
-        total += sum(len(text.encode()) for _, row in rows for text in _texts(row))
-    tally.raise_if_too_many(path)
-    return total
-
-
-def _sample(paths: Sequence[str | os.PathLike[str]], share: float) -> Iterator[str]:
-    """Yield the texts to train on, without the special strings in them."""
-    limit = int(share * 2**32)
+def _read(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
+    """Yield the texts of each row; raise `DataError` behind a file with bad rows."""
     for path in paths:
-        for chunk in iter_chunks(path):
-            for _, row in read_rows(chunk, _check_row)[0]:
-                texts = _texts(row)
-                if zlib.crc32("\n".join(texts).encode()) < limit:
-                    for text in texts:
-                        yield from _SPECIAL_STRINGS.split(text)
+        tally = jsonl.Tally()
+        for chunk in jsonl.iter_chunks(path):
+            rows, counted = jsonl.read_rows(chunk, _check_row)
+            tally.add(counted)
+            yield from (_texts(row) for _, row in rows)
+        tally.raise_if_too_many(path)
 
 
-def _check_row(row: dict[str, Any]) -> Fault | None:
+def _sample(rows: Iterator[list[str]], share: float) -> Iterator[str]:
+    """Yield the texts to train on, without the special strings in them."""
+    for texts in rows:
+        if zlib.crc32("\n".join(texts).encode()) < int(share * 2**32):
+            for text in texts:
+                yield from _SPECIAL_STRINGS.split(text)
+
+
+def _check_row(row: Row) -> Fault | None:
     if "conversations" not in row:
-        return check_text_row(row)
+        return jsonl.check_text_row(row)
     try:
         if all(isinstance(text, str) for text in _texts(row)):
             return None
-    except (TypeError, KeyError):  # no list, no objects in it, or no content in them
+    except (TypeError, KeyError):  # not a list, no objects in it, or no content in them
         pass
     reason = '"conversations" is not a list of {"role": "…", "content": "…"}'
     return Fault("not_turns", reason, "conversations")
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
+def _texts(row: Row) -> list[str]:
     if "conversations" in row:
         return [turn["content"] for turn in row["conversations"]]
     return [row["text"]]
