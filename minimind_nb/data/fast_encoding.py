@@ -63,6 +63,7 @@ class BulkEncoder:
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
+        self.spec = spec
         self._with_special = _plain_tokenizer(spec)
         self._ordinary = _plain_tokenizer(spec)
         self._ordinary.encode_special_tokens = True

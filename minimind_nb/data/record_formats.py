@@ -26,7 +26,6 @@ from .conversations import (
 )
 from .fast_encoding import BulkEncoder
 from .jsonl import Check, Chunk, Fault, Row, Tally, check_text_row, read_rows
-from .tokenizer import TokenizerSpec
 
 VERSION = 3
 
@@ -64,31 +63,24 @@ class RecordFormat:
         return json.dumps(said, ensure_ascii=False)
 
     def encode(
-        self, rows: Sequence[Row], encoder: BulkEncoder, spec: TokenizerSpec
-    ) -> list[list[Document] | Fault]:
-        """Return the documents of each row, or why it has none."""
+        self, rows: Sequence[Row], encoder: BulkEncoder
+    ) -> list[list[Document | Fault]]:
+        """Return the documents of each row, a `Fault` in place of an impossible one."""
         if not self.chats:
             texts = [row["text"] for row in rows]
-            return [[one] for one in _encode_texts(texts, encoder, spec)]
+            return [[document] for document in _encode_texts(texts, encoder)]
         chats = [chat for row in rows for chat in self.chats(row)]
-        encoded = _encode_chats(chats, encoder, spec)
-        documents: list[list[Document] | Fault] = []
-        for begin in range(0, len(encoded), self.per_row):
-            made = encoded[begin : begin + self.per_row]
-            faults = [one for one in made if isinstance(one, Fault)]
-            whole = [one for one in made if isinstance(one, Document)]
-            documents.append(faults[0] if faults else whole)
-        return documents
+        documents = iter(_encode_chats(chats, encoder))
+        return [[next(documents) for _ in range(self.per_row)] for _ in rows]
 
 
-def _encode_texts(
-    texts: list[str], encoder: BulkEncoder, spec: TokenizerSpec
-) -> list[Document]:
+def _encode_texts(texts: list[str], encoder: BulkEncoder) -> list[Document]:
     """Encode texts between begin and end token.
 
     Neither is doubled if the text has it already, as MiniMind's published rows do.
     Special strings in the text become their special ids.
     """
+    spec = encoder.spec
     begin, end = np.array([[spec.bos_id], [spec.eos_id]], np.uint32)
     documents = []
     for ids in encoder.encode(texts):
@@ -98,23 +90,23 @@ def _encode_texts(
     return documents
 
 
-def _encode_chats(
-    chats: list[Chat], encoder: BulkEncoder, spec: TokenizerSpec
-) -> list[Document | Fault]:
+def _encode_chats(chats: list[Chat], encoder: BulkEncoder) -> list[Document | Fault]:
     """Encode conversations up to the last token in the loss."""
-    messages, unlearned = [one for one, _ in chats], [count for _, count in chats]
+    encoded = ChatEncoder(encoder.spec, encoder).encode(
+        [messages for messages, _ in chats], [untrained for _, untrained in chats]
+    )
     documents: list[Document | Fault] = []
-    encoded = ChatEncoder(spec, encoder).encode(messages, unlearned)
-    for (conversation, first), one in zip(chats, encoded, strict=True):
+    for (messages, untrained), one in zip(chats, encoded, strict=True):
         if isinstance(one, Fault):
             documents.append(one)
             continue
         ids, marks = one
         end = int(np.flatnonzero(marks & TRAINED)[-1]) + 1
-        answers = [
-            m["content"] for m in conversation[first:] if m["role"] == "assistant"
+        sizes = [
+            len(message["content"].encode())
+            for message in messages[untrained:]
+            if message["role"] == "assistant"
         ]
-        sizes = [len(answer.encode()) for answer in answers]
         documents.append(Document(ids[:end], marks[:end], sizes))
     return documents
 
@@ -152,35 +144,36 @@ def token_type(vocab_size: int) -> str:
 
 
 def encode_chunk(
-    record_format: str, spec: TokenizerSpec, encoder: BulkEncoder, chunk: Chunk
+    record_format: str, encoder: BulkEncoder, chunk: Chunk
 ) -> tuple[Arrays, Tally]:
     """Return the arrays of a chunk, by the name of their file, and its rows counted.
 
     `token_cache.TokenCache` says what they hold; `offsets` are the documents' ends.
     """
-    kind = RECORD_FORMATS[record_format]
+    kind, vocab_size = RECORD_FORMATS[record_format], encoder.spec.vocab_size
     rows, tally = read_rows(chunk, kind.check)
     texts = [(line, row, kind.text(row).encode()) for line, row in rows]
     full = [each for each in texts if each[2]]
-    encoded = kind.encode([row for _, row, _ in full], encoder, spec)
+    encoded = kind.encode([row for _, row, _ in full], encoder)
     documents: list[tuple[int, bytes, Document]] = []
     for (line, row, text), made in zip(full, encoded, strict=True):
-        if isinstance(made, Fault):
+        if faults := [one for one in made if isinstance(one, Fault)]:
             tally.good -= 1
-            tally.refuse(line, json.dumps(row, ensure_ascii=False).encode(), made)
+            tally.refuse(line, json.dumps(row, ensure_ascii=False).encode(), faults[0])
         else:
-            documents += [(line, text, document) for document in made]
+            whole = (one for one in made if isinstance(one, Document))
+            documents += [(line, text, one) for one in whole]
     tally.problems.sort()
     ids = [document.ids for _, _, document in documents]
     tokens = np.concatenate([np.zeros(0, np.uint32), *ids])
-    if tokens.max(initial=0) >= spec.vocab_size:
+    if tokens.max(initial=0) >= vocab_size:
         raise ValueError(
-            f"the tokenizer gave the id {tokens.max()} but states {spec.vocab_size} "
+            f"the tokenizer gave the id {tokens.max()} but states {vocab_size} "
             "entries: use another tokenizer"
         )
     hashes = (hashlib.blake2b(text, digest_size=8) for _, text, _ in documents)
     arrays = {
-        "tokens": tokens.astype(token_type(spec.vocab_size)),
+        "tokens": tokens.astype(token_type(vocab_size)),
         "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
         "lines": np.array([line for line, _, _ in documents], np.int64),
         "sizes": np.array([len(text) for _, text, _ in documents], np.int64),

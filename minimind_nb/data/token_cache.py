@@ -275,6 +275,5 @@ def _encode_in_helper(chunk: Chunk) -> tuple[Arrays, Tally]:
 
 
 def _make_encoder(source: Source) -> functools.partial[tuple[Arrays, Tally]]:
-    spec = source.tokenizer
-    encoder = BulkEncoder(spec)
-    return functools.partial(encode_chunk, source.record_format, spec, encoder)
+    encoder = BulkEncoder(source.tokenizer)
+    return functools.partial(encode_chunk, source.record_format, encoder)

@@ -16,17 +16,15 @@ PAD, BEGIN, END = 0, 1, 2
 
 
 def good(made: Any) -> Any:
-    assert not [each for each in made if isinstance(each, Fault)]
+    assert not [one for row in made for one in row if isinstance(one, Fault)]
     return made
 
 
 @pytest.fixture(scope="module")
 def encode(byte_spec):
-    encoder = BulkEncoder(byte_spec)
-
     def encode(text, spec=byte_spec):
         ((document,),) = good(
-            RECORD_FORMATS["pretrain"].encode([{"text": text}], encoder, spec)
+            RECORD_FORMATS["pretrain"].encode([{"text": text}], BulkEncoder(spec))
         )
         assert document.marks is None
         return document.ids.tolist()
@@ -60,9 +58,7 @@ def test_one_token_may_be_both_begin_and_end(encode, byte_spec):
 
 def test_documents_keep_their_order_and_one_type(byte_spec):
     rows = [{"text": text} for text in ("a", "<|im_start|>b<|im_end|>", "c<|im_end|>")]
-    made = good(
-        RECORD_FORMATS["pretrain"].encode(rows, BulkEncoder(byte_spec), byte_spec)
-    )
+    made = good(RECORD_FORMATS["pretrain"].encode(rows, BulkEncoder(byte_spec)))
     ids = [document.ids for documents in made for document in documents]
     assert [each[1:-1].tolist() for each in ids] == [[A], [B], [C]]
     assert {each.dtype.name for each in ids} == {"uint32"}
@@ -71,7 +67,7 @@ def test_documents_keep_their_order_and_one_type(byte_spec):
 @pytest.mark.parametrize("name", RECORD_FORMATS)
 def test_no_rows_have_no_documents(byte_spec, name):
     encode = RECORD_FORMATS[name].encode
-    assert encode([], BulkEncoder(byte_spec), byte_spec) == []
+    assert encode([], BulkEncoder(byte_spec)) == []
 
 
 def test_every_stage_has_a_record_format():
@@ -102,7 +98,7 @@ def trained(byte_spec):
 
     def encode(name, rows):
         assert [RECORD_FORMATS[name].check(row) for row in rows] == [None] * len(rows)
-        made = good(RECORD_FORMATS[name].encode(rows, encoder, byte_spec))
+        made = good(RECORD_FORMATS[name].encode(rows, encoder))
         return [
             [
                 "".join(letters[n] for n in one.ids[one.marks & TRAINED > 0].tolist())
@@ -137,16 +133,16 @@ def test_of_pairs_only_what_follows_the_common_turns_is_learned_from(trained):
 def test_sizes_are_bytes_of_the_answers_and_the_rest_is_left_out(byte_spec):
     row = {"conversations": talk("a", "文", "c", "dd", "e")}
     encoder = BulkEncoder(byte_spec)
-    ((document,),) = good(RECORD_FORMATS["sft"].encode([row], encoder, byte_spec))
+    ((document,),) = good(RECORD_FORMATS["sft"].encode([row], encoder))
     assert list(document.answer_sizes) == [3, 2]
     assert document.ids[-4:].tolist() == [70, 70, END, 201]
     assert document.marks is not None and len(document.marks) == len(document.ids)
     row = {"conversations": talk("a", "文", "c", "dd")}
-    ((document,),) = good(RECORD_FORMATS["rlaif"].encode([row], encoder, byte_spec))
+    ((document,),) = good(RECORD_FORMATS["rlaif"].encode([row], encoder))
     assert list(document.answer_sizes) == [2]
 
 
-def test_one_fault_stands_for_the_documents_of_a_row(byte_spec):
+def test_a_fault_stands_in_the_place_of_its_document(byte_spec):
     template = (
         "{% if messages[-1].content == 'e' %}{{ raise_exception('no') }}{% endif %}"
     )
@@ -154,8 +150,9 @@ def test_one_fault_stands_for_the_documents_of_a_row(byte_spec):
         byte_spec, chat_template=template + (byte_spec.chat_template or "")
     )
     rows = [{"chosen": talk("a", "b"), "rejected": talk("a", each)} for each in "ced"]
-    made = RECORD_FORMATS["dpo"].encode(rows, BulkEncoder(spec), spec)
-    assert [isinstance(each, Fault) or len(each) for each in made] == [2, True, 2]
+    made = RECORD_FORMATS["dpo"].encode(rows, BulkEncoder(spec))
+    faults = [[isinstance(one, Fault) for one in row] for row in made]
+    assert faults == [[False, False], [False, True], [False, False]]
 
 
 def test_content_is_what_the_messages_say():
