@@ -1,54 +1,52 @@
-"""What became of each rank, by its own word, and the one error for all of them.
+"""The outcome of each rank, and one `TrainingFailed` for the root cause.
 
-torch's spawn wrapper exits with 0 on an interrupt and its `join()` calls that a
-success, so exit codes are read only for ranks that left without a word.
+Ranks record how they ended. Exit codes count only for those that did not: torch's
+spawn wrapper exits with 0 on an interrupt.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..lifetime import identify_process
 from ..storage.run_folder import RunFolder
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
+SESSION = "--- pid "
+"""Each session of a rank begins its log with this."""
+_WAITING = ("launch/process_group.py", "in norm_and_slots")
+"""In the stack of a rank that waits for the others: it is in a collective or, on CUDA,
+where the host first needs the result of one."""
 _LOG_TAIL_LINES = 15
 _LOG_TAIL_BYTES = 1 << 18
 _BEAT_SECONDS = 1.0
-_RECORD_BYTES = 1 << 14
+_RECORD_BYTES = 1 << 15
 _SHORT_ERROR = 1 << 10
-_STACK = "Stack (most recent call first):"  # what faulthandler writes before one
+_STACK = "Stack (most recent call first):"  # faulthandler writes this before one
 _STACK_LINES = 8
-SESSION = "--- pid "
-"""What each session of a rank begins its log with."""
-WAITING = ("launch/process_group.py", "in norm_and_slots")
-"""In the stack of a rank that waits for the others: it is in `launch.distributed`, or,
-on CUDA, where the host first needs what a sum gives."""
 _HINTS: dict[int, str] = {
-    signal.SIGKILL: "Something outside killed it; when nobody did, the machine ran out "
-    "of memory.",
-    signal.SIGBUS: "/dev/shm or the disk is full: make room and start again; or a file "
-    "that was being read, such as the token cache, was cut: `minimind-nb verify` tells.",
+    signal.SIGKILL: "If nobody killed it, the machine ran out of memory.",
+    signal.SIGBUS: "/dev/shm or the disk is full: make room and start again. Or a file "
+    "that was being read, such as the token cache, was cut: run `minimind-nb verify`.",
     signal.SIGSEGV: "A native library crashed; its stack is in the log.",
     signal.SIGABRT: "A native library gave up; its message is in the log.",
 }
 
 
 class TrainingFailed(RuntimeError):
-    """A run that did not end by itself: who failed first, why, and what to do.
+    """A run that did not end by itself: which rank failed first, why, and what to do.
 
-    `rank` is the rank that failed first; `phase` is how far it came: "startup",
-    "meeting" (the ranks' first all-reduce), "training".
+    `rank` is that rank; `phase` is how far it came: "startup", "meeting" (the ranks'
+    first all-reduce) or "training".
     """
 
     def __init__(self, text: str, rank: int, phase: str) -> None:
@@ -63,21 +61,17 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class RankRecord:
-    """One rank's word on itself, kept in a file of the run folder.
+    """The state of one rank, which it keeps in a file of the run folder.
 
-    `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` say which
-    processes of all these are, as `lifetime.identify_process` does.
+    `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` identify
+    processes as `lifetime.identify_process` does.
     """
 
     file: Path
     rank: int
-    pid: int = dataclasses.field(default_factory=os.getpid)
-    process: str = dataclasses.field(
-        default_factory=lambda: identify_process(os.getpid())
-    )
-    parent: str = dataclasses.field(
-        default_factory=lambda: identify_process(os.getppid())
-    )
+    pid: int = field(default_factory=os.getpid)
+    process: str = field(default_factory=lambda: identify_process(os.getpid()))
+    parent: str = field(default_factory=lambda: identify_process(os.getppid()))
     phase: str = "startup"
     status: str = "running"
     step: int = 0
@@ -87,31 +81,34 @@ class RankRecord:
     traceback: str = ""
 
     def update(self, **changes: Any) -> None:
-        """Set fields and write them down, as well as a full or failing disk lets it."""
+        """Set fields and write all of them, padded, over the file's own bytes.
+
+        So there is room for an error on a disk that is full by then. The reader is
+        another process of this machine, so nothing is flushed to the disk.
+        """
         for name, value in changes.items():
             setattr(self, name, value)
         self.time = time.time()
-        aside = self.file.with_name(f".{self.file.name}.tmp")
-        # No fsync: the reader is a process of this machine, not the next boot.
+        fields = {k: v for k, v in vars(self).items() if k != "file"}
+        while len(text := json.dumps(fields)) > _RECORD_BYTES:
+            fields["error"] = self.error[:_SHORT_ERROR]
+            half = len(fields["traceback"]) // 2
+            fields["traceback"] = fields["traceback"][half + 1 :]
         try:
-            aside.write_bytes(self._encode())
-            os.replace(aside, self.file)
+            descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
+            with open(descriptor, "wb", buffering=0) as file:
+                file.write(text.ljust(_RECORD_BYTES).encode())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            try:
-                self._overwrite()
-            except OSError:
-                print(f"{self.file} cannot be written: {error}", file=sys.stderr)
+            print(f"{self.file} cannot be written: {error}", file=sys.stderr)
 
     def beat(self) -> None:
-        """Show that this rank gets on, between steps too; at most once a second."""
+        """Show progress between steps too; at most once a second."""
         if abs(time.time() - self.time) >= _BEAT_SECONDS:
             self.update()
 
     def is_orphan(self) -> bool:
-        """Whether the parent that this rank names is not there any more."""
-        _, number, _ = [*self.parent.split("/"), "", ""][:3]
+        """Return whether the parent that this rank names has ended."""
+        number = self.parent.partition("/")[2].partition("/")[0]
         return number.isdecimal() and identify_process(int(number)) != self.parent
 
     def fail(self, error: BaseException) -> None:
@@ -121,39 +118,30 @@ class RankRecord:
             status="failed", error=f"{type(error).__name__}: {error}", traceback=text
         )
 
-    def _encode(self) -> bytes:
-        """The fields as JSON, and blanks that make room for what there may be to say."""
-        fields = dataclasses.asdict(self)
-        del fields["file"]
-        return json.dumps(fields, ensure_ascii=False).encode().ljust(_RECORD_BYTES)
-
-    def _overwrite(self) -> None:
-        """Write into the file's own bytes, which most full disks still have."""
-        while len(self._encode()) > _RECORD_BYTES:
-            self.traceback = self.traceback[len(self.traceback) // 2 + 1 :]
-            self.error = self.error[: max(_SHORT_ERROR, len(self.error) // 2)]
-        with self.file.open("r+b") as file:
-            file.write(self._encode())
-            file.truncate()
-
     @classmethod
     def read(cls, file: Path) -> RankRecord | None:
-        """The record in a file, or None where none was written."""
+        """Return the record in a file, or None if there is no valid one."""
         try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-            record = cls(file=file, **fields)
+            record = cls(file=file, **json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
         kinds = ((record.parent, str), (record.pid, int), (record.process, str))
         return record if all(isinstance(v, kind) for v, kind in kinds) else None
 
 
-@dataclass(frozen=True)
-class Exit:
-    """How a process left: its exit code (negative: a signal), when, by whose will.
+def read_records(folder: RunFolder, size: int) -> list[RankRecord]:
+    """Return the record of each rank; "startup" at time 0 if it wrote none yet."""
+    files = [(rank, folder.record_file(rank)) for rank in range(size)]
+    return [
+        RankRecord.read(file) or RankRecord(file, rank, pid=0, process="", parent="")
+        for rank, file in files
+    ]
 
-    `time` is when it was last seen alive, in seconds since 1970; `reason` is the
-    parent's, when the parent killed it.
+
+class Exit(NamedTuple):
+    """How a process left: its exit code (negative: a signal), and when that was seen.
+
+    `reason` is the parent's, if the parent killed it.
     """
 
     code: int | None
@@ -161,116 +149,94 @@ class Exit:
     reason: str = ""
 
 
-def judge(
-    folder: RunFolder,
-    exits: list[Exit],
-    logs: bool = True,
-    less_memory: str = "",
+def collect_outcome(
+    folder: RunFolder, exits: list[Exit], logs: bool = True, less_memory: str = ""
 ) -> str:
-    """Return how a run ended, or raise `TrainingFailed` for its first failure.
+    """Return how a run ended, or raise `TrainingFailed` for the root cause.
 
-    `logs` tells whether the ranks have logs of their own; `less_memory` what to do
-    where memory ran out.
+    `logs` is whether the ranks have logs of their own; `less_memory` says what to do if
+    memory ran out.
     """
-    records = [RankRecord.read(folder.record_file(rank)) for rank in range(len(exits))]
-    statuses = {record.status if record else "silent" for record in records}
+    records = read_records(folder, len(exits))
+    statuses = {record.status for record in records}
     if len(statuses) == 1 and (status := statuses.pop()) in ENDINGS:
         return status
-    stacks = [
-        _stack(folder.log_file(rank)) if logs else "" for rank in range(len(exits))
-    ]
-    rank = _first_failure(records, exits, stacks)
-    phase = record.phase if (record := records[rank]) else "startup"
-    text = _explain(folder, rank, records, exits[rank], stacks if logs else [])
-    if exits[rank].code == -signal.SIGKILL and not exits[rank].reason:
-        text = f"{text}\n{less_memory}".rstrip()
-    raise TrainingFailed(text, rank, phase)
-
-
-def _first_failure(
-    records: list[RankRecord | None], exits: list[Exit], stacks: list[str]
-) -> int:
-    """The rank at the root: the earliest error, or an earlier or silent death.
-
-    Who failed while it waited for the others, its connection closed, is not it, unless
-    all did: a process that is killed closes its connections before it is seen dead. Nor
-    is, of ranks that the parent ended because they hung, one that waited.
-    """
-    moments = []
-    for rank, (record, end) in enumerate(zip(records, exits, strict=True)):
-        if record and record.status == "failed":
-            waited = any(place in record.traceback for place in WAITING)
-            moments.append((record.time + 1e9 * waited, rank))
-        elif not (record and record.status in ENDINGS):
-            waits = any(place in stacks[rank] for place in WAITING)
-            moments.append((end.time + 1e9 * bool(end.reason) + 1e9 * waits, rank))
-    return min(moments)[1] if moments else 0
-
-
-def _explain(
-    folder: RunFolder,
-    rank: int,
-    records: list[RankRecord | None],
-    end: Exit,
-    stacks: list[str],
-) -> str:
-    """The failure of a rank in words; `stacks` is empty where there are no logs."""
-    record = records[rank]
-    hint = "No checkpoint was written yet: the same call starts anew."
-    if folder.checkpoint_folders():
-        hint = "The same call goes on from the newest checkpoint that verifies."
-    if not folder.root.exists():
-        hint = f"{folder.root} is gone: it was moved or deleted. Put it back to go on."
-    where = "before its first step"
-    if record and record.step:
-        where = f"at step {record.step} of {record.total_steps}"
-    body = ""
-    if record and record.status == "failed":
-        head = f"rank {rank} failed {where}: {record.error}"
-        body = record.traceback.rstrip()
-    elif end.reason:
-        head = f"rank {rank} was ended {where}: {end.reason}"
-    elif end.code is not None and end.code < 0:
-        names = {int(known): known.name for known in signal.Signals}
-        name = names.get(-end.code, f"signal {-end.code}")
-        head = f"rank {rank} was killed by {name} {where}"
-        hint = f"{_HINTS.get(-end.code, '')} {hint}".strip()
-    else:
-        head = f"rank {rank} left {where} (exit code {end.code})"
-    others = [
-        f"rank {r.rank} failed too: {r.error}"
-        for r in records
-        if r and r.rank != rank and r.status == "failed"
-    ]
+    tails = [_tail(folder.log_file(r.rank)) if logs else "" for r in records]
+    stacks = [_stack(tail) for tail in tails]
+    rank = _root_cause(records, exits, stacks)
+    cause, end = records[rank], exits[rank]
+    parts = [_describe(cause, end), cause.traceback.rstrip()]
+    for record in records:
+        if record is not cause and record.status == "failed":
+            parts.append(f"rank {record.rank} failed too: {record.error}")
     if end.reason and any(stacks):
         nowhere = (
             "  no line of Python: it is stopped, or in a call that does not return"
         )
-        others += [f"rank {n} was in:\n{s or nowhere}" for n, s in enumerate(stacks)]
-    tail = _tail(folder.log_file(rank)) if stacks else ""
-    parts = [head, body, *others, tail, hint]
-    return "\n".join(part for part in parts if part)
+        parts += [f"rank {n} was in:\n{s or nowhere}" for n, s in enumerate(stacks)]
+    if lines := tails[rank].splitlines()[-_LOG_TAIL_LINES:]:
+        parts.append("\n  ".join([f"The end of {folder.log_file(rank)}:", *lines]))
+    if not end.reason and cause.status == "running":
+        parts.append(_HINTS.get(-(end.code or 0), ""))
+        parts.append(less_memory if end.code == -signal.SIGKILL else "")
+    if folder.checkpoint_folders():
+        parts.append("The same call resumes from the newest checkpoint that verifies.")
+    else:
+        parts.append("No checkpoint was written yet: the same call starts over.")
+    raise TrainingFailed("\n".join(filter(None, parts)), rank, cause.phase)
 
 
-def _stack(log: Path) -> str:
-    """The Python stack that a hung rank wrote when it was asked to; "" if none."""
-    _, found, stack = _end_of(log).rpartition(SESSION)[2].rpartition(_STACK)
+def _root_cause(
+    records: Iterable[RankRecord], exits: Iterable[Exit], stacks: Iterable[str]
+) -> int:
+    """Return the rank that failed or died first, not as a consequence of another.
+
+    Consequences are failing while waiting for the others, whose connection closed (a
+    killed process closes its connections before it is seen dead), and being ended by
+    the parent; of ranks that hung, the one that waited for the others is less to blame.
+    """
+    failures = []
+    for record, end, stack in zip(records, exits, stacks, strict=True):
+        if record.status == "failed":
+            failures.append((_waits(record.traceback), record.time, record.rank))
+        elif record.status not in ENDINGS:
+            indirect = bool(end.reason) + _waits(stack)
+            failures.append((indirect, end.time, record.rank))
+    return min(failures)[2] if failures else 0
+
+
+def _waits(stack: str) -> bool:
+    return any(place in stack for place in _WAITING)
+
+
+def _describe(record: RankRecord, end: Exit) -> str:
+    """Say in one line how a rank failed."""
+    where = "before its first step"
+    if record.step:
+        where = f"at step {record.step} of {record.total_steps}"
+    if record.status == "failed":
+        return f"rank {record.rank} failed {where}: {record.error}"
+    if end.reason:
+        return f"rank {record.rank} was ended {where}: {end.reason}"
+    if end.code is not None and end.code < 0:
+        names = {int(number): number.name for number in signal.Signals}
+        name = names.get(-end.code, f"signal {-end.code}")
+        return f"rank {record.rank} was killed by {name} {where}"
+    return f"rank {record.rank} left {where} (exit code {end.code})"
+
+
+def _stack(tail: str) -> str:
+    """Return the Python stack that a hung rank wrote when asked to; "" if none."""
+    _, found, stack = tail.rpartition(SESSION)[2].rpartition(_STACK)
     lines = [line for line in stack.splitlines() if line.startswith("  File ")]
     return "\n".join(lines[:_STACK_LINES]) if found else ""
 
 
-def _end_of(log: Path) -> str:
-    """As much of a log's end as is of use; it may be longer than the memory."""
+def _tail(log: Path) -> str:
+    """Return the end of a log, which may be larger than the memory."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, os.path.getsize(log) - _LOG_TAIL_BYTES))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-
-
-def _tail(log: Path) -> str:
-    if not log.exists():
-        return ""
-    tail = "\n  ".join(_end_of(log).splitlines()[-_LOG_TAIL_LINES:])
-    return f"The end of {log}:\n  {tail}" if tail else f"{log} is empty."

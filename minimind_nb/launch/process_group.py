@@ -1,4 +1,4 @@
-"""The ranks of one run: meeting and summing."""
+"""The process group: ranks that meet, and sum tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed.distributed_c10d import Store
 class Group:
     """The ranks that train together; one process is a group that sums nothing.
 
-    Rendezvous is a private file of one machine, where gloo talks over the loopback
-    interface, or a store that the ranks have in common: no port is ever taken.
+    They meet through a file (then gloo uses the loopback interface) or a store that
+    they have in common, so no port is ever taken.
     """
 
     def __init__(
@@ -30,13 +30,12 @@ class Group:
         self.size = size
         if size == 1:
             return
-        common = store if isinstance(store, Store) else None
-        if common is None:
+        if not isinstance(store, Store):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            store = dist.FileStore(str(store), size)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            init_method=None if common else f"file://{store}",
-            store=common,
+            store=store,
             rank=rank,
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -48,8 +47,8 @@ class Group:
             dist.all_reduce(tensor)
 
     def meet(self, device: torch.device) -> None:
-        """Prove that the ranks reach each other. Raises `RuntimeError` where a sum
-        of ones is not their number."""
+        """Prove that the ranks reach each other: raises `RuntimeError` unless a sum of
+        ones is their number."""
         ones = torch.ones(1, device=device)
         self.sum(ones)
         if int(ones) != self.size:
@@ -62,7 +61,7 @@ class Group:
 
 
 def leave_at_once() -> None:
-    """Close the connections of a rank that failed and may live on: the others see it.
+    """Close the connections of a rank that failed and may live on, so that others fail.
 
     Not on CUDA, where that could wait for them.
     """

@@ -26,7 +26,7 @@ from ..hardware import choose_threads, count_cores
 from ..lifetime import die_with_parent
 from ..storage.run_folder import RunFolder
 from .cancellation import StopRequest
-from .outcome import ENDINGS, Exit, RankRecord, judge
+from .outcome import ENDINGS, Exit, RankRecord, collect_outcome
 from .process_group import leave_at_once
 from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job, RankInfo
 
@@ -135,7 +135,7 @@ class TorchrunSession:
                 return record.status
             self._wait_for_all("done")
         silent = Exit(None, time.time(), "it did not say how it ended")
-        return judge(job.folder, [silent] * info.world_size, logs=False)
+        return collect_outcome(job.folder, [silent] * info.world_size, logs=False)
 
     def _check_files(self, paths: Sequence[str]) -> None:
         """Raise `FileNotFoundError` on every rank if some rank does not see a file."""

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ from ..data.corpus import Corpus, detect_format
 from ..data.demo import locate
 from ..data.tokenizer import write_tokenizer
 from ..hardware import choose_threads
-from ..launch.leftovers import scratch_folder
 from ..launch.outcome import TrainingFailed
 from ..launch.spawn import Job, run_processes
 from ..launch.torchrun import TorchrunSession, join_torchrun
@@ -188,8 +188,8 @@ def _evaluate(
     cfg, cores = settled.cfg, settled.hardware.cpu_cores
     at = (settled.tokenizer, settled.cache_root, cores)
     corpus = Corpus.prepare(cfg, *at, max_dropped=1.0)
-    at_hand = settled.cache_root if torchrun else None  # where other machines see it
-    with scratch_folder(at_hand) as folder:
+    shared = settled.cache_root if torchrun else None  # other machines must see it
+    with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=shared) as folder:
         run = RunFolder(folder)
         write_tokenizer(settled.tokenizer, run.tokenizer)
         job = functools.partial(

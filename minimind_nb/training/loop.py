@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from ..data.batches import StepBatch
 from ..data.tokenizer import write_tokenizer
 from ..hardware import peak_memory_gib
-from ..launch.cancellation import count_ballots
+from ..launch.cancellation import agreed_stop_reason
 from ..model.state_dict import write_pth
 from ..storage.verified import DamagedFolder
 from .checkpoint import save_checkpoint
@@ -47,7 +47,7 @@ def fit(t: Trainer) -> str:
 
 
 def train_step(t: Trainer) -> str | None:
-    """One optimizer step; returns why to stop after it, if any rank wishes to.
+    """One optimizer step; returns the stop reason that the ranks agreed on, if any.
 
     The loss is the sum over target tokens (or pairs) divided by their global number, so
     that accumulation, padding and the number of ranks cannot change it.
@@ -67,15 +67,15 @@ def train_step(t: Trainer) -> str | None:
         t.since_log.add_choices(t.model)
     if t.clock.is_over():
         t.stop.reason = t.stop.reason or "time_budget"
-    t.gradients.vote(t.stop.ballot())
+    t.gradients.add_stop_flags(t.stop.stop_flags())
     t.group.sum(t.gradients.flat)
     t.scaler.unscale_(t.optimizer)
-    norm, means, ballots = t.gradients.norm_and_slots()
+    norm, means, flags = t.gradients.norm_and_slots()
     update_weights(t, norm)
     t.clock.add_step(seconds := time.monotonic() - began)
     t.since_log.add(batch, means, norm, seconds)
     count_step(t, batch, means[0], seconds)
-    return count_ballots(ballots)
+    return agreed_stop_reason(flags)
 
 
 def update_weights(t: Trainer, norm: float) -> None:

@@ -14,10 +14,10 @@ from ..launch.cancellation import STOP_REASONS
 
 class FlatGradients:
     """All gradients in one float32 tensor, with a few numbers behind them: `losses` of
-    these, and the votes.
+    these, and the stop flags.
 
     Each parameter's `.grad` is a view into it, so one all-reduce a step sums the
-    gradients, the losses and the wishes to stop over the ranks. The layout never
+    gradients, the losses and the stop flags over the ranks. The layout never
     changes, and with it the order of additions: DistributedDataParallel rebuilds its
     buckets after the first backward, which makes a resumed run differ (1e-7 from
     three ranks on).
@@ -38,13 +38,13 @@ class FlatGradients:
         """Add this micro-batch's part of the step's losses, without waiting for it."""
         self._slots[: self._losses] += losses.detach()
 
-    def vote(self, ballot: list[float]) -> None:
-        """Add this rank's wish to stop, one number for each of `STOP_REASONS`."""
-        if any(ballot):
-            self._slots[self._losses :] += torch.tensor(ballot, device=self.flat.device)
+    def add_stop_flags(self, flags: list[float]) -> None:
+        """Add this rank's stop flags, one number for each of `STOP_REASONS`."""
+        if any(flags):
+            self._slots[self._losses :] += torch.tensor(flags, device=self.flat.device)
 
     def norm_and_slots(self) -> tuple[float, list[float], list[float]]:
-        """Gradient norm, losses, ballots.
+        """Return the gradient norm, the losses and the stop flags.
 
         The one place of a step where the host waits for the device: whether the
         update is to be skipped must be known, and the wait carries all the numbers.

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.batches import SampleReader
 from ..data.packing import PackedRows
-from ..launch.cancellation import count_ballots
+from ..launch.cancellation import agreed_stop_reason
 from ..model.architecture import MiniMindForCausalLM
 from ..storage import verified
 from .stages import answer_log_probabilities
@@ -78,9 +78,9 @@ def _compute(
             t.record.beat()
         if t.clock.is_over():
             t.stop.reason = t.stop.reason or "time_budget"
-        votes = torch.tensor(t.stop.ballot(), device=t.device)
-        t.group.sum(votes)
-        if ending := count_ballots(votes.tolist()):
+        flags = torch.tensor(t.stop.stop_flags(), device=t.device)
+        t.group.sum(flags)
+        if ending := agreed_stop_reason(flags.tolist()):
             return np.zeros(0), ending
         if time.monotonic() - told > _TELL_SECONDS:
             told, where = time.monotonic(), t.progress.position()

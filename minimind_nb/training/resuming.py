@@ -14,8 +14,8 @@ from ..config import (
     TrainConfig,
     shorten_home,
 )
-from ..launch.leftovers import end_orphans
 from ..launch.outcome import ENDINGS, RankRecord
+from ..launch.spawn import end_orphans
 from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder

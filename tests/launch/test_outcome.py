@@ -1,6 +1,5 @@
 """Who failed first, and what is said about it."""
 
-import errno
 import json
 import pickle
 import signal
@@ -8,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from minimind_nb.launch.outcome import Exit, RankRecord, TrainingFailed, judge
+from minimind_nb.launch.outcome import (
+    Exit,
+    RankRecord,
+    TrainingFailed,
+    collect_outcome,
+)
 from minimind_nb.storage.run_folder import RunFolder
 
 
@@ -23,12 +27,12 @@ def ended(*codes: int | None, time: float = 0.0) -> list[Exit]:
 
 
 @pytest.mark.parametrize("status", ["finished", "time_budget", "interrupted"])
-def test_an_ending_that_all_ranks_recorded_is_the_verdict(
+def test_an_ending_that_all_ranks_recorded_is_the_outcome(
     tmp_path: Path, status: str
 ) -> None:
     for rank in range(2):
         write(tmp_path, rank, step=12, status=status)
-    assert judge(RunFolder(tmp_path), ended(0, 0)) == status
+    assert collect_outcome(RunFolder(tmp_path), ended(0, 0)) == status
 
 
 def test_the_error_survives_a_process_pool() -> None:
@@ -46,10 +50,10 @@ def test_a_process_that_dies_slowly_is_the_root_of_a_closed_connection(
     failed = write(tmp_path, 1, step=8, status="failed", error="x", traceback=lost)
     late = [Exit(-9, failed.time + 1.0), Exit(1, failed.time + 1.0)]
     with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 8"):
-        judge(RunFolder(tmp_path), late)
+        collect_outcome(RunFolder(tmp_path), late)
     write(tmp_path, 0, step=8, status="failed", error="mine", traceback="ValueError")
     with pytest.raises(TrainingFailed, match="rank 0 failed at step 8 of 12: mine"):
-        judge(RunFolder(tmp_path), late)
+        collect_outcome(RunFolder(tmp_path), late)
 
 
 def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
@@ -58,29 +62,24 @@ def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingFailed, match=r"rank 1 left at step 5 of 12 \(exit code 0"
     ):
-        judge(RunFolder(tmp_path), ended(0, 0))
+        collect_outcome(RunFolder(tmp_path), ended(0, 0))
 
 
 @pytest.mark.fault("F101")
 def test_a_word_fits_on_a_full_disk_where_the_last_one_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     record = write(tmp_path, 0, step=5)
-    size = record.file.stat().st_size
-
-    def fail(path: Path, data: bytes) -> int:
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    before = record.file.stat()
     record.update(step=6)
     found = RankRecord.read(record.file)
     assert found and found.step == 6
     try:
-        raise ValueError("今" * size)
+        raise ValueError("今" * before.st_size)
     except ValueError as error:
         record.fail(error)
-    assert record.file.stat().st_size == size
+    after = record.file.stat()
+    assert (after.st_size, after.st_ino) == (before.st_size, before.st_ino)
     told = json.loads(record.file.read_bytes())
     assert told["status"] == "failed"
     assert told["error"].startswith("ValueError: 今今")
@@ -94,7 +93,7 @@ def test_of_two_errors_the_earlier_is_the_root_and_both_are_shown(
         record = write(tmp_path, rank, step=5)
         record.fail(ValueError(f"error of rank {rank}"))
     with pytest.raises(TrainingFailed) as failure:
-        judge(RunFolder(tmp_path), ended(1, 1))
+        collect_outcome(RunFolder(tmp_path), ended(1, 1))
     text = str(failure.value)
     assert text.startswith("rank 1 failed at step 5 of 12: ValueError: error of rank 1")
     assert "rank 0 failed too: ValueError: error of rank 0" in text
@@ -108,7 +107,7 @@ def test_a_silent_death_goes_before_the_broken_connection_it_causes(
     survivor.fail(RuntimeError("Connection closed by peer"))
     exits = ended(-signal.SIGKILL, 1, time=survivor.time - 0.1)
     with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 5"):
-        judge(RunFolder(tmp_path), exits)
+        collect_outcome(RunFolder(tmp_path), exits)
 
 
 def test_a_rank_that_the_parent_ended_is_not_the_root(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_rank_that_the_parent_ended_is_not_the_root(tmp_path: Path) -> None:
     late.fail(ValueError("late"))
     exits = [Exit(-9, late.time - 9, "another rank failed"), Exit(1, late.time)]
     with pytest.raises(TrainingFailed, match="rank 1 failed at step 5"):
-        judge(RunFolder(tmp_path), exits)
+        collect_outcome(RunFolder(tmp_path), exits)
 
 
 @pytest.mark.parametrize(
@@ -130,19 +129,19 @@ def test_a_rank_that_the_parent_ended_is_not_the_root(tmp_path: Path) -> None:
 )
 def test_the_signal_says_what_to_do(tmp_path: Path, number: int, hint: str) -> None:
     write(tmp_path, 0, step=5)
-    with pytest.raises(TrainingFailed, match="the same call starts anew") as failure:
-        judge(RunFolder(tmp_path), ended(-number))
+    with pytest.raises(TrainingFailed, match="the same call starts over") as failure:
+        collect_outcome(RunFolder(tmp_path), ended(-number))
     assert hint in str(failure.value)
     RunFolder(tmp_path).checkpoint_folder(4).mkdir(parents=True)
     with pytest.raises(
-        TrainingFailed, match="goes on from the newest checkpoint that verifies"
+        TrainingFailed, match="resumes from the newest checkpoint that verifies"
     ):
-        judge(RunFolder(tmp_path), ended(-number))
+        collect_outcome(RunFolder(tmp_path), ended(-number))
 
 
 def test_a_signal_without_a_name_is_shown_by_its_number(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="was killed by signal 40 before"):
-        judge(RunFolder(tmp_path), ended(-40))
+        collect_outcome(RunFolder(tmp_path), ended(-40))
 
 
 def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
@@ -150,15 +149,15 @@ def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
     lines = [f"line {number}" for number in range(40)]
     (tmp_path / "rank0.log").write_text("\n".join(lines))
     with pytest.raises(TrainingFailed) as failure:
-        judge(RunFolder(tmp_path), ended(1))
+        collect_outcome(RunFolder(tmp_path), ended(1))
     assert "line 39" in str(failure.value)
     assert "line 9\n" not in str(failure.value)
     with pytest.raises(TrainingFailed) as failure:
-        judge(RunFolder(tmp_path), ended(1), logs=False)
+        collect_outcome(RunFolder(tmp_path), ended(1), logs=False)
     assert "line 39" not in str(failure.value), "it is of an earlier start"
 
 
 def test_without_any_record_the_startup_failed(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="before its first step") as failure:
-        judge(RunFolder(tmp_path), ended(1))
+        collect_outcome(RunFolder(tmp_path), ended(1))
     assert failure.value.phase == "startup"

@@ -1,4 +1,4 @@
-"""One process is a group that sums nothing; ballots are counted by urgency."""
+"""One process is a group that sums nothing; the most urgent stop reason wins."""
 
 import os
 import signal
@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_nb.launch.cancellation import STOP_REASONS, StopRequest, count_ballots
+from minimind_nb.launch.cancellation import (
+    STOP_REASONS,
+    StopRequest,
+    agreed_stop_reason,
+)
 from minimind_nb.launch.process_group import Group
 
 
@@ -30,13 +34,13 @@ def test_ranks_that_do_not_add_up_are_refused() -> None:
 
 def test_the_most_urgent_reason_wins() -> None:
     assert STOP_REASONS == ("terminated", "interrupted", "time_budget")
-    assert count_ballots([0.0, 0.0, 0.0]) is None
-    assert count_ballots([0.0, 0.0, 2.0]) == "time_budget"
-    assert count_ballots([0.0, 1.0, 1.0]) == "interrupted"
-    assert count_ballots([1.0, 1.0, 1.0]) == "terminated"
+    assert agreed_stop_reason([0.0, 0.0, 0.0]) is None
+    assert agreed_stop_reason([0.0, 0.0, 2.0]) == "time_budget"
+    assert agreed_stop_reason([0.0, 1.0, 1.0]) == "interrupted"
+    assert agreed_stop_reason([1.0, 1.0, 1.0]) == "terminated"
 
 
-def test_a_wish_to_stop_gives_the_handlers_back() -> None:
+def test_a_stop_request_restores_the_handlers() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGTERM)

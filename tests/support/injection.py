@@ -28,7 +28,7 @@ from minimind_nb.training import api
 # what else there is.
 POINTS = {
     "batch": ("data.batches", "TrainingStream.next_step", "before"),
-    "after_backward": ("training.optim", "FlatGradients.vote", "before"),
+    "after_backward": ("training.optim", "FlatGradients.add_stop_flags", "before"),
     "before_step": ("training.loop", "update_weights", "before"),
     "after_step": ("training.loop", "count_step", "after"),
     "before_save": ("training.loop", "save_checkpoint", "before"),

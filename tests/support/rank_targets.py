@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minimind_nb.launch.cancellation import StopRequest, count_ballots
+from minimind_nb.launch.cancellation import StopRequest, agreed_stop_reason
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.process_group import Group
 
@@ -34,10 +34,10 @@ def work(
     for step in range(1, STEPS + 1):
         if rank in payload.get("ranks", [0]) and step == FAILING_STEP:
             act(payload.get("action", ""), rank)
-        ballots = torch.tensor(stop.ballot())
-        group.sum(ballots)
+        flags = torch.tensor(stop.stop_flags())
+        group.sum(flags)
         record.update(step=step)
-        if reason := count_ballots(ballots.tolist()):
+        if reason := agreed_stop_reason(flags.tolist()):
             return reason
         while step == WAITING_STEP and "until" in payload:
             if Path(payload["until"]).exists():

@@ -108,7 +108,7 @@ def test_a_failure_in_one_rank_is_the_error_in_the_cell(settings: Settings) -> N
     text = str(failure.value)
     assert text.startswith("rank 0 failed at step 3 of 3: OSError: saving at step 3")
     assert "Traceback (most recent call last)" in text
-    assert "goes on from the newest checkpoint that verifies" in text
+    assert "resumes from the newest checkpoint that verifies" in text
     assert mm.Run(folder.root).status == "failed"
 
 

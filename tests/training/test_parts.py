@@ -130,10 +130,10 @@ def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
     for losses in ([2.5, 0.5, 3.0], [1.0, 0.0, -4.0]):
         gradients.add_losses(torch.tensor(losses, requires_grad=True))
     assert not gradients.flat.requires_grad, "no graph grows from step to step"
-    gradients.vote([0.0, 1.0, 0.0])
-    norm, sums, ballots = gradients.norm_and_slots()
+    gradients.add_stop_flags([0.0, 1.0, 0.0])
+    norm, sums, flags = gradients.norm_and_slots()
     assert norm == pytest.approx(expected, rel=1e-5)
-    assert (sums, ballots) == ([3.5, 0.5, -1.0], [0.0, 1.0, 0.0])
+    assert (sums, flags) == ([3.5, 0.5, -1.0], [0.0, 1.0, 0.0])
     gradients.clip(norm, 1.0)
     assert float(gradients.gradients.norm()) == pytest.approx(1.0, rel=1e-5)
     gradients.clip(1.0, 0.0)

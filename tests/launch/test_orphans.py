@@ -1,16 +1,15 @@
-"""What a killed parent left is found and ended; what is somebody else's never is."""
+"""Ranks of a parent that was killed are ended; the processes of others never are."""
 
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from minimind_nb.launch.leftovers import end_orphans, scratch_folder
 from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.spawn import end_orphans
 from minimind_nb.lifetime import identify_process
 from minimind_nb.storage.run_folder import RunFolder, RunLocked
 
@@ -87,29 +86,6 @@ def test_a_rank_at_work_whose_parent_lives_is_a_run_in_use(
     with pytest.raises(RunLocked, match=f"in use by pid {sleeper.pid}, rank 0"):
         end_orphans(folder)
     assert sleeper.poll() is None
-
-
-@pytest.mark.fault("F111")
-def test_temporary_folders_of_the_dead_go_and_of_the_living_stay(
-    sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with scratch_folder() as folder:
-        here = "_".join(folder.name.split("_")[:3])
-    _, pid, started = identify_process(sleeper.pid).split("/")
-    kept = [
-        f"{here}_{pid}_{started}_x",
-        f"minimind_nb_0123456789ab_{GONE}_{started}_x",  # of another container
-        "minimind_nb_demo",
-        here,
-    ]
-    gone = [f"{here}_{GONE}_{started}_x", f"{here}_{pid}_1_x"]
-    for name in (*kept, *gone):
-        (tmp_path / name).mkdir()
-    with scratch_folder() as folder:
-        found = {path.name for path in tmp_path.iterdir()}
-        assert found == {*kept, folder.name}
-    assert {path.name for path in tmp_path.iterdir()} == {*kept}
 
 
 @pytest.mark.fault("F110")
