@@ -1,4 +1,4 @@
-"""The run folder: its paths, its lock, its records and its checkpoints."""
+"""The run folder: its paths, lock, configuration, status and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from . import verified
 
@@ -23,6 +24,7 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _STEPS = "step_" + "[0-9]" * 8
+logger = logging.getLogger(__name__)
 
 
 class RunLocked(RuntimeError):
@@ -30,7 +32,7 @@ class RunLocked(RuntimeError):
 
 
 class NoGoodCheckpoint(RuntimeError):
-    """There are checkpoints, and none of them verifies."""
+    """There are checkpoints, but none of them verifies."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Checkpoint:
 
 
 class RunFolder:
-    """`{out_dir}/{run_name}/`: where everything of a run lies."""
+    """`{out_dir}/{run_name}/`: all files of a run."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -59,49 +61,48 @@ class RunFolder:
 
     @property
     def lock_file(self) -> Path:
-        """Beside the folder, whose name it guards, there or not yet."""
+        """The lock, beside the folder, which may not exist yet."""
         root = self.root.resolve()
         return root.with_name(f".{root.name}.lock")
 
     def log_file(self, rank: int) -> Path:
-        """Where all output of a rank goes."""
+        """Return the file for all output of a rank."""
         return self.root / f"rank{rank}.log"
 
     def record_file(self, rank: int) -> Path:
-        """Where a rank writes what became of it."""
+        """Return the file in which a rank keeps its state."""
         return self.root / f"rank{rank}.json"
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Return whether a run was started here."""
         return self.config_file.is_file()
 
     def read_config(self) -> dict[str, Any]:
-        """`config.json`: {"settings": …, "explicit": […], "hashes": {…}, …}.
+        """Return `config.json`: {"settings": …, "explicit": […], "hashes": {…}, …}.
 
-        Raises `FileNotFoundError` without one, `ValueError` where it is no object of
-        JSON, or its settings are none.
+        Raises `FileNotFoundError` if it is missing, `ValueError` if it, or its
+        settings, are not an object of JSON.
         """
         try:
             config = json.loads(self.config_file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config_file} is not JSON: {error}") from None
-        if not isinstance(config, dict) or not isinstance(
-            config.get("settings", {}), dict
-        ):
+        settings = config.get("settings", {}) if isinstance(config, dict) else None
+        if not isinstance(settings, dict):
             raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")
         return config
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Replace `config.json`, making the folder if need be."""
+        """Write `config.json`, creating the folder if necessary."""
         self.root.mkdir(parents=True, exist_ok=True)
         text = f"{json.dumps(config, indent=2, ensure_ascii=False)}\n"
         verified.write_text(self.config_file, text)
 
     def status(self) -> str:
-        """What became of the run, by rank 0's record.
+        """Return the status of the run, from rank 0's record.
 
-        "finished", "time_budget", "interrupted", "terminated" or "failed"; "running"
-        holds its lock; "killed" was ended from outside; "new" never began.
+        "finished", "time_budget", "interrupted", "terminated" or "failed"; "running" if
+        its lock is held; "killed" if it was ended from outside; "new" if it never began.
         """
         try:
             status = json.loads(self.record_file(0).read_bytes())["status"]
@@ -116,19 +117,14 @@ class RunFolder:
         """Hold the folder for one writer. Raises `RunLocked` at once, never waits.
 
         Yields the descriptor. The kernel frees the lock when its holder, and all that
-        inherited the descriptor, have ended, however that happens. The folder need not
-        be there, and may be moved and made anew.
+        inherited the descriptor, have ended, for whatever reason. The folder may be
+        missing, or be moved meanwhile. Raises `OSError` if the lock is a link.
         """
         self.lock_file.parent.mkdir(parents=True, exist_ok=True)
-        file = self.lock_file
-        if file.is_symlink():
-            raise RunLocked(
-                f"{file} is a link, not the lock that a run writes: remove it"
-            )
-        with file.open("a+", encoding="utf-8", errors="replace") as file:
-            # Whoever only asks `is_locked` holds a shared lock for some microseconds.
-            if not _try_lock(file, fcntl.LOCK_EX, attempts=10):
-                file.seek(0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(self.lock_file, flags, 0o644)
+        with open(descriptor, "r+", encoding="utf-8", errors="replace") as file:
+            if not _try_lock(file.fileno(), fcntl.LOCK_EX):
                 raise RunLocked(
                     f"{self.root} is in use by {file.read().strip() or 'another process'}"
                     ". Wait for that run, stop it, or take another run_name."
@@ -140,28 +136,27 @@ class RunFolder:
             yield file.fileno()
 
     def is_locked(self) -> bool:
-        """Whether a living process holds the lock."""
+        """Return whether a living process holds the lock."""
         try:
             with self.lock_file.open("rb") as file:
-                return not _try_lock(file, fcntl.LOCK_SH, attempts=1)
+                return not _try_lock(file.fileno(), fcntl.LOCK_SH)
         except OSError:
             return False
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Where the checkpoint after `step` optimizer steps lies."""
+        """Return the folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step_{step:08d}"
 
     def checkpoint_folders(self) -> list[Path]:
-        """All checkpoint folders, newest first, not yet verified."""
+        """List all checkpoint folders, newest first, not yet verified."""
         return sorted(self.checkpoints.glob(_STEPS), reverse=True)
 
     def newest_good_checkpoint(self, repair: bool = False) -> Checkpoint | None:
-        """The newest checkpoint that verifies, or None where none was written.
+        """Return the newest checkpoint that verifies, or None if none was written.
 
-        With `repair` (for the holder of the lock) damaged ones newer than it are set
-        aside under another name and half-written ones removed. Raises
-        `NoGoodCheckpoint` where there are candidates and none verifies: a run must not
-        silently start again, the next time neither.
+        With `repair` (for the holder of the lock) damaged ones newer than it are renamed
+        and half-written ones removed. Raises `NoGoodCheckpoint` if there are candidates
+        and none verifies: a run must not silently start over, nor the next time.
         """
         damaged: dict[Path, str] = {}
         found = self._first_good(self.checkpoint_folders(), damaged)
@@ -169,7 +164,7 @@ class RunFolder:
             lines = [f"\n  {folder.name}: {damaged[folder]}" for folder in damaged]
             raise NoGoodCheckpoint(
                 f"no checkpoint in {self.checkpoints} is intact:{''.join(lines)}\n"
-                "Put a copy of one back, or start anew with resume=False, which keeps "
+                "Put a copy of one back, or start over with resume=False, which keeps "
                 "this folder under another name."
             )
         if repair:
@@ -179,14 +174,14 @@ class RunFolder:
         return found
 
     def best_checkpoint(self) -> Checkpoint | None:
-        """The good checkpoint of lowest validation loss, or None."""
+        """Return the good checkpoint of lowest validation loss, or None."""
         folders = sorted(self.checkpoint_folders(), key=_manifest_loss)
         return self._first_good(folders, {})
 
     def check(self, folder: Path) -> Checkpoint:
-        """A checkpoint folder of this run that verifies.
+        """Verify a checkpoint folder of this run.
 
-        Raises `DamagedFolder` where it does not, or is of another step or run.
+        Raises `DamagedFolder`, also if it is of another step or run.
         """
         facts = verified.verify(folder)
         step = facts.get("step")
@@ -194,34 +189,30 @@ class RunFolder:
             raise verified.DamagedFolder(
                 f"it holds step {step!r}, not what it is named"
             )
-        own = self._run_id()
+        own = None
+        with contextlib.suppress(OSError, ValueError):
+            own = self.read_config().get("run")
         if own and facts.get("run", own) != own:
             raise verified.DamagedFolder("it is of another run")
         return Checkpoint(folder, facts)
 
-    def _run_id(self) -> str | None:
-        try:
-            return self.read_config().get("run")
-        except (OSError, ValueError):
-            return None
-
     def _first_good(
         self, folders: list[Path], damaged: dict[Path, str]
     ) -> Checkpoint | None:
-        """The first that is good; what is wrong with those before goes into `damaged`."""
+        """Return the first good one; `damaged` gets the others before it, and why."""
         for folder in folders:
             try:
                 return self.check(folder)
             except verified.DamagedFolder as damage:
                 damaged[folder] = str(damage)
-                _say(f"Checkpoint {folder} is not used: {damage}")
+                logger.warning("Checkpoint %s is not used: %s", folder, damage)
         return None
 
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest and the best one.
 
-        Reads the losses from the manifests without verifying the rest: what is
-        removed needs no proof. A folder that cannot be removed is named and left.
+        Reads the losses from the manifests without verifying the rest. A folder that
+        cannot be removed is named and left.
         """
         folders = self.checkpoint_folders()
         best = min(folders, key=_manifest_loss, default=None)
@@ -231,10 +222,10 @@ class RunFolder:
             try:
                 shutil.rmtree(folder)
             except OSError as error:
-                _say(f"Checkpoint {folder} could not be removed: {error}")
+                logger.warning("Checkpoint %s could not be removed: %s", folder, error)
 
     def is_aside(self) -> bool:
-        """Whether its name is one that `move_aside`, or an unfinished copy, gave it."""
+        """Return whether `move_aside`, or an unfinished copy, gave it its name."""
         return re.search(r"\.old\d+$|^\.", self.root.name) is not None
 
     def move_aside(self) -> Path:
@@ -243,23 +234,15 @@ class RunFolder:
         return self.root.rename(verified.first_free(self.root, names))
 
 
-def _say(text: str) -> None:
-    """Print, where that is possible: output may be closed, or take ASCII only."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text)
-
-
-def _try_lock(file: IO[Any], kind: int, attempts: int) -> bool:
-    for attempt in range(attempts):
-        time.sleep(0.02 if attempt else 0)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
+def _try_lock(descriptor: int, kind: int) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return True
     return False
 
 
 def _manifest_loss(folder: Path) -> float:
-    """The validation loss a checkpoint states, infinite where it states no number."""
+    """Return the validation loss of a checkpoint, infinite if it has none."""
     try:
         manifest = json.loads((folder / verified.MANIFEST).read_bytes())
         loss = float(manifest["facts"]["val_loss"])

@@ -1,7 +1,7 @@
 """Folders written aside, listed in a manifest, renamed, and verified on reading.
 
-Checkpoints and token caches are both such folders. A folder under its final name is
-complete: whatever died while it was written left a name that starts with a dot.
+Checkpoints and token caches are such folders. A folder under its final name is
+complete: a writer that died left a name that starts with a dot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 _SEAL = ',"sha256":'
-_MOST_BYTES = 1 << 24  # of a manifest
+_MAX_MANIFEST_BYTES = 1 << 24
 
 
 class DamagedFolder(Exception):
@@ -31,10 +31,10 @@ class DamagedFolder(Exception):
 
 @contextlib.contextmanager
 def beside(final: Path, needed: int = 0) -> Iterator[Path]:
-    """Yield a folder beside `final` to write into; what is left in it at the end goes.
+    """Yield a folder beside `final` to write into; it is removed at the end.
 
-    Where fewer than `needed` bytes are free nothing is begun. That, and a disk that is
-    full while it is written to, is an `OSError` that says how much there is.
+    Raises an `OSError` that says how much space there is if fewer than `needed` bytes
+    are free, or if the disk fills up meanwhile.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
@@ -56,12 +56,11 @@ def beside(final: Path, needed: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(final: Path, facts: Mapping[str, Any], needed: int = 0) -> Iterator[Path]:
-    """Yield a folder to write into, and make it `final` when the block ends well.
+    """Yield a folder to write into, and rename it to `final` when the block ends well.
 
-    Every file and the folder are flushed to the disk before the rename, so `final`
-    exists either whole or not at all. `facts`, as they are when the block ends, go
-    into the manifest. An exception in the block removes what was written and goes on;
-    a disk without `needed` bytes is what it is in `beside`.
+    All files are flushed to the disk before the rename, so `final` exists whole or not
+    at all. `facts`, as they are when the block ends, go into the manifest. If the block
+    raises, what was written is removed. Raises `OSError` as `beside` does.
     """
     with beside(final, needed) as aside:
         yield aside
@@ -70,7 +69,7 @@ def writing(final: Path, facts: Mapping[str, Any], needed: int = 0) -> Iterator[
 
 
 def rename_flushed(aside: Path, final: Path) -> None:
-    """Give a file or a folder of files its name once its bytes are on the disk."""
+    """Rename a file, or a folder of files, once its bytes are on the disk."""
     within = aside.iterdir() if aside.is_dir() else ()
     for path in (*filter(Path.is_file, within), aside):
         _flush(path)
@@ -88,22 +87,18 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = _read_manifest(folder)
     if manifest["name"] != folder.name:
         raise DamagedFolder(f"it was written as {manifest['name']}, so it was renamed")
-    listed = manifest["files"]
     present = {path.name for path in folder.iterdir()}
-    for name in sorted(listed):
+    for name, listed in sorted(manifest["files"].items()):
         if name not in present:
             raise DamagedFolder(f"{name} is missing")
         try:
-            state = (folder / name).lstat()
-            if not stat.S_ISREG(state.st_mode):
-                raise DamagedFolder(f"{name} is a link, or no file")
-            size, expected = state.st_size, listed[name]["size"]
-            if size != expected:
-                raise DamagedFolder(f"{name} has {size} of {expected} bytes")
+            size = _regular_size(folder / name)
+            if size != listed["size"]:
+                raise DamagedFolder(f"{name} has {size} of {listed['size']} bytes")
             digest = hash_file(folder / name)
         except OSError as error:
             raise DamagedFolder(f"{name} cannot be read ({error})") from None
-        if digest != listed[name]["sha256"]:
+        if digest != listed["sha256"]:
             raise DamagedFolder(f"{name} does not have the sha256 it was written with")
     return manifest["facts"]
 
@@ -121,7 +116,7 @@ def set_aside(folder: Path, reason: str) -> Path:
 
 
 def first_free(path: Path, names: Iterable[str]) -> Path:
-    """The first of the names beside `path` under which nothing lies."""
+    """Return the first of the names beside `path` that does not exist."""
     return next(p for p in map(path.with_name, names) if not p.exists())
 
 
@@ -155,18 +150,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal digits."""
+    """Return the sha256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with one spelling for one value, so that it can be hashed and compared."""
+    """Return JSON with one spelling for one value, to be hashed and compared."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a disk, or a quota on it, has no room left.
+    """Return whether a disk, or a quota on it, has no room left.
 
     safetensors raises an error of its own, with the number in its text only.
     """
@@ -192,11 +187,12 @@ def _seal(body: str) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder; its seal proves that it has all its keys."""
+    file = folder / MANIFEST
     try:
-        with open(folder / MANIFEST, "rb", opener=_open_now) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DamagedFolder(f"{MANIFEST} is no file")
-            text = file.read(_MOST_BYTES).decode("utf-8")
+        if _regular_size(file) > _MAX_MANIFEST_BYTES:
+            raise DamagedFolder(f"{MANIFEST} is too long to be one")
+        text = file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedFolder(f"{MANIFEST} cannot be read ({error})") from None
     preceding = text.rpartition(_SEAL)[0]
@@ -208,17 +204,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"format {manifest.get('format')} is not the format {FORMAT} known here; "
             "it needs another version of minimind_nb"
         )
-    kinds = {"facts": dict, "files": dict, "name": str}
-    if wrong := [
-        k for k, kind in kinds.items() if not isinstance(manifest.get(k), kind)
-    ]:
-        raise DamagedFolder(f"{MANIFEST} has no {', '.join(wrong)}")
     return manifest
 
 
-def _open_now(path: str, flags: int) -> int:
-    """Open without waiting for the other end of a pipe, and no link."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+def _regular_size(path: Path) -> int:
+    """Return the size of a file; raises `DamagedFolder` for a pipe, a link, a folder."""
+    state = path.lstat()
+    if not stat.S_ISREG(state.st_mode):
+        raise DamagedFolder(f"{path.name} is a link, or no file")
+    return state.st_size
 
 
 def _flush(path: Path) -> None:

@@ -290,7 +290,7 @@ def test_processes_that_cannot_keep_the_global_batch_are_refused(
 
 @pytest.mark.fault("F22")
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
-    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, straight = train_here({**settings, "out_dir": str(tmp_path / "straight")})
     _, folder = train_here(settings, stop_at=9)
@@ -299,10 +299,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     train_here(settings)
-    assert (
-        "step_00000009 is not used: model.safetensors does not"
-        in capsys.readouterr().out
-    )
+    assert "step_00000009 is not used: model.safetensors does not" in caplog.text
     assert (folder.checkpoints / "step_00000009.corrupt").is_dir()
     assert state_hashes(folder) == state_hashes(straight)
 
