@@ -7,9 +7,9 @@ spawn wrapper exits with 0 on an interrupt.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from ..lifetime import identify_process
 from ..storage.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 SESSION = "--- pid "
@@ -99,7 +101,8 @@ class RankRecord:
             with open(descriptor, "wb", buffering=0) as file:
                 file.write(text.ljust(_RECORD_BYTES).encode())
         except OSError as error:
-            print(f"{self.file} cannot be written: {error}", file=sys.stderr)
+            # Logging survives a full disk under the log, which `print` does not.
+            logger.warning("%s cannot be written: %s", self.file, error)
 
     def beat(self) -> None:
         """Show progress between steps too; at most once a second."""

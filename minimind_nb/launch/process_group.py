@@ -32,7 +32,7 @@ class Group:
             return
         if not isinstance(store, Store):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            store = dist.FileStore(str(store), size)
+            store = dist.FileStore(str(store), size)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             store=store,

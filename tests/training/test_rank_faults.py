@@ -190,7 +190,9 @@ def test_a_rank_that_hangs_is_ended_and_all_say_where_they_were(
     record_property("hang_to_exit_seconds", seconds)
     assert seconds < HANG_SECONDS + 10
     text = str(failure.value)
-    assert re.search("rank 0 was in:\n(  File .*\n)*  File .*process_group.*in sum", text)
+    assert re.search(
+        "rank 0 was in:\n(  File .*\n)*  File .*process_group.*in sum", text
+    )
     place = "no line of Python: it is stopped" if action == "stop" else ".* in _hang"
     assert re.search(f"rank 1 was in:\n  {place}", text)
     witness.resume()
