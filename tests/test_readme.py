@@ -1,7 +1,11 @@
-"""What the README tells to type exists, and the tree it shows is the tree."""
+"""What the documents show is true: their commands, names, links, tables and tree."""
+
+from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,50 +13,113 @@ import pytest
 import minimind_nb
 from minimind_nb import cli
 from minimind_nb.config import STAGES
+from minimind_nb.config.presets import PRESETS, RECIPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^minimind-nb .*$", README, re.MULTILINE)
+CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+    if path.name != "faults.md"
+}
+DOCUMENTS["minimind_nb/ARCHITECTURE.md"] = (
+    ROOT / "minimind_nb" / "ARCHITECTURE.md"
+).read_text(encoding="utf-8")
+EVERYTHING = "\n".join(DOCUMENTS.values())
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(COMMANDS) >= 4
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_is_understood(command: str) -> None:
-    options = cli._parse(shlex.split(command)[1:])
-    assert options.command == shlex.split(command)[1]
+def commands(text: str) -> list[str]:
+    return re.findall(r"^minimind-nb .*$", text, re.MULTILINE)
 
 
-def test_every_name_of_the_package_in_the_readme_exists() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 4
-    for block in blocks:
-        compile(block.replace("…", "0"), "README.md", "exec")
-        for name in re.findall(r"\bmm\.(\w+)", block):
-            assert hasattr(minimind_nb, name), name
+def test_the_chinese_readme_shows_the_same_code() -> None:
+    without_words = [
+        [
+            re.sub(r'(generate\(.*, )".*"|\s*#.*', r"\1", block)
+            for language in ("python", "sh")
+            for block in blocks(text, language)
+        ]
+        for text in (README, CHINESE)
+    ]
+    assert without_words[0] == without_words[1]
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["English", "Chinese"])
+def test_the_tables_show_the_presets_and_recipes(text: str) -> None:
+    shapes = {
+        name: (int(width), int(layers))
+        for name, width, layers in re.findall(
+            r"^\| `(.+?)` \| (\d+) × (\d+) \|", text, re.MULTILINE
+        )
+    }
+    defaults = STAGES["pretrain"] | {}
+    assert shapes == {
+        name: (
+            (shape := defaults | PRESETS[name])["hidden_size"],
+            shape["num_hidden_layers"],
+        )
+        for name in PRESETS
+    }
+    rates = re.findall(r"^\| `(.+?)` \| `(\w+)` \| ([\d.e-]+) \|", text, re.MULTILINE)
+    assert {name: float(rate) for name, _, rate in rates} == {
+        name: recipe["learning_rate"] for name, recipe in RECIPES.items()
+    }
+    assert {stage for _, stage, _ in rates} <= set(STAGES)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands(EVERYTHING)))
+def test_every_command_is_understood(command: str) -> None:
+    cli._parse(shlex.split(command, comments=True)[1:])
+
+
+def test_every_name_of_the_package_exists() -> None:
+    for block in blocks(EVERYTHING, "python"):
+        compile(block.replace("…", "0"), "a document", "exec")
+    names = set(re.findall(r"\bmm\.(\w+)", EVERYTHING))
+    assert len(names) > 20
+    assert names <= set(minimind_nb.__all__)
 
 
 def test_every_target_of_make_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
+    targets = set(re.findall(r"(?:^|`)make (?:\w+=\S+ )?([a-z-]+)", EVERYTHING, re.M))
+    assert {"demo", "test", "check", "docs", "faults"} <= targets
+    for target in targets:
+        assert f"\n{target}:" in makefile, target
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_every_linked_file_exists(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_relative_link_leads_to_a_file(document: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", DOCUMENTS[document]):
+        linked = target.startswith("http") or (ROOT / document).parent / target
+        assert linked is True or linked.exists(), target
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:
     shown = set(re.findall(r"^[├└]── (\w+(?:\.py|/))", README, re.MULTILINE))
     package = ROOT / "minimind_nb"
-    there = {f"{path.name}/" for path in package.iterdir() if path.is_dir()}
-    there |= {path.name for path in package.glob("[a-z]*.py")}
-    assert shown == there - {"__pycache__/"}
+    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir()}
+    modules = {path.name for path in package.glob("[a-z]*.py")}
+    assert shown == (folders | modules) - {"__pycache__/"}
     for folder in re.findall(r"^(\w+)/  ", README, re.MULTILINE):
         assert (ROOT / folder).is_dir()
+
+
+def test_links_are_made_from_the_public_address() -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "repository.py"))
+    for name, text in script["TEXTS"].items():
+        before = (ROOT / name).read_text(encoding="utf-8")
+        filled = script["fill"](before, text.format(url="https://example.org/a/b"))
+        assert "https://example.org/a/b" in filled
+        assert script["fill"](filled, "") == script["fill"](before, "")
+        if name == "pyproject.toml":
+            urls = tomllib.loads(filled)["project"]["urls"]
+            assert urls["Repository"] == "https://example.org/a/b"
 
 
 def test_the_notebooks_parameters_are_fields_of_the_configuration() -> None:
@@ -83,11 +150,11 @@ def test_the_notebooks_parameters_are_fields_of_the_configuration() -> None:
 
 @pytest.mark.parametrize("command", ["python kaggle/kernels.py build", "papermill"])
 def test_the_parameters_of_notebooks_exist(command: str) -> None:
-    line = re.search(rf"^{command} (.*)$", README, re.MULTILINE)
+    line = re.search(rf"^{command} (.*)$", EVERYTHING, re.MULTILINE)
     assert line
     words = shlex.split(line[1])
     notebook = (ROOT / "notebooks" / "pretrain.ipynb").read_text(encoding="utf-8")
-    assert words.count("-p") > 3
+    assert words.count("-p") > 2
     for before, name in zip(words, words[1:], strict=False):
         assert before != "-p" or f'"{name} = ' in notebook
 
@@ -95,13 +162,14 @@ def test_the_parameters_of_notebooks_exist(command: str) -> None:
 def test_the_command_under_torchrun_is_understood() -> None:
     words = re.search(r"torchrun --nproc_per_node=2 -m (\w+) (\w+) …", README)
     assert words and words[1] == minimind_nb.__name__
-    assert cli._parse([words[2]]).command == words[2]
+    cli._parse([words[2]])
 
 
 def test_the_build_for_kaggle_is_understood() -> None:
-    line = re.search(r"^python kaggle/kernels.py build (.*)$", README, re.MULTILINE)
+    line = re.search(r"^python kaggle/kernels.py build (.*)$", EVERYTHING, re.MULTILINE)
     assert line
     words = shlex.split(line[1])
     script = (ROOT / "kaggle" / "kernels.py").read_text(encoding="utf-8")
     for option in {word for word in words if word.startswith("--")}:
         assert f'"{option}"' in script
+    assert (ROOT / words[words.index("--data") + 1]).is_file()

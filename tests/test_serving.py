@@ -48,11 +48,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    """Where the README's command answers; it is ended by its process id."""
+    """The address of the documented server, which is ended by its process id."""
     port, home = free_port(), folder.parent
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[1] / "docs" / "weights.md"
     lines = re.search(
-        r"^mkdir -p (.*)\n(HF_\w+)=1 transformers (serve .* --port )8000$", readme, re.M
+        r"^mkdir -p (.*)\n(HF_\w+)=1 transformers (serve .* --port )8000$",
+        page.read_text(encoding="utf-8"),
+        re.M,
     )
     assert lines
     made, offline, options = lines.groups()
