@@ -68,6 +68,15 @@ class Source:
         return f"tokens-{key[:24]}"
 
 
+def names_before_version_3(
+    path: str, record_format: str, fingerprint: str, on_bad_line: str
+) -> set[str]:
+    """Return the names that caches of this content had, which runs of then recorded."""
+    content = (verified.hash_file(Path(path)), path.endswith(".gz"), fingerprint)
+    reading = ((record_format, version, on_bad_line) for version in (1, 2))
+    return {f"tokens-{_hash(*content, *parts)[:24]}" for parts in reading}
+
+
 class TokenCache:
     """Documents as token ids, memory-mapped.
 

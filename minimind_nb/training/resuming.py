@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from ..config import (
@@ -14,6 +15,7 @@ from ..config import (
     TrainConfig,
     shorten_home,
 )
+from ..data.token_cache import names_before_version_3
 from ..launch.outcome import ENDINGS, RankRecord
 from ..launch.spawn import end_orphans
 from ..monitor.metrics import History
@@ -149,6 +151,7 @@ def compare_hashes(
         "initial": "init_from",
     }
     before = folder.read_config()
+    before["hashes"] = _renew_hashes(before["hashes"], config["hashes"], cfg)
     changed = [
         settings[name]
         for name, value in config["hashes"].items()
@@ -171,6 +174,23 @@ def compare_hashes(
             if name in changed
         ]
         raise _other_run(folder, differences, changed)
+
+
+def _renew_hashes(
+    before: Mapping[str, Any], now: Mapping[str, Any], cfg: TrainConfig
+) -> dict[str, Any]:
+    """Return the hashes of a run, replacing those that an earlier state wrote of data.
+
+    They were names of token caches. Those of other data stay, and so differ.
+    """
+    renewed = {**before}
+    files = {"data": cfg.data_path, "validation": cfg.val_path or cfg.data_path}
+    for key, file in files.items():
+        if str(before.get(key)).startswith("tokens-") and file and Path(file).is_file():
+            how = (cfg.stage, now["tokenizer"], cfg.on_bad_line)
+            if before[key] in names_before_version_3(file, *how):
+                renewed[key] = now[key]
+    return renewed
 
 
 def find_checkpoint(folder: RunFolder) -> Checkpoint | None:
