@@ -1,4 +1,4 @@
-"""Build what Kaggle runs, wheel, data and notebooks, and push it there.
+"""Build the wheel, the data and the notebooks for Kaggle, and push them.
 
 `python kaggle/kernels.py build --user NAME` needs no network where setuptools is
 installed; `python kaggle/kernels.py push` needs the command `kaggle` and its key.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Whose outputs a notebook reads, besides its own from the version before.
+# The notebooks whose output a notebook reads, in addition to its own last version's.
 SOURCES = {
     "pretrain": (),
     "sft": ("pretrain",),
@@ -42,11 +41,11 @@ PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
 
 
 class Refused(Exception):
-    """What cannot be done, and what to type instead."""
+    """An error with what to type instead."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and do what it says; a refusal ends with its reason."""
+    """Run the command line; an error is one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     build = commands.add_parser("build", help="write the folders to push")
@@ -95,34 +94,34 @@ def run_build(options: argparse.Namespace) -> None:
 
 
 def find_built(out: Path) -> list[Path]:
-    """The folders below `out` that this command has made."""
+    """Return the folders below `out` that this command has built."""
     folders = [out / part for part in BUILT]
     return [f for f in folders if f.is_dir() and mark_of(f).is_file()]
 
 
 def mark_of(folder: Path) -> Path:
-    """The file that tells that this command has made a folder.
+    """Return the file that marks a folder as built by this command.
 
-    It lies beside it, for what lies in the folder of a data set is uploaded.
+    It lies beside the folder, because everything in a data set folder is uploaded.
     """
     return folder.with_name(f".{folder.name}.built")
 
 
 def check_data(files: list[Path], wanted: str | None) -> None:
-    """Raise `Refused` for files that are not there, or would replace each other, and
-    where the file that a notebook is to read is not among them."""
+    """Raise `Refused` if a file is missing, if two have the same name, or if the
+    data_path of the notebooks is not among them."""
     names = [file.name for file in files]
     if wanted not in (None, "None", "demo", *names) and not Path(wanted).is_absolute():
         raise Refused(f"data_path is {wanted}, which is not among --data FILE …")
     for file in files:
         if not file.is_file():
-            raise Refused(f"there is no file {file}")
+            raise Refused(f"{file} does not exist: check --data")
         if file.name == "dataset-metadata.json" or names.count(file.name) > 1:
             raise Refused(f"{file.name} is taken, or given twice: rename that file")
 
 
 def find_user(named: str | None) -> str:
-    """The user's name: as given, from KAGGLE_USERNAME, or from kaggle.json."""
+    """Return the user name as given, from KAGGLE_USERNAME, or from kaggle.json."""
     user = named or os.environ.get("KAGGLE_USERNAME")
     file = Path.home() / ".kaggle" / "kaggle.json"
     if not user and file.is_file():
@@ -132,7 +131,7 @@ def find_user(named: str | None) -> str:
             user = None
     if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", user):
         raise Refused(
-            f"{user!r} is no user name of Kaggle (letters, digits, hyphens): pass "
+            f"{user!r} is not a Kaggle user name (letters, digits, hyphens): pass "
             "--user NAME, set KAGGLE_USERNAME, or put the file from Kaggle's settings "
             f"at {file}"
         )
@@ -140,31 +139,42 @@ def find_user(named: str | None) -> str:
 
 
 def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any]:
-    """For each notebook the given parameters that it has, as Python values.
+    """Return for each notebook the given parameters that it takes, as Python values.
 
-    A value that is no literal of Python is a string. Raises `Refused` for a parameter
-    that no notebook has, and for a value that no setting can have.
+    A value that is not a Python literal is a string. A notebook takes the parameters
+    that it lists; those that train take also every setting that none of them lists.
+    Raises `Refused` for an unknown parameter and for an invalid value.
     """
     from papermill import inspect_notebook
 
-    from minimind_nb.config import TrainConfig, kinds
+    from minimind_nb.config import STAGES, TrainConfig, describe_unknown, kinds
 
-    known = {name: inspect_notebook(ROOT / f"notebooks/{name}.ipynb") for name in names}
     values = {name: _literal(value) for name, value in given}
-    every = sorted(set().union(*known.values()))
+    listed = {
+        name: inspect_notebook(ROOT / f"notebooks/{name}.ipynb") for name in names
+    }
+    settings = kinds().keys() - {"stage"}
+    trained = [name for name in names if name in STAGES]
+    others = settings.difference(*(listed[name] for name in trained))
+    for name in trained:
+        listed[name] |= dict.fromkeys(others)
+    known = set().union(*listed.values())
     for name in values:
-        if name not in every:
-            close = difflib.get_close_matches(name, every, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise Refused(f"{name} is no parameter of {', '.join(names)}{hint}")
-    try:
-        TrainConfig(**{key: value for key, value in values.items() if key in kinds()})
-    except ValueError as error:
-        raise Refused(f"{error} (True, False and None are Python's)") from None
-    return {
-        name: {key: value for key, value in values.items() if key in known[name]}
+        if name not in known:
+            problem = describe_unknown(name, known, "parameter")
+            raise Refused(f"{problem} (of {', '.join(names)})")
+    baked = {
+        name: {key: value for key, value in values.items() if key in listed[name]}
         for name in names
     }
+    for name, chosen in baked.items():
+        stage = {"stage": name} if name in STAGES else {}
+        fields = {key: value for key, value in chosen.items() if key in settings}
+        try:
+            TrainConfig(**(stage | fields), **chosen.get("settings", {}))
+        except (ValueError, TypeError) as error:
+            raise Refused(f"{error} (True, False and None are Python's)") from None
+    return baked
 
 
 def _literal(text: str) -> Any:
@@ -175,7 +185,7 @@ def _literal(text: str) -> Any:
 
 
 def build_wheel(folder: Path) -> str:
-    """Build the package's wheel into a folder, from a copy of its sources; its sha256."""
+    """Build the wheel into a folder, from a copy of the sources; return its sha256."""
     import importlib.metadata
 
     try:
@@ -201,7 +211,7 @@ def build_wheel(folder: Path) -> str:
 
 
 def write_dataset(out: Path, user: str, title: str) -> Path:
-    """A data set folder with its metadata, yet without files."""
+    """Make a data set folder that holds only its metadata."""
     folder = out / "datasets" / slug(title)
     _make(folder)
     values = {"title": title, "id": f"{user}/{folder.name}"}
@@ -218,24 +228,25 @@ def write_kernel(
     *,
     wheel_digest: str,
 ) -> None:
-    """A kernel folder: the notebook with its parameters in it, and its metadata.
+    """Make a kernel folder: the notebook with its parameters, and its metadata.
 
-    The notebook installs the wheel of this sha256 and no other.
+    The notebook installs only the wheel of this sha256.
     """
     import nbformat
-    from papermill import execute_notebook
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
 
     folder = out / "kernels" / name
     _make(folder)
-    original, file = ROOT / f"notebooks/{name}.ipynb", folder / f"{name}.ipynb"
-    execute_notebook(original, file, parameters, prepare_only=True, progress_bar=False)
-    notebook = nbformat.read(file, as_version=4)
-    notebook.metadata = nbformat.read(original, as_version=4).metadata
+    original = load_notebook_node(str(ROOT / f"notebooks/{name}.ipynb"))
+    notebook = parameterize_notebook(original, parameters)
+    notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = cell.source.replace('.whl", None', f'.whl", "{wheel_digest}"')
+    file = folder / f"{name}.ipynb"
     nbformat.write(notebook, file)
     title = f"MiniMind {name}"
     values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}
@@ -244,13 +255,13 @@ def write_kernel(
 
 def _make(folder: Path) -> None:
     if folder.exists():
-        raise Refused(f"{folder} was not built by this command; take another --out")
+        raise Refused(f"{folder} was not built by this command: pass another --out")
     folder.mkdir(parents=True)
     mark_of(folder).touch()
 
 
 def slug(title: str) -> str:
-    """What Kaggle makes of a title in an address."""
+    """Return the form of a title in Kaggle's addresses."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
@@ -263,7 +274,7 @@ def _fill(template: str, folder: Path, values: dict[str, Any]) -> None:
 def run_push(options: argparse.Namespace) -> None:
     """Upload the data sets, wait until they are ready, and push the notebooks."""
     if shutil.which("kaggle") is None:
-        raise Refused("there is no command kaggle: pip install 'kaggle>=2.2'")
+        raise Refused("the command kaggle is missing: pip install 'kaggle>=2.2'")
     built = find_built(options.out)
     wanted = options.notebook or SOURCES
     kernels = [f for f in built if f.parent.name == "kernels" and f.name in wanted]
@@ -278,8 +289,8 @@ def run_push(options: argparse.Namespace) -> None:
     for folder in kernels:
         if waits_for := [name for name in SOURCES[folder.name] if name in pushed]:
             print(
-                f"{folder.name} begins from the output of {', '.join(waits_for)}: when "
-                "that is complete, python kaggle/kernels.py push --kernels-only "
+                f"{folder.name} starts from the output of {', '.join(waits_for)}: when "
+                "that is complete, run python kaggle/kernels.py push --kernels-only "
                 f"--notebook {folder.name}"
             )
             continue
@@ -289,51 +300,51 @@ def run_push(options: argparse.Namespace) -> None:
         print(said.strip())
         # It exits 0 whatever happens.
         if "successfully pushed" not in said or "not valid" in said:
-            raise Refused(f"{folder} was not pushed as it should be: {said.strip()}")
+            raise Refused(f"{folder} was not pushed: {said.strip()}")
         pushed.append(folder.name)
 
 
 def attach_sources(folder: Path, again: bool) -> None:
-    """Write into the metadata the kernels whose output this one finds as an input.
+    """Write into the metadata the kernels whose output this one reads.
 
-    These are its own last version and the stage before, of those that exist. Raises
-    `Refused` where one of them is running, whose output is not there yet.
+    These are its own last version and the stage before, if they exist. Raises `Refused`
+    if one of them is still running.
     """
     file = folder / "kernel-metadata.json"
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
         user = metadata["id"].partition("/")[0]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Refused(f"{file} was edited and says no id: build once more") from None
+        raise Refused(f"{file} was edited and has no id: build again") from None
     others = [f"{user}/{slug(f'MiniMind {name}')}" for name in SOURCES[folder.name]]
     states = {name: find_state(name) for name in (metadata["id"], *others)}
     busy = [f"{name} is {state}" for name, state in states.items() if state in BUSY]
     if busy and not again:
         raise Refused(
             f"{', '.join(busy)}: pushing {folder.name} now would start a second session "
-            "that does not find its output; wait, or push --again"
+            "without its output: wait, or push --again"
         )
     metadata["kernel_sources"] = [name for name, state in states.items() if state]
     file.write_text(f"{json.dumps(metadata, indent=2)}\n", encoding="utf-8")
 
 
 def find_state(kernel: str) -> str | None:
-    """The state of a kernel's last version, None where it has none."""
+    """Return the state of a kernel's last version, or None if it does not exist."""
     said = _kaggle("kernels", "status", kernel).stdout
     found = re.search(r'has status "(?:\w+\.)?(\w+)"', said)
     if found:
         return found[1].upper()
-    # Kaggle answers for kernels that do not exist as for those one may not see.
+    # Kaggle gives the same answer for kernels that are missing and that are private.
     if re.search(r"40[34]|not found|cannot access", said, re.IGNORECASE):
         return None
     raise Refused(
-        f"the state of {kernel} is not known (kaggle said {said.strip()!r}): does "
-        f"`kaggle kernels status {kernel}` work, and is the key in place?"
+        f"the state of {kernel} is unknown (kaggle said {said.strip()!r}): check your key "
+        f"and `kaggle kernels status {kernel}`"
     )
 
 
 def push_dataset(folder: Path, message: str, seconds: float) -> None:
-    """Create a data set or a version of it, and wait until it can be attached."""
+    """Create a data set or a new version, and wait until it can be attached."""
     metadata = json.loads((folder / "dataset-metadata.json").read_bytes())
     name = metadata["id"]
     there = _kaggle("datasets", "status", name).returncode == 0
@@ -358,7 +369,7 @@ def _kaggle(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command, its errors among what it prints; nobody answers its questions."""
+    """Run a command with stderr in its output and without input."""
     try:
         return subprocess.run(
             command,

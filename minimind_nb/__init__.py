@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # `as` exports a name to type checkers
     from .monitor.metrics import History as History
     from .monitor.runs import Run as Run
     from .monitor.runs import runs as runs
+    from .notebook import check_parameters as check_parameters
+    from .notebook import find_runs as find_runs
+    from .notebook import notebook_config as notebook_config
+    from .notebook import train_demo_before as train_demo_before
     from .planning import plan as plan
     from .planning import preview as preview
     from .session import find_input as find_input
@@ -62,6 +66,7 @@ _NAMES = {
     "monitor.inspector": "inspect",
     "monitor.metrics": "History",
     "monitor.runs": "Run runs",
+    "notebook": "check_parameters find_runs notebook_config train_demo_before",
     "planning": "plan preview",
     "session": "find_input find_inputs input_runs",
     "training.api": "evaluate train",

@@ -157,7 +157,7 @@ def test_all_is_found_in_the_older_layout(built, version_before, lacking, tmp_pa
     shutil.copytree(version_before, mount / "minimind-pretrain")
     file = built / "kernels" / "pretrain" / "pretrain.ipynb"
     cells = [c.source for c in nbformat.read(file, 4).cells if c.cell_type == "code"]
-    until = next(n for n, source in enumerate(cells) if "mm.find_inputs" in source)
+    until = next(n for n, source in enumerate(cells) if "cfg = " in source)
     code = "\n".join([*cells[: until + 1], "print(cfg.data_path, cfg.resume)"])
     _, found = run_on_stand_in(lacking, mount, "-c", code)
     data = mount / "minimind-data" / "corpus.jsonl"
@@ -238,18 +238,30 @@ def test_a_notebook_installs_the_wheel_of_its_own_version_only(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-p", "max_step", "3"], "max_step is no parameter .* did you mean max_steps"),
+        (["-p", "max_step", "3"], "'max_step' is no parameter; did you mean max_steps"),
+        (["-p", "settings", "{'beta3': 0.9}"], "'beta3' is no setting; did you mean"),
+        (["-p", "dpo_beta", "0.2"], 'dpo_beta is a setting of stage="dpo"'),
         (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),
         (["-p", "data_path", "c.jsonl"], "c.jsonl, which is not among --data FILE"),
-        (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
-        (["--user", "a/b"], "is no user name of Kaggle"),
+        (["--user", "a/b"], "is not a Kaggle user name"),
     ],
 )
 def test_what_cannot_be_built_is_refused(kernels, tmp_path, arguments, words):
     with pytest.raises(SystemExit, match=words):
         kernels.main(["build", "--user", "ann", "--out", str(tmp_path), *arguments])
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_notebook_gets_the_parameters_it_lists_and_settings_that_none_lists(kernels):
+    given = [["preset", "demo"], ["dpo_beta", "0.2"], ["beta1", "0.8"], ["x", "step"]]
+    chosen = kernels.choose_parameters(["pretrain", "dpo", "curves"], given)
+    assert chosen == {
+        "pretrain": {"preset": "demo", "beta1": 0.8},
+        "dpo": {"dpo_beta": 0.2, "beta1": 0.8},
+        "curves": {"x": "step"},
+    }
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(kernels, tmp_path):
@@ -314,9 +326,7 @@ def test_a_notebook_waits_for_the_one_whose_output_it_reads(kernels, kaggle, cap
     kernels.main(push("--kernels-only", "--notebook", "pretrain", "sft"))
     pushes = (folder / "calls.txt").read_text().count("kernels push")
     assert pushes == 1
-    told = (
-        "sft begins from the output of pretrain: when that is complete, python kaggle"
-    )
+    told = "sft starts from the output of pretrain: when that is complete, run python"
     assert told in capsys.readouterr().out
 
 
@@ -334,7 +344,7 @@ def test_a_failed_push_is_told_though_it_exits_with_0(kernels, kaggle):
     only = ("--kernels-only", "--notebook", "pretrain")
     invalid = f"The following are not valid dataset sources: …\n{PUSHED[0]}"
     for said in ("Kernel push error: …", invalid):
-        with pytest.raises(SystemExit, match="was not pushed as it should be"):
+        with pytest.raises(SystemExit, match="was not pushed: "):
             kernels.main(push(*only, **{"kernels push": [said, 0]}))
 
 
@@ -347,7 +357,7 @@ def test_a_running_kernel_is_pushed_again_only_when_asked(kernels, kaggle):
     assert "kernels push" not in (folder / "calls.txt").read_text()
     kernels.main(push(*only, "--again", **running))
     odd = {"kernels status": ["no connection", 1]}
-    with pytest.raises(SystemExit, match="is not known .*'no connection'"):
+    with pytest.raises(SystemExit, match="is unknown .*'no connection'"):
         kernels.main(push(*only, **odd))
 
 
@@ -370,5 +380,5 @@ def test_nothing_is_pushed_without_command_or_folders(
     with pytest.raises(SystemExit, match="nothing to push in .*build first"):
         kernels.main(["push", "--out", str(tmp_path / "empty")])
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    with pytest.raises(SystemExit, match="no command kaggle: pip install"):
+    with pytest.raises(SystemExit, match="command kaggle is missing: pip install"):
         kernels.main(["push"])
