@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.runs import train_here
 
+import minimind_nb as mm
 from minimind_nb.config import TrainConfig
 from minimind_nb.monitor import wandb_follower
 from minimind_nb.monitor.metrics import History, MetricsLog
@@ -271,7 +271,7 @@ def logged(folder: Path) -> list[dict[str, str]]:
     return [row for row in rows if row]
 
 
-def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path, caplog):
+def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path, capsys):
     pytest.importorskip("wandb")
     corpus = tmp_path / "corpus.jsonl"
     lines = (json.dumps({"text": f"The cat saw {n} birds."}) for n in range(40))
@@ -283,20 +283,12 @@ def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path, 
         **{"max_steps": 3, "log_interval": 1, "sample_tokens": 0, "use_wandb": True},
         **{"device": "cpu", "num_processes": 1, "dtype": "float32"},
     }
-    folder = tmp_path / "out" / "pretrain_32"
-    folder.mkdir(parents=True)
-    history = History(folder / "metrics.jsonl")
-    follower = WandbFollower(history, TrainConfig(**settings))
-    follower.start()
-    train_here(settings)
-    history.refresh()
-    with caplog.at_level("INFO", "minimind_nb"):
-        follower.finish()
-    (message,) = caplog.messages
-    assert message.startswith("wandb is offline (no key); later: wandb sync ")
-    rows = logged(folder)
-    shown = [(int(row["_step"]), float(row["train/loss"])) for row in rows[1:]]
-    assert shown == [(row["step"], row["loss"]) for row in history.select("train")]
+    run = mm.train(TrainConfig(**settings))
+    shown = capsys.readouterr().err
+    assert shown.count("wandb is offline (no key); later: wandb sync ") == 1
+    history, rows = run.history, logged(run.folder)
+    sent = [(int(row["_step"]), float(row["train/loss"])) for row in rows[1:]]
+    assert sent == [(row["step"], row["loss"]) for row in history.select("train")]
     assert float(rows[0]["eval/loss"]) == history.select("eval")[0]["loss"]
     assert not server.connections
 
