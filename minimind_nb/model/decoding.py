@@ -1,9 +1,11 @@
-"""Choosing tokens after tokens: the loop that writes, with a cache made beforehand."""
+"""The loop that chooses token after token, with a cache allocated beforehand."""
+
+from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -21,15 +23,12 @@ from .architecture import MiniMindForCausalLM
 
 _PAGED_SINCE = (5, 9)
 _PAGE_TOKENS = 16
-_LEAST_TEMPERATURE = 1e-4  # less divides logits beyond what float32 holds
+_LEAST_TEMPERATURE = 1e-4  # a lower one divides logits beyond what float32 holds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How long a continuation may be and how its tokens are drawn, as ``generate`` says.
-
-    Raises ``ValueError`` for settings out of range.
-    """
+    """The settings of `generate`. Raises `ValueError` if one is out of range."""
 
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -39,30 +38,22 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = {
-            "max_new_tokens": ("1 or more", self.max_new_tokens >= 1),
-            "temperature": (
-                f"0 (greedy), or {_LEAST_TEMPERATURE} or more",
-                self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE,
+        least, heat = _LEAST_TEMPERATURE, self.temperature
+        penalty, seed = self.repetition_penalty, self.seed or 0
+        for name, expected, valid in (
+            ("max_new_tokens", "1 or more", self.max_new_tokens >= 1),
+            (
+                "temperature",
+                f"0 (greedy), or {least} or more",
+                heat == 0 or heat >= least,
             ),
-            "top_p": ("more than 0, up to 1 (all tokens)", 0 < self.top_p <= 1),
-            "top_k": ("0 (all tokens) or more", self.top_k >= 0),
-            "repetition_penalty": (
-                "more than 0, 1 for none",
-                self.repetition_penalty > 0,
-            ),
-            "seed": (
-                "None, or 0 up to 2**64 - 1",
-                self.seed is None or 0 <= self.seed < 1 << 64,
-            ),
-        }
-        problems = [
-            f"{name} is {getattr(self, name)}: use {expected}."
-            for name, (expected, holds) in ranges.items()
-            if not holds
-        ]
-        if problems:
-            raise ValueError(" ".join(problems))
+            ("top_p", "more than 0, up to 1 (all tokens)", 0 < self.top_p <= 1),
+            ("top_k", "0 (all tokens) or more", self.top_k >= 0),
+            ("repetition_penalty", "more than 0, 1 for none", penalty > 0),
+            ("seed", "None, or 0 up to 2**64 - 1", 0 <= seed < 1 << 64),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}: use {expected}.")
 
 
 def continue_ids(
@@ -73,17 +64,14 @@ def continue_ids(
     eos_id: int,
     **settings: Any,
 ) -> list[list[int]]:
-    """New ids for each row of ids, without the end token: ``generate`` below the text.
+    """Return the new ids of each row of ids, without the end token.
 
-    The rows, as one batch, get ``pad_id`` in front, which the model does not see.
-    ``settings`` are those of ``Sampling``. The model's mode is restored.
+    The rows, as one batch, get `pad_id` in front, which the model does not see.
+    `settings` are those of `generate`. The model's mode is restored.
     """
-    new: list[list[int]] = [[] for _ in rows]
     sampling = Sampling(**settings)
-    for tokens in decode(model, rows, pad_id=pad_id, eos_id=eos_id, sampling=sampling):
-        for row, token in zip(new, tokens, strict=True):
-            row.append(token)
-    return [_before(eos_id, row) for row in new]
+    steps = decode(model, rows, pad_id=pad_id, eos_id=eos_id, sampling=sampling)
+    return [_before(eos_id, list(row)) for row in zip(*steps, strict=True)]
 
 
 @torch.no_grad()
@@ -95,15 +83,15 @@ def decode(
     eos_id: int,
     sampling: Sampling,
 ) -> Generator[list[int]]:
-    """One new token a row and step, until each row has had its end token.
+    """Yield one new token a row and step, until each row has had its end token.
 
-    What comes for a row after its end means nothing. A loop of our own instead of
-    ``model.generate``: it can stop between two tokens without a thread, and draws from a
-    generator of its own. The cache is transformers' static one, made for all positions
-    at once. On a CPU (512 wide, 8 layers, 128 new tokens) the loop takes 1.03 of the
-    time of ``model.generate`` with its growing cache for one row, 1.02 for eight (1.06
-    and 1.22 with transformers 5.0). The host waits for the device once a step. The model
-    is in evaluation mode in between.
+    A row's tokens after its end mean nothing. A loop of our own instead of
+    `model.generate`: it can stop between two tokens without a thread, and draws from its
+    own generator. transformers' static cache is allocated for all positions at once. On
+    a CPU (512 wide, 8 layers, 128 new tokens) the loop takes 1.03 of the time of
+    `model.generate` with its growing cache for one row, 1.02 for eight (1.06 and 1.22
+    with transformers 5.0). The host waits for the device once a step. The model is in
+    evaluation mode meanwhile.
     """
     device, was_training = model.device, model.training
     generator = None
@@ -148,7 +136,7 @@ def _choose(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The next token of each row [B, 1]; padding does not count as seen."""
+    """Return the next token of each row [B, 1]; padding does not count as seen."""
     penalty = sampling.repetition_penalty
     lowered_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     logits_BV = torch.where(seen_BV, lowered_BV, logits_BV)
@@ -170,16 +158,17 @@ def continue_paged(
     eos_id: int,
     sampling: Sampling,
 ) -> list[list[int]]:
-    """``continue_ids``, greedily, by transformers' continuous batching.
+    """Return what `continue_ids` does, greedily, by transformers' continuous batching.
 
-    Left alone it takes 60 % of the memory; here each row gets the pages that it and its
+    By default it takes 60 % of the memory; here each row gets the pages that it and its
     continuation fill, and a batch has room for the longest row or a token of each.
-    Raises ``ValueError`` unless ``sampling`` is greedy, ``RuntimeError`` for a
-    transformers older than 5.9 and where an answer is missing.
+    Raises `ValueError` unless `sampling` is greedy; `RuntimeError` for transformers
+    older than 5.9 and for a missing answer.
     """
     _check_paged(sampling)
     new = sampling.max_new_tokens
     configure: Any = transformers.ContinuousBatchingConfig
+    batched: Any = model
     known = inspect.signature(configure).parameters
     page = "page_size" if "page_size" in known else "block_size"  # before 5.17
     was_training, attention = model.training, model.config._attn_implementation
@@ -188,7 +177,7 @@ def continue_paged(
         # computes nonsense with others. Up to 5.19 a paged SDPA has to be asked for.
         paged = "paged|sdpa" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else "sdpa"
         model.config._attn_implementation = paged
-        found = cast(Any, model).generate_batch(
+        found = batched.generate_batch(
             [list(row) for row in rows],
             generation_config=GenerationConfig(
                 max_new_tokens=new, do_sample=False, eos_token_id=eos_id

@@ -1,7 +1,8 @@
-"""Continuing prompts with a trained model."""
+"""Text from a trained model: prompts continued, conversations answered, streams."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +20,8 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompt | Sequence[Prompt],
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
     paged: bool = False,
+    **settings: Any,
 ) -> str | list[str]:
     """Continue one prompt, or a list of them in one left-padded batch.
 
@@ -33,45 +29,41 @@ def generate(
     (not doubled), no eos behind. A conversation, a list of {"role", "content"} messages,
     is rendered with the generation prompt and answered; special strings in a message
     are ordinary text. Each continuation (without its prompt) ends before the eos token
-    or after ``max_new_tokens``. The defaults suit a small model, which loops at
-    ``temperature=0`` (always the likeliest token) and rambles at 1. ``top_p`` keeps the
-    likeliest tokens up to that probability, ``top_k`` that many (0: all);
-    ``repetition_penalty`` above 1 lowers tokens already seen.
+    or after `max_new_tokens`.
 
-    With a ``seed`` the same batch gives the same text on the same device, and torch's
-    global generators are not touched; without one they are drawn from.
+    `settings`, with defaults that suit a small model:
 
-    ``paged=True`` decodes greedily with a paged cache (transformers' continuous
+    - `max_new_tokens=128`;
+    - `temperature=0.8`: 0 always takes the likeliest token, and a small model then
+      repeats itself; at 1 it rambles;
+    - `top_p=0.9`: draw from the likeliest tokens up to this probability (1: all);
+    - `top_k=0`: draw from this many of the likeliest tokens (0: all);
+    - `repetition_penalty=1.0`: more than 1 makes tokens already seen less likely;
+    - `seed=None`: with a seed the same batch gives the same text on the same device,
+      and torch's global generators are not touched; without one they are drawn from.
+
+    `paged=True` decodes greedily with a paged cache (transformers' continuous
     batching), without padding, and gives equal answers. It is made for GPUs: on a CPU
     50 prompts of 5 to 60 tokens took twice as long (1.5 times with a mixture).
 
-    Raises ``ValueError`` for settings out of range, what is no conversation, a tokenizer
+    Raises `ValueError` for settings out of range, an invalid conversation, a tokenizer
     that does not fit the model or has no chat template, a prompt that leaves no room for
-    ``max_new_tokens``, and ``paged`` with a ``temperature`` other than 0;
-    ``RuntimeError`` for ``paged`` where transformers is older than 5.9.
+    `max_new_tokens`, and `paged` with a `temperature` other than 0; `RuntimeError` for
+    `paged` with transformers older than 5.9.
     """
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    sampling = Sampling(**settings)
     one = isinstance(prompts, str | Mapping)
     batch: list[Any] = [prompts] if one else list(prompts)
     if not one and batch and isinstance(batch[0], Mapping):
         one, batch = True, [batch]
     if not batch:
         return []
-    rows = _encode(model, tokenizer, batch, max_new_tokens)
+    rows = _encode(model, tokenizer, batch, sampling.max_new_tokens)
     eos_id: Any = tokenizer.eos_token_id
     if paged:
         new = continue_paged(model, rows, eos_id=eos_id, sampling=sampling)
     else:
-        new = continue_ids(
-            model, rows, pad_id=eos_id, eos_id=eos_id, **asdict(sampling)
-        )
+        new = continue_ids(model, rows, pad_id=eos_id, eos_id=eos_id, **settings)
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
     return texts[0] if one else texts
 
@@ -82,13 +74,13 @@ def stream(
     prompt: Prompt,
     **settings: Any,
 ) -> Iterator[str]:
-    """The continuation of one prompt in pieces, as its tokens come.
+    """Yield the continuation of one prompt in pieces, as its tokens come.
 
-    Prompt, ``settings`` and errors, which come at once, are those of ``generate``, and
-    so is the text that the pieces make. No piece ends within a character.
+    Prompt, `settings`, errors (raised by the call itself) and the text that the pieces
+    make are those of `generate`. No piece ends within a character.
     """
-    sampling = Sampling(**settings)
-    (row,) = _encode(model, tokenizer, [prompt], sampling.max_new_tokens)
+    most = Sampling(**settings).max_new_tokens
+    (row,) = _encode(model, tokenizer, [prompt], most)
     return stream_ids(model, tokenizer, row, **settings)
 
 
@@ -98,7 +90,7 @@ def stream_ids(
     row: Sequence[int],
     **settings: Any,
 ) -> Iterator[str]:
-    """``stream`` for a prompt that is encoded already and known to leave room."""
+    """Yield what `stream` does for a prompt that is encoded and known to leave room."""
     ids: list[int] = []
     shown = text = ""
     eos_id: Any = tokenizer.eos_token_id
@@ -110,7 +102,7 @@ def stream_ids(
             break
         ids.append(token)
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        # A character whose bytes are not all there decodes to U+FFFD.
+        # A character with some of its bytes missing decodes to U+FFFD.
         if text != shown and not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
@@ -121,7 +113,7 @@ def stream_ids(
 def check_tokenizer(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ``ValueError`` for a tokenizer with ids that the model does not have."""
+    """Raise `ValueError` for a tokenizer with ids that the model does not have."""
     if len(tokenizer) > (size := model.config.vocab_size):
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {size}, so they do "
@@ -145,11 +137,11 @@ def _encode(
             rows.append(row if row[:1] == begin else begin + row)
             continue
         if reason := check_messages(prompt):
-            raise ValueError(f"This is no conversation to go on with: {reason}.")
+            raise ValueError(f"Invalid conversation: {reason}.")
         if prompt[-1]["role"] == "assistant":
             raise ValueError(
-                "The conversation ends with the assistant's turn, so there is nothing to "
-                "answer: end it with the user's or a tool's."
+                "The conversation ends with the assistant's turn: end it with the user's "
+                "or a tool's, which can be answered."
             )
         encoder = encoder or ChatEncoder(read_tokenizer(tokenizer))
         rows.append(encoder.prompt(prompt).tolist())

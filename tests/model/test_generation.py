@@ -168,7 +168,7 @@ def test_strings_need_no_chat_template(counter, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([[]], "no conversation to go on with: the list of messages is empty"),
+        ([[]], "Invalid conversation: the list of messages is empty"),
         ({"role": "user", "content": "six"}, "is not a list of messages"),
         ([5], "5 is not a list of messages"),
         (asking(" "), "message 1.*user's.*empty"),
