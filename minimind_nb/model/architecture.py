@@ -1,7 +1,7 @@
-"""The MiniMind network: one file that needs torch, transformers and nothing of ours.
+"""The MiniMind network in one file, which needs only torch and transformers.
 
-Dense or mixture-of-experts, second generation (MiniMind 2) or third (``qk_norm``).
-State-dict names are MiniMind's, so a ``.pth`` of either loads with ``strict=True``.
+Dense or mixture-of-experts, second generation (MiniMind 2) or third (`qk_norm`).
+State-dict names are MiniMind's, so a `.pth` of either loads with `strict=True`.
 
 Shape legend, used as a suffix of tensor names:
 
@@ -10,7 +10,7 @@ Shape legend, used as a suffix of tensor names:
     S  tokens attended to    C  width of one head       F  rotary frequencies, C/2
     D  width (hidden size)   V  vocabulary
 
-Under ``torch.autocast`` the residual stream, the norms, the router and the loss stay
+Under `torch.autocast` the residual stream, the norms, the router and the loss stay
 float32; only matrix products and attention run in the lower precision.
 """
 
@@ -57,15 +57,15 @@ MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 class MiniMindConfig(PreTrainedConfig):
     """Shape of a MiniMind model, under the second generation's field names.
 
-    ``intermediate_size=None`` is 3 · ``hidden_size``, ``head_dim=None`` is
-    ``hidden_size // num_attention_heads``, ``num_key_value_heads=None`` is one per
-    query head. ``qk_norm=True`` with ``rms_norm_eps=1e-6`` is the third generation.
+    `intermediate_size=None` is 3 · `hidden_size`, `head_dim=None` is
+    `hidden_size // num_attention_heads`, `num_key_value_heads=None` is one per
+    query head. `qk_norm=True` with `rms_norm_eps=1e-6` is the third generation.
 
-    ``inference_rope_scaling=True`` stretches RoPE by YaRN (arXiv 2309.00071); the dict
-    ``rope_scaling`` overrides single values of ``YARN_DEFAULTS``. As everywhere in
-    transformers 5 it is kept, and written to ``config.json``, as ``rope_parameters``.
+    `inference_rope_scaling=True` stretches RoPE by YaRN (arXiv 2309.00071); the dict
+    `rope_scaling` overrides single values of `YARN_DEFAULTS`. As everywhere in
+    transformers 5 it is kept, and written to `config.json`, as `rope_parameters`.
 
-    Raises ``ValueError`` for a shape that cannot be built.
+    Raises `ValueError` for a shape that cannot be built.
     """
 
     model_type = "minimind"
@@ -159,10 +159,10 @@ class MiniMindConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """Build from a ``config.json``, ours or of either MiniMind generation.
+        """Build from a `config.json`, ours or of either MiniMind generation.
 
-        The third is known by ``num_experts``, ``moe_intermediate_size`` or
-        ``router_aux_loss_coef``; what such a file leaves out gets its defaults.
+        The third is known by `num_experts`, `moe_intermediate_size` or
+        `router_aux_loss_coef`; what such a file leaves out gets its defaults.
         """
         return super().from_dict(_from_third_generation(config_dict), **kwargs)
 
@@ -184,7 +184,7 @@ def _from_third_generation(fields: dict[str, Any]) -> dict[str, Any]:
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, with statistics in float32.
 
-    Written out: on a CPU ``F.rms_norm`` took 37 ms where this takes 29 (forward and
+    Written out: on a CPU `F.rms_norm` took 37 ms where this takes 29 (forward and
     backward at [8, 512, 512], one thread), and a compiler fuses either.
     """
 
@@ -202,10 +202,10 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(config: Any, device: torch.device | None = None) -> Tensor:
     """Radians a position adds to each pair of a head's numbers: float32 [F].
 
-    YaRN leaves the pairs that turn more than ``beta_fast`` times within the original
-    length alone, divides by ``factor`` those that turn less than ``beta_slow`` times,
-    and blends linearly between. Computed anew by each forward: as a buffer it would be
-    garbage after ``from_pretrained`` and rounded by ``.half()``.
+    YaRN leaves the pairs that turn more than `beta_fast` times within the original
+    length alone, divides by `factor` those that turn less than `beta_slow` times,
+    and blends linearly between. Computed by each forward: as a buffer it would be
+    garbage after `from_pretrained` and rounded by `.half()`.
     """
     width, theta = config.head_dim, config.rope_theta
     exponent_F = torch.arange(0, width, 2, device=device).float() / width
@@ -251,7 +251,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def needs_equal_heads(implementation: str, version: tuple[int, int] | None) -> bool:
     """Whether keys and values must be expanded to all heads before attention.
 
-    Below capability 8.0 ``enable_gqa=True``, which transformers sets where there is no
+    Below capability 8.0 `enable_gqa=True`, which transformers sets where there is no
     mask, silently takes SDPA's slow kernel (up to torch 2.13).
     """
     return implementation == "sdpa" and version is not None and version < (8, 0)
@@ -259,7 +259,7 @@ def needs_equal_heads(implementation: str, version: tuple[int, int] | None) -> b
 
 class EqualHeads:
     """Stands for a layer whose keys are expanded already: without the attribute
-    num_key_value_groups transformers neither repeats them nor sets ``enable_gqa``."""
+    num_key_value_groups transformers neither repeats them nor sets `enable_gqa`."""
 
     is_causal = True
 
@@ -277,7 +277,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out: output [B, T, H, C] and probabilities [B, H, T, S].
 
-    ``attention_mask`` is boolean (True may look) or added to the scores.
+    `attention_mask` is boolean (True may look) or added to the scores.
     """
     groups = query_BHTC.shape[1] // key_BGSC.shape[1]
     key_BHSC = key_BGSC.repeat_interleave(groups, dim=1)
@@ -324,7 +324,7 @@ class Attention(nn.Module):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D]; ``kwargs`` go on to the attention function."""
+        """[B, T, D] to [B, T, D]; `kwargs` are passed to the attention function."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         query_BTHC = self.q_norm(self.q_proj(x_BTD).view(heads))
         key_BTGC = self.k_norm(self.k_proj(x_BTD).view(heads))
@@ -371,8 +371,8 @@ class FeedForward(nn.Module):
 def balance_loss(scores_BTE: Tensor, count_BE: Tensor, seq_aux: bool) -> Tensor:
     """Σ_i f_i·p_i, smallest when the experts share the tokens evenly.
 
-    ``p_i`` is an expert's mean probability, ``f_i`` its tokens over those of an even
-    split. With ``seq_aux`` (second generation) both are taken within a sequence and the
+    `p_i` is an expert's mean probability, `f_i` its tokens over those of an even
+    split. With `seq_aux` (second generation) both are taken within a sequence and the
     sequences averaged: 1 when even. Without (third generation) both are taken over the
     batch and the K choices of a token add up: K when even.
     """
@@ -399,7 +399,7 @@ class MoEGate(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Experts [B, T, K], their weights, tokens an expert [B, E], auxiliary loss.
 
-        The loss is multiplied by ``aux_loss_alpha``, and 0 outside training.
+        The loss is multiplied by `aux_loss_alpha`, and 0 outside training.
         """
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.weight.float()).softmax(-1)
@@ -417,7 +417,7 @@ class MoEGate(nn.Module):
 class MoEFeedForward(nn.Module):
     """Routed experts, each on its own contiguous rows, plus shared ones on all.
 
-    ``expert_load`` holds how many tokens each routed expert got in the last forward.
+    `expert_load` holds how many tokens each routed expert got in the last forward.
     """
 
     def __init__(self, config: MiniMindConfig) -> None:
@@ -491,7 +491,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class MiniMindModelOutput(ModelOutput):
-    """What ``MiniMindModel`` returns, by the names transformers' trainers know."""
+    """What `MiniMindModel` returns, by the names transformers' trainers know."""
 
     last_hidden_state: Any = None
     past_key_values: Any = None
@@ -524,7 +524,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
     ) -> MiniMindModelOutput:
         """Hidden states [B, T, D], the cache, and the auxiliary loss over all layers.
 
-        Arguments as for ``MiniMindForCausalLM.forward``.
+        Arguments as for `MiniMindForCausalLM.forward`.
         """
         x_BTD = self.dropout(self.embed_tokens(input_ids))
         if use_cache and past_key_values is None:
@@ -558,7 +558,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
-    """The language model; ``lm_head`` shares the embedding's weight when tied."""
+    """The language model; `lm_head` shares the embedding's weight when tied."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -580,15 +580,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, T, V] of ``input_ids`` [B, T], and with ``labels`` the loss.
+        """Logits [B, T, V] of `input_ids` [B, T], and with `labels` the loss.
 
-        ``attention_mask`` is None (causal, no mask tensor), [B, S] with 0 for padding,
-        or a boolean [B, 1, T, S] used as it is. ``labels`` are the input ids, shifted
-        in here, -100 where there is no target; ``loss`` is their mean cross-entropy in
-        float32 (their sum over ``num_items_in_batch`` where that is given) plus
-        ``aux_loss``, also returned apart: summed over the layers, 0 for dense models
-        and outside training. ``logits_to_keep`` counts positions from the end (0: all)
-        or lists them. A cache is made for ``use_cache=True`` only.
+        `attention_mask` is None (causal, no mask tensor), [B, S] with 0 for padding,
+        or a boolean [B, 1, T, S] used as it is. `labels` are the input ids, shifted
+        in here, -100 where there is no target; `loss` is their mean cross-entropy in
+        float32 (their sum over `num_items_in_batch` where that is given) plus
+        `aux_loss`, also returned apart: summed over the layers, 0 for dense models
+        and outside training. `logits_to_keep` counts positions from the end (0: all)
+        or lists them. A cache is made for `use_cache=True` only.
         """
         found = self.model(
             input_ids=input_ids,

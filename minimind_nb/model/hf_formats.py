@@ -1,7 +1,7 @@
-"""The families of transformers that MiniMind's networks are members of.
+"""The model families of transformers that hold MiniMind's networks.
 
-One row says which networks a family holds and how a `config.json` of it reads; both
-directions follow from it. The names of the tensors on disk are MiniMind's in all.
+One row a family: which networks it holds, and how its `config.json` is written and
+read. The tensors on disk have MiniMind's names in all of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ _SAME = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "vocab_size max_position_embeddings rms_norm_eps"
 ).split()
-# What config.json says, or means where it says nothing. transformers has more
-# activations, and layers that see only so far back: MiniMind has not.
+# transformers has more activations, biases and quantization: MiniMind does not.
 _PLAIN: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -40,10 +39,10 @@ _COUNTS = (
 class Family:
     """Networks of one kind, as transformers knows them.
 
-    `ours` is what `MiniMindConfig` says of all of them; `renamed` are its fields that
-    have another name in `config.json`, each with those that were ever in use, the one
-    to write first; `fixed` is what else `config.json` must say; `defaults` what it
-    means where it says nothing.
+    `ours` are the fields of `MiniMindConfig` that all of them share; `renamed` its
+    fields with another name in `config.json`, each with the names ever in use, the one
+    to write first; `fixed` are further fields of `config.json`; `defaults` apply to
+    fields that it lacks.
     """
 
     model_type: str
@@ -54,7 +53,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def unsupported(self, config: MiniMindConfig) -> list[str]:
-        """What of a network it cannot hold, as `name=value`; [] where it holds it."""
+        """Return what of a network it cannot hold, as `name=value`; [] if it holds it."""
         wrong = {
             name: getattr(config, name)
             for name, value in self.ours.items()
@@ -68,7 +67,7 @@ class Family:
         return [f"{name}={value!r}" for name, value in wrong.items()]
 
     def config_json(self, config: MiniMindConfig) -> dict[str, Any]:
-        """The `config.json` of a network that it holds."""
+        """Return the `config.json` of a network that it holds."""
         names = {name: (name,) for name in _SAME} | dict(self.renamed)
         rope = config.rope_parameters or {
             "rope_type": "default",
@@ -89,10 +88,10 @@ class Family:
         }
 
     def read(self, fields: Mapping[str, Any]) -> MiniMindConfig:
-        """The network that a `config.json` describes.
+        """Return the configuration that a `config.json` describes.
 
-        Only names that are known here are looked at. Raises `ValueError` naming what
-        MiniMind has not, or what is missing.
+        Only fields known here are read. Raises `ValueError` naming what MiniMind does
+        not support, or what is missing.
         """
         foreign = [
             f"{name}={fields[name]!r}"
@@ -114,13 +113,13 @@ class Family:
         for name, theirs in ({n: (n,) for n in _SAME} | dict(self.renamed)).items():
             said = [fields[one] for one in theirs if fields.get(one) is not None]
             if not said and name not in self.defaults:
-                raise ValueError(f"config.json says nothing of {theirs[0]}")
+                raise ValueError(f"config.json lacks {theirs[0]}")
             known[name] = said[0] if said else self.defaults[name]
         return MiniMindConfig(**known)
 
 
 def _read_rope(fields: Mapping[str, Any]) -> tuple[dict[str, Any] | None, float]:
-    """The fields of `MiniMindConfig` for YaRN (None where it is another), and theta."""
+    """Return `MiniMindConfig`'s fields for YaRN (None for another scaling), and theta."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = rope.get("rope_theta", fields.get("rope_theta", _SHIPPED_THETA))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -196,9 +195,9 @@ FAMILIES = {
 
 
 def read_own(fields: Mapping[str, Any]) -> MiniMindConfig:
-    """The network that a `config.json` of MiniMind's, ours or theirs, describes.
+    """Return the configuration that a `config.json` of MiniMind's, ours or theirs, describes.
 
-    Only names that are known here are looked at.
+    Only fields known here are read.
     """
     known = {
         *inspect.signature(MiniMindConfig).parameters,
@@ -213,7 +212,7 @@ def read_own(fields: Mapping[str, Any]) -> MiniMindConfig:
 
 
 def own_config_json(config: MiniMindConfig) -> dict[str, Any]:
-    """A `config.json` by which transformers finds the network in the folder itself."""
+    """Return a `config.json` that points transformers to the code in the same folder."""
     classes = {
         "AutoConfig": "MiniMindConfig",
         "AutoModel": "MiniMindModel",
@@ -226,7 +225,7 @@ def own_config_json(config: MiniMindConfig) -> dict[str, Any]:
 
 
 def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
-    """The network that a `config.json` of any known kind describes.
+    """Return the configuration that a `config.json` of any known kind describes.
 
     Raises `ValueError` for another kind, and for what MiniMind cannot express.
     """

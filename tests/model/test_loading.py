@@ -270,7 +270,7 @@ def test_what_minimind_has_not_is_named(change, tmp_path):
 
 
 def test_a_field_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match="config.json says nothing of hidden_size"):
+    with pytest.raises(ValueError, match="config.json lacks hidden_size"):
         find_weights(write_llama(tmp_path, hidden_size=None))
 
 
