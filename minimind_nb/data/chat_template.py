@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from .jsonl import Fault
 from .tokenizer import TokenizerSpec
@@ -42,16 +42,12 @@ _MOST = 1_000_000  # a number in a template
 _WIDE = re.compile(r"[%:<>^]0?\d{5,}")  # in what formats a number
 
 
-class Segment(NamedTuple):
-    """A part of a rendered conversation, the special strings in its messages escaped.
+Segment = tuple[str, str | None, bool]
+"""A part of a rendered conversation: text, role, and whether it counts in the loss.
 
-    `role` is that of the turn which begins here, None inside of a turn. What is `trained`
-    belongs to an answer that counts in the loss, or is what the template closes it by.
-    """
-
-    text: str
-    role: str | None
-    trained: bool
+Special strings in messages are escaped. The role is that of the turn which begins here,
+None inside of a turn. With an answer counts what the template closes it by.
+"""
 
 
 class ChatTemplate:
@@ -77,6 +73,7 @@ class ChatTemplate:
         self._marks_answers = bool(_GENERATION.search(spec.chat_template))
         roles = ("bos_token", "eos_token", "pad_token")
         self._names = {role: getattr(spec, role) for role in roles}
+        self._heads = re.compile(rf"{re.escape(spec.bos_token)}(\w*)")
         added = json.loads(spec.json)["added_tokens"]
         special = [one["content"] for one in added if one["special"]]
         special.sort(key=len, reverse=True)  # a longer one goes before its beginning
@@ -128,19 +125,19 @@ class ChatTemplate:
             if number >= untrained
         }
         role_at = dict(zip(turns, roles, strict=True))
-        end, segments = 0, []
+        end = 0
+        segments: list[Segment] = []
         cuts = sorted({0, len(text), *turns, *ends, *ends.values()})
         for a, b in itertools.pairwise(cuts):
             end = ends.get(a, end)
-            segments.append(Segment(text[a:b], role_at.get(a), a < end))
+            segments.append((text[a:b], role_at.get(a), a < end))
         return segments
 
     def _find_turns(
         self, messages: list[Message], text: str, roles: list[str]
     ) -> list[int]:
         """Return where turns begin: at ChatML's heads, else where shorter ones end."""
-        opener = re.escape(self._names["bos_token"])
-        heads = list(re.finditer(rf"{opener}(\w*)", text))
+        heads = list(self._heads.finditer(text))
         if [head[1] for head in heads] == roles:
             return [0, *(head.start() for head in heads[1:])]
         places = [0]

@@ -192,7 +192,7 @@ class ChatEncoder:
         return np.concatenate(self._encode_segments(segments))
 
     def _encode_segments(self, segments: list[Segment]) -> list[np.ndarray]:
-        texts = [segment.text for segment in segments]
+        texts = [text for text, _, _ in segments]
         usual = iter(self._encoder.encode([one for one in texts if ESCAPE not in one]))
         return [
             self._encode_escaped(one) if ESCAPE in one else next(usual) for one in texts
@@ -217,9 +217,12 @@ def _join(
     segments: list[Segment], ids: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of all segments in one array, and their marks."""
-    marks = []
-    for segment, each in zip(segments, ids, strict=True):
-        marks.append(np.full(len(each), TRAINED * segment.trained, np.uint8))
-        if segment.role:
-            marks[-1][:1] |= TURN | USER * (segment.role == "user")
-    return np.concatenate(ids), np.concatenate(marks)
+    lengths = [len(each) for each in ids]
+    trained = np.array([counts * TRAINED for _, _, counts in segments], np.uint8)
+    marks = np.repeat(trained, lengths)
+    begin = 0
+    for (_, role, _), length in zip(segments, lengths, strict=True):
+        if role:
+            marks[begin : begin + 1] |= TURN | USER * (role == "user")
+        begin += length
+    return np.concatenate(ids), marks

@@ -11,13 +11,14 @@ import functools
 import json
 import re
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, pre_tokenizers
 
-from .tokenizer import TokenizerSpec, read_tokenizer
+from .tokenizer import TokenizerSpec
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
@@ -67,7 +68,8 @@ class BulkEncoder:
         self._with_special = _plain_tokenizer(spec)
         self._ordinary = _plain_tokenizer(spec)
         self._ordinary.encode_special_tokens = True
-        content = _content(self._ordinary)
+        # As tokenizers writes it, so that no setting is missing.
+        content = json.loads(self._ordinary.to_str())
         added = content["added_tokens"]
         self._added = frozenset(one["content"] for one in added)
         self._never_ordinary = frozenset(
@@ -128,11 +130,6 @@ def _encode_slowly(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
-def _content(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a tokenizer as `tokenizers` writes it, so that no setting is missing."""
-    return json.loads(tokenizer.to_str())
-
-
 def _can_be_ranks(content: dict[str, Any], ordinary: Tokenizer) -> bool:
     """Return True if merging by rank must equal merging by the list of merges.
 
@@ -171,7 +168,8 @@ def _settings(content: dict[str, Any]) -> list[Any]:
 
 @functools.cache
 def _shipped_settings() -> list[Any]:
-    return _settings(_content(Tokenizer.from_str(read_tokenizer().json)))
+    file = resources.files("minimind_nb.data") / "vocabulary" / "tokenizer.json"
+    return _settings(json.loads(file.read_bytes()))
 
 
 def _build_tiktoken(content: dict[str, Any]) -> tiktoken.Encoding:
