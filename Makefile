@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-oldest faults check docs clean
+.PHONY: setup demo test test-fast test-oldest faults check docs clean
 
 setup: .venv/.ready
 
@@ -25,10 +25,17 @@ demo: setup
 	$(RUN) notebooks/curves.ipynb $(OUT)/curves.ipynb -p out_dir $(OUT)
 	@echo "Open the notebooks in $(OUT) for curves and answers; the runs are there too."
 
+# Two workers, since tests of processes mostly wait; a worker computes with one thread.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(OPTIONS)
+
 # The notebooks run as committed, as copies: a run beside the originals may be somebody's.
 test: setup
 	@rm -rf out/nbmake && mkdir -p out/nbmake && cp notebooks/*.ipynb out/nbmake
-	$(BIN)/python -m pytest --nbmake --nbmake-kernel=python3 tests out/nbmake
+	$(TEST) --nbmake --nbmake-kernel=python3 out/nbmake tests
+
+# Without notebooks and without the tests that start processes.
+test-fast: setup
+	$(TEST) --no-processes -r fE tests
 
 # The oldest versions that pyproject.toml admits. torch stays at the pinned version:
 # 2.10.0 is several gigabytes, to be tried by hand.
@@ -40,7 +47,7 @@ OLD := .venv-oldest/bin
 	@touch $@
 
 test-oldest: .venv-oldest/.ready
-	$(OLD)/python -m pytest tests
+	$(OLD)/python -m pytest $(OPTIONS) tests
 
 # Every row of the list of faults, a thousand random kills, flipped bits: faults.md.
 faults: setup
