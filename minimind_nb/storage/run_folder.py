@@ -23,6 +23,7 @@ from . import verified
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+LOCK_SECONDS = 0.3  # threads of a rank that was killed outlive it for some 0.1 s
 _STEPS = "step_" + "[0-9]" * 8
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[int]:
-        """Hold the folder for one writer. Raises `RunLocked` at once, never waits.
+        """Hold the folder for one writer. Raises `RunLocked` at once.
 
         Yields the descriptor. The kernel frees the lock when its holder, and all that
         inherited the descriptor, have ended, for whatever reason. The folder may be
@@ -124,11 +125,15 @@ class RunFolder:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         descriptor = os.open(self.lock_file, flags, 0o644)
         with open(descriptor, "r+", encoding="utf-8", errors="replace") as file:
-            if not _try_lock(file.fileno(), fcntl.LOCK_EX):
-                raise RunLocked(
-                    f"{self.root} is in use by {file.read().strip() or 'another process'}"
-                    ". Wait for that run, stop it, or take another run_name."
-                )
+            end = time.monotonic() + LOCK_SECONDS
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() > end:
+                    holder = file.read().strip() or "another process"
+                    raise RunLocked(
+                        f"{self.root} is in use by {holder}. Wait for that run, stop it, "
+                        "or take another run_name."
+                    )
+                time.sleep(0.02)
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}\n")
