@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import runpy
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +39,30 @@ def blocks(text: str, language: str) -> list[str]:
 
 def commands(text: str) -> list[str]:
     return re.findall(r"^minimind-nb .*$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(
+    "settings" not in inspect.signature(minimind_nb.train).parameters,
+    reason="train does not take a path yet",
+)
+def test_every_line_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands, but for two steps a run."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    text = README.replace("recipe=", "max_steps=2, recipe=")
+    text = text.replace("--recipe", "--max_steps 2 --recipe")
+    names: dict[str, Any] = {}
+    for block in blocks(text, "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    for command in commands(text):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(shlex.split(command)[1:])
+        assert ended.value.code == 0, command
+    assert {path.name for path in (tmp_path / "out").glob("*_128")} == {
+        f"{stage}_128" for stage in STAGES
+    }
 
 
 def test_the_chinese_readme_shows_the_same_code() -> None:
