@@ -19,7 +19,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.process_group import Group
 from minimind_nb.model.state_dict import write_pth
 from minimind_nb.storage import verified
-from minimind_nb.training import api, worker
+from minimind_nb.training import worker
 from minimind_nb.training.checkpoint import save_checkpoint
 from minimind_nb.training.loop import train_step
 from minimind_nb.training.preparation import prepare, settle
@@ -44,16 +44,15 @@ def main() -> None:
 def measure(preset: str, device: str, out_dir: str) -> str:
     """One row of the table."""
     common: dict[str, Any] = {"data_path": "demo", "out_dir": out_dir, "device": device}
-    default = settle(TrainConfig(**common, preset=preset)).cfg
-    assert default.save_interval and default.batch_size and default.accumulation_steps
+    default, _, _ = settle(TrainConfig(**common, preset=preset))
     one: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 1, "num_processes": 1}
     cfg = TrainConfig(**common, **one, preset=preset, max_steps=50, sample_tokens=0)
-    with prepare(cfg) as prepared:
-        payload = api.training_job(prepared, {}).payload
-    record = RankRecord(prepared.folder.record_file(0), 0)
+    with prepare(cfg) as (plan, _):
+        pass
+    record = RankRecord(plan.folder.record_file(0), 0)
     stop = StopRequest()
     place = torch.device(device)
-    trainer = worker.build(payload, Group(0, 1, "", device, 60), place, record, stop)
+    trainer = worker.build(plan, Group(0, 1, "", device, 60), place, record, stop)
     steps, saves, verifying, size = [], [], [], 0
     for _ in range(TIMES):
         began = time.perf_counter()

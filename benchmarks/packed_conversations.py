@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimind_nb.config import TrainConfig, resolve
+from minimind_nb.config import ResolvedConfig, TrainConfig, resolve
 from minimind_nb.data.batches import MicroBatch, SampleReader
 from minimind_nb.data.packing import pack, truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
@@ -93,7 +93,7 @@ def trimmed(batch: MicroBatch) -> MicroBatch:
 
 
 def run(
-    model: MiniMindForCausalLM, batches: list[MicroBatch], cfg: TrainConfig
+    model: MiniMindForCausalLM, batches: list[MicroBatch], cfg: ResolvedConfig
 ) -> tuple[float, torch.Tensor]:
     """The mean loss of a target, and the gradient, over all batches."""
     model.zero_grad()

@@ -120,9 +120,8 @@ class Verdict(Table):
 def verify(run_dir: str | os.PathLike[str]) -> Verdict:
     """Check every byte that a run keeps against its manifests.
 
-    There is a row for each checkpoint, the newest first, also those set aside, for the
-    reference of a preference run, and for the token caches it used: "intact", or the
-    damage. Changes nothing, and may run during a training. Raises `FileNotFoundError`
+    There is a row for each checkpoint, the newest first, also those set aside, and for
+    the token caches that the run used: "intact", or the damage. Changes nothing, and may run during a training. Raises `FileNotFoundError`
     for a folder that is not a run, listing the runs nearby, `NotADirectoryError` for a
     file.
     """
@@ -136,8 +135,6 @@ def verify(run_dir: str | os.PathLike[str]) -> Verdict:
     for aside in sorted(files.checkpoints.glob("*.corrupt*.txt")):
         reason = aside.read_text(encoding="utf-8", errors="replace").strip()
         rows.append(["checkpoint", aside.stem, f"was set aside: {reason}"])
-    if files.reference.exists():
-        rows.append(["reference", files.reference.name, _state(files.reference)])
     caches = run.config.get("caches", []) if files.exists() else []
     root = current_session().cache_folder(files.root.absolute().parent)
     for folder in (root / name for name in caches):

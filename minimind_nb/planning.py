@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import TrainConfig, count_parameters
+from .config import ResolvedConfig, TrainConfig, count_parameters
 from .data.tokenizer import load_tokenizer
-from .hardware import Hardware, choose_threads
+from .hardware import Hardware, choose_threads, count_cores, detect_hardware
 from .monitor.metrics import METRICS_NAME, History
 from .monitor.progress import duration
 from .monitor.tables import Facts
-from .training.notes import describe_cuts
-from .training.preparation import open_corpus, settle
+from .training.preparation import settle
+from .training.run_plan import describe_truncated, open_corpus
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
@@ -39,11 +39,9 @@ def plan(cfg: TrainConfig) -> Facts:
     else a share of this machine's rate of matrix products. Raises what `train` raises
     for the configuration and the data; an existing run is not compared with them.
     """
-    notes: list[str] = []
-    settled = settle(cfg, notes.append)
-    corpus = open_corpus(settled)
-    cfg, initial = settled.cfg, settled.initial
-    assert cfg.num_processes
+    hardware = detect_hardware()
+    cfg, tokenizer, initial = settle(cfg, hardware)
+    corpus = open_corpus(cfg, tokenizer, hardware.cpu_cores)
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     pairs = stream.reader.pairs
     row = "pair" if pairs else "row"
@@ -63,11 +61,10 @@ def plan(cfg: TrainConfig) -> Facts:
         "parameters": f"{count['total']:,}{active}",
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
         "begins from": initial.source if initial else "",
-        "note": "; ".join(notes),
         "pairs"
         if pairs
         else "documents": f"{trained:,} to train on, {held_out:,} held out",
-        "too long": "; ".join(describe_cuts(corpus, cfg)),
+        "too long": "; ".join(describe_truncated(corpus, cfg)),
         "an epoch": epoch,
         "global batch": f"{_several(stream.global_batch, row)} = "
         f"batch_size {cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
@@ -77,31 +74,27 @@ def plan(cfg: TrainConfig) -> Facts:
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
-        "time": _time(cfg, settled.hardware, tokens),
+        "time": _time(cfg, hardware, tokens),
     }
     known = {name: text for name, text in facts.items() if text}
-    return Facts(f"{cfg.run_name} on {settled.hardware.describe()}", known)
+    return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
 
 
 def _several(number: int, noun: str, ending: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
-def flops_per_token(cfg: TrainConfig) -> float:
+def flops_per_token(cfg: ResolvedConfig) -> float:
     """Return the floating point operations of a token's forward and backward pass.
 
     They are 6 a parameter in use, and the products of causal attention counted once.
     """
-    assert cfg.num_hidden_layers and cfg.max_seq_len
-    assert cfg.num_attention_heads and cfg.head_dim
     width = cfg.num_attention_heads * cfg.head_dim
     attention = 6 * cfg.num_hidden_layers * cfg.max_seq_len * width
     return 6.0 * count_parameters(cfg.shape())["active"] + attention
 
 
-def _memory_gib(cfg: TrainConfig) -> float:
-    assert cfg.batch_size and cfg.max_seq_len and cfg.vocab_size
-    assert cfg.hidden_size and cfg.num_hidden_layers and cfg.intermediate_size
+def _memory_gib(cfg: ResolvedConfig) -> float:
     tokens = cfg.batch_size * cfg.max_seq_len
     fixed = count_parameters(cfg.shape())["total"] * _BYTES_A_PARAMETER
     inner = 3 * cfg.intermediate_size * (cfg.num_experts_per_tok or 1)
@@ -111,7 +104,7 @@ def _memory_gib(cfg: TrainConfig) -> float:
     return (fixed + tokens * (block * cfg.num_hidden_layers + logits)) / 2**30
 
 
-def _time(cfg: TrainConfig, hardware: Hardware, tokens: int) -> str:
+def _time(cfg: ResolvedConfig, hardware: Hardware, tokens: int) -> str:
     metrics = Path(cfg.out_dir) / (cfg.run_name or "") / METRICS_NAME
     if last := History(metrics).last("train"):
         speed, source = last["tokens_per_second"], "the speed of the existing run"
@@ -127,9 +120,8 @@ def _time(cfg: TrainConfig, hardware: Hardware, tokens: int) -> str:
     return f"about {span} at {speed:,.0f} text tokens/s ({source})"
 
 
-def _product_rate(cfg: TrainConfig, hardware: Hardware) -> float | None:
+def _product_rate(cfg: ResolvedConfig, hardware: Hardware) -> float | None:
     """Return FLOP/s of all processes: measured on a CPU, known for some GPUs."""
-    assert cfg.num_processes
     if cfg.device == "cuda":
         rate = _SUSTAINED_FLOPS.get(hardware.gpus[0].name)
         return rate * cfg.num_processes if rate else None
@@ -157,13 +149,13 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     shown. A document that is cut continues in another row. In the chat stages, tokens
     that count in the loss are between ⟦ and ⟧; the chosen answer of a pair comes first.
     """
-    settled = settle(cfg)
-    corpus = open_corpus(settled)
-    stream = corpus.training_stream(settled.cfg, settled.tokenizer.pad_id)
-    decode = load_tokenizer(settled.tokenizer).decode
+    resolved, tokenizer, _ = settle(cfg)
+    corpus = open_corpus(resolved, tokenizer, count_cores())
+    stream = corpus.training_stream(resolved, tokenizer.pad_id)
+    decode = load_tokenizer(tokenizer).decode
 
     def text(ids: np.ndarray, loss_mask: np.ndarray) -> str:
-        if settled.cfg.stage == "pretrain":
+        if resolved.stage == "pretrain":
             return str(decode(ids))
         cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(ids)]
         parts = ((decode(ids[a:b]), loss_mask[a]) for a, b in itertools.pairwise(cuts))

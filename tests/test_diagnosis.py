@@ -150,7 +150,6 @@ def run(tmp_path) -> RunFolder:
     folder.write_config({"settings": {}, "caches": ["tokens-1"]})
     for step in (2, 4):
         seal(folder.checkpoint_folder(step), {"step": step}, weights="1234")
-    seal(folder.reference, chosen="12")
     seal(tmp_path / "out" / "cache" / "tokens-1", tokens="123")
     return folder
 
@@ -161,7 +160,6 @@ def test_an_intact_run_is_intact_in_every_part(run):
     assert found.rows == [
         ["checkpoint", "step_00000004", "intact"],
         ["checkpoint", "step_00000002", "intact"],
-        ["reference", "reference", "intact"],
         ["token cache", "tokens-1", "intact"],
     ]
 
@@ -169,7 +167,6 @@ def test_an_intact_run_is_intact_in_every_part(run):
 @pytest.mark.fault("F22", "F23")
 def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     (run.checkpoint_folder(2) / "weights").write_text("1235")
-    (run.reference / "chosen").unlink()
     (tmp_path / "out" / "cache" / "tokens-1" / "tokens").write_text("12")
     before = tree(tmp_path)
     found = verify(run.root)
@@ -177,7 +174,6 @@ def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     assert [state for _, _, state in found.rows] == [
         "intact",
         "damaged: weights does not have the sha256 it was written with",
-        "damaged: chosen is missing",
         "damaged: tokens has 2 of 3 bytes",
     ]
     (run.checkpoint_folder(4) / "weights").write_text("")

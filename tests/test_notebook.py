@@ -54,7 +54,7 @@ def test_what_is_given_goes_before_the_demo_even_none():
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"beta3": 0.9}, ValueError, "'beta3' is no setting; did you mean"),
+        ({"beta3": 0.9}, ValueError, "unknown setting 'beta3'; did you mean"),
         ({"epochs": 3}, TypeError, "multiple values for keyword argument 'epochs'"),
     ],
 )

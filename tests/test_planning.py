@@ -11,7 +11,7 @@ from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.planning import flops_per_token, plan, preview
 from minimind_nb.session import Session
-from minimind_nb.training import preparation
+from minimind_nb.training import machine, run_plan
 
 CPU = Hardware((), cpu_cores=2, cpu_native_bf16=False, memory_gib=8.0)
 
@@ -26,8 +26,9 @@ def settings(tmp_path, monkeypatch) -> dict[str, Any]:
     rows = ({"text": f"The cat saw {n} birds and {7 * n} mice."} for n in range(60))
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(preparation, "detect_hardware", lambda: CPU)
-    monkeypatch.setattr(preparation, "current_session", lambda: Session("plain"))
+    for module in (planning, machine):
+        monkeypatch.setattr(module, "detect_hardware", lambda: CPU)
+    monkeypatch.setattr(run_plan, "current_session", lambda: Session("plain"))
     monkeypatch.setattr(planning, "_GEMM_SECONDS", 0.001)
     return {
         "data_path": path,
@@ -106,7 +107,7 @@ def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
 
 def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
     t4 = Gpu("Tesla T4", (7, 5), 14.6)
-    monkeypatch.setattr(preparation, "detect_hardware", lambda: machine_of(t4, t4))
+    monkeypatch.setattr(planning, "detect_hardware", lambda: machine_of(t4, t4))
     facts = plan(TrainConfig(**settings))
     assert facts["precision"] == "float16 on 2 × cuda"
     # 2 x 24 TFLOP/s, half of it reached, at 10,427,136 operations a token.
@@ -115,7 +116,7 @@ def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
 
 def test_of_an_unknown_gpu_nothing_is_promised(settings, monkeypatch):
     new = Gpu("Z9000", (12, 0), 96.0)
-    monkeypatch.setattr(preparation, "detect_hardware", lambda: machine_of(new))
+    monkeypatch.setattr(planning, "detect_hardware", lambda: machine_of(new))
     facts = plan(TrainConfig(**settings))
     assert facts["precision"] == "bfloat16 on 1 × cuda"
     assert facts["time"] == "known after the first steps: no figure for this GPU"
@@ -196,8 +197,8 @@ def test_a_plan_of_fine_tuning_tells_what_is_learned_from_and_what_is_cut(
     assert facts.title.startswith("sft_128 on ")
     assert facts["documents"] == "60 to train on, 0 held out"
     assert facts["too long"] == (
-        "of the conversations longer than max_seq_len=64, 1 are cut at a turn and 0 left "
-        "out, for no whole answer fits"
+        "of the conversations longer than max_seq_len=64, 1 are truncated at a turn "
+        "and 0 dropped because no whole answer fits"
     )
     epoch = re.fullmatch(
         r"([\d,]+) text tokens in (\d+) rows of 64 \(fill (0\.\d{3})\), (\d+) in "
@@ -238,7 +239,7 @@ def test_a_plan_says_what_the_run_would_begin_from(settings, chat_settings):
     assert facts["begins from"] == str(folder.root)
     assert facts.title.startswith("sft_32 on ")
     assert not (folder.root.parent / "sft_32").exists()
-    with pytest.raises(FileNotFoundError, match="holds no run of stage='sft' and no "):
+    with pytest.raises(FileNotFoundError, match="has no run of stage='sft' and no "):
         plan(TrainConfig(**{**chat_settings, "stage": "dpo", "recipe": "demo-dpo"}))
 
 

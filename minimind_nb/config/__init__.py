@@ -1,7 +1,7 @@
-"""What a run is: its settings, the known shapes and recipes, and how they combine.
+"""The settings of a run, the known shapes and recipes, and how they combine.
 
-Standard library only, so that a front end can build, check and explain a
-configuration without loading torch.
+Standard library only, so that a front end can build, check and explain a configuration
+without loading torch.
 """
 
 from .presets import (
@@ -14,9 +14,17 @@ from .presets import (
     STAGES,
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
+    count_parameters,
+    resolve_batch,
 )
-from .resolution import count_parameters
-from .settings import PATH_FIELDS, TrainConfig, kinds, resolve, shorten_home
+from .settings import (
+    PATH_FIELDS,
+    ResolvedConfig,
+    TrainConfig,
+    kinds,
+    resolve,
+    shorten_home,
+)
 from .validation import describe_unknown
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "PATH_FIELDS",
     "PRESETS",
     "RECIPES",
+    "ResolvedConfig",
     "SHAPE_FIELDS",
     "STAGES",
     "STAGE_BEFORE",
@@ -35,5 +44,6 @@ __all__ = [
     "describe_unknown",
     "kinds",
     "resolve",
+    "resolve_batch",
     "shorten_home",
 ]

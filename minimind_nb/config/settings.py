@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .presets import SHAPE_FIELDS, WEIGHTS_NAMES
-from .resolution import fill_defaults
+from .presets import SHAPE_FIELDS, WEIGHTS_NAMES, fill_defaults
 from .validation import Kinds, describe_unknown, find_problems, list_problems
 
 PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
@@ -19,14 +17,15 @@ PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Every setting of a run; None means "the default for this stage and shape".
+    """Every setting of a run as asked for; None means the default.
 
-    Steps are optimizer steps everywhere (MiniMind counts micro-batches). Raises one
-    `ValueError` that lists all problems found.
+    The default of a setting is the recipe's, the preset's or the stage's; in a run that
+    is resumed, the run's. Steps are optimizer steps everywhere (MiniMind counts
+    micro-batches). Raises one `ValueError` that lists all problems found.
     """
 
     stage: str = "pretrain"
-    """What is trained: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
+    """What to train: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
     data_path: str | None = None
     """JSON Lines file; a line is {"text": "…"} for pretrain, {"conversations":
     [{"role": "user", "content": "…"}, …]} for sft, {"chosen": […], "rejected": […]} for
@@ -34,22 +33,22 @@ class TrainConfig:
     val_path: str | None = None
     """Validation file in the same format, instead of a held-out part of data_path."""
     tokenizer: str | None = None
-    """A tokenizer.json or Hugging Face folder; the shipped 6400 entries unless set."""
+    """A tokenizer.json or Hugging Face folder; default: the run's, the initial weights'
+    or the shipped one with 6400 entries."""
     out_dir: str = "out"
-    """Folder for weights and run folders; relative to the working folder."""
+    """Folder for weights and run folders, relative to the working directory."""
     run_name: str | None = None
-    """Name of the run folder in out_dir; {stage}_{hidden_size}[_moe] unless set. The
-    weights file beside it has this name too, if set, and MiniMind's own if not."""
+    """Name of the run folder in out_dir; default {stage}_{hidden_size}[_moe]. If set,
+    the weights file beside it has this name too, else MiniMind's own."""
     resume: str | bool = "auto"
-    """"auto" goes on with the run found there, false sets it aside and starts anew,
-    a path copies that run into out_dir and goes on with it."""
+    """"auto" resumes an existing run; False keeps it under another name and starts over;
+    a path copies that run into out_dir and resumes the copy."""
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from the run that is resumed."""
     init_from: str | None = None
-    """Weights to begin from: a run, a checkpoint, a .pth or a saved folder; "none" for
-    new ones (pretrain's default); "auto" (sft and dpo) takes the newest finished run of
-    the stage before in out_dir, an unfinished one where none is: pretrain before sft, sft
-    before dpo."""
+    """Initial weights: a run, a checkpoint, a .pth or a saved folder; "none" for a random
+    initialisation (default of pretrain); "auto" (default of sft and dpo) for the newest
+    finished run of the previous stage in out_dir: pretrain for sft, sft for dpo."""
     preset: str | None = None
     """Model shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3 or
     minimind-3-moe."""
@@ -60,17 +59,17 @@ class TrainConfig:
     num_hidden_layers: int | None = None
     """Number of transformer blocks."""
     num_attention_heads: int | None = None
-    """Query heads a layer."""
+    """Query heads per layer."""
     num_key_value_heads: int | None = None
-    """Key and value heads a layer; divides num_attention_heads."""
+    """Key and value heads per layer; must divide num_attention_heads."""
     head_dim: int | None = None
-    """Width of a head; hidden_size / num_attention_heads unless set."""
+    """Width of a head; default hidden_size / num_attention_heads."""
     intermediate_size: int | None = None
-    """Width of the feed-forward layer, of each expert too; 3 · hidden_size unless set."""
+    """Width of the feed-forward layer, and of each expert; default 3 · hidden_size."""
     vocab_size: int | None = None
-    """Rows of the embedding; the tokenizer's entries unless set."""
+    """Rows of the embedding; default: the tokenizer's entries."""
     max_position_embeddings: int | None = None
-    """Longest context in tokens the model states it can take."""
+    """Longest context in tokens that the model declares."""
     rope_theta: float | None = None
     """Base of the rotary frequencies."""
     rms_norm_eps: float | None = None
@@ -78,109 +77,116 @@ class TrainConfig:
     dropout: float | None = None
     """Dropout probability."""
     qk_norm: bool | None = None
-    """Whether queries and keys are RMS-normalised (MiniMind's third generation)."""
+    """Whether to RMS-normalise queries and keys (MiniMind's third generation)."""
     use_moe: bool | None = None
     """Whether feed-forward layers are mixtures of experts."""
     n_routed_experts: int | None = None
-    """Experts a mixture layer chooses from."""
+    """Experts that the router of a layer chooses from."""
     num_experts_per_tok: int | None = None
-    """Experts chosen for a token."""
+    """Experts chosen per token."""
     n_shared_experts: int | None = None
-    """Experts every token passes besides."""
+    """Experts applied to every token in addition to the chosen ones."""
     aux_loss_alpha: float | None = None
     """Weight of the load-balancing loss, summed over layers."""
     seq_aux: bool | None = None
     """Balance per sequence (second generation) or over the batch (third)."""
     norm_topk_prob: bool | None = None
-    """Whether the weights of the chosen experts are normalised to one."""
+    """Whether the weights of the chosen experts are normalised to sum to one."""
     inference_rope_scaling: bool | None = None
-    """Whether YaRN stretches the rotary frequencies."""
+    """Whether to extend the rotary frequencies with YaRN."""
     max_seq_len: int | None = None
-    """Tokens a packed row holds, and so the length of context trained on. A longer text
-    is split, a longer conversation cut at a turn; a pair's prompt loses its oldest."""
+    """Tokens per packed row, and so the longest context trained on. A longer text is
+    split, a longer conversation truncated at a turn; a pair's prompt loses its oldest
+    turns."""
     document_mask: bool | None = None
-    """Whether the documents in a packed row are hidden from each other; always, where
-    conversations are trained on."""
+    """Whether documents in a packed row are hidden from each other; always on for sft
+    and dpo."""
     epochs: int | None = None
     """Passes over the training documents."""
+    global_batch: int | None = None
+    """Rows per optimizer step, over all processes and accumulation steps; default
+    batch_size × accumulation_steps × num_processes if one of the first two is set. A
+    resumed run keeps it on any number of processes."""
     batch_size: int | None = None
-    """Rows a process takes in one micro-step; the global batch is batch_size ×
-    accumulation_steps × num_processes."""
+    """Rows per process in one micro-step; default: the largest that makes up
+    global_batch within the stage's default."""
     accumulation_steps: int | None = None
     """Micro-steps whose gradients are summed in one optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate; 5e-4 unless set, for dpo 1e-5. Fine-tuning wants about the rate
-    of pretraining: a model of 1.6 M parameters that was pretrained at 2e-3 came from a
-    validation loss of 6.17 to 5.94 at 2e-4, 5.83 at 5e-4, 5.74 at 1e-3, 5.69 at 2e-3 and
-    5.79 at 4e-3 in two epochs of 1,000 conversations, and to 6.166 at MiniMind's 5e-7,
-    which the recipe minimind-sft keeps."""
+    """Peak learning rate; default 5e-4, for dpo 1e-5."""
     min_learning_rate: float | None = None
-    """Learning rate at the end of the cosine; a tenth of the peak unless set."""
+    """Learning rate at the end of the cosine; default: a tenth of the peak."""
     warmup_iters: int | None = None
-    """Optimizer steps of linear warm-up; at most a tenth of all steps are taken."""
+    """Optimizer steps of linear warm-up, capped at a tenth of all steps."""
     weight_decay: float | None = None
-    """AdamW's decay, on matrices only."""
+    """AdamW's weight decay, applied to matrices only."""
     beta1: float | None = None
     """AdamW's decay rate of the first moment."""
     beta2: float | None = None
     """AdamW's decay rate of the second moment."""
     grad_clip: float | None = None
-    """Largest norm of the gradient; 0 never clips."""
+    """Largest norm of the gradient; 0 disables clipping."""
     dpo_beta: float | None = None
-    """DPO's β: how dear it is to leave the reference model, which are the weights that
-    the run begins from; 0.1 unless set."""
+    """β of the DPO loss: strength of the pull towards the reference model (the initial
+    weights); default 0.1."""
     max_steps: int | None = None
     """Cap on optimizer steps, and then the horizon of the schedule."""
-    seed: int = 42
-    """Seed of initialisation, order and dropout."""
-    val_fraction: float = 0.01
-    """Share of the documents held out for validation, chosen by content."""
+    seed: int | None = None
+    """Seed of initialisation, data order and dropout; default 42."""
+    val_fraction: float | None = None
+    """Share of the documents held out for validation, chosen by content; default
+    0.01."""
     eval_tokens: int | None = None
-    """Most text tokens a validation looks at."""
+    """Largest number of text tokens in a validation."""
     eval_interval: int | None = None
-    """Optimizer steps between validations; one is made at step 0 and at the end too."""
+    """Optimizer steps between validations; step 0 and the end are validated too."""
     sample_prompts: tuple[str, ...] | None = None
-    """What the model is asked at every validation, to see its answers change: beginnings
-    of texts, or questions; two held-out ones unless set. The answers are drawn, at a
-    temperature of 0.8. On the command line a JSON list."""
+    """Prompts that the model answers at every validation, at temperature 0.8: beginnings
+    of texts, or questions; default: two held-out ones. On the command line a JSON
+    list."""
     sample_tokens: int | None = None
-    """Longest such answer in tokens; 0 asks nothing."""
+    """Longest such answer in tokens; 0 disables them."""
     log_interval: int | None = None
     """Optimizer steps between rows of metrics."""
-    use_wandb: bool = False
-    """Whether the metrics go to Weights & Biases too: offline, into the run folder, where
-    there is no key or no network. Needs pip install 'minimind_nb[wandb]'."""
-    wandb_project: str = "MiniMind"
-    """Name of the project there."""
+    use_wandb: bool | None = None
+    """Whether to log to Weights & Biases as well: offline, into the run folder, without a
+    key or a network. Needs pip install 'minimind_nb[wandb]'."""
+    wandb_project: str | None = None
+    """Name of the project there; default MiniMind."""
     save_interval: int | None = None
     """Optimizer steps between checkpoints; one is written at the end too."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept, besides the one of lowest validation loss; at least 2."""
+    keep_checkpoints: int | None = None
+    """Newest checkpoints to keep, plus the one of lowest validation loss; default 2, at
+    least 2."""
     max_session_hours: float | None = None
-    """Hours after which the run saves and stops; 11.5 on Kaggle, none elsewhere. The
-    clock of Kaggle and Colab starts with the session, that of other places with the
-    call."""
+    """Hours after which the run saves and stops; default 11.5 on Kaggle, unlimited
+    elsewhere. Counted from the start of the session on Kaggle and Colab, elsewhere from
+    the call."""
     device: str | None = None
-    """"cuda" or "cpu"; every GPU there is unless set."""
+    """"cuda" or "cpu"; default: every GPU, or the CPU if there is none."""
     num_processes: int | None = None
-    """Worker processes: one a GPU, or one on a CPU, unless set."""
+    """Worker processes; default: one per GPU, or one on a CPU."""
     dtype: str | None = None
-    """Precision of products: float16, bfloat16 or float32; by hardware unless set."""
-    max_skipped_steps: int = 20
-    """Non-finite steps in a row after which the run is ended."""
-    hang_timeout_seconds: float = 1800.0
-    """Seconds a process may keep the others waiting before the run is ended."""
-    on_bad_line: str = "error"
-    """"error" refuses a file with a malformed line, "skip" leaves such lines out."""
-    max_bad_fraction: float = 0.01
+    """Precision of matrix products: float16, bfloat16 or float32; default: by hardware."""
+    max_skipped_steps: int | None = None
+    """Non-finite steps in a row after which the run fails; default 20."""
+    hang_timeout_seconds: float | None = None
+    """Seconds without progress after which the run fails; default 1800."""
+    on_bad_line: str | None = None
+    """"error" (default) refuses a file with a malformed line, "skip" skips such lines."""
+    max_bad_fraction: float | None = None
     """Largest share of malformed lines that on_bad_line="skip" accepts, and of
-    conversations without an answer that fits a row."""
+    conversations without an answer that fits into a row; default 0.01."""
 
     def __new__(cls, **settings: Any) -> TrainConfig:
         known = kinds()
         problems = [describe_unknown(n, known) for n in settings if n not in known]
         if problems:
-            given = {n: _plain(settings[n]) for n in settings if n in known}
+            given = {
+                n: _plain(v)
+                for n, v in settings.items()
+                if n in known and v is not None
+            }
             raise ValueError(list_problems(problems + find_problems(given, known)))
         return super().__new__(cls)
 
@@ -190,41 +196,108 @@ class TrainConfig:
             if name in PATH_FIELDS and isinstance(plain, str):
                 plain = os.path.expanduser(plain)  # noqa: PTH111 - a Path drops "./"
             object.__setattr__(self, name, plain)
-        if problems := find_problems(self.explicit(), kinds()):
+        asked = not isinstance(self, ResolvedConfig)
+        if problems := find_problems(self.explicit(), kinds(), asked):
             raise ValueError(list_problems(problems))
 
     def explicit(self) -> dict[str, Any]:
-        """The settings that differ from the dataclass's defaults."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        """Return the settings that differ from the dataclass's defaults."""
+        defaults = {one.name: one.default for one in fields(TrainConfig)}
         return {n: v for n, v in vars(self).items() if v != defaults[n]}
 
     def portable(self) -> dict[str, Any]:
-        """The settings as a file may hold them: the home folder in paths is "~"."""
+        """Return the settings for a file, with the home folder in paths as "~"."""
         paths = {name: shorten_home(getattr(self, name)) for name in PATH_FIELDS}
-        return dataclasses.asdict(self) | paths
-
-    @property
-    def global_batch(self) -> int:
-        """Rows of one optimizer step over all processes (of a resolved configuration)."""
-        assert self.batch_size and self.accumulation_steps and self.num_processes
-        return self.batch_size * self.accumulation_steps * self.num_processes
+        return asdict(self) | paths
 
     def shape(self) -> dict[str, Any]:
-        """The settings that describe the model, by `MiniMindConfig`'s names."""
+        """Return the settings that describe the model, by `MiniMindConfig`'s names."""
         return {name: getattr(self, name) for name in SHAPE_FIELDS}
+
+
+def _required() -> Any:
+    """Return a field without the default of the base class."""
+    return field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig):
+    """The settings of a run with every default filled in.
+
+    Still None are `max_steps`, `max_session_hours` and `sample_prompts` if not set, the
+    settings of mixtures if the model is dense, and `dpo_beta` if the stage is not dpo.
+    """
+
+    data_path: str = ""
+    run_name: str = _required()
+    init_from: str = _required()
+    hidden_size: int = _required()
+    num_hidden_layers: int = _required()
+    num_attention_heads: int = _required()
+    num_key_value_heads: int = _required()
+    head_dim: int = _required()
+    intermediate_size: int = _required()
+    vocab_size: int = _required()
+    max_position_embeddings: int = _required()
+    rope_theta: float = _required()
+    rms_norm_eps: float = _required()
+    dropout: float = _required()
+    qk_norm: bool = _required()
+    use_moe: bool = _required()
+    inference_rope_scaling: bool = _required()
+    max_seq_len: int = _required()
+    document_mask: bool = _required()
+    epochs: int = _required()
+    global_batch: int = _required()
+    batch_size: int = _required()
+    accumulation_steps: int = _required()
+    learning_rate: float = _required()
+    min_learning_rate: float = _required()
+    warmup_iters: int = _required()
+    weight_decay: float = _required()
+    beta1: float = _required()
+    beta2: float = _required()
+    grad_clip: float = _required()
+    seed: int = _required()
+    val_fraction: float = _required()
+    eval_tokens: int = _required()
+    eval_interval: int = _required()
+    sample_tokens: int = _required()
+    log_interval: int = _required()
+    use_wandb: bool = _required()
+    wandb_project: str = _required()
+    save_interval: int = _required()
+    keep_checkpoints: int = _required()
+    device: str = _required()
+    num_processes: int = _required()
+    dtype: str = _required()
+    max_skipped_steps: int = _required()
+    hang_timeout_seconds: float = _required()
+    on_bad_line: str = _required()
+    max_bad_fraction: float = _required()
 
     @property
     def weights_name(self) -> str:
-        """MiniMind's name for the weights, `full_sft_512_moe.pth`; of a run with a name
-        of its own that name."""
+        """MiniMind's name for the weights, such as `full_sft_512_moe.pth`, or the run's
+        own name if it has one."""
         suffix = f"{self.hidden_size}{'_moe' if self.use_moe else ''}"
         if self.run_name == f"{self.stage}_{suffix}":
             return f"{WEIGHTS_NAMES[self.stage]}_{suffix}.pth"
         return f"{self.run_name}.pth"
 
 
+def resolve(cfg: TrainConfig, **found: Any) -> ResolvedConfig:
+    """Fill in every default.
+
+    `found` is what this machine and the initial weights say: device, num_processes,
+    dtype, vocab_size and the other names of a shape. An explicit setting, the recipe and
+    the preset take precedence. Raises `ValueError`.
+    """
+    return ResolvedConfig(**fill_defaults(cfg.explicit(), found))
+
+
 def shorten_home(path: Any) -> Any:
-    """A path below the home folder as "~/…", which tells nobody's name; else itself."""
+    """Return a path below the home folder as "~/…", which hides the user's name."""
     home = os.path.expanduser("~")  # noqa: PTH111 - "~" where there is none
     if isinstance(path, str) and path.startswith(f"{home}/") and home.strip("/~"):
         return f"~{path.removeprefix(home)}"
@@ -233,7 +306,7 @@ def shorten_home(path: Any) -> Any:
 
 @functools.cache
 def kinds() -> Kinds:
-    """The types each field of `TrainConfig` may have, None among them."""
+    """Return the types each field of `TrainConfig` may have, None among them."""
     found = {}
     for name, hint in typing.get_type_hints(TrainConfig).items():
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -241,22 +314,8 @@ def kinds() -> Kinds:
     return found
 
 
-def resolve(cfg: TrainConfig, **machine: Any) -> TrainConfig:
-    """Fill in every default that stands for stage, shape or machine.
-
-    `machine` is what was found here: device, num_processes, dtype, vocab_size, and the
-    shape of the weights to begin from. An explicit value, the recipe and the preset go
-    before it. Raises `ValueError`.
-    """
-    return TrainConfig(**fill_defaults(cfg.explicit(), machine))
-
-
 def _plain(value: Any) -> Any:
-    """Turn paths, NumPy scalars and lists into what JSON and a shell can hold.
-
-    A string of a class of its own becomes a plain one: where that class was defined in
-    a cell, no worker process could read it.
-    """
+    """Turn paths, NumPy scalars, lists and subclasses of str into plain values."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if getattr(value, "shape", None) == ():

@@ -1,8 +1,8 @@
 """The resumable iterator: which samples each rank takes in which step.
 
 Its whole state is one number, the samples consumed so far by all ranks together, so it
-means the same for any number of processes. A sample is a packed row; where preferences
-are trained on, a pair of answers.
+means the same for any number of processes. A sample is a packed row, or a pair of
+answers if preferences are trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..config import TrainConfig
+from ..config import ResolvedConfig
 from .conversations import TRAINED
 from .packing import (
     PackedRows,
@@ -27,7 +27,7 @@ from .packing import (
 from .token_cache import TokenCache
 
 IGNORED = -100
-"""The target of a position that nothing is learned from."""
+"""The target of a position without a loss."""
 
 Piece = tuple[int, int, int]
 Text = tuple[int, np.ndarray, np.ndarray]  # its number, its inputs, its targets
@@ -39,24 +39,24 @@ class MicroBatch:
 
     `inputs` and `targets`, both [B, T] int64, are aligned: `targets[b, t]` is the token
     after `inputs[b, t]`, or `IGNORED`. `documents` [B, T] int32 numbers the pieces in a
-    row (-1 is padding), or is None where documents may see each other. `learned` [N]
-    int64 are the places in the flattened rows that have a target, or None where nearly
+    row (-1 is padding), or is None if documents may see each other. `loss_positions` [N]
+    int64 are the indices into the flattened rows that have a target, or None if nearly
     all have one.
 
-    Where samples are pairs, pair p is the documents 2p (chosen) and 2p + 1 (rejected),
-    packed into the rows in any order; `reference` [2 · samples] float64 holds what the
-    reference model gives them, the sum of log-probabilities over the targets.
+    If samples are pairs, pair p is the documents 2p (chosen) and 2p + 1 (rejected),
+    packed into the rows in any order; `reference` [2 · samples] float32 holds their sums
+    of log-probabilities under the reference model, once they are known.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     documents: torch.Tensor | None
     samples: int
+    loss_positions: torch.Tensor | None = None
     reference: torch.Tensor | None = None
-    learned: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same samples on a device."""
+        """Return the same samples on a device."""
         if device.type == "cpu":
             return self
 
@@ -71,20 +71,20 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of one step, and what all ranks take together.
+    """This rank's micro-batches of one step.
 
-    `samples`, `tokens` (of text, whether learned from or not) and `terms` (of the loss:
-    targets, or pairs) are global.
+    `samples`, `tokens` (of text, with or without a loss) and `num_targets` (of the loss:
+    tokens, or pairs) are those of all ranks.
     """
 
     micro_batches: list[MicroBatch]
     samples: int
     tokens: int
-    terms: int
+    num_targets: int
 
 
 def collate(rows: Sequence[Sequence[Text]], width: int, pad: int) -> MicroBatch:
-    """Rows of texts, each with its number in the row, as one micro-batch."""
+    """Return rows of texts, each with its number in the row, as one micro-batch."""
     shape = (len(rows), width)
     inputs = np.full(shape, pad, np.int64)
     targets = np.full(shape, IGNORED, np.int64)
@@ -102,30 +102,24 @@ def collate(rows: Sequence[Sequence[Text]], width: int, pad: int) -> MicroBatch:
 
 
 class SampleReader:
-    """Turns samples, each a list of pieces of documents, into micro-batches.
+    """Turns samples, each a list of pieces of documents, into micro-batches."""
 
-    `reference`, where samples are pairs, is set once it is known: a float64 for each
-    document of the cache.
-    """
-
-    def __init__(self, cache: TokenCache, cfg: TrainConfig, pad_id: int) -> None:
-        assert cfg.max_seq_len
+    def __init__(self, cache: TokenCache, cfg: ResolvedConfig, pad_id: int) -> None:
         self.cache = cache
         self.width = cfg.max_seq_len
         self.pad_id = pad_id
         self.pairs = cfg.stage == "dpo"
         self.masked = cfg.document_mask
-        self.reference: np.ndarray | None = None
 
     def read(self, samples: Sequence[list[Piece]]) -> MicroBatch:
-        """The micro-batch of some samples; what they do not fill is padding."""
+        """Return the micro-batch of some samples, padded if they do not fill it."""
         if self.pairs:
             return self._read_pairs(samples)
         rows = [
             [self.text(number, piece) for number, piece in enumerate(sample)]
             for sample in samples
         ]
-        batch = self._mark(collate(rows, self.width, self.pad_id))
+        batch = self._with_loss_positions(collate(rows, self.width, self.pad_id))
         return batch if self.masked else replace(batch, documents=None)
 
     def _read_pairs(self, samples: Sequence[list[Piece]]) -> MicroBatch:
@@ -138,22 +132,18 @@ class SampleReader:
             [texts[number] for number, _, _ in packed.row(row)]
             for row in range(len(packed))
         ]
-        batch = self._mark(collate(rows, int(packed.targets.max()), self.pad_id))
-        reference = None
-        if self.reference is not None:
-            values = self.reference[[document for document, _, _ in pieces]]
-            reference = torch.from_numpy(values)
-        return replace(batch, samples=len(samples), reference=reference)
+        batch = collate(rows, int(packed.targets.max()), self.pad_id)
+        return replace(self._with_loss_positions(batch), samples=len(samples))
 
-    def _mark(self, batch: MicroBatch) -> MicroBatch:
-        """Say which places are learned from, where these are few."""
+    def _with_loss_positions(self, batch: MicroBatch) -> MicroBatch:
+        """Add the positions that have a target, if the data has a loss mask."""
         if self.cache.marks is None:
             return batch
-        places = (batch.targets.flatten() != IGNORED).nonzero().flatten()
-        return replace(batch, learned=places)
+        positions = (batch.targets.flatten() != IGNORED).nonzero().flatten()
+        return replace(batch, loss_positions=positions)
 
     def text(self, number: int, piece: Piece) -> Text:
-        """A piece as inputs and targets, those masked that nothing is learned from."""
+        """Return the inputs and targets of a piece, the loss mask applied."""
         document, start, count = piece
         ids = self.cache.piece(document, start, count)
         targets = ids[1:]
@@ -176,14 +166,13 @@ class TrainingStream:
         self,
         cache: TokenCache,
         truncated: TruncatedDocuments,
-        cfg: TrainConfig,
+        cfg: ResolvedConfig,
         pad_id: int,
         *,
         rank: int = 0,
         size: int = 1,
         samples: int = 0,
     ) -> None:
-        assert cfg.epochs and cfg.batch_size and cfg.accumulation_steps
         self.cache = cache
         self.truncated = truncated
         self.cfg = cfg
@@ -206,7 +195,7 @@ class TrainingStream:
         self.total_steps = -(-self.total_samples // self.global_batch)
 
     def arrange(self, epoch: int) -> PackedRows:
-        """The samples of an epoch; a step may reach across its end."""
+        """Return the samples of an epoch; a step may reach across its end."""
         e, seed = self.truncated, self.cfg.seed
         if self.reader.pairs:
             pieces = np.stack([e.documents, e.starts, e.targets], 1)
@@ -221,7 +210,7 @@ class TrainingStream:
         return self.tokens / max(1, self.rows * self.width)
 
     def next_step(self) -> StepBatch:
-        """Take the next global batch; this rank's samples of it are read."""
+        """Take the next global batch, and read this rank's samples of it."""
         begin = self.samples
         end = min(begin + self.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
@@ -233,13 +222,13 @@ class TrainingStream:
         return StepBatch(micro_batches, end - begin, *self._count(begin, end))
 
     def shares(self, begin: int, end: int) -> Iterator[range]:
-        """The samples of this rank's micro-batches in the step from begin to end."""
+        """Yield the samples of this rank's micro-batches in a step."""
         stride = self.size * self.batch_size
         for first in range(begin + self.rank * self.batch_size, end, stride):
             yield range(first, min(first + self.batch_size, end))
 
     def _count(self, begin: int, end: int) -> tuple[int, int]:
-        """Text tokens and terms of the loss of some samples."""
+        """Return the text tokens and the targets of the loss in some samples."""
         pieces = [piece for n in range(begin, end) for piece in self._row(n)]
         tokens = sum(count for _, _, count in pieces)
         if self.reader.pairs:
@@ -249,7 +238,8 @@ class TrainingStream:
         return tokens, int(self._trained[[document for document, *_ in pieces]].sum())
 
     def pieces(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids of each piece of a sample, last targets too, and which are learned."""
+        """Return the ids of each piece of a sample, last targets included, and their loss
+        mask."""
         found = []
         for piece in self._row(sample):
             _, inputs, targets = self.reader.text(0, piece)
@@ -258,7 +248,7 @@ class TrainingStream:
         return found
 
     def lines(self, samples: Iterable[int]) -> list[int]:
-        """The physical lines of the file that samples come from."""
+        """Return the physical lines of the file that samples come from."""
         documents = {piece[0] for n in samples for piece in self._row(n)}
         return sorted(set(self.cache.lines[sorted(documents)].tolist()))
 
@@ -270,19 +260,18 @@ class TrainingStream:
 class ValidationRows:
     """The held-out samples, packed once into rows; their order means nothing.
 
-    Whole documents are taken in the file's order, those left out that have more tokens
-    than remain of `eval_tokens`; where none has as few, the shortest is taken. Pairs
-    are taken whole.
+    Whole documents are taken in the file's order, except those with more tokens than
+    remain of `eval_tokens`; if all have more, the shortest is taken. Pairs are taken
+    whole.
     """
 
     def __init__(
         self,
         cache: TokenCache,
         truncated: TruncatedDocuments,
-        cfg: TrainConfig,
+        cfg: ResolvedConfig,
         pad_id: int,
     ) -> None:
-        assert cfg.eval_tokens
         self.cache = cache
         self.reader = SampleReader(cache, cfg, pad_id)
         together = 2 if self.reader.pairs else 1
@@ -310,7 +299,7 @@ class ValidationRows:
     def micro_batches(
         self, batch_size: int, rank: int, size: int
     ) -> Iterator[MicroBatch]:
-        """This rank's share of the samples, `batch_size` at a time."""
+        """Yield this rank's share of the samples, `batch_size` at a time."""
         mine = range(rank, len(self.rows), size)
         for begin in range(0, len(mine), batch_size):
             numbers = mine[begin : begin + batch_size]

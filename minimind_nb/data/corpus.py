@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import TrainConfig
+from ..config import ResolvedConfig
 from .batches import TrainingStream, ValidationRows
 from .demo import DEMO
 from .jsonl import DataError, check_file, iter_chunks, read_rows
@@ -49,9 +49,8 @@ class Corpus:
     """
 
     def __init__(
-        self, cache: TokenCache, val_cache: TokenCache | None, cfg: TrainConfig
+        self, cache: TokenCache, val_cache: TokenCache | None, cfg: ResolvedConfig
     ) -> None:
-        assert cfg.max_seq_len
         self.cache = cache
         self.val_cache = cache if val_cache is None else val_cache
         if val_cache is None:
@@ -68,7 +67,7 @@ class Corpus:
     @classmethod
     def prepare(
         cls,
-        cfg: TrainConfig,
+        cfg: ResolvedConfig,
         spec: TokenizerSpec,
         root: Path,
         processes: int,
@@ -84,7 +83,6 @@ class Corpus:
             policy = (cfg.on_bad_line, cfg.max_bad_fraction)
             return open_cache(Source(path, cfg.stage, spec, *policy), root, processes)
 
-        assert cfg.data_path
         cache = open_file(cfg.data_path)
         val_cache = None
         if cfg.val_path:
@@ -119,7 +117,7 @@ class Corpus:
 
     @classmethod
     def reopen(
-        cls, description: Sequence[Mapping[str, Any]], cfg: TrainConfig
+        cls, description: Sequence[Mapping[str, Any]], cfg: ResolvedConfig
     ) -> Corpus:
         """Open caches that the process which described them has verified."""
         caches = [TokenCache(Path(one["folder"]), one["facts"]) for one in description]
@@ -127,7 +125,7 @@ class Corpus:
 
     def training_stream(
         self,
-        cfg: TrainConfig,
+        cfg: ResolvedConfig,
         pad_id: int,
         rank: int = 0,
         size: int = 1,
@@ -137,7 +135,9 @@ class Corpus:
         place = {"rank": rank, "size": size, "samples": samples}
         return TrainingStream(self.cache, self.truncated, cfg, pad_id, **place)
 
-    def validation_rows(self, cfg: TrainConfig, pad_id: int) -> ValidationRows | None:
+    def validation_rows(
+        self, cfg: ResolvedConfig, pad_id: int
+    ) -> ValidationRows | None:
         """Return the held-out rows, at most `eval_tokens`; None if nothing is held out."""
         if not len(self.val_truncated.documents):
             return None
@@ -145,7 +145,7 @@ class Corpus:
 
 
 def _check_truncation(
-    cfg: TrainConfig, path: str, truncated: TruncatedDocuments, max_dropped: float
+    cfg: ResolvedConfig, path: str, truncated: TruncatedDocuments, max_dropped: float
 ) -> None:
     pairs = cfg.stage == "dpo"
     kept, dropped = len(truncated.documents) // (1 + pairs), truncated.dropped

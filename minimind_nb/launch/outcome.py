@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 ENDINGS = ("finished", "time_budget", "interrupted", "terminated")
 SESSION = "--- pid "
 """Each session of a rank begins its log with this."""
-_WAITING = ("launch/process_group.py", "in norm_and_slots")
+_WAITING = ("launch/process_group.py", "in grad_norm_and_sums")
 """In the stack of a rank that waits for the others: it is in a collective or, on CUDA,
 where the host first needs the result of one."""
 _LOG_TAIL_LINES = 15

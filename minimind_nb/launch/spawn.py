@@ -6,7 +6,6 @@ Imports no torch: a worker must watch its parent before that long import.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import importlib
 import math
@@ -70,31 +69,35 @@ class RankInfo(NamedTuple):
 class Job:
     """The work of each process.
 
-    `target` names a function, "package.module:function", that takes (rank, payload,
-    record, stop) and returns how it ended; `payload` is plain data. `environment` is
-    set in each process before `target` is imported. Under torchrun every machine must
-    see `paths`. A rank that makes no progress for `hang_timeout` seconds hangs;
+    `target` names a function, "package.module:function", that takes (info, folder,
+    store, record, stop) and returns the status; its instructions are in `folder`.
+    `environment` is set in each process before `target` is imported. Under torchrun
+    every machine must see `paths`. A rank that makes no progress for `hang_timeout` seconds hangs;
     `less_memory` says what to do if one runs out of memory. `lock` is the descriptor of
     the folder's lock, which the ranks inherit: it is free when the last has left.
     """
 
     target: str
-    payload: Mapping[str, Any]
-    num_processes: int
     folder: RunFolder
+    num_processes: int
     environment: Mapping[str, str] = field(default_factory=dict)
     paths: Sequence[str] = ()
     hang_timeout: float = math.inf
     less_memory: str = ""
     lock: int | None = None
 
-    def run(self, rank: int, record: RankRecord, stop: StopRequest) -> None:
-        """Run the part of one rank in this process, and record how it ended."""
+    def run(
+        self, info: RankInfo, store: Any, record: RankRecord, stop: StopRequest
+    ) -> None:
+        """Run the part of one rank in this process, and record how it ended.
+
+        The ranks meet in `store`, a file or a store of torch.
+        """
         record.update()
         module, _, name = self.target.partition(":")
         try:
             run = getattr(importlib.import_module(module), name)
-            status = run(rank, self.payload, record, stop)
+            status = run(info, self.folder, store, record, stop)
         except BaseException as error:
             record.fail(error)
             raise
@@ -133,11 +136,12 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
 
     Not by torch's wrapper, which leaves a temporary file for each rank that fails.
     """
-    job = dataclasses.replace(job, payload={**job.payload, "store": store})
     lock = None if job.lock is None else _Inherited(job.lock)
     with _signals_held_back(), without_main_script():
         for rank in range(job.num_processes):
-            process = _SPAWN.Process(target=_enter, args=(rank, job, os.getpid(), lock))
+            info = RankInfo(rank, job.num_processes, rank, job.num_processes)
+            arguments = (info, job, store, os.getpid(), lock)
+            process = _SPAWN.Process(target=_enter, args=arguments)
             process.start()
             processes.append(process)
 
@@ -256,19 +260,22 @@ class HangWatch:
         return ""
 
 
-def _enter(rank: int, job: Job, parent_pid: int, _lock: _Inherited | None) -> None:
+def _enter(
+    info: RankInfo, job: Job, store: str, parent_pid: int, _lock: _Inherited | None
+) -> None:
     """Set up a worker process, in which signals are still blocked, and run its part."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent sends SIGTERM instead
     die_with_parent(parent_pid)
     if os.getppid() != parent_pid:
         return
     os.environ.update(job.environment)
-    _redirect_output(job.folder.log_file(rank))
+    _redirect_output(job.folder.log_file(info.rank))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     stop = StopRequest()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    job.run(rank, RankRecord(job.folder.record_file(rank), rank), stop)
+    record = RankRecord(job.folder.record_file(info.rank), info.rank)
+    job.run(info, store, record, stop)
 
 
 def _redirect_output(log: Path) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..hardware import choose_threads, count_cores
 from ..lifetime import die_with_parent
 from ..storage.run_folder import RunFolder
 from .cancellation import StopRequest
@@ -84,7 +83,7 @@ class TorchrunSession:
         probe = job.folder.root / f".torchrun_{secrets.token_hex(8)}"
         probe.touch()
         paths = [str(probe.absolute()), *job.paths]
-        fields = {"target": job.target, "payload": job.payload, "paths": paths}
+        fields = {"target": job.target, "paths": paths}
         self._send(job={**fields, "folder": str(job.folder.root)})
         try:
             with _polled(on_poll):
@@ -119,14 +118,8 @@ class TorchrunSession:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self._stop = StopRequest()
         record = RankRecord(job.folder.record_file(info.rank), info.rank)
-        own = {
-            "store": PrefixStore("group", self._store),
-            "local_rank": info.local_rank,
-            "threads": choose_threads(info.local_world_size, count_cores()),
-        }
-        job = dataclasses.replace(job, payload={**job.payload, **own})
         try:
-            job.run(info.rank, record, self._stop)
+            job.run(info, PrefixStore("group", self._store), record, self._stop)
         except BaseException:  # the error is in the record
             leave_at_once()
         self._store.set(f"done/{info.rank}", "")

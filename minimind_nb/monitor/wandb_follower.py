@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..config import TrainConfig
+from ..config import ResolvedConfig
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
 from ..storage.run_folder import RunFolder
@@ -58,7 +58,7 @@ class WandbFollower:
     waits, at most `FINISH_SECONDS`.
     """
 
-    def __init__(self, history: History, cfg: TrainConfig) -> None:
+    def __init__(self, history: History, cfg: ResolvedConfig) -> None:
         self._history, self._cfg = history, cfg
         self._folder = history.path.parent
         self._message = ""

@@ -58,13 +58,18 @@ class RunFolder:
         self.metrics_file = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.tokenizer = self.root / "tokenizer"
-        self.reference = self.root / "reference"
+        self.plan_file = self.root / "plan.json"
 
     @property
     def lock_file(self) -> Path:
         """The lock, beside the folder, which may not exist yet."""
         root = self.root.resolve()
         return root.with_name(f".{root.name}.lock")
+
+    @property
+    def reference_weights(self) -> Path | None:
+        """The initial weights that a preference run keeps, or None."""
+        return next(self.root.glob("reference.*"), None)
 
     def log_file(self, rank: int) -> Path:
         """Return the file for all output of a rank."""
@@ -92,6 +97,10 @@ class RunFolder:
         if not isinstance(settings, dict):
             raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")
         return config
+
+    def settings(self) -> dict[str, Any]:
+        """Return the resolved settings in `config.json`."""
+        return self.read_config().get("settings", {})
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.json`, creating the folder if necessary."""

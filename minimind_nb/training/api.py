@@ -1,28 +1,28 @@
-"""`train` and `evaluate`: what runs in worker processes, from a cell, script or shell.
+"""`train` and `evaluate`: run worker processes from a cell, a script or a shell.
 
-Under torchrun the processes are there: each makes the call and works in place.
+Under torchrun the processes exist already: each makes the call and works in place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import SHAPE_FIELDS, TrainConfig
-from ..data.corpus import Corpus, detect_format
+from ..config import SHAPE_FIELDS, TrainConfig, resolve
+from ..data.corpus import detect_format
 from ..data.demo import locate
-from ..data.tokenizer import write_tokenizer
-from ..hardware import choose_threads
+from ..data.tokenizer import read_tokenizer
+from ..hardware import choose_threads, count_cores
 from ..launch.outcome import TrainingFailed
 from ..launch.spawn import Job, run_processes
 from ..launch.torchrun import TorchrunSession, join_torchrun
@@ -32,14 +32,16 @@ from ..monitor.metrics import History
 from ..monitor.runs import Run, save_chart, write_summary
 from ..monitor.tables import Facts
 from ..monitor.wandb_follower import WandbFollower, require_wandb
-from ..session import current_session
 from ..storage.run_folder import STATE, RunFolder
-from .preparation import Prepared, Settled, prepare, settle
+from .machine import machine_defaults
+from .preparation import prepare
+from .run_plan import RunPlan, cache_root, open_corpus
 from .worker import smaller_batch
 
+logger = logging.getLogger(__name__)
 _Callback = Callable[[History], object]
 # On two T4 over PCIe hangs were reported until peer-to-peer, or shared memory, was off.
-# A file store without a cause times out once in some 2,000 starts; a fresh one helps.
+# A file store times out without a cause once in some 2,000 starts; a fresh one helps.
 _ENVIRONMENTS: dict[str, list[dict[str, str]]] = {
     "cpu": [{}, {}],
     "cuda": [
@@ -50,47 +52,69 @@ _ENVIRONMENTS: dict[str, list[dict[str, str]]] = {
 }
 
 
-def train(cfg: TrainConfig, view: bool | _Callback | None = None) -> Run:
+def train(
+    cfg: TrainConfig | str | os.PathLike[str],
+    view: bool | _Callback | None = None,
+    **settings: Any,
+) -> Run:
     """Train in worker processes, show progress, and return the run when it ended.
 
-    A run found in `out_dir` under the same name goes on where it stood; a finished one
-    is returned as it is. `view` is None for the cell's or the terminal's view, False
-    for none, or a function that gets each `History` update. An interrupt saves and
-    returns with `run.status == "interrupted"`; a second one kills at once and raises
-    `KeyboardInterrupt`.
+    `cfg` is a TrainConfig, or the path of the data with settings by name:
+    `mm.train("corpus.jsonl", preset="minimind2-small")`. A run of the same name in
+    `out_dir` is resumed; a finished one is returned as it is. `view` is None for a live
+    view in the cell or the terminal, False for none, or a function that gets each
+    `History` update. An interrupt saves and returns with `run.status == "interrupted"`;
+    a second one kills at once and raises `KeyboardInterrupt`.
 
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
-    before anything is started, saying what to change; `TrainingFailed` when the run
+    before anything is started, saying what to change; `TrainingFailed` if the run
     failed, with the traceback of the rank that failed first.
 
     Under torchrun its processes are the workers, and all of them make this call and get
     the run; rank 0 shows it.
     """
-    return Run(_together(functools.partial(_train, cfg, view)))
+    if isinstance(cfg, str | os.PathLike):
+        cfg = TrainConfig(data_path=os.fspath(cfg), **settings)
+    elif settings:
+        raise TypeError(
+            f"{', '.join(settings)}: put settings into the TrainConfig, or call "
+            'mm.train("corpus.jsonl", …) with a path'
+        )
+    return Run(_on_first_rank(functools.partial(_train, cfg, view)))
 
 
-def _together(work: Callable[[TorchrunSession | None], Any]) -> Any:
-    """What `work` returns, plain data; under torchrun rank 0 does it, for all ranks."""
-    torchrun = join_torchrun()
-    if torchrun is None:
+def _on_first_rank(work: Callable[[TorchrunSession | None], Any]) -> Any:
+    """Return what `work` returns, plain data; under torchrun rank 0 calls it for all."""
+    session = join_torchrun()
+    if session is None:
         return work(None)
-    return torchrun.run(functools.partial(work, torchrun))
+    return session.run(functools.partial(work, session))
 
 
 def _train(
-    cfg: TrainConfig, view: bool | _Callback | None, torchrun: TorchrunSession | None
+    cfg: TrainConfig, view: bool | _Callback | None, session: TorchrunSession | None
 ) -> str:
     """Train, and return the run folder."""
     shown = choose_view(view)
     if getattr(cfg, "use_wandb", False):
         require_wandb()
-    with shown.attached(), prepare(cfg, shown.note) as prepared:
-        return _run(prepared, shown, torchrun)
+    with shown.attached(), prepare(cfg) as (plan, lock):
+        run = Run(plan.folder.root)
+        if plan.complete:
+            shown.start(run.history)
+            limit = plan.cfg.max_steps or math.inf
+            further = "max_steps" if limit <= plan.total_steps else "epochs"
+            logger.info(f"{run.folder} is finished; raise {further} to train longer")
+            shown.finish(run.history, run.status)
+        else:
+            _run(plan, lock, run, shown, session)
+        return str(run.folder)
 
 
-def _run(prepared: Prepared, shown: View, torchrun: TorchrunSession | None) -> str:
-    """Train what is prepared, while its lock is held, and return the run folder."""
-    run = Run(prepared.folder.root)
+def _run(
+    plan: RunPlan, lock: int, run: Run, shown: View, session: TorchrunSession | None
+) -> None:
+    """Carry out a plan while its lock is held."""
     history = run.history
 
     def show() -> None:
@@ -99,25 +123,12 @@ def _run(prepared: Prepared, shown: View, torchrun: TorchrunSession | None) -> s
         shown.update(history)
         shown.attempt(follower.report)
 
-    follower = WandbFollower(history, prepared.cfg)
-    if prepared.complete:
-        shown.start(history)
-        limit = prepared.cfg.max_steps or math.inf
-        further = "max_steps" if limit <= prepared.total_steps else "epochs"
-        shown.note(f"{run.folder} is finished; raise {further} to train longer")
-        shown.finish(history, run.status)
-        return str(run.folder)
-    shown.start(history, prepared.total_steps)
+    follower = WandbFollower(history, plan.cfg)
+    shown.start(history, plan.total_steps)
     shown.attempt(follower.start)
     status = "failed"
     try:
-        status = _launch(
-            functools.partial(training_job, prepared),
-            prepared.cfg.device,
-            show,
-            shown.note,
-            torchrun,
-        )
+        status = _launch("run", plan, show, session, lock)
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -126,12 +137,11 @@ def _run(prepared: Prepared, shown: View, torchrun: TorchrunSession | None) -> s
         shown.attempt(follower.finish)
         shown.finish(history, status)
         shown.attempt(save_chart, run)
-        shown.attempt(write_summary, run, status, prepared.weights_file)
-    return str(run.folder)
+        shown.attempt(write_summary, run, status, plan.weights_file)
 
 
 class Scores(dict[str, float]):
-    """What `evaluate` measured, by name; shows itself as a table."""
+    """The results of `evaluate` by name, shown as a table."""
 
     def __init__(self, title: str, scores: dict[str, float]) -> None:
         super().__init__(scores)
@@ -150,20 +160,22 @@ def evaluate(
     which: str = "last",
     **settings: Any,
 ) -> Scores:
-    """The loss of a model on a file: a mean over tokens, by all processes.
+    """Measure the loss of a model on a file: the mean over tokens, by all processes.
 
-    `source` and `which` are what `load` takes. `data_path` has one {"text": "…"} a line,
-    or {"conversations": […]}, and then it is the answers that are predicted. `settings`
-    are `TrainConfig`'s: max_seq_len, batch_size, num_processes, device, dtype, … (with
+    `source` and `which` are those of `load`. `data_path` has one {"text": "…"} per line,
+    or {"conversations": […]}, of which the answers are predicted. `settings` are
+    `TrainConfig`'s: max_seq_len, batch_size, num_processes, device, dtype, … (with
     `eval_tokens` only so many tokens are looked at).
 
-    Returns loss (nats a token), perplexity, and bits_per_byte of the text or answers,
-    which can be compared across tokenizers; the number of `documents`, of those that
-    are cut to fit a row, and of those `dropped` because no whole answer fits. Raises
-    what `train` raises.
+    Returns loss (nats per token), perplexity, and bits_per_byte of the text or answers,
+    which is comparable across tokenizers; the number of `documents`, of those that are
+    `cut` to fit a row, and of those `dropped` because no whole answer fits. Raises what
+    `train` raises.
     """
-    scores = _together(functools.partial(_evaluate, source, data_path, which, settings))
-    return Scores(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
+    work = functools.partial(_evaluate, source, data_path, which, settings)
+    return Scores(
+        f"{os.fspath(source)} on {os.fspath(data_path)}", _on_first_rank(work)
+    )
 
 
 def _evaluate(
@@ -171,37 +183,37 @@ def _evaluate(
     data_path: str | os.PathLike[str],
     which: str,
     settings: Mapping[str, Any],
-    torchrun: TorchrunSession | None,
+    session: TorchrunSession | None,
 ) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
     shape = settings if Path(source).is_file() else {}
     shape = {name: shape[name] for name in SHAPE_FIELDS if name in shape}
     weights = find_weights(source, which, settings.get("tokenizer"), **shape)
+    weights.read()
     stage = detect_format(data_path, weights.stage or "pretrain")
     choices = {"out_dir": _home(weights.file), "eval_tokens": 1 << 62, **settings}
-    file = locate(data_path, stage)
-    choices |= {"stage": stage, "data_path": file, "val_path": file}
-    in_folder = weights.file.suffix in (".safetensors", ".bin")
-    init_from = str(weights.file.parent if in_folder else weights.file)
-    settled = settle(TrainConfig(**choices, init_from=init_from), print)
-    cfg, cores = settled.cfg, settled.hardware.cpu_cores
-    at = (settled.tokenizer, settled.cache_root, cores)
-    corpus = Corpus.prepare(cfg, *at, max_dropped=1.0)
-    shared = settled.cache_root if torchrun else None  # other machines must see it
+    asked = TrainConfig(stage=stage, **choices)
+    file = str(locate(data_path, stage))
+    asked = replace(asked, data_path=file, val_path=file)
+    machine, cores = machine_defaults(asked)
+    tokenizer = read_tokenizer(asked.tokenizer or weights.tokenizer)
+    cfg = resolve(
+        asked, **{"vocab_size": tokenizer.vocab_size, **machine, **weights.shape()}
+    )
+    corpus = open_corpus(cfg, tokenizer, cores, max_dropped=1.0)
+    # Other machines see the cache, but not this one's temporary folder.
+    shared = cache_root(asked) if session else None
     with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=shared) as folder:
-        run = RunFolder(folder)
-        write_tokenizer(settled.tokenizer, run.tokenizer)
-        job = functools.partial(
-            _job, "measure", settled, run, corpus, initial=weights.file
-        )
-        _launch(job, cfg.device, lambda: None, lambda _: None, torchrun)
-        scores = json.loads((run.root / "scores.json").read_bytes())
+        plan = RunPlan(cfg, RunFolder(folder), tokenizer, corpus, initial=weights.file)
+        plan.write()
+        _launch("measure", plan, lambda: None, session)
+        scores = json.loads((Path(folder) / "scores.json").read_bytes())
     return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
 
 
 def _home(weights: Path) -> str:
-    """The out_dir that holds a run or its weights file, for the token cache."""
+    """Return the out_dir that holds a run or its weights file, for the token cache."""
     above = 0
     if weights.suffix == ".safetensors":
         above = 3 if (weights.parent / STATE).exists() else 1
@@ -210,83 +222,46 @@ def _home(weights: Path) -> str:
 
 
 def _launch(
-    make_job: Callable[[Mapping[str, str]], Job],
-    device: str | None,
+    target: str,
+    plan: RunPlan,
     on_poll: Callable[[], None],
-    on_note: Callable[[str], None],
-    torchrun: TorchrunSession | None,
+    session: TorchrunSession | None,
+    lock: int | None = None,
 ) -> str:
-    """Start the workers; again in another environment where they did not meet."""
-    if torchrun:
-        return torchrun.launch(make_job({}), on_poll)
-    environments = _ENVIRONMENTS[device or "cpu"]
+    """Start the workers, again in another environment if they do not connect."""
+    if session:
+        return session.launch(make_job(target, plan), on_poll)
+    environments = _ENVIRONMENTS[plan.cfg.device]
     for environment, following in itertools.pairwise(environments):
         try:
-            return run_processes(make_job(environment), on_poll)
+            return run_processes(make_job(target, plan, environment, lock), on_poll)
         except TrainingFailed as failure:
             if failure.phase != "meeting":
                 raise
             changes = " ".join(f"{k}={v}" for k, v in following.items())
-            on_note(f"the processes did not meet; once more {changes}".rstrip())
-    return run_processes(make_job(environments[-1]), on_poll)
+            logger.warning(
+                f"the processes did not connect; retrying {changes}".rstrip()
+            )
+    return run_processes(make_job(target, plan, environments[-1], lock), on_poll)
 
 
-def training_job(prepared: Prepared, environment: Mapping[str, str]) -> Job:
-    """What the workers of a prepared run get."""
-    age = time.monotonic() - prepared.began
-    left = current_session().seconds_left(prepared.cfg.max_session_hours, age)
-    checkpoint, initial_file = prepared.start
-    return _job(
-        "run",
-        prepared.settled,
-        prepared.folder,
-        prepared.corpus,
-        environment,
-        initial=initial_file,
-        config=prepared.config,
-        weights_file=str(prepared.weights_file),
-        total_steps=prepared.total_steps,
-        checkpoint=str(checkpoint.folder) if checkpoint else None,
-        # The monotonic clock of Linux is one for all processes.
-        deadline=None if left is None else time.monotonic() + left,
-        lock=prepared.lock,
-        less_memory=smaller_batch(prepared.cfg),
-    )
-
-
-def _job(
+def make_job(
     target: str,
-    settled: Settled,
-    folder: RunFolder,
-    corpus: Corpus,
-    environment: Mapping[str, str],
-    *,
-    initial: Path | None,
+    plan: RunPlan,
+    environment: Mapping[str, str] | None = None,
     lock: int | None = None,
-    less_memory: str = "",
-    **more: Any,
 ) -> Job:
-    cfg = settled.cfg
-    assert cfg.num_processes and cfg.hang_timeout_seconds
-    threads = choose_threads(cfg.num_processes, settled.hardware.cpu_cores)
-    caches = [one["folder"] for one in corpus.describe()]
-    payload = {
-        "settings": dataclasses.asdict(cfg),
-        "folder": str(folder.root),
-        "corpus": corpus.describe(),
-        "initial": initial and str(initial),
-        "threads": threads,
-        **more,
-    }
-    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    """Return the job of carrying out a plan with a function of `worker`."""
+    cfg = plan.cfg
+    threads = str(choose_threads(cfg.num_processes, count_cores()))
+    threading = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     return Job(
         target=f"minimind_nb.training.worker:{target}",
-        payload=payload,
+        folder=plan.folder,
         num_processes=cfg.num_processes,
-        folder=folder,
-        environment={**threading, **environment},
-        paths=[path for path in (*caches, payload["initial"]) if path],
+        environment={**threading, **(environment or {})},
+        paths=list(map(str, plan.input_paths)),
         hang_timeout=cfg.hang_timeout_seconds,
-        less_memory=less_memory,
+        less_memory=smaller_batch(cfg) if lock is not None else "",
         lock=lock,
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it becomes a running state again.
+"""The content of a checkpoint, saved and restored.
 
 No random state is kept: every draw of a run is seeded from (seed, rank, step), so the
 step says it all, for any number of processes.
@@ -18,41 +18,42 @@ from ..model.architecture import MiniMindForCausalLM
 from ..model.state_dict import put_weights
 from ..storage import verified
 from ..storage.run_folder import OPTIMIZER, STATE, WEIGHTS
-from .optim import find_not_finite, moments, restore_moments
+from .optim import find_non_finite, moments, restore_moments
 from .trainer import Progress, Trainer
 
 
-def save_checkpoint(t: Trainer) -> Path:
-    """Write a checkpoint of the state after `t.progress.step` steps, and verify it.
+def save_checkpoint(trainer: Trainer) -> Path:
+    """Write a checkpoint of the state after `trainer.progress.step` steps; verify it.
 
-    fp32 weights (tied ones once), AdamW's moments by parameter name, and the rest as
-    JSON. An intact checkpoint of this step is left as it is, a damaged one set aside.
-    Raises `OSError`, `DamagedFolder` where it is not what was written, and
-    `FloatingPointError` where a weight or a moment is not finite: no run could go on
-    from that, and the checkpoint before is good.
+    Holds the fp32 weights (tied ones once), AdamW's moments by parameter name, and the
+    rest as JSON. An intact checkpoint of this step is left as it is, a damaged one set
+    aside. Raises `OSError`, `DamagedFolder` if reading it back fails, and
+    `FloatingPointError` if a weight or a moment is not finite, since no run could
+    resume from that.
     """
-    target = t.folder.checkpoint_folder(t.progress.step)
+    progress = trainer.progress
+    target = trainer.folder.checkpoint_folder(progress.step)
     if not target.exists():
         state = {
-            "progress": asdict(t.progress),
-            "scaler": t.scaler.state_dict(),
-            "config": t.config,
+            "progress": asdict(progress),
+            "scaler": trainer.scaler.state_dict(),
+            "config": trainer.config,
         }
-        text = json.dumps(state, indent=2, ensure_ascii=False)
-        facts = {"step": t.progress.step, "val_loss": t.progress.val_loss}
-        facts |= {"run": t.config["run"]}
-        weights = {name: p.detach() for name, p in t.model.named_parameters()}
-        kept = moments(t.optimizer, t.model)
-        if spoiled := find_not_finite(weights) or find_not_finite(kept):
+        facts = {"step": progress.step, "val_loss": progress.val_loss}
+        facts |= {"run": trainer.config["run"]}
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        kept = moments(trainer.optimizer, trainer.model)
+        if name := find_non_finite(weights) or find_non_finite(kept):
             raise FloatingPointError(
-                f"{spoiled} is not finite after step {t.progress.step}, so nothing is "
-                "saved; the checkpoint before is good. Lower learning_rate, or look at "
-                "the rows before"
+                f"{name} is not finite after step {progress.step}, so nothing was saved; "
+                "the previous checkpoint is good. Lower learning_rate, or look at the "
+                "rows before this step"
             )
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
         with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)
             save_file(kept, aside / OPTIMIZER)
+            text = json.dumps(state, indent=2, ensure_ascii=False)
             (aside / STATE).write_text(text, encoding="utf-8")
     try:
         verified.verify(target)
@@ -70,8 +71,7 @@ def load_checkpoint(
 ) -> Progress:
     """Restore a verified checkpoint into a model and its optimizer.
 
-    Raises `ValueError` naming the tensors if it is of another shape, before the
-    optimizer is changed.
+    Raises `ValueError` naming the tensors if it has another shape.
     """
     put_weights(model, load_file(folder / WEIGHTS), str(folder))
     restore_moments(optimizer, model, load_file(folder / OPTIMIZER))
@@ -82,12 +82,12 @@ def load_checkpoint(
 
 
 def read_progress(folder: Path) -> Progress:
-    """Where the run stood when a checkpoint was written."""
+    """Return the progress of the run when a checkpoint was written."""
     return Progress(**_read_state(folder)["progress"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of the run as it was when a checkpoint was written."""
+    """Return the run's `config.json` as it was when a checkpoint was written."""
     return _read_state(folder)["config"]
 
 

@@ -1,9 +1,11 @@
-"""What a run begins from: new weights, or those of a run, a file or a folder."""
+"""The weights that a new run starts from: those of a run, a file or a folder."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,177 +14,170 @@ from ..config import (
     PRESETS,
     SHAPE_FIELDS,
     STAGE_BEFORE,
+    STAGES,
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
     TrainConfig,
-    shorten_home,
 )
-from ..config import STAGES as DEFAULTS
 from ..model.loading import FoundWeights, find_weights
 from ..storage.run_folder import RunFolder
 from ..storage.verified import hash_file
+from .run_plan import RunPlan
 
+logger = logging.getLogger(__name__)
 _FIXED = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]
-# What the names and shapes in a .pth leave open.
-_OPEN = (
+# Not recorded by the names and shapes in a .pth.
+_NOT_IN_PTH = (
     "num_attention_heads head_dim num_experts_per_tok rope_theta rms_norm_eps "
     "norm_topk_prob"
 ).split()
-_Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Initial:
-    """Weights to begin from: what was named, what was found, the sha256 of the file.
-
-    Without a sha256 they are the newest of a run that is there and goes on.
-    """
+class InitialWeights:
+    """Initial weights: the source that was named, what was found there, its sha256."""
 
     source: str
     weights: FoundWeights
-    digest: str | None
+    digest: str
 
 
-def find_initial(cfg: TrainConfig, on_note: _Note) -> Initial | None:
-    """The weights that `init_from` names, checked; None where new ones are asked for.
+def find_initial_weights(cfg: TrainConfig) -> InitialWeights | None:
+    """Return the weights that `init_from` names, or None for a random initialisation.
 
-    "auto" is the newest finished run of the stage before in out_dir; an unfinished one
-    where none is finished, and that is said; else its weights file. Where there is none
-    of these, a run of this very stage that is there goes on without.
+    "auto" is the newest finished run of the previous stage in out_dir, an unfinished one
+    with a warning if none is finished, else its weights file.
 
-    Raises `FileNotFoundError` where there are no weights, `ValueError` where there are
-    several shapes to choose from, where a setting of the shape differs from the weights
-    (both are shown), where the tokenizer is not the one they were trained with, or a
-    value in them is not finite.
+    Raises `FileNotFoundError` if there are no weights, `ValueError` if several shapes
+    are there to choose from, a setting of the shape differs from the weights, the
+    tokenizer is not the one they were trained with, or a value is not finite.
     """
-    source = cfg.init_from or DEFAULTS[cfg.stage]["init_from"]
+    source = cfg.init_from or STAGES[cfg.stage]["init_from"]
     if source == "none":
         return None
-    preset = PRESETS.get(cfg.preset or "", {})
-    asked = preset | {k: v for k, v in cfg.shape().items() if v is not None}
-    asked = {name: asked[name] for name in _FIXED if name in asked}
+    asked = _asked_shape(cfg)
     if source == "auto":
-        found = _newest_before(cfg, asked, on_note)
-        if found is None:
-            return _going_on(cfg)
-        source = str(found)
-    is_file = Path(source).is_file()
-    hints = {name: asked[name] for name in _OPEN if is_file and name in asked}
-    try:
-        weights = find_weights(source, "last", cfg.tokenizer, **hints)
-    except FileNotFoundError:
-        if own := _own_run(cfg, source):
-            return own
-        raise
+        source = str(_newest_before(cfg, asked))
+    hints = {n: asked[n] for n in _NOT_IN_PTH if n in asked and Path(source).is_file()}
+    weights = find_weights(source, "last", cfg.tokenizer, **hints)
     for note in weights.notes:
-        on_note(note)
+        logger.info(note)
     has = weights.shape()
     if differences := [
-        f"{name}: {has.get(name)!r} there, {value!r} now"
+        f"{name}: {has.get(name)!r} in the weights, {value!r} in the settings"
         for name, value in asked.items()
         if has.get(name) != value
     ]:
         raise ValueError(
-            f"the weights in {source} have another shape than the settings say:\n  "
+            f"the weights in {source} have another shape than the settings:\n  "
             + "\n  ".join(differences)
-            + "\nLeave these out (and preset), for the shape comes with the weights; or "
-            'set init_from to other weights, or to "none" for new ones.'
+            + "\nLeave these settings (and preset) out, since the shape comes with the "
+            'weights; or set init_from to other weights, or to "none".'
         )
     weights.read()
-    return Initial(source, weights, hash_file(weights.file))
+    return InitialWeights(source, weights, hash_file(weights.file))
 
 
-def _newest_before(
-    cfg: TrainConfig, asked: dict[str, Any], on_note: _Note
-) -> Path | None:
-    """The run, or weights file, of the stage before that "auto" means; None if none."""
-    before = STAGE_BEFORE[cfg.stage]
-    folders = _runs(cfg.out_dir, before)
-    there = {folder: folder.read_config()["settings"] for folder in folders}
-    fits = {
-        folder: shape
-        for folder, shape in there.items()
-        if all(shape.get(name) == value for name, value in asked.items())
-    }
-    finished = {f: shape for f, shape in fits.items() if f.status() == "finished"}
-    if not fits:
-        pattern = f"{WEIGHTS_NAMES[before]}_*.pth"
-        files = sorted(Path(cfg.out_dir).glob(pattern))
-        if len(files) == 1 and not there:
-            return files[0]
-        if there or files:
-            raise ValueError(_choices(cfg, [*(f.root for f in there), *files]))
-        return None
-    pool = finished or fits
-    shapes = {tuple(shape.get(name) for name in _FIXED) for shape in pool.values()}
-    if len(shapes) > 1:
-        raise ValueError(_choices(cfg, [folder.root for folder in pool]))
-    newest = max(pool, key=lambda folder: folder.checkpoints.stat().st_mtime)
-    if not finished:
-        on_note(
-            f"{newest.root} is not finished ({newest.status()}); its newest checkpoint "
-            "is taken to begin from"
-        )
-    return newest.root
-
-
-def _runs(out_dir: str, stage: str) -> list[RunFolder]:
-    """The runs of a stage in out_dir that have a checkpoint, and say what they are."""
+def runs_of_stage(out_dir: str, stage: str) -> list[RunFolder]:
+    """Return the runs of a stage in out_dir that have a checkpoint and a config.json."""
     found = []
     for file in sorted(Path(out_dir).glob("*/config.json")):
         folder = RunFolder(file.parent)
         with contextlib.suppress(ValueError):
-            settings = folder.read_config().get("settings", {})
-            fits = settings.get("stage") == stage and not folder.is_aside()
+            fits = folder.settings().get("stage") == stage and not folder.is_aside()
             if fits and folder.checkpoint_folders():
                 found.append(folder)
     return found
 
 
-def _choices(cfg: TrainConfig, places: list[Path]) -> str:
-    listing = "\n  ".join(
-        f'init_from="{place}"  ({_describe(place)})' for place in places
-    )
-    return (
-        f"stage={cfg.stage!r} can begin from several weights, or none that fit the shape "
-        f"that is set; choose:\n  {listing}"
+def keep_reference(plan: RunPlan) -> Path | None:
+    """Copy the initial weights, which are the reference model, into the run folder.
+
+    Returns None for a random initialisation, which the seed gives again. Raises
+    `RuntimeError` if they are not what the run started from.
+    """
+    digest = plan.config["hashes"]["initial"]
+    if not digest:
+        return None
+    for file in _possible_references(plan):
+        if file.is_file() and hash_file(file) == digest:
+            kept = plan.folder.root / f"reference{file.suffix}"
+            if file != kept:
+                shutil.copyfile(file, kept)
+            return kept
+    raise RuntimeError(
+        f"the initial weights ({plan.config['began_from']}) changed or are missing, and "
+        "the DPO reference is computed from them: restore them, or start over with "
+        "resume=False"
     )
 
 
-def _describe(place: Path) -> str:
+def _possible_references(plan: RunPlan) -> Iterator[Path]:
+    """Yield the weights that the run keeps, and those that it started from."""
+    if kept := plan.folder.reference_weights:
+        yield kept
+    if plan.initial:
+        yield plan.initial
+    with contextlib.suppress(OSError, ValueError):
+        yield find_weights(Path(plan.config["began_from"]).expanduser()).file
+
+
+def _asked_shape(cfg: TrainConfig) -> dict[str, Any]:
+    """Return the settings of the shape that the weights must have."""
+    explicit = {k: v for k, v in cfg.shape().items() if v is not None}
+    asked = PRESETS.get(cfg.preset or "", {}) | explicit
+    return {name: asked[name] for name in _FIXED if name in asked}
+
+
+def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
+    """Return the run, or weights file, of the previous stage that "auto" stands for."""
+    before = STAGE_BEFORE[cfg.stage]
+    shapes = {
+        folder: folder.settings() for folder in runs_of_stage(cfg.out_dir, before)
+    }
+    fits = {
+        folder: shape
+        for folder, shape in shapes.items()
+        if all(shape.get(name) == value for name, value in asked.items())
+    }
+    files = sorted(Path(cfg.out_dir).glob(f"{WEIGHTS_NAMES[before]}_*.pth"))
+    if not shapes and len(files) == 1:
+        return files[0]
+    if not shapes and not files:
+        raise _no_previous_stage(cfg, before)
+    pool = {f: s for f, s in fits.items() if f.status() == "finished"} or fits
+    if len({tuple(shape.get(name) for name in _FIXED) for shape in pool.values()}) != 1:
+        places = [folder.root for folder in pool or shapes] + ([] if pool else files)
+        raise ValueError(
+            f"stage={cfg.stage!r} can start from several weights, or none of the shape in "
+            "the settings; choose one:\n  "
+            + "\n  ".join(
+                f'init_from="{place}"  ({_summarize(place)})' for place in places
+            )
+        )
+    newest = max(pool, key=lambda folder: folder.checkpoints.stat().st_mtime)
+    if newest.status() != "finished":
+        logger.warning(
+            f"{newest.root} is not finished ({newest.status()}); starting from its newest "
+            "checkpoint"
+        )
+    return newest.root
+
+
+def _no_previous_stage(cfg: TrainConfig, before: str) -> FileNotFoundError:
+    names = sorted(file.parent.name for file in Path(cfg.out_dir).glob("*/config.json"))
+    return FileNotFoundError(
+        f"stage={cfg.stage!r} starts from a trained model, and out_dir={cfg.out_dir!r} "
+        f"has no run of stage={before!r} and no {WEIGHTS_NAMES[before]}_*.pth (runs "
+        f"found: {', '.join(names) or 'none'}). Train one first, name the weights with "
+        'init_from="…", or set init_from="none" for a random initialisation'
+    )
+
+
+def _summarize(place: Path) -> str:
     if place.is_file():
         return "weights file"
     run = RunFolder(place)
     s = run.read_config()["settings"]
     experts = f", {s['n_routed_experts']} experts" if s["use_moe"] else ""
     return f"{s['hidden_size']} × {s['num_hidden_layers']}{experts}, {run.status()}"
-
-
-def _going_on(cfg: TrainConfig) -> Initial:
-    """The run itself that is to go on, whose weights it began from are not needed."""
-    folders = _runs(cfg.out_dir, cfg.stage)
-    if isinstance(cfg.resume, str) and cfg.resume != "auto":
-        folders = [RunFolder(cfg.resume)]
-    elif cfg.run_name:
-        folders = [folder for folder in folders if folder.root.name == cfg.run_name]
-    if len(folders) == 1 and cfg.resume is not False and folders[0].exists():
-        root = folders[0].root
-        return Initial(str(root), find_weights(root), None)
-    before = STAGE_BEFORE.get(cfg.stage, "")
-    there = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
-    raise FileNotFoundError(
-        f"stage={cfg.stage!r} begins from a model, and out_dir={cfg.out_dir!r} holds no "
-        f"run of stage={before!r} and no {WEIGHTS_NAMES.get(before)}_*.pth (runs "
-        f"there: {', '.join(sorted(there)) or 'none'}). Train one first, name the "
-        'weights with init_from="…", or begin with new ones: init_from="none"'
-    )
-
-
-def _own_run(cfg: TrainConfig, source: str) -> Initial | None:
-    """The run that is there and began from a source that is gone: it needs no more."""
-    try:
-        own = _going_on(cfg)
-    except FileNotFoundError:
-        return None
-    before = RunFolder(own.source).read_config()["settings"]
-    return own if before.get("init_from") == shorten_home(source) else None

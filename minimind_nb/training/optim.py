@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and the gradients it reads as one flat tensor."""
+"""The optimizer, its learning rate, and the gradients as one flat tensor."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..config import TrainConfig
+from ..config import ResolvedConfig
 from ..launch.cancellation import STOP_REASONS
 
 
 class FlatGradients:
-    """All gradients in one float32 tensor, with a few numbers behind them: `losses` of
-    these, and the stop flags.
+    """All gradients in one float32 tensor, followed by `losses` numbers for the losses
+    and one for each stop reason.
 
-    Each parameter's `.grad` is a view into it, so one all-reduce a step sums the
-    gradients, the losses and the stop flags over the ranks. The layout never
-    changes, and with it the order of additions: DistributedDataParallel rebuilds its
-    buckets after the first backward, which makes a resumed run differ (1e-7 from
-    three ranks on).
+    Each parameter's `.grad` is a view into it, so one all-reduce a step sums gradients,
+    losses and stop flags over the ranks. The layout never changes, and so the order of
+    additions does not either: DistributedDataParallel rebuilds its buckets after the
+    first backward pass, which makes a resumed run differ (1e-7 from three ranks on).
     """
 
     def __init__(self, model: nn.Module, device: torch.device, losses: int) -> None:
@@ -29,28 +28,28 @@ class FlatGradients:
         size = count + losses + len(STOP_REASONS)
         self._losses = losses
         self.flat = torch.zeros(size, dtype=torch.float32, device=device)
-        self.gradients, self._slots = self.flat[:count], self.flat[count:]
+        self.gradients, self._sums = self.flat[:count], self.flat[count:]
         pieces = self.gradients.split([p.numel() for p in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
 
     def add_losses(self, losses: torch.Tensor) -> None:
-        """Add this micro-batch's part of the step's losses, without waiting for it."""
-        self._slots[: self._losses] += losses.detach()
+        """Add a micro-batch's share of the step's losses, without waiting for it."""
+        self._sums[: self._losses] += losses.detach()
 
     def add_stop_flags(self, flags: list[float]) -> None:
         """Add this rank's stop flags, one number for each of `STOP_REASONS`."""
         if any(flags):
-            self._slots[self._losses :] += torch.tensor(flags, device=self.flat.device)
+            self._sums[self._losses :] += torch.tensor(flags, device=self.flat.device)
 
-    def norm_and_slots(self) -> tuple[float, list[float], list[float]]:
+    def grad_norm_and_sums(self) -> tuple[float, list[float], list[float]]:
         """Return the gradient norm, the losses and the stop flags.
 
-        The one place of a step where the host waits for the device: whether the
-        update is to be skipped must be known, and the wait carries all the numbers.
+        The host waits for the device here, once a step: whether to skip the update must
+        be known, and the wait carries all the numbers.
         """
         norm = torch.linalg.vector_norm(self.gradients)
-        first, *values = torch.cat([norm[None], self._slots]).tolist()
+        first, *values = torch.cat([norm[None], self._sums]).tolist()
         return first, values[: self._losses], values[self._losses :]
 
     def clip(self, norm: float, most: float) -> None:
@@ -59,10 +58,8 @@ class FlatGradients:
             self.gradients.mul_(most / norm)
 
 
-def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices (embeddings among them) and nothing else."""
-    assert cfg.beta1 is not None and cfg.beta2 is not None
-    assert cfg.weight_decay is not None and cfg.learning_rate is not None
+def build_optimizer(model: nn.Module, cfg: ResolvedConfig) -> torch.optim.AdamW:
+    """Return AdamW, with weight decay on matrices (embeddings included) only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
@@ -77,11 +74,11 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 def learning_rate(
     step: int, *, warmup: int, total: int, highest: float, lowest: float
 ) -> float:
-    """Linear warm-up, then a cosine from `highest` to `lowest`, at 0-based `step`.
+    """Return the learning rate at 0-based `step`: linear warm-up, then a cosine.
 
     `highest · (step + 1) / warmup` while `step < warmup`; the last step of `total`
-    gets `lowest`. A warm-up takes a tenth of the steps at most, so that a short run
-    reaches its rate too.
+    gets `lowest`. The warm-up takes a tenth of the steps at most, so that a short run
+    reaches its peak too.
     """
     warmup = min(warmup, total // 10)
     if step < warmup:
@@ -94,7 +91,7 @@ def learning_rate(
 def moments(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name: `{name}.exp_avg`, `.exp_avg_sq`, `.step`."""
+    """Return AdamW's state by parameter: `{name}.exp_avg`, `.exp_avg_sq`, `.step`."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -102,8 +99,8 @@ def moments(
     }
 
 
-def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The name of the first tensor with a value that is not finite; "" if none has."""
+def find_non_finite(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the name of the first tensor with a non-finite value, or ""."""
     found = (name for name, one in tensors.items() if not one.isfinite().all())
     return next(found, "")
 
@@ -113,13 +110,12 @@ def restore_moments(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Give each parameter the state that `moments` saved, on its device.
+    """Give each parameter the state that `moments` returned, on its device.
 
-    `step` stays where the fused kernel wants it, which is the parameter's device too.
-    Raises `ValueError` where one is not finite.
+    Raises `ValueError` if a value is not finite.
     """
-    if spoiled := find_not_finite(tensors):
-        raise ValueError(f"the optimizer's {spoiled} holds values that are not finite")
+    if name := find_non_finite(tensors):
+        raise ValueError(f"the optimizer's {name} holds values that are not finite")
     for name, parameter in model.named_parameters():
         state = {
             key.removeprefix(f"{name}."): value.to(parameter.device)

@@ -1,263 +1,218 @@
-"""Everything settled before a process is started: what runs, where, from which state.
+"""Everything that is settled before a process is started: the plan of a run.
 
-Cheap checks come before dear ones, and nothing that exists is changed until all of
-them have passed.
+Cheap checks come first, and nothing that exists is changed until all have passed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import itertools
+import logging
 import math
-import os
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..config import TrainConfig, resolve, shorten_home
+from ..config import (
+    ResolvedConfig,
+    TrainConfig,
+    resolve,
+    shorten_home,
+)
 from ..data.corpus import Corpus
-from ..data.demo import DEMO, locate
+from ..data.demo import DEMO
 from ..data.jsonl import check_file
-from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
-from ..hardware import Hardware, choose_dtype, detect_hardware
-from ..launch.spawn import RankInfo
+from ..data.tokenizer import TokenizerSpec, read_tokenizer
+from ..hardware import Hardware
+from ..model.loading import find_weights
 from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, RunFolder
 from .checkpoint import read_progress
-from .disk import check_room, check_writable
-from .initial_weights import Initial, find_initial
-from .notes import describe_cuts, tell_horizon, tell_rejected
-from .resuming import compare_hashes, find_checkpoint, keep_origin, meet_run
+from .initial_weights import (
+    InitialWeights,
+    find_initial_weights,
+    keep_reference,
+)
+from .machine import check_room, check_writable, machine_defaults
+from .resuming import (
+    compare_hashes,
+    copy_run,
+    find_checkpoint,
+    find_existing_run,
+    find_run,
+    reconcile_with_existing_run,
+)
+from .run_plan import (
+    BATCH,
+    RunPlan,
+    asked_batch,
+    cache_root,
+    describe_truncated,
+    open_corpus,
+)
 from .trainer import Progress
 
+logger = logging.getLogger(__name__)
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 _ROWS = {
     "pretrain": '{"text": "…"}',
     "sft": '{"conversations": [{"role": "user", "content": "…"}, …]}',
     "dpo": '{"chosen": […], "rejected": […]}',
 }
-_Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A configuration with nothing left open, and what it was settled with."""
-
-    cfg: TrainConfig
-    tokenizer: TokenizerSpec
-    hardware: Hardware
-    cache_root: Path
-    initial: Initial | None
-
-
-class Start(NamedTuple):
-    """Where a run starts: its newest checkpoint, None for a new run; the weights that it
-    begins, or began, from, None for new ones and where they are lost."""
-
-    checkpoint: Checkpoint | None
-    initial_file: Path | None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that can start.
-
-    `config` is what config.json holds; `total_steps` its horizon; `complete` tells that
-    there is nothing left to do; `began` is when the call began, on the monotonic clock
-    in seconds; `lock` the descriptor of the folder's lock.
-    """
-
-    settled: Settled
-    folder: RunFolder
-    corpus: Corpus
-    start: Start
-    config: dict[str, Any]
-    total_steps: int
-    complete: bool
-    began: float
-    lock: int
-
-    @property
-    def cfg(self) -> TrainConfig:
-        """The resolved configuration."""
-        return self.settled.cfg
-
-    @property
-    def weights_file(self) -> Path:
-        """The bare weights beside the run folder."""
-        return self.folder.root.parent / self.cfg.weights_name
-
-
-def settle(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Settled:
-    """Resolve a configuration on this machine, with the weights it begins from.
-
-    Raises `ValueError`, `TypeError` or `FileNotFoundError` for what cannot be.
-    """
-    if not isinstance(cfg, TrainConfig):
-        found = type(cfg).__name__
-        raise TypeError(f"expected a TrainConfig, found {found}: mm.TrainConfig(…)")
-    if not cfg.data_path:
-        raise ValueError(
-            f"data_path is not set: name a JSONL file with one {_ROWS[cfg.stage]} a line, "
-            'or take data_path="demo"'
-        )
-    cache_root = current_session().cache_folder(cfg.out_dir)
-    if cfg.data_path != DEMO:
-        check_file(cfg.data_path)
-    if cfg.val_path:
-        check_file(cfg.val_path)
-    initial = find_initial(cfg, on_note)
-    own = initial.weights.tokenizer if initial else None
-    tokenizer = read_tokenizer(cfg.tokenizer or own)
-    hardware = detect_hardware()
-    machine = {"vocab_size": tokenizer.vocab_size, **_machine_defaults(cfg, hardware)}
-    resolved = resolve(cfg, **machine | (initial.weights.shape() if initial else {}))
-    assert resolved.vocab_size
-    if resolved.vocab_size < tokenizer.vocab_size:
-        whose = f"of {initial.source} " if initial else ""
-        raise ValueError(
-            f"vocab_size={resolved.vocab_size} {whose}is too small for the tokenizer, "
-            f"which has {tokenizer.vocab_size} entries; leave vocab_size out, or name "
-            "the tokenizer that belongs to the weights"
-        )
-    return Settled(resolved, tokenizer, hardware, cache_root, initial)
-
-
-def open_corpus(settled: Settled) -> Corpus:
-    """The tokenised documents of a settled configuration."""
-    cfg, root = settled.cfg, settled.cache_root
-    assert cfg.data_path
-    if cfg.data_path == DEMO:
-        data_path = str(locate(DEMO, cfg.stage))
-        cfg = dataclasses.replace(cfg, data_path=data_path)
-    cores = settled.hardware.cpu_cores
-    return Corpus.prepare(cfg, settled.tokenizer, root, cores, cfg.max_bad_fraction)
 
 
 @contextlib.contextmanager
-def prepare(cfg: TrainConfig, on_note: _Note = lambda _: None) -> Iterator[Prepared]:
-    """Settle a run, meet the one that is there, tokenise, and write config.json.
+def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
+    """Plan a run, tokenise, and write config.json and plan.json.
 
-    The run folder is locked while the block runs. Raises the errors of `settle`,
-    `OSError` for a folder that cannot be written or a disk too small, `RunLocked`,
-    `NoGoodCheckpoint`, and `RuntimeError` for a run there that is a different one.
+    Yields the plan and the descriptor of the run folder's lock, which is held while the
+    block runs. Raises `ValueError`, `TypeError` or `FileNotFoundError` for settings and
+    data, `OSError` for a folder that cannot be written or a disk too small, `RunLocked`,
+    `NoGoodCheckpoint`, and `RuntimeError` if the existing run is a different one.
     """
     began = time.monotonic()
-    settled = settle(cfg, on_note)
-    assert settled.cfg.run_name
-    check_writable(Path(settled.cfg.out_dir))
-    folder = RunFolder(Path(settled.cfg.out_dir) / settled.cfg.run_name)
+    folder, initial = locate_run(cfg)
+    machine, cores = machine_defaults(cfg)
+    check_writable(folder.root.parent)
     with folder.lock() as lock:
-        asked = settled.cfg.accumulation_steps
-        resolved = meet_run(folder, settled.cfg, on_note)
-        settled = dataclasses.replace(settled, cfg=resolved)
-        check_room(resolved, cache=settled.cache_root)
-        corpus = open_corpus(settled)
-        config = _describe(cfg, settled, corpus)
-        config["accumulation_asked"] = asked
-        start = _find_start(settled, folder, config, on_note)
-        done = start.checkpoint.step if start.checkpoint else 0
-        total_steps = _total_steps(corpus, resolved, start.checkpoint)
-        prepared = Prepared(
-            settled=settled,
+        existing = find_existing_run(folder, cfg)
+        checkpoint = find_checkpoint(existing) if existing else None
+        resolved, tokenizer, initial = _resolve(
+            cfg, machine, initial, existing, checkpoint
+        )
+        if existing and existing is not folder:
+            copy_run(existing, folder)
+            checkpoint = find_checkpoint(folder)
+        check_room(resolved, cache=cache_root(cfg))
+        corpus = open_corpus(resolved, tokenizer, cores)
+        config = describe_run(cfg, resolved, tokenizer, corpus, initial)
+        if existing:
+            _keep_origin(folder, config, cfg, checkpoint)
+        done = checkpoint.step if checkpoint else 0
+        total = count_steps(corpus, resolved, checkpoint)
+        left = current_session().seconds_left(
+            resolved.max_session_hours, time.monotonic() - began
+        )
+        plan = RunPlan(
+            cfg=resolved,
             folder=folder,
+            tokenizer=tokenizer,
             corpus=corpus,
-            start=start,
             config=config,
-            total_steps=total_steps,
-            complete=folder.status() == "finished" and done >= total_steps,
-            began=began,
-            lock=lock,
+            initial=initial.weights.file if initial else None,
+            checkpoint=checkpoint and checkpoint.folder,
+            total_steps=total,
+            complete=folder.status() == "finished"
+            and existing is not None
+            and done >= total,
+            deadline=None if left is None else time.monotonic() + left,
         )
-        if not prepared.complete:
-            _begin(prepared, on_note)
-        yield prepared
+        if not plan.complete:
+            plan = _begin(plan, done)
+        yield plan, lock
 
 
-def _find_start(
-    settled: Settled, folder: RunFolder, config: dict[str, Any], on_note: _Note
-) -> Start:
-    """Where the run begins or goes on; a run in the way is set aside if that is asked.
+def locate_run(cfg: TrainConfig) -> tuple[RunFolder, InitialWeights | None]:
+    """Return the folder of the run that the settings mean.
 
-    Of a run that goes on, `config` gets what it began from.
+    The initial weights come along if only their shape told its name. Raises
+    `TypeError`, `ValueError` or `FileNotFoundError`.
     """
-    cfg, initial = settled.cfg, settled.initial
-    file = initial.weights.file if initial else None
-    weights_file = folder.root.parent / cfg.weights_name
-    if file and file.resolve() == weights_file.resolve():
-        raise ValueError(
-            f"init_from={str(file)!r} is the file that this run would write its own "
-            "weights to; rename it, or take another out_dir"
+    if not isinstance(cfg, TrainConfig):
+        found = type(cfg).__name__
+        raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
+    for path in (cfg.data_path, cfg.val_path):
+        if path and path != DEMO:
+            check_file(path)
+    name, initial = find_run(cfg), None
+    if name is None:
+        initial = find_initial_weights(cfg)
+        shape = initial.weights.shape() if initial else {}
+        name = resolve(replace(cfg, data_path=cfg.data_path or DEMO), **shape).run_name
+    return RunFolder(Path(cfg.out_dir) / name), initial
+
+
+def settle(
+    cfg: TrainConfig, hardware: Hardware | None = None
+) -> tuple[ResolvedConfig, TokenizerSpec, InitialWeights | None]:
+    """Return the resolved settings, the tokenizer and the initial weights of a run.
+
+    Reads what `train` would read before it tokenises, and changes nothing. Raises what
+    `train` raises for it.
+    """
+    folder, initial = locate_run(cfg)
+    machine, _ = machine_defaults(cfg, hardware)
+    if isinstance(cfg.resume, str) and cfg.resume != "auto":
+        folder = RunFolder(cfg.resume)
+    existing = folder if cfg.resume is not False and folder.exists() else None
+    checkpoint = existing.newest_good_checkpoint() if existing else None
+    return _resolve(cfg, machine, initial, existing, checkpoint)
+
+
+def _resolve(
+    cfg: TrainConfig,
+    machine: dict[str, Any],
+    initial: InitialWeights | None,
+    existing: RunFolder | None,
+    checkpoint: Checkpoint | None,
+) -> tuple[ResolvedConfig, TokenizerSpec, InitialWeights | None]:
+    """Return what `settle` returns.
+
+    `existing` is the run to resume, whose settings and tokenizer stay; with a
+    checkpoint it needs no initial weights.
+    """
+    if existing:
+        resolved = reconcile_with_existing_run(existing, cfg, machine)
+        if not checkpoint:
+            initial = find_initial_weights(replace(cfg, init_from=resolved.init_from))
+        own = existing.tokenizer if existing.tokenizer.is_dir() else resolved.tokenizer
+        tokenizer = read_tokenizer(cfg.tokenizer or own)
+    else:
+        if not cfg.data_path:
+            raise ValueError(
+                f"data_path is not set: name a JSONL file with one {_ROWS[cfg.stage]} per "
+                'line, or use data_path="demo"'
+            )
+        initial = initial or find_initial_weights(cfg)
+        own = initial.weights.tokenizer if initial else None
+        tokenizer = read_tokenizer(cfg.tokenizer or own)
+        shape = initial.weights.shape() if initial else {}
+        resolved = resolve(
+            cfg, **{"vocab_size": tokenizer.vocab_size, **machine, **shape}
         )
-    checkpoint = None
-    if folder.exists() and cfg.resume is False:
-        inside = file and os.path.relpath(file, folder.root)
-        kept = folder.move_aside()
-        on_note(f"the earlier run is kept as {kept}")
-        if inside and not inside.startswith(os.pardir):
-            file = kept / inside  # the weights to begin from were its own
-    elif folder.exists():
-        compare_hashes(folder, config, cfg, on_note)
-        checkpoint = find_checkpoint(folder)
-    if not checkpoint:
-        _spare(weights_file, on_note)
-    elif not keep_origin(config, folder.read_config()):
-        file = None  # other weights, which this run has nothing to do with
-    return Start(checkpoint, file)
+    if resolved.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={resolved.vocab_size} is too small for the tokenizer, which has "
+            f"{tokenizer.vocab_size} entries; leave vocab_size out, or name the tokenizer "
+            "that belongs to the weights"
+        )
+    return resolved, tokenizer, initial
 
 
-def _begin(prepared: Prepared, on_note: _Note) -> None:
-    """Say what is about to be done, and write down what it is done with."""
-    cfg, folder, corpus = prepared.cfg, prepared.folder, prepared.corpus
-    checkpoint, initial = prepared.start.checkpoint, prepared.settled.initial
-    for parent, name in (
-        (folder.root, ""),
-        (folder.root.parent, folder.root.name),
-        (folder.root.parent, cfg.weights_name),
-    ):
-        verified.remove_leftovers(parent, name)
-    check_writable(folder.checkpoints)
-    check_room(cfg, prepared.total_steps - (checkpoint.step if checkpoint else 0))
-    if checkpoint:
-        total = prepared.total_steps
-        tell_horizon(checkpoint.step, total, folder, cfg, on_note)
-    elif initial:
-        on_note(f"begins from {initial.source}")
-    tell_rejected(corpus, folder, on_note)
-    for told in describe_cuts(corpus, cfg):
-        on_note(told)
-    write_tokenizer(prepared.settled.tokenizer, folder.tokenizer)
-    folder.write_config(prepared.config)
-
-
-def _spare(weights_file: Path, on_note: _Note) -> None:
-    """Set weights aside that a new run would replace; nothing is deleted."""
-    if weights_file.exists():
-        names = (f"{weights_file.name}.old{n}" for n in itertools.count(1))
-        spared = verified.first_free(weights_file, names)
-        weights_file.rename(spared)
-        on_note(f"{weights_file} is of another run; it is kept as {spared.name}")
-
-
-def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, Any]:
-    """What config.json holds of a run that is settled, `cfg` being what was asked."""
-    initial = settled.initial
+def describe_run(
+    cfg: TrainConfig,
+    resolved: ResolvedConfig,
+    tokenizer: TokenizerSpec,
+    corpus: Corpus,
+    initial: InitialWeights | None,
+) -> dict[str, Any]:
+    """Return the content of config.json for a new run, `cfg` being what was asked."""
+    explicit = cfg.explicit()
     return {
         "run": uuid.uuid4().hex,
-        "settings": settled.cfg.portable(),
-        "explicit": sorted(cfg.explicit()),
-        "caches": [cache["folder"].rpartition("/")[2] for cache in corpus.describe()],
+        "settings": resolved.portable(),
+        "explicit": sorted(explicit),
+        "asked_batch": {name: explicit[name] for name in BATCH if name in explicit},
+        "caches": [Path(cache["folder"]).name for cache in corpus.describe()],
         "hashes": {
             "data": corpus.cache.facts["content"],
             "validation": corpus.val_cache.facts["content"],
-            "tokenizer": settled.tokenizer.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
             "initial": initial.digest if initial else None,
         },
         "began_from": shorten_home(initial.source) if initial else None,
@@ -266,51 +221,105 @@ def _describe(cfg: TrainConfig, settled: Settled, corpus: Corpus) -> dict[str, A
     }
 
 
-def _machine_defaults(cfg: TrainConfig, hardware: Hardware) -> dict[str, Any]:
-    device = cfg.device or ("cuda" if hardware.gpus else "cpu")
-    if device == "cuda" and not hardware.gpus:
-        raise ValueError('device="cuda", and no GPU was found; take device="cpu"')
-    started = _started_by_torchrun(cfg)
-    count = len(hardware.gpus) if device == "cuda" else 1
-    here = started.local_world_size if started else cfg.num_processes or 1
-    if not sys.platform.startswith("linux"):
-        count = 1
-        if here > 1:
-            raise ValueError("several processes need Linux; take num_processes=1")
-    if device == "cuda" and here > count:
-        raise ValueError(f"num_processes={here}, and there are {count} GPUs")
-    most = 4 * hardware.cpu_cores
-    if here > most:
+def _keep_origin(
+    folder: RunFolder,
+    config: dict[str, Any],
+    cfg: TrainConfig,
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Compare a run that is resumed with its data, and keep its identity in `config`."""
+    before = folder.read_config()
+    hashes = dict(config["hashes"])
+    began = before["settings"].get("init_from")
+    named = cfg.init_from not in (None, "auto", "none")
+    if named and shorten_home(cfg.init_from) not in (began, before.get("began_from")):
+        hashes["initial"] = verified.hash_file(find_weights(str(cfg.init_from)).file)
+    elif checkpoint is None:
+        hashes["initial"] = None
+    compare_hashes(folder, hashes, cfg)
+    config["run"] = before.get("run", config["run"])
+    config["asked_batch"] = asked_batch(before)
+    if checkpoint:
+        config["began_from"] = before.get("began_from")
+        config["hashes"]["initial"] = before["hashes"].get("initial")
+
+
+def _begin(plan: RunPlan, done: int) -> RunPlan:
+    """Write down what the run starts with, and say what it is about to do.
+
+    A run that must not be resumed, or a weights file of another run, is moved aside.
+    """
+    cfg, folder = plan.cfg, plan.folder
+    if plan.initial and plan.initial.resolve() == plan.weights_file.resolve():
         raise ValueError(
-            f"num_processes={here} is too many for {hardware.cpu_cores} CPU cores; take "
-            f"at most {most}"
+            f"init_from={str(plan.initial)!r} is the file that this run would write its "
+            "own weights to; rename it, or choose another out_dir"
         )
-    count = started.world_size if started else count
-    capability = min((gpu.capability for gpu in hardware.gpus), default=None)
-    dtype = choose_dtype(device, capability, hardware.cpu_native_bf16)
-    return {"device": device, "num_processes": count, "dtype": dtype}
+    if folder.exists() and cfg.resume is False:
+        kept = folder.move_aside()
+        logger.info(f"the earlier run is kept as {kept}")
+        if plan.initial and plan.initial.is_relative_to(folder.root):
+            initial = kept / plan.initial.relative_to(folder.root)
+            plan = plan.changed(initial=initial)
+    if not plan.checkpoint and plan.weights_file.exists():
+        names = (f"{plan.weights_file.name}.old{n}" for n in itertools.count(1))
+        kept = plan.weights_file.rename(verified.first_free(plan.weights_file, names))
+        logger.info(f"{plan.weights_file} belongs to another run; kept as {kept.name}")
+    for parent, name in (
+        (folder.root, ""),
+        (folder.root.parent, folder.root.name),
+        (folder.root.parent, cfg.weights_name),
+    ):
+        verified.remove_leftovers(parent, name)
+    check_writable(folder.checkpoints)
+    check_room(cfg, plan.total_steps - done)
+    if plan.checkpoint:
+        _describe_horizon(plan, done)
+    elif plan.initial:
+        logger.info(f"starting from {plan.config['began_from']}")
+    _keep_rejected(plan)
+    for text in describe_truncated(plan.corpus, cfg):
+        logger.info(text)
+    if cfg.stage == "dpo":
+        plan = plan.changed(initial=keep_reference(plan))
+    folder.write_config(plan.config)
+    plan.write()
+    return plan
 
 
-def _started_by_torchrun(cfg: TrainConfig) -> RankInfo | None:
-    """Where torchrun put this process; it says how many there are."""
-    place = RankInfo.from_environment()
-    if place and cfg.num_processes not in (None, place.world_size):
-        raise ValueError(
-            f"num_processes={cfg.num_processes}, and torchrun started {place.world_size} "
-            "(WORLD_SIZE); leave num_processes out, or start as many"
+def _describe_horizon(plan: RunPlan, done: int) -> None:
+    """Say from where to where the run is resumed."""
+    cfg, folder, total = plan.cfg, plan.folder, plan.total_steps
+    logger.info(f"{folder.root} is resumed from step {done:,} of {total:,}")
+    before = folder.read_config()["settings"]
+    longer = any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps"))
+    if longer and folder.status() == "finished" and done < total:
+        logger.info(
+            f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
+            "schedule is recomputed for the new total, which differs from a run planned "
+            "that long from the start"
         )
-    return place
 
 
-def _total_steps(
-    corpus: Corpus, cfg: TrainConfig, checkpoint: Checkpoint | None
+def _keep_rejected(plan: RunPlan) -> None:
+    """Copy the list of skipped rows into the run folder, and say how many they are."""
+    cache = plan.corpus.cache
+    if cache.rejected_file:
+        target = plan.folder.root / cache.rejected_file.name
+        verified.write_bytes(target, cache.rejected_file.read_bytes())
+        count = sum(cache.facts["bad_rows"].values())
+        logger.info(f"{count:,} malformed rows are skipped; see {target}")
+
+
+def count_steps(
+    corpus: Corpus, cfg: ResolvedConfig, checkpoint: Checkpoint | None = None
 ) -> int:
-    """Steps made, and those that the samples left make; `max_steps` caps them.
+    """Return the horizon: the steps made, and those that the samples left will make.
 
-    The steps made may have been of another global batch, and the last of them short.
+    The steps made may have had another global batch. `max_steps` caps the sum.
     """
     progress = read_progress(checkpoint.folder) if checkpoint else Progress()
-    stream = corpus.training_stream(cfg, 0, size=cfg.num_processes or 1)
+    stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     left = max(0, stream.total_samples - progress.samples)
-    total = progress.step + math.ceil(left / stream.global_batch)
+    total = progress.step + math.ceil(left / cfg.global_batch)
     return min(total, cfg.max_steps or total)

@@ -1,310 +1,348 @@
-"""Meeting a run that is there: go on with it, leave it be, or say what differs."""
+"""Resuming: find the run to resume, and reconcile the settings with it."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import shutil
-from collections.abc import Callable, Mapping, Set
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import (
     CHANGEABLE_ON_RESUME,
+    PRESETS,
+    RECIPES,
     SHAPE_FIELDS,
+    STAGES,
     TRAINING_SHAPE_FIELDS,
+    ResolvedConfig,
     TrainConfig,
+    resolve_batch,
     shorten_home,
 )
-from ..data.token_cache import names_before_version_3
 from ..launch.outcome import ENDINGS, RankRecord
 from ..launch.spawn import end_orphans
 from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
 from .checkpoint import read_config
+from .initial_weights import runs_of_stage
+from .run_plan import BATCH, asked_batch, renew_hashes
 
-_Note = Callable[[str], None]
-# What of a run is copied, beside a checkpoint, tokenizer and reference.
+logger = logging.getLogger(__name__)
+# Copied with a run, in addition to a checkpoint, the tokenizer and reference weights.
 _COPIED = (
     *("config.json", "metrics.jsonl", "rejected.jsonl", "wandb.json"),
-    *("loss.png", "summary.md", "rank*.json", "rank*.log"),
+    *("loss.png", "summary.md", "rank*.json", "rank*.log", "reference.*"),
 )
+_OF_THIS_CALL = ("out_dir", "resume", "allow_change", "max_session_hours")
+EARLIER: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "global_batch": lambda run: (
+        run["batch_size"] * run["accumulation_steps"] * run["num_processes"]
+    ),
+}
+"""Settings that earlier states did not know, and their behaviour at that time."""
+_SETTING_OF_HASH = {
+    "data": "data_path",
+    "validation": "val_path",
+    "tokenizer": "tokenizer",
+    "initial": "init_from",
+}
 
 
-def meet_run(folder: RunFolder, cfg: TrainConfig, on_note: _Note) -> TrainConfig:
-    """Compare a resolved configuration with the run in its folder, which is locked.
+def find_run(cfg: TrainConfig) -> str | None:
+    """Return the name of the run folder, or None if only the initial weights tell it.
 
-    Where `resume` is a path, that run is copied there, once: where the folder is there
-    already and stands at least as far, it goes on. Where a run goes on, the
-    configuration comes back as `compare_settings` returns it. What a killed run left
-    running is ended.
-
-    Raises `FileNotFoundError` where the path is no run, `FileExistsError` where another
-    run is in the way, `ValueError` where its configuration is none.
+    An explicit `run_name` or shape decides; else the run that `resume` names; else, in a
+    stage whose shape comes with its initial weights, the only run of that stage in
+    out_dir. Raises `ValueError` if there are several.
     """
-    source = folder
+    if isinstance(cfg.resume, str) and cfg.resume != "auto":
+        source = source_run(cfg.resume)
+        return cfg.run_name or source.settings().get("run_name")
+    shape = PRESETS.get(cfg.preset or "", {}) | cfg.explicit()
+    width = shape.get("hidden_size")
+    if cfg.stage == "pretrain" and cfg.init_from in (None, "none"):
+        width = width or STAGES["pretrain"]["hidden_size"]
+    if cfg.run_name or width:
+        named = {**shape, "stage": cfg.stage, "hidden_size": width}
+        return cfg.run_name or _default_name(named)
+    runs = runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume == "auto" else []
+    runs = [run for run in runs if run.root.name == _default_name(run.settings())]
+    if cfg.init_from not in (None, "auto"):
+        began = shorten_home(cfg.init_from)
+        runs = [run for run in runs if run.settings().get("init_from") == began]
+        return runs[0].root.name if len(runs) == 1 else None
+    if len(runs) > 1:
+        names = ", ".join(f'"{run.root.name}"' for run in runs)
+        raise ValueError(
+            f"out_dir={cfg.out_dir!r} has several runs of stage={cfg.stage!r}: {names}. "
+            "Name one with run_name=…, or set hidden_size"
+        )
+    return runs[0].root.name if runs else None
+
+
+def _default_name(settings: Mapping[str, Any]) -> str:
+    moe = "_moe" if settings.get("use_moe") else ""
+    return f"{settings['stage']}_{settings.get('hidden_size')}{moe}"
+
+
+def source_run(path: str) -> RunFolder:
+    """Return the run that `resume` names. Raises `ValueError` or `FileNotFoundError`."""
+    source = RunFolder(path)
+    if source.root.is_file():
+        raise ValueError(
+            f"resume={path!r} is a file: rounded weights without optimizer state, from "
+            "which no run can resume. Name the run's folder, or start from the weights "
+            f"with init_from={path!r}"
+        )
+    if not source.exists():
+        raise FileNotFoundError(
+            f"resume={path!r} is not a run folder ({source.config_file} is missing); name "
+            'one, or use resume="auto"'
+        )
+    return source
+
+
+def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
+    """Return the run to resume: in the locked folder, or one to be copied there.
+
+    Processes that a killed run left are ended, and a missing config.json is restored
+    from the newest checkpoint. Raises `FileExistsError` if another run is in the way.
+    """
     if ended := end_orphans(folder):
-        on_note(f"ended processes that a killed run had left: {ended}")
+        logger.warning(f"ended processes that a killed run had left: {ended}")
     if not folder.exists() and (found := folder.newest_good_checkpoint()):
         folder.write_config(read_config(found.folder))
-        on_note(f"{folder.config_file} was gone; it is as {found.folder.name} has it")
+        logger.warning(
+            f"{folder.config_file} was missing; restored from {found.folder.name}"
+        )
     if isinstance(cfg.resume, str) and cfg.resume != "auto":
-        source = RunFolder(cfg.resume)
-        if source.root.is_file():
-            raise ValueError(
-                f"resume={cfg.resume!r} is a file: weights alone, rounded, without "
-                "moments, from which no run can go on. Name the run's folder, or begin "
-                f"from the weights with init_from={cfg.resume!r}"
-            )
-        if not source.exists():
-            raise FileNotFoundError(
-                f"resume={cfg.resume!r} is no run folder (there is no "
-                f'{source.config_file}); name one, or take resume="auto"'
-            )
-    if source.root.resolve() != folder.root.resolve() and folder.exists():
-        if _steps(folder) < _steps(source):
-            raise FileExistsError(
-                f"{folder.root} is there already and stands at step {_steps(folder)}, "
-                f"{source.root} at step {_steps(source)}; take another run_name, or "
-                "move that folder away"
-            )
-        on_note(f"{folder.root} was copied before and goes on")
-        source = folder
-    if source.exists() and cfg.resume is not False:
-        cfg = compare_settings(source, cfg, on_note)
-    if source.exists() and not folder.exists():
-        _copy_run(source, folder)
-        on_note(f"copied {source.root} to {folder.root}")
-    return cfg
+        source = source_run(cfg.resume)
+        if not folder.exists():
+            return source
+        if source.root.resolve() != folder.root.resolve():
+            own, theirs = _last_step(folder), _last_step(source)
+            if own < theirs:
+                raise FileExistsError(
+                    f"{folder.root} exists already and is at step {own}, {source.root} at "
+                    f"step {theirs}; choose another run_name, or move that folder away"
+                )
+            logger.info(f"{folder.root} was copied before and is resumed")
+    return folder if cfg.resume is not False and folder.exists() else None
 
 
-def compare_settings(
-    folder: RunFolder, cfg: TrainConfig, on_note: _Note
-) -> TrainConfig:
-    """Check that a resolved configuration goes on with the run in `folder`.
+def reconcile_with_existing_run(
+    folder: RunFolder, cfg: TrainConfig, machine: Mapping[str, Any]
+) -> ResolvedConfig:
+    """Return the settings with which a run is resumed, or explain why they differ.
 
-    Returns the configuration, with the accumulation that keeps the global batch where
-    the number of processes is another one. Raises `RuntimeError` with every difference
-    and three ways on.
+    A setting that is not explicit keeps the run's value; device, number of processes and
+    precision are this machine's. Raises `RuntimeError` with every difference that
+    neither CHANGEABLE_ON_RESUME nor `allow_change` admits, and the ways out.
     """
     config = folder.read_config()
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    before = _read_settings(folder, config, known)
-    allowed = CHANGEABLE_ON_RESUME | set(cfg.allow_change)
-    asked_anew = cfg.accumulation_steps != config.get("accumulation_asked")
-    set_free = asked_anew and "accumulation_steps" in allowed
-    if before.num_processes != cfg.num_processes and not set_free:
-        steps = _accumulation_kept(before, cfg, on_note)
-        before = dataclasses.replace(before, accumulation_steps=steps)
-    if not asked_anew:
-        steps = before.accumulation_steps
-        cfg = dataclasses.replace(cfg, accumulation_steps=steps)
+    run = read_settings(folder)
+    asked = _asked(cfg, run)
+    values = run | {**machine}
+    values |= {k: v for k, v in asked.items() if k not in BATCH}
+    values |= {name: getattr(cfg, name) for name in _OF_THIS_CALL}
+    values |= {"init_from": run["init_from"], "run_name": folder.root.name}
+    values |= _split_batch(asked_batch(config), run, values, asked)
     for name in ("device", "dtype"):
-        there, now = getattr(before, name), getattr(cfg, name)
-        if there != now:
-            on_note(
-                f"{name}={now!r} instead of {there!r}: weights and loss are no longer "
-                "equal to the last bit"
+        if run[name] != values[name]:
+            logger.info(
+                f"{name} changes from {run[name]!r} to {values[name]!r}: results are no "
+                "longer equal to the last bit"
             )
-    differences = [
-        f"{name}: {getattr(before, name)!r} there, {getattr(cfg, name)!r} now"
-        for name in sorted(known - allowed)
-        if getattr(before, name) != getattr(cfg, name)
-    ]
+    allowed = CHANGEABLE_ON_RESUME | {*cfg.allow_change}
+    if not {*BATCH}.isdisjoint(cfg.allow_change):
+        allowed |= {"global_batch"}
+    differences = {
+        name: f"{name}: {run[name]!r} in the run, {values[name]!r} now"
+        for name in sorted(values.keys() - allowed)
+        if run[name] != values[name]
+    }
     if differences:
-        names = [line.partition(":")[0] for line in differences]
-        raise _other_run(folder, differences, names)
-    return cfg
+        raise _other_run(folder, differences)
+    return ResolvedConfig(**values)
 
 
-def _read_settings(
-    folder: RunFolder, config: Mapping[str, Any], known: Set[str]
-) -> TrainConfig:
-    """The configuration of a run that is there, of which nothing is open."""
-    settings = {k: v for k, v in config.get("settings", {}).items() if k in known}
-    hashes = config.get("hashes")
+def read_settings(folder: RunFolder) -> dict[str, Any]:
+    """Return all settings of a run, those that its state did not know included.
+
+    Raises `ValueError` if they are incomplete.
+    """
+    config = folder.read_config()
+    known = ResolvedConfig.__dataclass_fields__
+    run = {k: v for k, v in config.get("settings", {}).items() if k in known}
     try:
-        before = TrainConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder.config_file}: {error}") from None
-    batch = (before.batch_size, before.accumulation_steps, before.num_processes)
-    if None in batch or not isinstance(hashes, dict):
+        if not isinstance(config.get("hashes"), dict):
+            raise TypeError("hashes are missing")
+        for name, behaviour in EARLIER.items():
+            if name not in run:
+                run[name] = behaviour(run)
+        return {**vars(ResolvedConfig(**(STAGES[run["stage"]] | run)))}
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder.config_file} lacks settings or hashes of the run; put the file "
-            "back as it was, or start anew with resume=False"
-        )
-    return before
+            f"{folder.config_file} is incomplete or invalid ({error}); restore the file, "
+            "or start over with resume=False"
+        ) from None
 
 
 def compare_hashes(
-    folder: RunFolder, config: Mapping[str, Any], cfg: TrainConfig, on_note: _Note
+    folder: RunFolder, hashes: Mapping[str, str | None], cfg: TrainConfig
 ) -> None:
     """Check that data, tokenizer and initial weights have the content they had.
 
-    A run goes on with its own weights: that others are there to begin from is only told
-    where nobody named them. Raises `RuntimeError`.
+    Raises `RuntimeError`. A None in `hashes` is not compared.
     """
-    settings = {
-        "data": "data_path",
-        "validation": "val_path",
-        "tokenizer": "tokenizer",
-        "initial": "init_from",
+    before = renew_hashes(folder.read_config()["hashes"], hashes, cfg)
+    changed = {
+        _SETTING_OF_HASH[key]: (before.get(key), value)
+        for key, value in hashes.items()
+        if value is not None and before.get(key) != value
     }
-    before = folder.read_config()
-    before["hashes"] = _renew_hashes(before["hashes"], config["hashes"], cfg)
-    changed = [
-        settings[name]
-        for name, value in config["hashes"].items()
-        if value is not None and before["hashes"].get(name) != value
-    ]
-    if "data_path" in changed and not cfg.val_path and "val_path" in changed:
-        changed.remove("val_path")  # which is a part of data_path
-    same_name = before["settings"].get("init_from") == shorten_home(cfg.init_from)
-    if "init_from" in changed and (same_name or cfg.init_from == "auto"):
-        changed.remove("init_from")
-        on_note(
-            f"{folder.root} goes on, though the weights in {config['began_from']} are "
-            "not those it began from; resume=False begins from them"
-        )
-    if changed := [name for name in changed if name not in cfg.allow_change]:
-        there, now = before["hashes"], config["hashes"]
-        differences = [
-            f"the content of {name}: {_short(there.get(key))} there, {_short(now[key])} now"
-            for key, name in settings.items()
-            if name in changed
-        ]
-        raise _other_run(folder, differences, changed)
-
-
-def _renew_hashes(
-    before: Mapping[str, Any], now: Mapping[str, Any], cfg: TrainConfig
-) -> dict[str, Any]:
-    """Return the hashes of a run, replacing those that an earlier state wrote of data.
-
-    They were names of token caches. Those of other data stay, and so differ.
-    """
-    renewed = {**before}
-    files = {"data": cfg.data_path, "validation": cfg.val_path or cfg.data_path}
-    for key, file in files.items():
-        if str(before.get(key)).startswith("tokens-") and file and Path(file).is_file():
-            how = (cfg.stage, now["tokenizer"], cfg.on_bad_line)
-            if before[key] in names_before_version_3(file, *how):
-                renewed[key] = now[key]
-    return renewed
+    if "data_path" in changed and not cfg.val_path:
+        changed.pop("val_path", None)  # which is a part of data_path
+    differences = {
+        name: f"content of {name}: {_short(old)} in the run, {_short(new)} now"
+        for name, (old, new) in changed.items()
+        if name not in cfg.allow_change
+    }
+    if differences:
+        raise _other_run(folder, differences)
 
 
 def find_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """The newest good checkpoint, or None where none was ever written.
+    """Return the newest good checkpoint, or None if none was ever written.
 
-    Raises `NoGoodCheckpoint`: a run must not silently start again.
+    Raises `NoGoodCheckpoint`: a run must not silently start over.
     """
     if found := folder.newest_good_checkpoint(repair=True):
         return found
     events = History(folder.metrics_file).select("event")
     saved = [row["step"] for row in events if row.get("event") == "save"]
-    told, record = folder.metrics_file, RankRecord.read(folder.record_file(0))
+    file, record = folder.metrics_file, RankRecord.read(folder.record_file(0))
     if not saved and record and record.status in ENDINGS and record.step:
-        told, saved = record.file, [record.step]
+        file, saved = record.file, [record.step]
     if not saved:
         return None
     raise NoGoodCheckpoint(
-        f"{told} tells of a checkpoint at step {saved[-1]}, and there is none in "
-        f"{folder.checkpoints}. Put it back, or start anew with resume=False, "
-        "which keeps this folder under another name."
+        f"{file} records a checkpoint at step {saved[-1]}, which is missing in "
+        f"{folder.checkpoints}. Restore it, or start over with resume=False, which keeps "
+        "this folder under another name."
     )
 
 
-def keep_origin(config: dict[str, Any], before: Mapping[str, Any]) -> bool:
-    """Where a run goes on, it is the run it was; whether from the weights at hand."""
-    config["run"] = before.get("run", config["run"])
-    config["settings"]["init_from"] = before["settings"].get("init_from")
-    config["began_from"] = before.get("began_from")
-    own = before["hashes"].get("initial")
-    same = config["hashes"]["initial"] == own
-    config["hashes"]["initial"] = own
-    return same
+def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are asked for: explicit ones, and those of a preset or
+    recipe that the run was not started with; of its own recipe what may change."""
+    tables = {"preset": PRESETS, "recipe": RECIPES}
+    asked: dict[str, Any] = {}
+    for kind, table in tables.items():
+        name = getattr(cfg, kind)
+        asked |= {
+            key: value
+            for key, value in table.get(name or "", {}).items()
+            if name != run.get(kind) or key in CHANGEABLE_ON_RESUME.difference(BATCH)
+        }
+    return asked | cfg.explicit()
+
+
+def _split_batch(
+    asked_then: Mapping[str, int],
+    run: Mapping[str, Any],
+    values: Mapping[str, Any],
+    asked: Mapping[str, Any],
+) -> dict[str, int]:
+    """Split the run's global batch among the processes of today.
+
+    What was asked for when the run was started means the same on any number of
+    processes. A new `global_batch`, or new values of both others, make a new one.
+    """
+    batch = {name: asked[name] for name in BATCH if name in asked}
+    total, processes = run["global_batch"], values["num_processes"]
+    now = {name: batch.get(name, values[name]) for name in BATCH[1:]}
+    if batch != asked_then and batch.keys() >= {*BATCH[1:]}:
+        total = now["batch_size"] * now["accumulation_steps"] * processes
+    total = batch.get("global_batch", total)
+    if total % processes:
+        raise RuntimeError(
+            f"global_batch={total} cannot be split among num_processes={processes}; "
+            "choose a number of processes that divides it"
+        )
+    only_steps = batch.keys() - {"global_batch"} == {"accumulation_steps"}
+    split = resolve_batch(
+        {**now, "num_processes": processes, "global_batch": total},
+        ["accumulation_steps"] if only_steps and batch != asked_then else [],
+    )
+    if processes != run["num_processes"]:
+        dropout = ", and dropout draws other numbers" if values["dropout"] else ""
+        logger.info(
+            f"num_processes changes from {run['num_processes']} to {processes}: "
+            f"batch_size={split['batch_size']} × accumulation_steps="
+            f"{split['accumulation_steps']} keeps the global batch of {total}; results "
+            f"are no longer equal to the last bit{dropout}"
+        )
+    return split
 
 
 def _short(digest: object) -> str:
-    """The first digits of a hash, behind the name of what it is of."""
+    """Return the first digits of a hash, after the name of its kind."""
     kind, dash, digits = str(digest).rpartition("-")
     return f"{kind}{dash}{digits[:12]}"
 
 
-def _accumulation_kept(before: TrainConfig, cfg: TrainConfig, on_note: _Note) -> int:
-    """The accumulation that keeps the global batch with another number of processes."""
-    assert cfg.batch_size and cfg.num_processes
-    rows = cfg.batch_size * cfg.num_processes
-    if before.global_batch % rows:
-        raise RuntimeError(
-            f"the run has a global batch of {before.global_batch} rows, made by "
-            f"{before.num_processes}, which {cfg.num_processes} processes of "
-            f"batch_size={cfg.batch_size} cannot keep; set a batch_size that divides "
-            'it, with allow_change=["batch_size"]'
-        )
-    steps = before.global_batch // rows
-    dropout = ", and dropout draws other numbers" if cfg.dropout else ""
-    on_note(
-        f"{cfg.num_processes} processes instead of {before.num_processes}: with "
-        f"accumulation_steps={steps} the samples of every step stay the same; weights "
-        f"and loss are no longer equal to the last bit{dropout}"
-    )
-    return steps
-
-
-def _other_run(
-    folder: RunFolder, differences: list[str], names: list[str]
-) -> Exception:
-    listing = "\n  ".join(differences)
-    quoted = ", ".join(f'"{name}"' for name in names)
+def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeError:
     shape = set(SHAPE_FIELDS) - set(TRAINING_SHAPE_FIELDS)
-    ways = [
+    options = [
         'run_name="…"            a new run beside it',
         "resume=False            a new run in its place; the old folder is kept under "
         "another name",
     ]
-    if shape.isdisjoint(names):
-        ways += [f"allow_change=[{quoted}]  go on with the new values"]
+    if shape.isdisjoint(differences):
+        quoted = ", ".join(f'"{name}"' for name in differences)
+        options.append(f"allow_change=[{quoted}]  resume with the new values")
     return RuntimeError(
-        f"{folder.root} holds a run with other settings:\n  {listing}\n"
-        f"{'Three' if ways[2:] else 'Two'} ways on:\n  " + "\n  ".join(ways)
+        f"{folder.root} holds a run with other settings:\n  "
+        + "\n  ".join(differences.values())
+        + "\nOptions:\n  "
+        + "\n  ".join(options)
     )
 
 
-def _copy_run(source: RunFolder, folder: RunFolder) -> None:
-    """Copy a run, whole or not at all; of its checkpoints the newest good one.
+def copy_run(source: RunFolder, folder: RunFolder) -> None:
+    """Copy a run, whole or not at all, with its newest and its best checkpoint.
 
-    The source may be read-only and is only read; of what else lies there nothing is
-    taken, and no link is followed. Raises `NoGoodCheckpoint` where there is none, and
-    `ValueError` for a folder that is a link.
+    The source is only read, and may be read-only. No link is followed. Raises
+    `NoGoodCheckpoint` if there is none, `ValueError` for a folder that is a link.
     """
-    own = (source.checkpoints, source.tokenizer, source.reference)
-    if linked := [path for path in own if path.is_symlink()]:
-        raise ValueError(
-            f"{linked[0]} is a link, and links in a run that is copied are not followed; "
-            "put the folder itself there"
-        )
-    checkpoint = source.newest_good_checkpoint()
-    if checkpoint is None or checkpoint.folder.is_symlink():
-        raise NoGoodCheckpoint(f"{source.root} has no checkpoint to go on from")
-    folders = [
-        (checkpoint.folder, f"checkpoints/{checkpoint.folder.name}"),
-        *((part, part.name) for part in (source.tokenizer, source.reference)),
-    ]
+    for path in (source.checkpoints, source.tokenizer):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link, and links in a run that is copied are not followed; "
+                "put the folder itself there"
+            )
+    newest, best = source.newest_good_checkpoint(), source.best_checkpoint()
+    checkpoints = {c.folder for c in (newest, best) if c and not c.folder.is_symlink()}
+    if not newest or newest.folder not in checkpoints:
+        raise NoGoodCheckpoint(f"{source.root} has no checkpoint to resume from")
     files = [file for name in _COPIED for file in source.root.glob(name)]
-    files += [file for part, _ in folders for file in part.glob("*")]
+    files += [
+        file for part in (*checkpoints, source.tokenizer) for file in part.glob("*")
+    ]
     files = [file for file in files if file.is_file() and not file.is_symlink()]
     needed = sum(file.stat().st_size for file in files)
     with verified.beside(folder.root, needed) as aside:
         for file in files:
-            names = (name for part, name in folders if file.parent == part)
-            target = aside / next(names, "") / file.name
+            target = aside / file.relative_to(source.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        verified.verify(RunFolder(aside).checkpoint_folder(checkpoint.step))
+        verified.verify(RunFolder(aside).checkpoint_folder(newest.step))
         aside.rename(folder.root)
+    logger.info(f"copied {source.root} to {folder.root}")
 
 
-def _steps(folder: RunFolder) -> int:
+def _last_step(folder: RunFolder) -> int:
     newest = folder.newest_good_checkpoint()
     return newest.step if newest else 0

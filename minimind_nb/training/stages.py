@@ -1,22 +1,22 @@
-"""What differs between stages, as one row each; the loop is the same for all."""
+"""The stages, a row each: only the objective differs, the loop is the same for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import ResolvedConfig
 from ..data.batches import IGNORED, MicroBatch
 from ..model.architecture import MiniMindForCausalLM
 
 
 class Losses(NamedTuple):
-    """`loss` is summed over its terms (targets, or pairs), `measures` over the samples.
+    """`loss` is summed over its targets (or pairs), `metrics` over the samples.
 
     `aux_loss`, that of mixtures, is a mean over the rows (per sequence) or a product of
     means (over the batch).
@@ -24,58 +24,65 @@ class Losses(NamedTuple):
 
     loss: Tensor
     aux_loss: Tensor
-    measures: Tensor
+    metrics: Tensor
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`measures` are logged beside the loss."""
+    """`metrics` are logged beside the loss."""
 
-    objective: Callable[[MiniMindForCausalLM, MicroBatch, TrainConfig], Losses]
-    measures: tuple[str, ...] = ()
+    objective: Callable[[MiniMindForCausalLM, MicroBatch, ResolvedConfig], Losses]
+    metrics: tuple[str, ...] = ()
 
 
 def next_token_loss(
-    model: MiniMindForCausalLM, batch: MicroBatch, cfg: TrainConfig
+    model: MiniMindForCausalLM, batch: MicroBatch, cfg: ResolvedConfig
 ) -> Losses:
-    """Cross-entropy summed over the targets.
+    """Return the cross-entropy in float32, summed over the targets.
 
-    In float32 whatever the precision of the products; the sum, because only the caller
-    knows the number of targets over all micro-batches and ranks.
+    The sum, because only the caller knows the number of targets over all micro-batches
+    and ranks.
     """
     losses, aux_loss = target_losses(model, batch)
     return Losses(losses.sum(), aux_loss, losses.new_zeros(0))
 
 
 def preference_loss(
-    model: MiniMindForCausalLM, batch: MicroBatch, cfg: TrainConfig
+    model: MiniMindForCausalLM, batch: MicroBatch, cfg: ResolvedConfig
 ) -> Losses:
     """Direct preference optimisation (Rafailov et al. 2023): -log σ(margin) of pairs.
 
-    The margin is β times how much more the model, measured against the reference,
-    prefers the chosen answer to the rejected one. Measured besides: the margin, whether
-    it is above 0 (half of a pair where it is 0, as in all of them at first), and the
-    reference's log-probability of a target less the model's, in the mean over both
-    answers: an estimate of KL(reference ‖ model) on these answers, which may be negative.
+    The margin is β times how much more the model, relative to the reference, prefers
+    the chosen answer to the rejected one. The metrics are the margin, whether it is
+    above 0 (half a pair if it is 0, as in all of them at first), and the reference's
+    log-probability per target minus the model's, averaged over both answers: an estimate
+    of KL(reference ‖ model) on these answers, which may be negative.
     """
     assert cfg.dpo_beta is not None and batch.reference is not None
     sums, counts, aux_loss = answer_log_probabilities(model, batch)
-    drift = sums - batch.reference.float()
+    drift = sums - batch.reference
     margins = cfg.dpo_beta * (drift[0::2] - drift[1::2])
     kl = -(drift[0::2] + drift[1::2]) / (counts[0::2] + counts[1::2])
     right = (margins.sign() + 1) / 2
-    measures = torch.stack([margins.sum(), right.sum(), kl.sum()])
-    return Losses(-F.logsigmoid(margins).sum(), aux_loss, measures.detach())
+    metrics = torch.stack([margins.sum(), right.sum(), kl.sum()])
+    return Losses(-F.logsigmoid(margins).sum(), aux_loss, metrics.detach())
+
+
+@torch.no_grad()
+def with_reference(batch: MicroBatch, reference: MiniMindForCausalLM) -> MicroBatch:
+    """Add the reference model's log-probability of each answer to a batch of pairs."""
+    sums, _, _ = answer_log_probabilities(reference, batch)
+    return replace(batch, reference=sums)
 
 
 def answer_log_probabilities(
     model: MiniMindForCausalLM, batch: MicroBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each answer of each pair, [2 · samples]: the sum of its targets'
+    """Return for each answer of each pair, [2 · samples], the sum of its targets'
     log-probabilities and their number; and the auxiliary loss."""
     losses_N, aux_loss = target_losses(model, batch)
-    assert batch.documents is not None and batch.learned is not None
-    answer_N = batch.documents.flatten()[batch.learned].long()
+    assert batch.documents is not None and batch.loss_positions is not None
+    answer_N = batch.documents.flatten()[batch.loss_positions].long()
     none = losses_N.new_zeros(2 * batch.samples)
     sums = none.index_add(0, answer_N, -losses_N)
     return sums, none.index_add(0, answer_N, torch.ones_like(losses_N)), aux_loss
@@ -84,16 +91,16 @@ def answer_log_probabilities(
 def target_losses(
     model: MiniMindForCausalLM, batch: MicroBatch
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [N] at the places learned from, or all [B · T]; auxiliary loss.
+    """Return the cross-entropy at the targets [N], or at all [B · T]; auxiliary loss.
 
-    Logits are computed at those places only: where answers are a third of the text a
-    step of the demo's model takes 0.68 of the time, where they are 86 % 0.98.
+    Logits are computed only at `loss_positions`: if answers are a third of the text, a
+    step of the demo's model takes 0.68 of the time, if they are 86 % 0.98.
     """
     mask = None if batch.documents is None else document_mask(batch.documents)
     found = model.model(input_ids=batch.inputs, attention_mask=mask)
     x_ND, targets_N = found.last_hidden_state.flatten(0, 1), batch.targets.flatten()
-    if batch.learned is not None:
-        x_ND, targets_N = x_ND[batch.learned], targets_N[batch.learned]
+    if batch.loss_positions is not None:
+        x_ND, targets_N = x_ND[batch.loss_positions], targets_N[batch.loss_positions]
     logits_NV = model.lm_head(x_ND).float()
     losses_N = F.cross_entropy(
         logits_NV, targets_N, ignore_index=IGNORED, reduction="none"
@@ -102,7 +109,7 @@ def target_losses(
 
 
 def document_mask(documents_BT: Tensor) -> Tensor:
-    """Boolean [B, 1, T, T]: causal, and only within the same document.
+    """Return a boolean mask [B, 1, T, T]: causal, and only within the same document.
 
     One mask for all heads and layers. Padding (-1) sees padding only, so that no row
     of the softmax is empty.

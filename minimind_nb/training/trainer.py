@@ -1,72 +1,63 @@
-"""The parts of a run in one process, which every step of the loop works on."""
+"""The state of a run in one process, on which every step of the loop works."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..config import TrainConfig
 from ..data.batches import StepBatch, TrainingStream, ValidationRows
 from ..data.tokenizer import TokenizerSpec
 from ..launch.cancellation import StopRequest
-from ..launch.outcome import RankRecord
-from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
 from ..monitor.metrics import MetricsLog
 from ..storage.run_folder import RunFolder
+from .evaluation import Evaluator, Prompt, seed_of
 from .optim import FlatGradients
-from .stages import Stage
 
 _REMEMBERED_STEPS = 200
 _FIRST_SAVE_SECONDS = 10.0  # assumed until one was measured
-_PERCENTILES = 20
 _NAMED_LINES = 20
 
 
 class SessionClock:
-    """Knows a deadline on the monotonic clock (None: there is none).
+    """A deadline on the monotonic clock (None: no deadline).
 
-    The margin is the 95th percentile of the step times plus the longest validation and
-    two saves, so that the last save fits in even when it is slow.
+    The run stops early enough for one more step, a validation and two saves, each as
+    slow as the slowest so far.
     """
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
         self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
-        self._longest_save = 0.0
-        self._longest_validation = 0.0
+        self._longest_save = self._longest_validation = 0.0
 
     def add_step(self, seconds: float) -> None:
-        """Remember how long a step took."""
+        """Record the duration of a step."""
         self._steps.append(seconds)
 
     def add_save(self, seconds: float) -> None:
-        """Remember how long a save took."""
+        """Record the duration of a save."""
         self._longest_save = max(self._longest_save, seconds)
 
     def add_validation(self, seconds: float) -> None:
-        """Remember how long a validation took, answers included."""
+        """Record the duration of a validation, answers included."""
         self._longest_validation = max(self._longest_validation, seconds)
 
     def margin_seconds(self) -> float:
-        """The time that one more step, a validation and the save after may take."""
-        slow = max(self._steps, default=0.0)
-        if len(self._steps) > _PERCENTILES:
-            slow = statistics.quantiles(self._steps, n=_PERCENTILES)[-1]
+        """Return the time that one more step, a validation and two saves may take."""
         saves = 2 * (self._longest_save or _FIRST_SAVE_SECONDS)
-        return slow + self._longest_validation + saves
+        return max(self._steps, default=0.0) + self._longest_validation + saves
 
     def is_over(self) -> bool:
-        """Whether another step could miss the deadline."""
+        """Return whether another step could miss the deadline."""
         if self.deadline is None:
             return False
         return time.monotonic() + self.margin_seconds() > self.deadline
@@ -74,7 +65,7 @@ class SessionClock:
 
 @dataclass
 class Progress:
-    """Where a run stands: what changes from step to step beside the tensors.
+    """The position of a run: what changes from step to step, apart from tensors.
 
     `samples` and `tokens` count rows and predicted text tokens of all ranks;
     `seconds` is training time over all sessions, without validation and saving;
@@ -90,72 +81,54 @@ class Progress:
     val_loss: float | None = None
 
     def position(self) -> dict[str, float]:
-        """What every row of metrics begins with."""
+        """Return the fields that every row of metrics begins with."""
         names = ("step", "samples", "tokens", "seconds")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass
-class SinceLog:
+class LogWindow:
     """Sums since the last row of metrics.
 
-    `losses` are the loss, the auxiliary loss and the stage's measures, each times the
-    terms of its step. `positions` (of this rank's rows, padding too) and `choices` (how
-    often each expert of each layer was chosen) are this rank's own.
+    `losses` are the loss, the auxiliary loss and the stage's metrics, each times the
+    targets of its step. `positions` (of this rank's rows, padding included) and
+    `expert_choices` (how often each expert of each layer was chosen) are this rank's.
     """
 
     losses: list[float] = field(default_factory=list)
-    terms: int = 0
+    num_targets: int = 0
     tokens: int = 0
     positions: int = 0
-    choices: torch.Tensor | float = 0.0
+    expert_choices: torch.Tensor | float = 0.0
     grad_norm: float = 0.0
     seconds: float = 0.0
 
     def add(
         self, batch: StepBatch, losses: list[float], norm: float, seconds: float
     ) -> None:
-        """Count one step, whose losses are means over its terms."""
+        """Add one step, whose losses are means over its targets."""
         before = self.losses or [0.0] * len(losses)
         pairs = zip(before, losses, strict=True)
-        self.losses = [total + loss * batch.terms for total, loss in pairs]
-        self.terms += batch.terms
+        self.losses = [total + loss * batch.num_targets for total, loss in pairs]
+        self.num_targets += batch.num_targets
         self.tokens += batch.tokens
         self.positions += sum(one.inputs.numel() for one in batch.micro_batches)
         self.grad_norm = norm
         self.seconds += seconds
 
-    def add_choices(self, model: MiniMindForCausalLM) -> None:
-        """Count which experts the last forward pass chose; they are on the host."""
+    def add_expert_choices(self, model: MiniMindForCausalLM) -> None:
+        """Add the experts chosen in the last forward pass; they are on the host."""
         if counts := model.expert_load():
-            self.choices = self.choices + torch.tensor(counts, dtype=torch.float64)
+            counts = torch.tensor(counts, dtype=torch.float64)
+            self.expert_choices = self.expert_choices + counts
 
 
-class Prompt(NamedTuple):
-    """What the model is asked at every validation, as people and as it read it."""
+@dataclass(kw_only=True)
+class Trainer(Evaluator):
+    """The parts of a run, built by `worker.build` and changed by the loop.
 
-    text: str
-    ids: list[int]
-
-
-@dataclass
-class Parts:
-    """What a loss is computed with."""
-
-    cfg: TrainConfig
-    stage: Stage
-    group: Group
-    device: torch.device
-    model: MiniMindForCausalLM
-    autocast: torch.autocast
-    record: RankRecord
-
-
-@dataclass
-class Trainer(Parts):
-    """What `worker.build` makes and the loop changes.
-
-    `config` is config.json's; `prompts` are what the model is asked at validations.
+    `config` is the content of config.json; `prompts` are answered at validations, on
+    rank 0.
     """
 
     gradients: FlatGradients
@@ -173,23 +146,33 @@ class Trainer(Parts):
     metrics: MetricsLog
     clock: SessionClock
     stop: StopRequest
-    since_log: SinceLog = field(default_factory=SinceLog)
+    window: LogWindow = field(default_factory=LogWindow)
     failed_saves: int = 0
+
+    def seed_dropout(self) -> None:
+        """Seed this step's dropout from (seed, rank, step)."""
+        torch.manual_seed(seed_of(self.cfg.seed, self.group.rank, self.progress.step))
+
+    def stop_flags(self) -> list[float]:
+        """Return this rank's stop flags, the session's deadline considered."""
+        if self.clock.is_over():
+            self.stop.reason = self.stop.reason or "time_budget"
+        return self.stop.stop_flags()
 
     @contextlib.contextmanager
     def blaming_data(self) -> Iterator[None]:
-        """Add to what is raised in a step the lines of the data this rank had in it."""
+        """Add the lines of the data in this rank's step to an exception."""
         try:
             yield
         except Exception as error:
             shares = self.stream.shares(self.progress.samples, self.stream.samples)
             if lines := self.stream.lines(itertools.chain(*shares)):
-                where = f"step {self.progress.step + 1}, where rank {self.group.rank}"
-                error.add_note(f"in {where} had {lines_text(lines)} of the data")
+                where = f"step {self.progress.step + 1}, rank {self.group.rank}"
+                error.add_note(f"in {where}, with {describe_lines(lines)} of the data")
             raise
 
 
-def lines_text(lines: list[int]) -> str:
-    """ "the lines [2, 5, 9]", as many as one can look at."""
+def describe_lines(lines: list[int]) -> str:
+    """Return "the lines [2, 5, 9]", shortened if there are many."""
     rest = len(lines) - _NAMED_LINES
     return f"the lines {lines[:_NAMED_LINES]}" + f" and {rest} more" * (rest > 0)

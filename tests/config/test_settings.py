@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind_nb.config import SHAPE_FIELDS, TrainConfig, kinds, resolve
+from minimind_nb.config import SHAPE_FIELDS, ResolvedConfig, TrainConfig, kinds, resolve
 
 MINIMIND_NAMES = (
     "data_path out_dir epochs batch_size learning_rate hidden_size num_hidden_layers "
@@ -38,13 +38,13 @@ def test_kinds_tell_optional_fields_from_required_ones():
     assert kinds()["epochs"] == (int, type(None))
     assert kinds()["resume"] == (str, bool)
     assert kinds()["allow_change"] == (tuple,)
-    assert kinds()["seed"] == (int,)
+    assert kinds()["seed"] == (int, type(None))
 
 
 def test_only_what_differs_from_the_defaults_is_explicit():
     assert TrainConfig().explicit() == {}
     cfg = TrainConfig(stage="pretrain", epochs=2, seed=42, dropout=None)
-    assert cfg.explicit() == {"epochs": 2}
+    assert cfg.explicit() == {"epochs": 2, "seed": 42}
 
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
@@ -90,7 +90,7 @@ def test_plain_values_are_taken_beside_an_unknown_name(tmp_path):
     with pytest.raises(ValueError) as caught:
         config(epoch=np.int64(1), epochs=np.int64(2), data_path=tmp_path)
     assert str(caught.value) == (
-        "the configuration has a problem:\n  - 'epoch' is no setting; did you mean "
+        "the configuration has a problem:\n  - unknown setting 'epoch'; did you mean "
         "epochs?"
     )
 
@@ -104,7 +104,9 @@ def test_a_configuration_travels_and_copies():
 
 
 def test_a_copy_with_an_unknown_name_is_refused_like_a_new_one():
-    with pytest.raises(ValueError, match="'epoch' is no setting; did you mean epochs"):
+    with pytest.raises(
+        ValueError, match="unknown setting 'epoch'; did you mean epochs"
+    ):
         dataclasses.replace(TrainConfig(), epoch=3)  # pyright: ignore[reportCallIssue]
 
 
@@ -127,7 +129,7 @@ def test_resolved_configuration_is_a_fixed_point_and_survives_travel(settings):
     other_machine = {"device": "cpu", "num_processes": 1, "dtype": "float32"}
     assert resolve(cfg, **other_machine, vocab_size=9) == cfg
     through_json = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    assert TrainConfig(**through_json) == cfg
+    assert ResolvedConfig(**through_json) == cfg
     assert pickle.loads(pickle.dumps(cfg)) == cfg
 
 
@@ -135,7 +137,6 @@ def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
     cfg = resolve(TrainConfig(use_moe=True))
     open_fields = {n for n, v in dataclasses.asdict(cfg).items() if v is None}
     assert open_fields == {
-        "data_path",
         "val_path",
         "tokenizer",
         "preset",
@@ -147,9 +148,32 @@ def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
     }
 
 
-def test_global_batch_counts_rows_over_all_processes():
-    cfg = resolve(TrainConfig(batch_size=8, accumulation_steps=4), num_processes=2)
-    assert cfg.global_batch == 64
+@pytest.mark.parametrize(
+    ("settings", "processes", "batch"),
+    [
+        ({"batch_size": 8, "accumulation_steps": 4}, 2, (64, 8, 4)),
+        ({}, 1, (128, 32, 4)),
+        ({}, 2, (128, 32, 2)),
+        ({}, 3, (129, 1, 43)),
+        ({"recipe": "demo"}, 2, (4, 2, 1)),
+        ({"recipe": "demo"}, 1, (4, 4, 1)),
+        ({"global_batch": 48}, 2, (48, 24, 1)),
+        ({"global_batch": 48, "batch_size": 4}, 2, (48, 4, 6)),
+        ({"global_batch": 48, "accumulation_steps": 4}, 2, (48, 6, 4)),
+        ({"batch_size": 8}, 2, (64, 8, 4)),
+        ({"accumulation_steps": 2}, 2, (128, 32, 2)),
+    ],
+)
+def test_the_global_batch_is_split_among_processes(settings, processes, batch):
+    cfg = resolve(TrainConfig(**settings), num_processes=processes)
+    assert (cfg.global_batch, cfg.batch_size, cfg.accumulation_steps) == batch
+
+
+def test_a_global_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="global_batch=7 is not batch_size=.* × num_"):
+        resolve(TrainConfig(global_batch=7), num_processes=2)
+    with pytest.raises(ValueError, match="global_batch=8 is not batch_size=3 ×"):
+        TrainConfig(global_batch=8, batch_size=3, num_processes=1)
 
 
 def test_shape_speaks_by_the_models_names():
@@ -175,5 +199,5 @@ def test_a_run_with_a_name_of_its_own_has_weights_of_that_name():
 
 
 def test_resolution_refuses_what_the_machine_contradicts():
-    with pytest.raises(ValueError, match='dtype="float16" is for GPUs'):
+    with pytest.raises(ValueError, match='dtype="float16" needs a GPU'):
         resolve(TrainConfig(dtype="float16"), device="cpu")

@@ -85,7 +85,7 @@ def make_stream(
 def read_all(cache: TokenCache, width: int, mask: bool) -> MicroBatch:
     """All documents packed in their order, as one micro-batch."""
     rows = pack(np.arange(len(cache)), cache.targets, width)
-    cfg = TrainConfig(max_seq_len=width, document_mask=mask)
+    cfg = resolve(TrainConfig(max_seq_len=width, document_mask=mask))
     reader = SampleReader(cache, cfg, PAD)
     return reader.read([rows.row(n) for n in range(len(rows))])
 
@@ -119,7 +119,7 @@ def pairs_of(batches: list[MicroBatch]) -> Counter[tuple[int, int]]:
 
 def equal(a: StepBatch, b: StepBatch) -> bool:
     """Whether two steps are the same bit for bit."""
-    if (a.samples, a.tokens, a.terms) != (b.samples, b.tokens, b.terms):
+    if (a.samples, a.tokens, a.num_targets) != (b.samples, b.tokens, b.num_targets):
         return False
     return len(a.micro_batches) == len(b.micro_batches) and all(
         torch.equal(x, y)
@@ -196,7 +196,7 @@ def test_any_number_of_ranks_takes_the_same_samples(cache, size):
         assert [next(left, None) for left in rows] == [None] * size
         assert {step.samples for step in together} == {alone.samples}
         assert {step.tokens for step in together} == {alone.tokens}
-        assert {step.terms for step in together} == {alone.tokens}
+        assert {step.num_targets for step in together} == {alone.tokens}
 
 
 def test_last_step_takes_what_is_left(cache):
@@ -229,7 +229,7 @@ def test_a_step_may_take_several_epochs(make_cache):
     stream = make_stream(make_cache(["abc"]), epochs=30)
     first, last = steps(stream)
     assert (first.samples, last.samples) == (24, 6)
-    assert (first.tokens, last.terms) == (96, 24)
+    assert (first.tokens, last.num_targets) == (96, 24)
     assert len(rows_of(first)) == 24
 
 
@@ -259,7 +259,7 @@ def test_targets_of_a_step_are_those_of_all_ranks(cache):
             for step in together
             for batch in step.micro_batches
         )
-        assert {step.terms for step in together} == {found}
+        assert {step.num_targets for step in together} == {found}
 
 
 def test_lines_are_those_the_samples_come_from(make_cache):
@@ -338,7 +338,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(targets, width, siz
 
 
 def validation_rows(cache: TokenCache, width: int, most: int) -> ValidationRows:
-    cfg = TrainConfig(max_seq_len=width, eval_tokens=most)
+    cfg = resolve(TrainConfig(max_seq_len=width, eval_tokens=most))
     return ValidationRows(cache, truncated_of(cache, width), cfg, PAD)
 
 
@@ -449,7 +449,7 @@ def test_answers_alone_are_targets_at_literal_points(open_chats):
     ]
     assert batch.documents is not None
     assert batch.documents.tolist() == [[0] * 23 + [1] * 22 + [-1]]
-    assert (step.samples, step.tokens, step.terms) == (1, 45, 7)
+    assert (step.samples, step.tokens, step.num_targets) == (1, 45, 7)
     assert batch.reference is None
     assert stream.fill == 45 / 46
     whole = [
@@ -466,7 +466,7 @@ def test_a_conversation_that_is_cut_is_read_to_its_last_whole_answer(open_chats)
     (batch,) = step.micro_batches
     assert batch.inputs[0, :22].tolist() == [*ASKS, *ANSWERS, 68, 2]
     assert (batch.inputs[0, 22:] == PAD).all()
-    assert (step.tokens, step.terms) == (22, 3)
+    assert (step.tokens, step.num_targets) == (22, 3)
 
 
 def test_pairs_at_literal_points(open_chats):
@@ -475,7 +475,6 @@ def test_pairs_at_literal_points(open_chats):
     stream = make_stream(
         open_chats([pair], "dpo"), stage="dpo", max_seq_len=64, epochs=1
     )
-    stream.reader.reference = np.array([-1.5, -2.5])
     step = stream.next_step()
     (batch,) = step.micro_batches
     chosen, rejected = [*ASKS, *ANSWERS, 68, 69, 2], [*ASKS, *ANSWERS, 70, 2]
@@ -483,13 +482,9 @@ def test_pairs_at_literal_points(open_chats):
     assert batch.targets.tolist() == [
         [IGNORED] * 19 + [68, 69, 2, NEWLINE] + [IGNORED] * 19 + [70, 2, NEWLINE]
     ]
-    assert batch.documents is not None and batch.reference is not None
+    assert batch.documents is not None
     assert batch.documents.tolist() == [[0] * 23 + [1] * 22]
-    assert (batch.reference.tolist(), batch.reference.dtype) == (
-        [-1.5, -2.5],
-        torch.float64,
-    )
-    assert (step.samples, step.tokens, step.terms, batch.samples) == (1, 45, 1, 1)
+    assert (step.samples, step.tokens, step.num_targets, batch.samples) == (1, 45, 1, 1)
 
 
 def test_answers_of_a_pair_may_lie_in_any_row_under_their_numbers(open_chats):
@@ -499,19 +494,14 @@ def test_answers_of_a_pair_may_lie_in_any_row_under_their_numbers(open_chats):
     ]
     cache = open_chats(pairs, "dpo")
     stream = make_stream(cache, stage="dpo", max_seq_len=45, epochs=1)
-    stream.reader.reference = np.arange(6) / 4
     (batch,) = stream.next_step().micro_batches
-    assert batch.documents is not None and batch.reference is not None
+    assert batch.documents is not None
     order = [stream.pieces(sample) for sample in range(3)]
     for number, (ids, learned) in enumerate(itertools.chain(*order)):
         at = batch.documents == number
         assert batch.inputs[at].tolist() == ids[:-1].tolist()
         targets = batch.targets[at]
         assert targets[targets != IGNORED].tolist() == ids[learned].tolist()
-    documents = [
-        piece[0] for sample in range(3) for piece in stream.arrange(0).row(sample)
-    ]
-    assert batch.reference.tolist() == [document / 4 for document in documents]
     assert len(batch.inputs) == 4, "six answers in as few rows as hold them"
 
 
@@ -547,7 +537,7 @@ def test_tokens_and_terms_are_those_of_all_ranks(chats, stage, size):
         samples = sum(batch.samples for batch in batches)
         assert {(step.samples, step.tokens) for step in together} == {(samples, tokens)}
         terms = targets if stage == "sft" else samples
-        assert {step.terms for step in together} == {terms}
+        assert {step.num_targets for step in together} == {terms}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -24,11 +25,11 @@ from minimind_nb.storage.run_folder import RunFolder
 HERE = Path(__file__).parent
 
 
-def make_job(folder: Path, size: int, target: str = "work", **payload: Any) -> Job:
+def make_job(folder: Path, size: int, target: str = "work", **todo: Any) -> Job:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "todo.json").write_text(json.dumps(todo))
     return Job(
         target=f"support.rank_targets:{target}",
-        payload={"size": size, **payload},
         num_processes=size,
         folder=RunFolder(folder),
         environment={"OMP_NUM_THREADS": "1"},

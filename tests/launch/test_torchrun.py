@@ -112,7 +112,7 @@ def test_a_machine_that_does_not_see_the_files_is_named_by_all_ranks(
     def work(rank: int) -> None:
         """Rank 1's machine has other files under the same name."""
         paths = [str(tmp_path), *([str(tmp_path / "cache")] if rank else [])]
-        job = Job("no.module:run", {}, 2, RunFolder(tmp_path), paths=paths)
+        job = Job("no.module:run", RunFolder(tmp_path), 2, paths=paths)
         with pytest.raises(FileNotFoundError) as error:
             TorchrunSession(RankInfo(rank, 2, 0, 1), store)._work(job)
         raised[rank] = str(error.value)

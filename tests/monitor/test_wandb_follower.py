@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import minimind_nb as mm
-from minimind_nb.config import TrainConfig
+from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.monitor import wandb_follower
 from minimind_nb.monitor.metrics import History, MetricsLog
 from minimind_nb.monitor.wandb_follower import WandbFollower, require_wandb
@@ -88,7 +88,9 @@ def session(tmp_path, make_history, add_rows, caplog):
         history = History(path) if path.exists() else make_history()
         config = {"settings": {"epochs": 2}}
         path.with_name("config.json").write_text(json.dumps(config))
-        follower = WandbFollower(history, TrainConfig(use_wandb=True, **settings))
+        follower = WandbFollower(
+            history, resolve(TrainConfig(use_wandb=True, **settings))
+        )
         follower.start()
         with MetricsLog(path) as log:
             log.append("event", event="resume" if begin else "start", step=begin)
@@ -113,7 +115,7 @@ def test_without_wandb_the_error_says_how_to_get_it(spec, monkeypatch):
 
 def test_without_use_wandb_nothing_is_started_or_written(make_history):
     history = make_history([3.0])
-    follower = WandbFollower(history, TrainConfig())
+    follower = WandbFollower(history, resolve(TrainConfig()))
     follower.start()
     follower.report()
     follower.finish()
@@ -158,7 +160,7 @@ def test_the_process_ends_by_itself_at_the_end_row_of_its_session(fake, make_his
     with MetricsLog(history.path) as log:
         log.append("event", event="end", step=1, status="failed")
         history.refresh()
-        follower = WandbFollower(history, TrainConfig(use_wandb=True))
+        follower = WandbFollower(history, resolve(TrainConfig(use_wandb=True)))
         follower.start()
         (process,) = multiprocessing.active_children()
         log.append("event", event="resume", step=1)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import pytest
 
 from minimind_nb.launch.cancellation import StopRequest
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.launch.spawn import Job
+from minimind_nb.launch.spawn import Job, RankInfo
+from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import api
 
 # The function that a point is in front of (or behind): of a step, then of a save, then
@@ -30,7 +31,7 @@ POINTS = {
     "batch": ("data.batches", "TrainingStream.next_step", "before"),
     "after_backward": ("training.optim", "FlatGradients.add_stop_flags", "before"),
     "before_step": ("training.loop", "update_weights", "before"),
-    "after_step": ("training.loop", "count_step", "after"),
+    "after_step": ("training.loop", "record_step", "after"),
     "before_save": ("training.loop", "save_checkpoint", "before"),
     "half_a_file": ("training.checkpoint", "save_file", "half"),
     "after_a_file": ("training.checkpoint", "save_file", "after"),
@@ -40,9 +41,9 @@ POINTS = {
     "prune": ("storage.run_folder", "RunFolder.prune_checkpoints", "before"),
     "weights_file": ("training.loop", "write_pth", "before"),
     "exit": ("launch.process_group", "Group.close", "before"),
-    "validation": ("training.loop", "evaluate_rows", "before"),
+    "validation": ("training.evaluation", "Evaluator.evaluate", "before"),
     "answer": ("training.loop", "write_samples", "before"),
-    "reference": ("training.reference", "answer_log_probabilities", "before"),
+    "reference": ("training.evaluation", "with_reference", "before"),
 }
 SAVING: list[str] = [
     *("before_save", "half_a_file", "after_a_file", "before_manifest"),
@@ -78,24 +79,23 @@ def inject(monkeypatch: pytest.MonkeyPatch, *faults: Fault) -> None:
 
 def with_faults(job: Job, *faults: Fault) -> Job:
     """The same job, with faults."""
-    plain = [dataclasses.asdict(fault) for fault in faults]
-    return dataclasses.replace(
-        job,
-        target=f"{__name__}:run",
-        payload={**job.payload, "faults": plain, "target": job.target},
-    )
+    plain = {"target": job.target, "faults": [dataclasses.asdict(f) for f in faults]}
+    (job.folder.root / "faults.json").write_text(json.dumps(plain))
+    return dataclasses.replace(job, target=f"{__name__}:run")
 
 
 def run(
-    rank: int, payload: Mapping[str, Any], record: RankRecord, stop: StopRequest
+    info: RankInfo, folder: RunFolder, store: Any, record: RankRecord, stop: StopRequest
 ) -> str:
     """The worker of always, with the faults of this rank in it."""
-    for fields in payload["faults"]:
+    plan = json.loads((folder.root / "faults.json").read_text())
+    for fields in plan["faults"]:
         fault = Fault(**fields)
-        if fault.rank == rank:
+        if fault.rank == info.rank:
             _wrap(fault, record, stop)
-    module, _, name = payload["target"].partition(":")
-    return getattr(importlib.import_module(module), name)(rank, payload, record, stop)
+    module, _, name = plan["target"].partition(":")
+    target = getattr(importlib.import_module(module), name)
+    return target(info, folder, store, record, stop)
 
 
 def _wrap(fault: Fault, record: RankRecord, stop: StopRequest) -> None:

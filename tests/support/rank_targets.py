@@ -1,17 +1,19 @@
 """What the ranks of these tests do; spawned processes import it by name."""
 
+import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from minimind_nb.launch.cancellation import StopRequest, agreed_stop_reason
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.process_group import Group
+from minimind_nb.launch.spawn import RankInfo
+from minimind_nb.storage.run_folder import RunFolder
 
 STEPS = 12
 FAILING_STEP = 5
@@ -19,31 +21,31 @@ WAITING_STEP = 3
 
 
 def work(
-    rank: int, payload: dict[str, Any], record: RankRecord, stop: StopRequest
+    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
 ) -> str:
-    """Sum a tensor a step; do what the payload says at step 5 on its rank.
+    """Sum a tensor a step; do what todo.json says at step 5 on its rank.
 
-    After step 3 it waits for the file `until`, if the payload names one.
+    After step 3 it waits for the file `until`, if todo.json names one.
     """
+    rank, todo = info.rank, json.loads((folder.root / "todo.json").read_text())
     record.update(phase="meeting", total_steps=STEPS)
-    size = payload["size"]
-    group = Group(rank, size, Path(payload["store"]), "cpu", payload.get("timeout", 30))
+    group = Group(rank, info.world_size, Path(store), "cpu", todo.get("timeout", 30))
     group.meet(torch.device("cpu"))
     record.update(phase="training")
     print(f"rank {rank} met the others")
     for step in range(1, STEPS + 1):
-        if rank in payload.get("ranks", [0]) and step == FAILING_STEP:
-            act(payload.get("action", ""), rank)
+        if rank in todo.get("ranks", [0]) and step == FAILING_STEP:
+            act(todo.get("action", ""), rank)
         flags = torch.tensor(stop.stop_flags())
         group.sum(flags)
         record.update(step=step)
         if reason := agreed_stop_reason(flags.tolist()):
             return reason
-        while step == WAITING_STEP and "until" in payload:
-            if Path(payload["until"]).exists():
+        while step == WAITING_STEP and "until" in todo:
+            if Path(todo["until"]).exists():
                 break
             time.sleep(0.02)
-        time.sleep(payload.get("pause", 0.0))
+        time.sleep(todo.get("pause", 0.0))
     group.close()
     return "finished"
 
@@ -63,7 +65,7 @@ def act(action: str, rank: int) -> None:
 
 
 def stuck(
-    rank: int, payload: dict[str, Any], record: RankRecord, stop: StopRequest
+    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
 ) -> str:
     """Never meet the others."""
     record.update(phase="meeting")

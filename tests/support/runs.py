@@ -1,8 +1,10 @@
 """Training within the test's own process, and looking at what it leaves."""
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from minimind_nb.config import TrainConfig
 from minimind_nb.launch.cancellation import StopRequest
 from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.launch.spawn import RankInfo
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.storage.verified import hash_file
-from minimind_nb.training import api, worker
+from minimind_nb.training import worker
 from minimind_nb.training.loop import Trainer
-from minimind_nb.training.preparation import Prepared, prepare
+from minimind_nb.training.preparation import prepare
+from minimind_nb.training.run_plan import RunPlan
 
 Settings = dict[str, Any]
 
@@ -31,12 +35,42 @@ class HeldStop(StopRequest):
 Change = Callable[[Trainer], None]
 
 
-def prepare_here(
-    settings: Settings, on_note: Callable[[str], None] = lambda _: None
-) -> Prepared:
-    """A prepared run, whose folder is free again."""
-    with prepare(TrainConfig(**settings), on_note) as prepared:
-        return prepared
+class Messages(logging.Handler):
+    """Collects what the package logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """The messages that the package logs in the block."""
+    logger, handler = logging.getLogger("minimind_nb"), Messages()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.texts
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def notes_of(settings: Settings) -> tuple[list[str], bool]:
+    """What planning a run logs, and whether nothing is left to do."""
+    with logged() as texts:
+        complete = prepare_here(settings).complete
+    return texts, complete
+
+
+def prepare_here(settings: Settings) -> RunPlan:
+    """Plan a run, and let its folder go."""
+    with prepare(TrainConfig(**settings)) as (plan, _):
+        return plan
 
 
 def train_here(
@@ -46,10 +80,12 @@ def train_here(
     change: Change | None = None,
 ) -> tuple[str, RunFolder]:
     """Run the worker of one process in this process; `change` gets its parts first."""
-    prepared = prepare_here(settings)
-    payload = {**api.training_job(prepared, {}).payload, "threads": 1, "store": ""}
+    plan = prepare_here(settings)
+    folder = plan.folder
+    if plan.complete:
+        return folder.status(), folder
     stop = HeldStop()
-    record = RankRecord(prepared.folder.record_file(0), 0)
+    record = RankRecord(folder.record_file(0), 0)
     real_fit = worker.fit
 
     def fit(trainer: Trainer) -> str:
@@ -58,15 +94,24 @@ def train_here(
             change(trainer)
         return real_fit(trainer)
 
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "fit", fit)
+        status = run_here(worker.run, folder, record, stop)
+    record.update(status=status)
+    return status, folder
+
+
+def run_here(
+    target: Callable[..., str], folder: RunFolder, record: RankRecord, stop: StopRequest
+) -> str:
+    """Run a worker function as the only rank, with one thread."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "choose_threads", lambda *_: 1)
         try:
-            ending = worker.run(0, payload, record, stop)
-            record.update(status=ending)
+            return target(RankInfo(0, 1, 0, 1), folder, "", record, stop)
         finally:
             torch.set_num_threads(threads)
-    return ending, prepared.folder
 
 
 class StoppingRecord:

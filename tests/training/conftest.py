@@ -12,7 +12,7 @@ import torch._dynamo  # what each rank would import by itself
 from support.runs import Settings
 
 from minimind_nb.launch import spawn
-from minimind_nb.training import api
+from minimind_nb.training import api, worker
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,8 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     assert torch._dynamo
     monkeypatch.setattr(spawn, "_SPAWN", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(api, "choose_threads", lambda *_: 1)
+    for module in (api, worker):
+        monkeypatch.setattr(module, "choose_threads", lambda *_: 1)
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import minimind_nb as mm
-from minimind_nb.config import TrainConfig
+from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import Piece, SampleReader
 from minimind_nb.data.conversations import TRAINED
 from minimind_nb.data.packing import pair_up, truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
-from minimind_nb.training.stages import answer_log_probabilities, preference_loss
+from minimind_nb.training.stages import preference_loss, with_reference
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -80,19 +80,15 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> SampleReader:
     file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     spec = read_tokenizer()
     cache = open_cache(Source(str(file), "dpo", spec), folder / "cache")
-    cfg = TrainConfig(stage="dpo", max_seq_len=WIDTH, document_mask=True)
+    cfg = resolve(TrainConfig(stage="dpo", data_path="demo", max_seq_len=WIDTH))
     return SampleReader(cache, cfg, spec.pad_id)
 
 
-def our_samples(reader: SampleReader, reference: Any) -> list[list[Piece]]:
-    """All pairs; the reader then knows what the reference makes of them."""
+def our_samples(reader: SampleReader) -> list[list[Piece]]:
+    """All pairs."""
     e = truncate_documents(reader.cache, np.arange(2 * len(PAIRS)), WIDTH)
     rows = pair_up(np.stack([e.documents, e.starts, e.targets], 1))
-    samples = [rows.row(number) for number in range(len(rows))]
-    with torch.no_grad():
-        sums, _, _ = answer_log_probabilities(reference, reader.read(samples))
-    reader.reference = sums.double().numpy()
-    return samples
+    return [rows.row(number) for number in range(len(rows))]
 
 
 def their_trainer(model: Any, reference: Any, folder: Path, beta: float) -> Any:
@@ -121,17 +117,21 @@ def test_losses_gradient_and_margin_of_pairs_are_those_of_trl(
     ours, reference = models
     trainer = their_trainer(ours, reference, tmp_path, beta)
     theirs, rows = trainer.model.eval(), list(trainer.train_dataset)
-    samples = our_samples(reader, reference)
-    cfg = TrainConfig(stage="dpo", dpo_beta=beta)
+    samples = our_samples(reader)
+    cfg = resolve(TrainConfig(stage="dpo", dpo_beta=beta))
     for sample, row in zip(samples, rows, strict=True):
         with torch.no_grad():
-            loss = float(preference_loss(ours, reader.read([sample]), cfg).loss)
+            loss = float(
+                preference_loss(
+                    ours, with_reference(reader.read([sample]), reference), cfg
+                ).loss
+            )
             expected = float(trainer.compute_loss(theirs, trainer.data_collator([row])))
         assert abs(loss - math.log(2)) > 1e-3, "the model has moved"
         assert loss == pytest.approx(expected, abs=1e-5)
 
     ours.zero_grad()
-    losses = preference_loss(ours, reader.read(samples), cfg)
+    losses = preference_loss(ours, with_reference(reader.read(samples), reference), cfg)
     mean = losses.loss / len(PAIRS)
     mean.backward()
     their_mean = trainer.compute_loss(theirs, trainer.data_collator(rows))
@@ -140,7 +140,7 @@ def test_losses_gradient_and_margin_of_pairs_are_those_of_trl(
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
     logged = trainer._metrics["eval"]
-    margin, accuracy = (losses.measures[:2] / len(PAIRS)).tolist()
+    margin, accuracy = (losses.metrics[:2] / len(PAIRS)).tolist()
     assert margin == pytest.approx(logged["rewards/margins"][-1], abs=1e-5)
     assert accuracy == pytest.approx(logged["rewards/accuracies"][-1], abs=1e-6)
 

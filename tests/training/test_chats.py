@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import Settings, metric_rows, prepare_here, state_hashes, train_here
+from support.runs import (
+    Settings,
+    metric_rows,
+    notes_of,
+    prepare_here,
+    state_hashes,
+    train_here,
+)
 
 from minimind_nb.data.jsonl import DataError
 from minimind_nb.storage.run_folder import RunFolder
@@ -260,11 +267,10 @@ def test_few_enough_or_as_many_as_allowed_are_left_out_and_counted(
     path = chats_of(tmp_path / "long.jsonl", 90, 10)
     skip = {"on_bad_line": "skip", "max_bad_fraction": 0.1, "val_fraction": 0.0}
     settings = {**sft_settings, **skip, "data_path": path, "max_steps": 1}
-    notes: list[str] = []
-    prepare_here(settings, notes.append)
+    notes, _ = notes_of(settings)
     told = (
-        "of the conversations longer than max_seq_len=64, 0 are cut at a turn and 10 "
-        "left out, for no whole answer fits"
+        "of the conversations longer than max_seq_len=64, 0 are truncated at a turn "
+        "and 10 dropped because no whole answer fits"
     )
     assert told in notes
     _, folder = train_here(settings)
@@ -282,11 +288,10 @@ def test_cut_conversations_are_counted(sft_settings: Settings, tmp_path: Path) -
         ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {**sft_settings, "data_path": str(path), "val_fraction": 0.0}
-    notes: list[str] = []
-    prepare_here(settings, notes.append)
+    notes, _ = notes_of(settings)
     told = (
-        "of the conversations longer than max_seq_len=64, 7 are cut at a turn and 0 left "
-        "out, for no whole answer fits"
+        "of the conversations longer than max_seq_len=64, 7 are truncated at a turn "
+        "and 0 dropped because no whole answer fits"
     )
     assert told in notes
     _, folder = train_here({**settings, "max_steps": 1})

@@ -62,12 +62,19 @@ def test_a_run_of_an_earlier_state_is_resumed(state: str, stage: str) -> None:
     resume(state, stage, read_expected(state)[stage]["settings"])
 
 
-@pytest.mark.xfail(reason="settings are compared with defaults", strict=False)
 @pytest.mark.parametrize(("state", "stage"), RUNS)
 def test_settings_that_are_left_out_are_those_of_the_run(
     state: str, stage: str
 ) -> None:
-    names = ("stage", "data_path", "out_dir", "hidden_size", "device")
+    names = (
+        "stage",
+        "data_path",
+        "out_dir",
+        "hidden_size",
+        "num_attention_heads",
+        "device",
+        "dtype",
+    )
     given = read_expected(state)[stage]["settings"]
     resume(state, stage, {name: given[name] for name in names})
 

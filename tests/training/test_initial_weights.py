@@ -1,4 +1,4 @@
-"""What a stage begins from, and what is said where that cannot be."""
+"""The weights a stage starts from, and the errors if there are none."""
 
 import itertools
 import json
@@ -10,15 +10,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import Settings, metric_rows, prepare_here, state_hashes, train_here
+from support.runs import (
+    Settings,
+    logged,
+    metric_rows,
+    prepare_here,
+    state_hashes,
+    train_here,
+)
 
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.data.tokenizer_training import train_tokenizer
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import find_weights, load
+from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training.preparation import Prepared, settle
+from minimind_nb.training.preparation import settle
+from minimind_nb.training.run_plan import RunPlan
 
 EMBEDDING = "model.embed_tokens.weight"
 _AGES = itertools.count()
@@ -97,14 +106,14 @@ def copy_run(out_dir: Path, name: str, status: str = "finished", **shape: Any) -
     return run
 
 
-def begin(settings: Settings) -> tuple[Prepared, list[str]]:
-    notes: list[str] = []
-    return prepare_here(settings, notes.append), notes
+def begin(settings: Settings) -> tuple[RunPlan, list[str]]:
+    with logged() as notes:
+        return prepare_here(settings), notes
 
 
 def source_of(settings: Settings) -> Path:
-    notes: list[str] = []
-    initial = settle(TrainConfig(**settings), notes.append).initial
+    with logged() as notes:
+        _, _, initial = settle(TrainConfig(**settings))
     assert initial is not None
     assert not notes
     return Path(initial.source)
@@ -115,15 +124,10 @@ def refusal(error: type[Exception], settings: Settings) -> str:
     before = sorted(Path(settings["out_dir"]).glob("*"))
     with pytest.raises(error) as caught:
         begin(settings)
-    left = [p for p in Path(settings["out_dir"]).glob("*") if p.name != "cache"]
-    assert sorted(left) == [p for p in before if p.name != "cache"]
+    after = sorted(Path(settings["out_dir"]).glob("*"))
+    left = [p for p in after if p.name != "cache" and p not in before]
+    assert all(p.suffix == ".lock" for p in left)
     return str(caught.value)
-
-
-def first_weights(prepared: Prepared) -> dict[str, torch.Tensor]:
-    initial = prepared.settled.initial
-    assert initial is not None
-    return initial.weights.read().state_dict()
 
 
 def test_fine_tuning_begins_from_the_pretrained_run(
@@ -154,7 +158,7 @@ def test_the_shape_comes_with_the_weights(sft: Settings) -> None:
     assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.rope_theta) == (32, 1, 1e5)
     assert cfg.num_attention_heads == 4
     assert prepared.weights_file.name == "full_sft_32.pth"
-    assert any(note.startswith("begins from ") for note in notes)
+    assert any(note.startswith("starting from ") for note in notes)
 
 
 def test_settings_that_equal_the_weights_may_be_given(sft: Settings) -> None:
@@ -194,11 +198,9 @@ def test_an_unfinished_run_is_taken_where_none_is_finished_and_said(
     RankRecord(run.record_file(0), 0).update(status="interrupted")
     prepared, notes = begin(sft)
     assert notes[0] == (
-        f"{run.root} is not finished (interrupted); its newest checkpoint is taken to "
-        "begin from"
+        f"{run.root} is not finished (interrupted); starting from its newest checkpoint"
     )
-    assert prepared.settled.initial is not None
-    assert prepared.settled.initial.source == str(run.root)
+    assert prepared.config["began_from"] == str(run.root)
 
 
 def test_a_weights_file_is_taken_where_there_is_no_run(
@@ -207,8 +209,8 @@ def test_a_weights_file_is_taken_where_there_is_no_run(
     shutil.rmtree(out_dir / "pretrain_32")
     shutil.copy(weights_file, out_dir)
     heads = {"num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
-    notes: list[str] = []
-    initial = settle(TrainConfig(**sft, **heads), notes.append).initial
+    with logged() as notes:
+        _, _, initial = settle(TrainConfig(**sft, **heads))
     assert initial and Path(initial.source) == out_dir / "pretrain_32.pth"
     (note,) = notes
     assert "comes without a tokenizer: using the shipped one" in note
@@ -239,9 +241,10 @@ def test_weights_may_be_named(
     shape = {"num_attention_heads": 4, "rope_theta": 1e5} if kind == "pth" else {}
     elsewhere = {"out_dir": str(tmp_path / "elsewhere"), "init_from": places[kind]}
     prepared, notes = begin({**sft, **shape, **elsewhere})
-    assert f"begins from {places[kind]}" in notes
+    assert f"starting from {places[kind]}" in notes
     expected = load_file(checkpoint / "model.safetensors")[EMBEDDING]
-    found = first_weights(prepared)[EMBEDDING]
+    assert prepared.initial is not None
+    found = read_tensors(prepared.initial)[EMBEDDING]
     close = 0.0 if kind != "pth" else 1e-3
     assert torch.allclose(found.float(), expected, atol=close, rtol=close)
     cfg = prepared.cfg
@@ -249,9 +252,10 @@ def test_weights_may_be_named(
 
 
 def test_none_begins_with_new_weights(sft: Settings) -> None:
-    settled = settle(TrainConfig(**{**sft, "init_from": "none", "preset": "demo"}))
-    assert settled.initial is None
-    assert settled.cfg.hidden_size == 128
+    none = {**sft, "init_from": "none", "preset": "demo"}
+    cfg, _, initial = settle(TrainConfig(**none))
+    assert initial is None
+    assert cfg.hidden_size == 128
 
 
 def test_pretraining_may_go_on_from_weights(
@@ -260,10 +264,8 @@ def test_pretraining_may_go_on_from_weights(
     run = out_dir / "pretrain_32"
     named = {"out_dir": str(out_dir), "run_name": "more", "init_from": str(run)}
     assert source_of({**pretrained[1], **named}) == run
-    assert (
-        settle(TrainConfig(**{**pretrained[1], "out_dir": str(out_dir)})).initial
-        is None
-    )
+    new = {**pretrained[1], "out_dir": str(out_dir), "run_name": "new"}
+    assert settle(TrainConfig(**new))[2] is None
 
 
 def test_where_there_is_nothing_the_runs_there_are_listed(
@@ -275,12 +277,13 @@ def test_where_there_is_nothing_the_runs_there_are_listed(
     RunFolder(out_dir / "my_chat").write_config(config)
     text = refusal(FileNotFoundError, sft)
     assert text == (
-        f"stage='sft' begins from a model, and out_dir={str(out_dir)!r} holds no run of "
-        "stage='pretrain' and no pretrain_*.pth (runs there: my_chat). Train one first, "
-        'name the weights with init_from="…", or begin with new ones: init_from="none"'
+        f"stage='sft' starts from a trained model, and out_dir={str(out_dir)!r} has no "
+        "run of stage='pretrain' and no pretrain_*.pth (runs found: my_chat). Train one "
+        'first, name the weights with init_from="…", or set init_from="none" for a '
+        "random initialisation"
     )
     shutil.rmtree(out_dir / "my_chat")
-    assert "(runs there: none)" in refusal(FileNotFoundError, sft)
+    assert "(runs found: none)" in refusal(FileNotFoundError, sft)
 
 
 def test_a_run_without_a_checkpoint_is_nothing_to_begin_from(
@@ -288,16 +291,16 @@ def test_a_run_without_a_checkpoint_is_nothing_to_begin_from(
 ) -> None:
     shutil.rmtree(out_dir / "pretrain_32" / "checkpoints")
     text = refusal(FileNotFoundError, sft)
-    assert "holds no run of stage='pretrain'" in text
-    assert "(runs there: pretrain_32)" in text
+    assert "has no run of stage='pretrain'" in text
+    assert "(runs found: pretrain_32)" in text
 
 
 def test_several_shapes_are_listed_to_choose_from(sft: Settings, out_dir: Path) -> None:
     copy_run(out_dir, "wide", hidden_size=64)
     text = refusal(ValueError, sft)
     assert text == (
-        "stage='sft' can begin from several weights, or none that fit the shape that is "
-        f'set; choose:\n  init_from="{out_dir}/pretrain_32"  (32 × 1, finished)\n'
+        "stage='sft' can start from several weights, or none of the shape in the "
+        f'settings; choose one:\n  init_from="{out_dir}/pretrain_32"  (32 × 1, finished)\n'
         f'  init_from="{out_dir}/wide"  (64 × 1, finished)'
     )
     assert source_of({**sft, "hidden_size": 32}) == out_dir / "pretrain_32"
@@ -314,7 +317,7 @@ def test_runs_that_do_not_fit_the_shape_that_is_set_are_listed(
     sft: Settings, out_dir: Path
 ) -> None:
     text = refusal(ValueError, {**sft, "hidden_size": 64})
-    assert "none that fit the shape that is set; choose:" in text
+    assert "none of the shape in the settings; choose one:" in text
     assert f'init_from="{out_dir}/pretrain_32"  (32 × 1, finished)' in text
 
 
@@ -332,10 +335,16 @@ def test_several_weights_files_are_listed(
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ({"num_hidden_layers": 3}, "num_hidden_layers: 1 there, 3 now"),
-        ({"preset": "demo"}, "hidden_size: 32 there, 128 now"),
-        ({"rope_theta": 1e6}, "rope_theta: 100000.0 there, 1000000.0 now"),
-        ({"use_moe": True}, "use_moe: False there, True now"),
+        (
+            {"num_hidden_layers": 3},
+            "num_hidden_layers: 1 in the weights, 3 in the settings",
+        ),
+        ({"preset": "demo"}, "hidden_size: 32 in the weights, 128 in the settings"),
+        (
+            {"rope_theta": 1e6},
+            "rope_theta: 100000.0 in the weights, 1000000.0 in the settings",
+        ),
+        ({"use_moe": True}, "use_moe: False in the weights, True in the settings"),
     ],
 )
 def test_a_shape_that_differs_shows_both_values(
@@ -343,9 +352,9 @@ def test_a_shape_that_differs_shows_both_values(
 ) -> None:
     run = out_dir / "pretrain_32"
     text = refusal(ValueError, {**sft, "init_from": str(run), **setting})
-    assert f"the weights in {run} have another shape than the settings say:" in text
+    assert f"the weights in {run} have another shape than the settings:" in text
     assert f"\n  {line}\n" in text
-    assert text.endswith('or to "none" for new ones.')
+    assert text.endswith('or to "none".')
 
 
 @pytest.mark.fault("F46")
@@ -364,10 +373,9 @@ def test_the_tokenizer_comes_with_the_weights(
     own = train_tokenizer([sft["data_path"]], tmp_path / "own", vocab_size=300)
     there = {"out_dir": str(tmp_path / "other"), "tokenizer": str(own)}
     train_here({**pretrained[1], **there})
-    settled = settle(TrainConfig(**{**sft, "out_dir": there["out_dir"]}))
-    fingerprint = read_tokenizer(own).fingerprint
-    assert settled.tokenizer.fingerprint == fingerprint
-    assert settled.cfg.vocab_size == 300
+    cfg, spec, _ = settle(TrainConfig(**{**sft, "out_dir": there["out_dir"]}))
+    assert spec.fingerprint == read_tokenizer(own).fingerprint
+    assert cfg.vocab_size == 300
     assert begin({**sft, **there})[0].cfg.vocab_size == 300, "and may be named"
 
 
@@ -430,9 +438,9 @@ def test_a_run_goes_on_though_the_weights_it_began_from_are_gone(
     assert state_hashes(folder) == state_hashes(straight)
     assert begin(sft)[0].complete
     renamed = {**sft, "run_name": "another"}
-    assert "holds no run of stage='pretrain'" in refusal(FileNotFoundError, renamed)
+    assert "has no run of stage='pretrain'" in refusal(FileNotFoundError, renamed)
     anew = {**sft, "resume": False}
-    assert "holds no run of stage='pretrain'" in refusal(FileNotFoundError, anew)
+    assert "has no run of stage='pretrain'" in refusal(FileNotFoundError, anew)
 
 
 def test_a_run_goes_on_though_the_weights_it_began_from_have_changed(
@@ -441,19 +449,14 @@ def test_a_run_goes_on_though_the_weights_it_began_from_have_changed(
     _, folder = train_here(sft, stop_at=2)
     longer = {**pretrained[1], "out_dir": str(out_dir), "max_steps": 2}
     run = train_here(longer)[1].root
-    prepared, notes = begin(sft)
-    assert prepared.start.checkpoint is not None
-    assert (
-        f"{folder.root} goes on, though the weights in {run} are not those "
-        "it began from; resume=False begins from them"
-    ) in notes
+    assert begin(sft)[0].checkpoint == folder.checkpoint_folder(2)
     named = {**sft, "init_from": str(run)}
     with pytest.raises(
-        RuntimeError, match="the content of init_from: .* there, .* now"
+        RuntimeError, match="content of init_from: .* in the run, .* now"
     ):
         begin(named)
     allowed = {**named, "allow_change": ("init_from",)}
-    assert begin(allowed)[0].start.checkpoint is not None
+    assert begin(allowed)[0].checkpoint is not None
 
 
 def test_a_mixture_fine_tunes_under_its_own_name(
@@ -534,7 +537,7 @@ def test_a_run_that_began_from_weights_goes_on_when_none_are_named(
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     none = {**sft, **shape, "rope_theta": 1e5, "init_from": "none"}
     prepared, notes = begin(none)
-    assert prepared.start.checkpoint is not None
+    assert prepared.checkpoint is not None
     assert not [note for note in notes if "None" in note]
 
 
@@ -545,7 +548,7 @@ def test_a_run_goes_on_though_the_file_it_began_from_is_gone(
     shutil.copy(weights_file, named)
     shape = {"num_attention_heads": 4, "rope_theta": 1e5}
     sft = {**sft, **shape, "init_from": str(named)}
-    train_here(sft, stop_at=1)
+    train_here(sft, stop_at=2)
     named.unlink()
     ending, folder = train_here(sft)
     assert ending == "finished"
@@ -557,7 +560,7 @@ def test_a_run_goes_on_though_the_file_it_began_from_is_gone(
 def test_what_a_run_began_from_stays_in_its_settings(
     sft: Settings, out_dir: Path
 ) -> None:
-    train_here(sft, stop_at=1)
+    train_here(sft, stop_at=2)
     shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     prepared, _ = begin({**sft, **shape, "rope_theta": 1e5, "init_from": "none"})
     config = prepared.folder.read_config()

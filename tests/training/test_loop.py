@@ -15,8 +15,8 @@ from support.runs import (
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
+from minimind_nb.training.evaluation import seed_of
 from minimind_nb.training.loop import Trainer
-from minimind_nb.training.samples import seed_of
 from minimind_nb.training.stages import Stage
 
 
@@ -163,8 +163,8 @@ def test_too_many_such_steps_end_the_run_and_name_the_lines(settings: Settings) 
     settings = {**settings, "max_skipped_steps": 2}
     with pytest.raises(FloatingPointError) as error:
         train_here(settings, change=poison({6, 7}))
-    assert "2 steps in a row had a gradient that is not finite" in str(error.value)
-    assert "came from the lines [" in str(error.value)
+    assert "the gradient was not finite in 2 steps in a row" in str(error.value)
+    assert "in the last one with the lines [" in str(error.value)
     folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
     assert state_hashes(folder)[0] == 4, "the last good checkpoint is kept"
 
@@ -187,7 +187,7 @@ def test_a_run_that_went_nowhere_is_not_finished(settings: Settings) -> None:
     with pytest.raises(FloatingPointError, match=r"Lower learning_rate=1e\+09"):
         train_here(lost)
     with pytest.raises(
-        FloatingPointError, match=r"loss at the end is .* lower learning"
+        FloatingPointError, match=r"final validation loss is .* lower learning"
     ):
         train_here({**lost, "run_name": "short", "max_steps": 1})
     assert not [*Path(settings["out_dir"]).glob("short.pth")]

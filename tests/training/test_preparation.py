@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import Settings, prepare_here, tree
+from support.runs import Settings, logged, prepare_here, train_here, tree
 
-from minimind_nb.config import TrainConfig
+from minimind_nb.config import ResolvedConfig, TrainConfig
 from minimind_nb.data.jsonl import DataError
 from minimind_nb.hardware import Gpu, Hardware
-from minimind_nb.training import disk, preparation
+from minimind_nb.training import machine as machine_module
 from minimind_nb.training.preparation import settle
 
 
@@ -104,8 +104,8 @@ def test_a_disk_too_small_is_refused_before_the_run(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
-    refuse(settings, OSError, "MiB free; 4 checkpoints of")
+    monkeypatch.setattr(machine_module.shutil, "disk_usage", lambda _: Usage)
+    refuse(settings, OSError, "MiB free, but 4 checkpoints of")
 
 
 @pytest.mark.fault("F28")
@@ -115,31 +115,31 @@ def test_a_disk_too_small_for_the_tokens_is_refused(
     class Usage:
         free = 1 << 40
 
-    monkeypatch.setattr(disk, "estimate_bytes", lambda _: 1 << 50)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(machine_module, "estimate_bytes", lambda _: 1 << 50)
+    monkeypatch.setattr(machine_module.shutil, "disk_usage", lambda _: Usage)
     refuse(
-        settings, OSError, "1,048,576 MiB free; 4 checkpoints of .* need .* MiB. Make"
+        settings,
+        OSError,
+        "1,048,576 MiB free, but 4 checkpoints of .* need .* MiB. Free",
     )
 
 
-def test_a_run_that_goes_on_needs_no_room_for_what_is_there(
+def test_a_resumed_run_needs_no_room_for_checkpoints_that_exist(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = prepare_here(settings).folder
-    for step in (1, 2, 3):
-        folder.checkpoint_folder(step).mkdir(parents=True)
+    train_here({**settings, "keep_checkpoints": 3}, stop_at=10)
 
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(OSError, match="MiB free; 1 checkpoint of"):
-        prepare_here(settings)
+    monkeypatch.setattr(machine_module.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(OSError, match="MiB free, but 2 checkpoints of"):
+        prepare_here({**settings, "keep_checkpoints": 3})
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
     hardware = Hardware(gpus, cpu_cores=4, cpu_native_bf16=False, memory_gib=29.0)
-    monkeypatch.setattr(preparation, "detect_hardware", lambda: hardware)
+    monkeypatch.setattr(machine_module, "detect_hardware", lambda: hardware)
 
 
 T4 = Gpu("Tesla T4", (7, 5), 14.6)
@@ -151,7 +151,7 @@ def test_two_t4_become_two_processes_in_fp16(
     machine(monkeypatch, T4, T4)
     for name in ("device", "num_processes", "dtype"):
         settings.pop(name)
-    cfg = settle(TrainConfig(**settings)).cfg
+    cfg = settle(TrainConfig(**settings))[0]
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cuda", 2, "float16")
 
 
@@ -161,7 +161,7 @@ def test_the_cpu_can_be_chosen_where_there_are_gpus(
     machine(monkeypatch, T4, T4)
     for name in ("num_processes", "dtype"):
         settings.pop(name)
-    cfg = settle(TrainConfig(**settings)).cfg
+    cfg = settle(TrainConfig(**settings))[0]
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cpu", 1, "float32")
 
 
@@ -172,7 +172,7 @@ def test_gpus_that_are_not_there_are_refused(
     refuse({**settings, "device": "cuda"}, ValueError, "no GPU was found")
     machine(monkeypatch, T4)
     two = {**settings, "device": "cuda", "num_processes": 2, "dtype": None}
-    refuse(two, ValueError, "num_processes=2, and there are 1 GPUs")
+    refuse(two, ValueError, "num_processes=2 is too many for 1 GPUs")
 
 
 def test_processes_without_number_are_refused(
@@ -180,7 +180,7 @@ def test_processes_without_number_are_refused(
 ) -> None:
     machine(monkeypatch)
     many = {**settings, "num_processes": 17}
-    refuse(many, ValueError, "num_processes=17 is too many for 4 CPU cores; take at")
+    refuse(many, ValueError, "num_processes=17 is too many for 4 CPU cores")
 
 
 def test_an_empty_out_dir_is_the_working_folder(
@@ -194,9 +194,13 @@ def test_an_empty_out_dir_is_the_working_folder(
 def test_elsewhere_than_on_linux_one_process_trains(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation.sys, "platform", "darwin")
-    assert settle(TrainConfig(**settings)).cfg.num_processes == 1
-    refuse({**settings, "num_processes": 2}, ValueError, "several processes need Linux")
+    monkeypatch.setattr(machine_module.sys, "platform", "darwin")
+    assert settle(TrainConfig(**settings))[0].num_processes == 1
+    refuse(
+        {**settings, "num_processes": 2},
+        ValueError,
+        "too many for .* on darwin; use at most 1",
+    )
 
 
 @pytest.mark.fault("F109")
@@ -223,11 +227,11 @@ def test_rows_left_out_are_listed_in_the_run_folder_and_counted(
     good = [json.dumps({"text": f"document {n} is good"}) for n in range(9)]
     data.write_text("\n".join([*good, '{"text": 3}']) + "\n")
     skip = {"on_bad_line": "skip", "max_bad_fraction": 0.2, "data_path": str(data)}
-    notes: list[str] = []
-    prepared = prepare_here({**settings, **skip}, notes.append)
+    with logged() as notes:
+        prepared = prepare_here({**settings, **skip})
     rejected = (prepared.folder.root / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["line"] for line in rejected] == [10]
-    assert "1 malformed rows are left out" in notes[0]
+    assert any("1 malformed rows are skipped" in note for note in notes)
     assert sum(prepared.folder.read_config()["rejected_rows"].values()) == 1
 
 
@@ -239,5 +243,4 @@ def test_the_configuration_tells_what_was_set_from_what_was_resolved(
     assert "hidden_size" in config["explicit"]
     assert "rope_theta" not in config["explicit"]
     assert config["settings"]["rope_theta"] == 1e6
-    again = TrainConfig(**config["settings"])
-    assert again == prepared.cfg
+    assert ResolvedConfig(**config["settings"]) == prepared.cfg

@@ -1,6 +1,7 @@
 """Objectives: what a stage's loss is, whatever the rows look like."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +155,16 @@ def test_the_preference_loss_is_its_formula(pair_file: Path, open_rows) -> None:
         losses.append(math.log(1 + math.exp(-margin)))
         margins.append(margin)
         kl.append((rc - pc + rr - pr) / (nc + nr))
-    reader.reference = np.zeros(len(cache))
-    reader.reference[[document for document, _, _ in pieces]] = [r for _, r, _ in sums]
     batch = reader.read([pieces[n : n + 2] for n in range(0, 12, 2)])
-    cfg = resolve(TrainConfig(stage="dpo", dpo_beta=beta))
+    batch = replace(batch, reference=torch.tensor([r for _, r, _ in sums]))
+    cfg = resolve(TrainConfig(stage="dpo", data_path="demo", dpo_beta=beta))
     found = preference_loss(model, batch, cfg)
     assert float(found.loss.detach()) == pytest.approx(sum(losses), rel=1e-5)
     right = sum(margin > 0 for margin in margins)
     assert 0 < right < 6, "both kinds are there"
     expected = [sum(margins), right, sum(kl)]
-    assert found.measures.tolist() == pytest.approx(expected, rel=1e-4)
-    assert not found.measures.requires_grad
+    assert found.metrics.tolist() == pytest.approx(expected, rel=1e-4)
+    assert not found.metrics.requires_grad
     assert found.loss.requires_grad
 
 

@@ -151,5 +151,5 @@ def test_tables_speak_of_fields_only():
 
 def test_a_resumed_run_may_change_its_length_and_display_but_not_its_model():
     assert {"epochs", "max_steps", "log_interval", "use_wandb"} <= CHANGEABLE_ON_RESUME
-    fixed = {*SHAPE_FIELDS, "seed", "batch_size", "learning_rate", "max_seq_len"}
+    fixed = {*SHAPE_FIELDS, "seed", "global_batch", "learning_rate", "max_seq_len"}
     assert not fixed & CHANGEABLE_ON_RESUME
