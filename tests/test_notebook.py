@@ -81,7 +81,7 @@ def test_every_setting_and_own_name_is_taken_as_a_parameter():
     names = {"beta1": 0.8, "questions": 3, "In": ["", OWN, inserted]}
     cfg = mm.notebook_config("dpo", names, own=["questions"])
     assert cfg == TrainConfig(stage="dpo", beta1=0.8)
-    with pytest.raises(ValueError, match="'questions' is no parameter"):
+    with pytest.raises(ValueError, match="unknown parameter 'questions'"):
         mm.notebook_config("dpo", names)
 
 
@@ -93,7 +93,9 @@ def test_a_corrected_cell_counts_not_the_one_before():
 def test_a_notebook_without_training_takes_the_names_of_its_own_cell():
     own = "# Parameters: None means the default.\nsource = None\ntop_p = 0.9\n"
     mm.check_parameters({"In": ["", own, "# Parameters\ntop_p = 0.5\n", "x = 1"]})
-    with pytest.raises(ValueError, match="'topp' is no parameter; did you mean top_p"):
+    with pytest.raises(
+        ValueError, match="unknown parameter 'topp'; did you mean top_p"
+    ):
         mm.check_parameters({"In": ["", own, "# Parameters\ntopp = 0.5\n", "x = 1"]})
 
 
