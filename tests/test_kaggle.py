@@ -238,9 +238,9 @@ def test_a_notebook_installs_the_wheel_of_its_own_version_only(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-p", "max_step", "3"], "'max_step' is no parameter; did you mean max_steps"),
-        (["-p", "settings", "{'beta3': 0.9}"], "'beta3' is no setting; did you mean"),
-        (["-p", "dpo_beta", "0.2"], 'dpo_beta is a setting of stage="dpo"'),
+        (["-p", "max_step", "3"], "unknown parameter 'max_step'; did you mean max_steps"),
+        (["-p", "settings", "{'beta3': 0.9}"], "unknown setting 'beta3'; did you mean"),
+        (["-p", "dpo_beta", "0.2"], 'dpo_beta needs stage="dpo"'),
         (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),
         (["-p", "data_path", "c.jsonl"], "c.jsonl, which is not among --data FILE"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
