@@ -238,7 +238,10 @@ def test_a_notebook_installs_the_wheel_of_its_own_version_only(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-p", "max_step", "3"], "unknown parameter 'max_step'; did you mean max_steps"),
+        (
+            ["-p", "max_step", "3"],
+            "unknown parameter 'max_step'; did you mean max_steps",
+        ),
         (["-p", "settings", "{'beta3': 0.9}"], "unknown setting 'beta3'; did you mean"),
         (["-p", "dpo_beta", "0.2"], 'dpo_beta needs stage="dpo"'),
         (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),

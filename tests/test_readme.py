@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 import runpy
@@ -41,10 +40,6 @@ def commands(text: str) -> list[str]:
     return re.findall(r"^minimind-nb .*$", text, re.MULTILINE)
 
 
-@pytest.mark.skipif(
-    "settings" not in inspect.signature(minimind_nb.train).parameters,
-    reason="train does not take a path yet",
-)
 def test_every_line_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

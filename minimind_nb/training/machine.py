@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ResolvedConfig, TrainConfig, count_parameters
-from ..data.demo import DEMO
-from ..data.token_cache import estimate_bytes
 from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..launch.spawn import RankInfo
 from ..storage.run_folder import RunFolder
 
 _CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and two fp32 moments
+_WEIGHT_BYTES = 4
 _EXPORT_BYTES = 2
 _PROBE_BYTES = 1 << 16
 
@@ -76,14 +75,10 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_room(
-    cfg: ResolvedConfig, steps: int | None = None, cache: Path | None = None
-) -> None:
+def check_room(cfg: ResolvedConfig, steps: int | None = None) -> None:
     """Raise `OSError` if the checkpoints of `steps` more steps do not fit on the disk.
 
-    With `cache`, the tokens that may have to be written first are counted too, unless
-    there are some already. Before the number of steps is known, a finished run needs
-    nothing.
+    Before the number of steps is known, a finished run needs nothing.
     """
     run = RunFolder(Path(cfg.out_dir) / cfg.run_name)
     resumed = cfg.resume is not False
@@ -95,29 +90,12 @@ def check_room(
     to_come = math.inf if steps is None else math.ceil(steps / cfg.save_interval)
     missing = int(max(1, min(kept - existing, to_come)))
     needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
-    what = (
-        f"{missing} checkpoint{'s' * (missing > 1)} of {parameters / 1e6:.1f} M "
-        "parameters and the weights"
-    )
     if cfg.stage == "dpo":
-        needed += 4 * parameters  # the reference weights
-    tokens = 0
-    if cache:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not any(cache.iterdir()):
-            files = {cfg.data_path, cfg.val_path} - {DEMO, None}
-            tokens = sum(estimate_bytes(Path(str(file))) for file in files)
-        if cache.stat().st_dev == Path(cfg.out_dir).stat().st_dev:
-            needed, tokens = needed + tokens, 0
-        _check_free(cache, tokens, "the tokens of the data")
+        needed += _WEIGHT_BYTES * parameters  # the reference
     place = run.checkpoints if run.checkpoints.is_dir() else Path(cfg.out_dir)
-    _check_free(place, needed, what)
-
-
-def _check_free(place: Path, needed: int, what: str) -> None:
-    free = shutil.disk_usage(place).free
-    if needed > free:
+    if needed > (free := shutil.disk_usage(place).free):
         raise OSError(
-            f"{place} has {free / 2**20:,.0f} MiB free, but {what} need "
-            f"{needed / 2**20:,.0f} MiB. Free some space there."
+            f"{place} has {free / 2**20:,.0f} MiB free, but {missing} "
+            f"checkpoint{'s' * (missing > 1)} of {parameters / 1e6:.1f} M parameters and "
+            f"the weights need {needed / 2**20:,.0f} MiB. Free some space there."
         )

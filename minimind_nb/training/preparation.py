@@ -51,7 +51,6 @@ from .run_plan import (
     BATCH,
     RunPlan,
     asked_batch,
-    cache_root,
     describe_truncated,
     open_corpus,
 )
@@ -88,7 +87,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         if existing and existing is not folder:
             copy_run(existing, folder)
             checkpoint = find_checkpoint(folder)
-        check_room(resolved, cache=cache_root(cfg))
+        check_room(resolved)
         corpus = open_corpus(resolved, tokenizer, cores)
         config = describe_run(cfg, resolved, tokenizer, corpus, initial)
         if existing:
@@ -255,6 +254,7 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
             f"init_from={str(plan.initial)!r} is the file that this run would write its "
             "own weights to; rename it, or choose another out_dir"
         )
+    check_room(cfg, plan.total_steps - done)
     if folder.exists() and cfg.resume is False:
         kept = folder.move_aside()
         logger.info(f"the earlier run is kept as {kept}")
@@ -272,7 +272,6 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
     ):
         verified.remove_leftovers(parent, name)
     check_writable(folder.checkpoints)
-    check_room(cfg, plan.total_steps - done)
     if plan.checkpoint:
         _describe_horizon(plan, done)
     elif plan.initial:

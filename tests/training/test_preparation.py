@@ -10,6 +10,7 @@ import pytest
 from support.runs import Settings, logged, prepare_here, train_here, tree
 
 from minimind_nb.config import ResolvedConfig, TrainConfig
+from minimind_nb.data import token_cache
 from minimind_nb.data.jsonl import DataError
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.training import machine as machine_module
@@ -112,16 +113,8 @@ def test_a_disk_too_small_is_refused_before_the_run(
 def test_a_disk_too_small_for_the_tokens_is_refused(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Usage:
-        free = 1 << 40
-
-    monkeypatch.setattr(machine_module, "estimate_bytes", lambda _: 1 << 50)
-    monkeypatch.setattr(machine_module.shutil, "disk_usage", lambda _: Usage)
-    refuse(
-        settings,
-        OSError,
-        "1,048,576 MiB free, but 4 checkpoints of .* need .* MiB. Free",
-    )
+    monkeypatch.setattr(token_cache, "estimate_bytes", lambda _: 1 << 50)
+    refuse(settings, OSError, "the disk is full: tokens-.* needs 1073741824.0 MiB")
 
 
 def test_a_resumed_run_needs_no_room_for_checkpoints_that_exist(
