@@ -67,8 +67,9 @@ ELSEWHERE = {
     "data_path": "test_resuming",
     "val_path": "test_a_validation_file_replaces_the_held_out_part",
     "tokenizer": "test_another_tokenizer_gives_other_tokens",
-    "init_from": "test_initial",
+    "init_from": "test_initial_weights",
     "dpo_beta": "test_stages",
+    "global_batch": "test_settings",
     "resume": "test_resuming",
     "allow_change": "test_resuming",
     "max_position_embeddings": "tests/config",
@@ -77,11 +78,11 @@ ELSEWHERE = {
     "device": "test_preparation",
     "num_processes": "test_api",
     "max_skipped_steps": "test_loop",
-    "hang_timeout_seconds": "test_launch",
+    "hang_timeout_seconds": "test_rank_faults",
     "on_bad_line": "test_preparation",
     "max_bad_fraction": "test_preparation",
-    "use_wandb": "test_tracking",
-    "wandb_project": "test_tracking",
+    "use_wandb": "test_wandb_follower",
+    "wandb_project": "test_wandb_follower",
 }
 TIMED = {"seconds", "tokens_per_second", "peak_memory_gib"}
 

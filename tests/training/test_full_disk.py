@@ -80,7 +80,7 @@ def test_a_disk_that_gets_room_again_loses_no_row(
     assert history.damaged_lines == 0
     assert history.column("train", "step") == [*range(1, 13)]
     events = metric_rows(folder, "event", "event", "step")
-    assert events[1:] == [("save_failed", 4), ("save", 8), ("save", 12)]
+    assert events[1:] == [("save_failed", 4), ("save", 8), ("save", 12), ("end", 12)]
 
 
 def test_a_limit_on_the_size_of_files_is_told(
@@ -102,6 +102,6 @@ def test_a_limit_on_the_size_of_files_is_told(
     ending, folder = train_here(settings)
     assert ending == "finished"
     rows = metric_rows(folder, "event", "event", "step")
-    assert rows[1:] == [("save", 4), ("save_failed", 8), ("save", 12)]
+    assert rows[1:] == [("save", 4), ("save_failed", 8), ("save", 12), ("end", 12)]
     failed = [e for e in History(folder.metrics_file).rows if "error" in e]
     assert "File too large" in failed[0]["error"]

@@ -88,7 +88,7 @@ def test_a_checkpoint_of_another_run_is_set_aside(
     whole = state_hashes(folder)
     shutil.copytree(other.checkpoint_folder(12), folder.checkpoint_folder(12))
     notes, _ = notes_of(settings)
-    assert notes[0] == f"{folder.root} is resumed from step 8 of 12"
+    assert f"{folder.root} is resumed from step 8 of 12" in notes
     reason = folder.checkpoints / "step_00000012.corrupt.txt"
     assert reason.read_text() == "it is of another run\n"
     assert state_hashes(folder) == whole

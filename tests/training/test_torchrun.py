@@ -152,7 +152,7 @@ def test_two_ranks_of_torchrun_equal_two_spawned_ones(
     root, output = torchruns
     assert (root / "told1.json").exists(), output
     told = [json.loads((root / f"told{r}.json").read_text()) for r in range(2)]
-    assert "num_processes=3, and torchrun started 2" in told[0]["refused"]
+    assert "num_processes=3, but torchrun started 2" in told[0]["refused"]
     assert told[0]["failed"].startswith(
         "rank 1 failed before its first step: ValueError: rank 1 trips\nTraceback"
     )
