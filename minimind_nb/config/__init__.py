@@ -15,6 +15,7 @@ from .presets import (
     TRAINING_SHAPE_FIELDS,
     WEIGHTS_NAMES,
     count_parameters,
+    fill_defaults,
     resolve_batch,
 )
 from .settings import (
@@ -42,6 +43,7 @@ __all__ = [
     "WEIGHTS_NAMES",
     "count_parameters",
     "describe_unknown",
+    "fill_defaults",
     "kinds",
     "resolve",
     "resolve_batch",

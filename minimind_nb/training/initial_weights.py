@@ -55,7 +55,7 @@ def find_initial_weights(cfg: TrainConfig) -> InitialWeights | None:
     source = cfg.init_from or STAGES[cfg.stage]["init_from"]
     if source == "none":
         return None
-    asked = _asked_shape(cfg)
+    asked = asked_shape(cfg)
     if source == "auto":
         source = str(_newest_before(cfg, asked))
     hints = {n: asked[n] for n in _NOT_IN_PTH if n in asked and Path(source).is_file()}
@@ -122,7 +122,7 @@ def _possible_references(plan: RunPlan) -> Iterator[Path]:
         yield find_weights(Path(plan.config["began_from"]).expanduser()).file
 
 
-def _asked_shape(cfg: TrainConfig) -> dict[str, Any]:
+def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
     """Return the settings of the shape that the weights must have."""
     explicit = {k: v for k, v in cfg.shape().items() if v is not None}
     asked = PRESETS.get(cfg.preset or "", {}) | explicit

@@ -16,6 +16,7 @@ from ..config import (
     TRAINING_SHAPE_FIELDS,
     ResolvedConfig,
     TrainConfig,
+    fill_defaults,
     resolve_batch,
     shorten_home,
 )
@@ -25,7 +26,7 @@ from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
 from .checkpoint import read_config
-from .initial_weights import runs_of_stage
+from .initial_weights import asked_shape, runs_of_stage
 from .run_plan import BATCH, asked_batch, renew_hashes
 
 logger = logging.getLogger(__name__)
@@ -50,40 +51,33 @@ _SETTING_OF_HASH = {
 
 
 def find_run(cfg: TrainConfig) -> str | None:
-    """Return the name of the run folder, or None if only the initial weights tell it.
+    """Return the name of the run folder, or None if the initial weights decide it.
 
-    An explicit `run_name` or shape decides; else the run that `resume` names; else, in a
-    stage whose shape comes with its initial weights, the only run of that stage in
-    out_dir. Raises `ValueError` if there are several.
+    If the shape comes with initial weights, the only run of the stage that fits the
+    settings is meant. Raises `ValueError` if there are several.
     """
     if isinstance(cfg.resume, str) and cfg.resume != "auto":
         source = source_run(cfg.resume)
         return cfg.run_name or source.settings().get("run_name")
-    shape = PRESETS.get(cfg.preset or "", {}) | cfg.explicit()
-    width = shape.get("hidden_size")
-    if cfg.stage == "pretrain" and cfg.init_from in (None, "none"):
-        width = width or STAGES["pretrain"]["hidden_size"]
-    if cfg.run_name or width:
-        named = {**shape, "stage": cfg.stage, "hidden_size": width}
-        return cfg.run_name or _default_name(named)
-    runs = runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume == "auto" else []
-    runs = [run for run in runs if run.root.name == _default_name(run.settings())]
-    if cfg.init_from not in (None, "auto"):
-        began = shorten_home(cfg.init_from)
-        runs = [run for run in runs if run.settings().get("init_from") == began]
-        return runs[0].root.name if len(runs) == 1 else None
-    if len(runs) > 1:
-        names = ", ".join(f'"{run.root.name}"' for run in runs)
+    init_from = cfg.init_from or STAGES[cfg.stage]["init_from"]
+    if cfg.run_name or init_from == "none":
+        return fill_defaults(cfg.explicit())["run_name"]
+    runs = runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume else []
+    wanted = asked_shape(cfg)
+    if init_from != "auto":
+        wanted["init_from"] = shorten_home(init_from)
+    fits = [
+        run.root.name
+        for run in runs
+        if run.has_default_name()
+        and all(run.settings().get(name) == value for name, value in wanted.items())
+    ]
+    if len(fits) > 1:
         raise ValueError(
-            f"out_dir={cfg.out_dir!r} has several runs of stage={cfg.stage!r}: {names}. "
-            "Name one with run_name=…, or set hidden_size"
+            f"out_dir={cfg.out_dir!r} has several runs of stage={cfg.stage!r}: "
+            f"{', '.join(fits)}. Name one with run_name=…, or set hidden_size"
         )
-    return runs[0].root.name if runs else None
-
-
-def _default_name(settings: Mapping[str, Any]) -> str:
-    moe = "_moe" if settings.get("use_moe") else ""
-    return f"{settings['stage']}_{settings.get('hidden_size')}{moe}"
+    return fits[0] if fits else None
 
 
 def source_run(path: str) -> RunFolder:

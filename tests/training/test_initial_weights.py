@@ -587,3 +587,22 @@ def test_an_odd_folder_beside_the_runs_is_passed_over(
     (odd / "checkpoints" / "step_00000001").mkdir(parents=True)
     (odd / "config.json").write_text(text)
     assert source_of(sft) == out_dir / "pretrain_32"
+
+
+def test_a_width_that_is_set_does_not_hide_that_the_weights_are_a_mixture(
+    pretrained: tuple[Path, Settings], sft: Settings, tmp_path: Path
+) -> None:
+    out = {"out_dir": str(tmp_path / "mixture")}
+    train_here({**pretrained[1], **out, "use_moe": True, "n_routed_experts": 3})
+    for _ in range(2):
+        plan, _ = begin({**sft, **out, "hidden_size": 32})
+        assert plan.folder.root.name == plan.cfg.run_name == "sft_32_moe"
+
+
+def test_of_several_runs_of_a_stage_one_must_be_named(
+    sft: Settings, out_dir: Path
+) -> None:
+    for width in (32, 64):
+        copy_run(out_dir, f"sft_{width}", stage="sft", hidden_size=width)
+    with pytest.raises(ValueError, match="several runs of stage='sft': sft_32, sft_64"):
+        settle(TrainConfig(**sft))
