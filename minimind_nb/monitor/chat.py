@@ -14,8 +14,7 @@ from typing import Any
 
 from ..data.conversations import ChatEncoder, Message, check_messages
 from ..data.tokenizer import load_tokenizer, read_tokenizer
-from ..model.decoding import Sampling
-from ..model.generation import check_tokenizer, stream_ids
+from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load
 from ..session import current_session, running_kernel
 

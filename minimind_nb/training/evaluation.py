@@ -176,7 +176,6 @@ def answer_prompt(
         (ids,) = continue_ids(
             evaluator.model,
             [prompt.ids],
-            pad_id=config.pad_token_id,
             eos_id=config.eos_token_id,
             max_new_tokens=evaluator.cfg.sample_tokens,
             seed=seed_of(evaluator.cfg.seed, *keys),

@@ -72,7 +72,7 @@ def test_a_begin_token_in_the_prompt_is_not_doubled(counter, tokenizer):
     begun = generate(counter, tokenizer, "<|im_start|>one two", temperature=0, seed=1)
     assert begun == " three four five six"
     room = counter.config.max_position_embeddings
-    with pytest.raises(ValueError, match="The longest prompt has 1 tokens"):
+    with pytest.raises(ValueError, match="the longest prompt has 1 tokens"):
         generate(counter, tokenizer, "<|im_start|>", max_new_tokens=room)
 
 
@@ -168,7 +168,7 @@ def test_strings_need_no_chat_template(counter, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([[]], "Invalid conversation: the list of messages is empty"),
+        ([[]], "invalid conversation: the list of messages is empty"),
         ({"role": "user", "content": "six"}, "is not a list of messages"),
         ([5], "5 is not a list of messages"),
         (asking(" "), "message 1.*user's.*empty"),
@@ -205,7 +205,7 @@ def test_a_stream_refuses_settings_before_it_begins(counter, tokenizer):
     with pytest.raises(ValueError, match="top_k is -1"):
         stream(counter, tokenizer, "one", top_k=-1)
     room = counter.config.max_position_embeddings
-    with pytest.raises(ValueError, match="The longest prompt has 2 tokens"):
+    with pytest.raises(ValueError, match="the longest prompt has 2 tokens"):
         stream(counter, tokenizer, "one", max_new_tokens=room)
 
 

@@ -14,8 +14,8 @@ from support.small_models import make_tokenizer
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 from minimind_nb.model import export as module
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.decoding import continue_ids
 from minimind_nb.model.export import export
+from minimind_nb.model.generation import continue_ids
 
 
 @pytest.fixture
@@ -67,9 +67,7 @@ def test_llama_cpp_answers_as_the_model_does(family, tmp_path, capsys):
     compared = re.search(r"greatest difference (\S+)\.\n", capsys.readouterr().out)
     assert compared and float(compared[1]) <= 1e-5
     ids = [[5 + n, 300 + 7 * n, 999, 42 + n] for n in range(16)]
-    ours = continue_ids(
-        model, ids, pad_id=0, eos_id=2, max_new_tokens=12, temperature=0
-    )
+    ours = continue_ids(model, ids, eos_id=2, max_new_tokens=12, temperature=0)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.cpuparams.n_threads, params.warmup = 512, 1, False

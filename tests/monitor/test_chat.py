@@ -160,7 +160,7 @@ def test_what_is_nothing_to_say_is_refused(pair, text, error, message):
 
 
 def test_a_foreign_tokenizer_and_wrong_settings_are_refused(pair):
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="load both from one run"):
         chat((make_model(pair[1], vocab_size=50), pair[1]), "six")
     with pytest.raises(ValueError, match="top_p is 2"):
         chat(pair, "six", top_p=2)
