@@ -19,10 +19,10 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.process_group import Group
 from minimind_nb.model.state_dict import write_pth
 from minimind_nb.storage import verified
-from minimind_nb.training import worker
 from minimind_nb.training.checkpoint import save_checkpoint
 from minimind_nb.training.loop import train_step
 from minimind_nb.training.preparation import prepare, settle
+from minimind_nb.training.trainer import Trainer
 
 TIMES = 3
 
@@ -52,20 +52,21 @@ def measure(preset: str, device: str, out_dir: str) -> str:
     record = RankRecord(plan.folder.record_file(0), 0)
     stop = StopRequest()
     place = torch.device(device)
-    trainer = worker.build(plan, Group(0, 1, "", device, 60), place, record, stop)
+    trainer = Trainer(plan, Group(0, 1, "", device, 60), place, record, stop)
+    parts = trainer.model, trainer.optimizer, trainer.scaler
     steps, saves, verifying, size = [], [], [], 0
     for _ in range(TIMES):
         began = time.perf_counter()
         train_step(trainer)
         steps.append(time.perf_counter() - began)
         began = time.perf_counter()
-        folder = save_checkpoint(trainer)
-        write_pth(trainer.model.state_dict(), trainer.weights_file)
+        folder = save_checkpoint(plan, trainer.progress, *parts)
+        write_pth(trainer.model.state_dict(), plan.weights_file)
         saves.append(time.perf_counter() - began)
         began = time.perf_counter()
         verified.verify(folder)
         verifying.append(time.perf_counter() - began)
-        files = [*folder.iterdir(), trainer.weights_file]
+        files = [*folder.iterdir(), plan.weights_file]
         size = sum(file.stat().st_size for file in files)
     stop.restore()
     rows = default.batch_size * default.accumulation_steps

@@ -262,7 +262,7 @@ class ValidationRows:
 
     Whole documents are taken in the file's order, except those with more tokens than
     remain of `eval_tokens`; if all have more, the shortest is taken. Pairs are taken
-    whole.
+    whole. `references` keeps what the reference model says of each micro-batch.
     """
 
     def __init__(
@@ -273,6 +273,7 @@ class ValidationRows:
         pad_id: int,
     ) -> None:
         self.cache = cache
+        self.references: dict[int, torch.Tensor | None] = {}
         self.reader = SampleReader(cache, cfg, pad_id)
         together = 2 if self.reader.pairs else 1
         targets = truncated.targets.reshape(-1, together).sum(1)

@@ -7,7 +7,7 @@ step says it all, for any number of processes.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,35 @@ from ..model.state_dict import put_weights
 from ..storage import verified
 from ..storage.run_folder import OPTIMIZER, STATE, WEIGHTS
 from .optim import find_non_finite, moments, restore_moments
-from .trainer import Progress, Trainer
+from .run_plan import RunPlan
 
 
-def save_checkpoint(trainer: Trainer) -> Path:
-    """Write a checkpoint of the state after `trainer.progress.step` steps; verify it.
+@dataclass
+class Progress:
+    """The position of a run: what changes from step to step, apart from tensors.
+
+    `samples` and `tokens` count rows and predicted text tokens of all ranks;
+    `seconds` is training time over all sessions, without validation and saving;
+    `val_loss` was measured with the weights of this very step, or is None.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None
+
+
+def save_checkpoint(
+    plan: RunPlan,
+    progress: Progress,
+    model: MiniMindForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Path:
+    """Write a checkpoint of the state after `progress.step` steps, and verify it.
 
     Holds the fp32 weights (tied ones once), AdamW's moments by parameter name, and the
     rest as JSON. An intact checkpoint of this step is left as it is, a damaged one set
@@ -31,24 +55,20 @@ def save_checkpoint(trainer: Trainer) -> Path:
     `FloatingPointError` if a weight or a moment is not finite, since no run could
     resume from that.
     """
-    progress = trainer.progress
-    target = trainer.folder.checkpoint_folder(progress.step)
+    target = plan.folder.checkpoint_folder(progress.step)
     if not target.exists():
-        state = {
-            "progress": asdict(progress),
-            "scaler": trainer.scaler.state_dict(),
-            "config": trainer.config,
-        }
-        facts = {"step": progress.step, "val_loss": progress.val_loss}
-        facts |= {"run": trainer.config["run"]}
-        weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
-        kept = moments(trainer.optimizer, trainer.model)
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        kept = moments(optimizer, model)
         if name := find_non_finite(weights) or find_non_finite(kept):
             raise FloatingPointError(
                 f"{name} is not finite after step {progress.step}, so nothing was saved; "
                 "the previous checkpoint is good. Lower learning_rate, or look at the "
                 "rows before this step"
             )
+        facts = {"step": progress.step, "val_loss": progress.val_loss}
+        facts |= {"run": plan.config["run"]}
+        state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
+        state |= {"config": plan.config}
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
         with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)
@@ -75,21 +95,12 @@ def load_checkpoint(
     """
     put_weights(model, load_file(folder / WEIGHTS), str(folder))
     restore_moments(optimizer, model, load_file(folder / OPTIMIZER))
-    state = _read_state(folder)
+    state = read_state(folder)
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
 
 
-def read_progress(folder: Path) -> Progress:
-    """Return the progress of the run when a checkpoint was written."""
-    return Progress(**_read_state(folder)["progress"])
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the run's `config.json` as it was when a checkpoint was written."""
-    return _read_state(folder)["config"]
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors: "progress", "scaler", "config"."""
+    return json.loads((folder / STATE).read_bytes())

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from ..config import ResolvedConfig
 from ..data.batches import IGNORED, MicroBatch, TrainingStream, ValidationRows
 from ..data.conversations import TRAINED, TURN, USER, ChatEncoder
 from ..data.fast_encoding import BulkEncoder
@@ -21,7 +21,9 @@ from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
 from ..model.generation import continue_ids
-from .stages import Losses, Stage, with_reference
+from .initial_weights import initial_model, new_model
+from .run_plan import RunPlan
+from .stages import STAGES, Losses, with_reference
 
 _PROMPTS = 2
 _BEGINNING_TOKENS = 16  # of a held-out text
@@ -29,21 +31,28 @@ _MAX_PROMPT_TOKENS = 512  # of a prompt that is chosen here
 _SAMPLING = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
 
 
-@dataclass
 class Evaluator:
-    """A model, and what all ranks need to compute its losses.
+    """The model of a plan on this rank's device, and what its losses need.
 
     `reference` is the frozen reference model of a preference run.
     """
 
-    cfg: ResolvedConfig
-    stage: Stage
-    group: Group
-    device: torch.device
-    model: MiniMindForCausalLM
-    record: RankRecord
     reference: MiniMindForCausalLM | None = None
-    _validation_reference: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __init__(
+        self, plan: RunPlan, group: Group, device: torch.device, record: RankRecord
+    ) -> None:
+        self.plan = plan
+        self.cfg = plan.cfg
+        self.stage = STAGES[plan.cfg.stage]
+        self.group = group
+        self.device = device
+        self.record = record
+        self.model = new_model(plan) if plan.checkpoint else initial_model(plan)
+        nn.Module.to(self.model, device)
+        if plan.cfg.stage == "dpo":
+            self.reference = initial_model(plan).eval().requires_grad_(False)
+            nn.Module.to(self.reference, device)
 
     @property
     def autocast(self) -> torch.autocast:
@@ -52,12 +61,22 @@ class Evaluator:
         enabled = self.cfg.dtype != "float32"
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
-    def losses(self, batch: MicroBatch) -> Losses:
-        """Return the stage's objective for a micro-batch."""
+    def complete(
+        self, batch: MicroBatch, known: torch.Tensor | None = None
+    ) -> MicroBatch:
+        """Return a batch on the device, the reference model's sums added if needed.
+
+        `known` are these sums, on the device, if they were computed before.
+        """
         batch = batch.to(self.device)
+        if self.reference is None or known is not None:
+            return replace(batch, reference=known)
         with self.autocast:
-            if self.reference is not None and batch.reference is None:
-                batch = with_reference(batch, self.reference)
+            return with_reference(batch, self.reference)
+
+    def losses(self, batch: MicroBatch) -> Losses:
+        """Return the stage's objective for a complete micro-batch."""
+        with self.autocast:
             return self.stage.objective(self.model, batch, self.cfg)
 
     @torch.no_grad()
@@ -74,7 +93,9 @@ class Evaluator:
         self.model.eval()
         ranks = (self.group.rank, self.group.size)
         for n, batch in enumerate(rows.micro_batches(self.cfg.batch_size, *ranks)):
-            losses = self.losses(self._with_kept_reference(n, batch))
+            complete = self.complete(batch, rows.references.get(n))
+            rows.references[n] = complete.reference
+            losses = self.losses(complete)
             sums[0] += losses.loss
             sums[1] += (batch.targets != IGNORED).sum()
             sums[2] += batch.samples
@@ -93,17 +114,6 @@ class Evaluator:
             "bits_per_byte": total / math.log(2) / max(1, rows.text_bytes),
         }
 
-    def _with_kept_reference(self, number: int, batch: MicroBatch) -> MicroBatch:
-        """Add what the reference says of a validation batch, computed the first time."""
-        if self.reference is None:
-            return batch
-        if number not in self._validation_reference:
-            with self.autocast:
-                found = with_reference(batch.to(self.device), self.reference)
-            assert found.reference is not None
-            self._validation_reference[number] = found.reference
-        return replace(batch, reference=self._validation_reference[number])
-
 
 class Prompt(NamedTuple):
     """A prompt that the model answers at every validation, as text and as ids."""
@@ -113,19 +123,17 @@ class Prompt(NamedTuple):
 
 
 def choose_prompts(
-    cfg: ResolvedConfig,
-    tokenizer: TokenizerSpec,
-    stream: TrainingStream,
-    validation: ValidationRows | None,
+    plan: RunPlan, stream: TrainingStream, validation: ValidationRows | None
 ) -> list[Prompt]:
     """Return `sample_prompts`, or the beginnings of the first held-out documents.
 
     The beginning of a conversation is everything before its first answer.
     """
+    cfg, tokenizer = plan.cfg, plan.tokenizer
     if not cfg.sample_tokens:
         return []
     if cfg.sample_prompts is not None:
-        return [_encode(text, cfg, tokenizer) for text in cfg.sample_prompts]
+        return [_encode(text, cfg.stage, tokenizer) for text in cfg.sample_prompts]
     cache, documents = stream.cache, stream.truncated.documents
     if validation is not None:
         cache, documents = validation.cache, validation.documents
@@ -159,29 +167,26 @@ def _decoder(tokenizer: TokenizerSpec) -> Callable[..., Any]:
     return load_tokenizer(tokenizer).decode
 
 
-def _encode(text: str, cfg: ResolvedConfig, tokenizer: TokenizerSpec) -> Prompt:
-    if cfg.stage == "pretrain":
+def _encode(text: str, stage: str, tokenizer: TokenizerSpec) -> Prompt:
+    if stage == "pretrain":
         ids = [tokenizer.bos_id, *BulkEncoder(tokenizer).encode([text])[0].tolist()]
         return Prompt(text, ids)
     message = {"role": "user", "content": text}
     return Prompt(text, ChatEncoder(tokenizer).prompt([message]).tolist())
 
 
-def answer_prompt(
-    evaluator: Evaluator, tokenizer: TokenizerSpec, prompt: Prompt, *keys: int
-) -> str:
+def answer_prompt(evaluator: Evaluator, prompt: Prompt, *keys: int) -> str:
     """Return the model's answer to a prompt, drawn with a seed from (seed, *keys)."""
-    config = evaluator.model.config
     with evaluator.autocast:
         (ids,) = continue_ids(
             evaluator.model,
             [prompt.ids],
-            eos_id=config.eos_token_id,
+            eos_id=evaluator.plan.tokenizer.eos_id,
             max_new_tokens=evaluator.cfg.sample_tokens,
             seed=seed_of(evaluator.cfg.seed, *keys),
             **_SAMPLING,
         )
-    return str(_decoder(tokenizer)(ids, skip_special_tokens=True))
+    return str(_decoder(evaluator.plan.tokenizer)(ids, skip_special_tokens=True))
 
 
 def seed_of(*keys: int) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import (
     PRESETS,
     SHAPE_FIELDS,
@@ -19,7 +21,9 @@ from ..config import (
     WEIGHTS_NAMES,
     TrainConfig,
 )
-from ..model.loading import FoundWeights, find_weights
+from ..model.architecture import MiniMindForCausalLM
+from ..model.loading import FoundWeights, find_weights, model_config
+from ..model.state_dict import put_weights, read_tensors
 from ..storage.run_folder import RunFolder
 from ..storage.verified import hash_file
 from .run_plan import RunPlan
@@ -76,6 +80,20 @@ def find_initial_weights(cfg: TrainConfig) -> InitialWeights | None:
         )
     weights.read()
     return InitialWeights(source, weights, hash_file(weights.file))
+
+
+def initial_model(plan: RunPlan) -> MiniMindForCausalLM:
+    """Return the model that a run starts from: random, or with its initial weights."""
+    model = new_model(plan)
+    if plan.initial:
+        put_weights(model, read_tensors(plan.initial), str(plan.initial))
+    return model
+
+
+def new_model(plan: RunPlan) -> MiniMindForCausalLM:
+    """Return a randomly initialised model, the same for the same seed on any rank."""
+    torch.manual_seed(plan.cfg.seed)
+    return MiniMindForCausalLM(model_config(plan.cfg.shape(), plan.tokenizer)).train()
 
 
 def runs_of_stage(out_dir: str, stage: str) -> list[RunFolder]:

@@ -23,16 +23,14 @@ _MAX_FAILED_SAVES = 3
 
 def fit(trainer: Trainer) -> str:
     """Train to the end, or until the ranks agree to stop; return the status."""
-    cfg, progress = trainer.cfg, trainer.progress
+    cfg, progress, total = trainer.cfg, trainer.progress, trainer.plan.total_steps
     if progress.step == 0:
         validate(trainer)
-    if progress.step >= trainer.total_steps:
-        save(
-            trainer, final=True
-        )  # an earlier call may have failed after its checkpoint
-    while progress.step < trainer.total_steps:
+    if progress.step >= total:  # an earlier call may have failed after its checkpoint
+        save(trainer, final=True)
+    while progress.step < total:
         stop_reason = train_step(trainer)
-        last = progress.step == trainer.total_steps
+        last = progress.step == total
         stopping = last or stop_reason is not None
         if stopping or progress.step % cfg.log_interval == 0:
             log_progress(trainer)
@@ -56,7 +54,7 @@ def train_step(trainer: Trainer) -> str | None:
     trainer.seed_dropout()
     trainer.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
-        losses = trainer.losses(micro_batch)
+        losses = trainer.losses(trainer.complete(micro_batch))
         loss = losses.loss / batch.num_targets
         aux_loss = losses.aux_loss * (micro_batch.samples / batch.samples)
         trainer.scaler.scale(loss + aux_loss).backward()
@@ -84,7 +82,7 @@ def update_weights(trainer: Trainer, norm: float) -> None:
         parameters["lr"] = learning_rate(
             progress.step,
             warmup=cfg.warmup_iters,
-            total=trainer.total_steps,
+            total=trainer.plan.total_steps,
             highest=cfg.learning_rate,
             lowest=cfg.min_learning_rate,
         )
@@ -103,7 +101,7 @@ def record_step(
 ) -> None:
     """Advance the run by one step, which counts even if it was skipped."""
     progress = trainer.progress
-    trainer.clock.add_step(seconds)
+    trainer.clock.add("step", seconds)
     trainer.window.add(batch, losses, norm, seconds)
     progress.step += 1
     progress.samples = trainer.stream.samples
@@ -126,12 +124,11 @@ def record_skipped_step(trainer: Trainer, batch: StepBatch, loss: float) -> None
     lines = trainer.stream.lines(range(end - batch.samples, end))
     scale = trainer.scaler.get_scale()
     found = {"loss": loss, "loss_scale": scale, "lines": lines}
-    where = progress.position()
-    trainer.metrics.append("event", **where, event="skipped_step", **found)
+    trainer.log("event", event="skipped_step", **found)
     most = cfg.max_skipped_steps
     fp16 = trainer.scaler.is_enabled()
     searching_scale = fp16 and math.isfinite(loss)
-    if progress.step == trainer.total_steps and not searching_scale:
+    if progress.step == trainer.plan.total_steps and not searching_scale:
         most = min(most, 2, progress.step)
     if (fp16 and scale < 1.0) or progress.skipped_in_a_row >= most:
         name = find_non_finite(dict(trainer.model.named_parameters()))
@@ -153,8 +150,8 @@ def validate(trainer: Trainer) -> None:
     if trainer.validation is not None:
         scores = trainer.evaluate(trainer.validation)
         progress.val_loss = scores["loss"]
-        trainer.metrics.append("eval", **progress.position(), **scores)
-        at_end = progress.step == trainer.total_steps
+        trainer.log("eval", **scores)
+        at_end = progress.step == trainer.plan.total_steps
         if at_end and not math.isfinite(scores["loss"]):
             raise FloatingPointError(
                 f"the final validation loss is {scores['loss']}: lower "
@@ -163,21 +160,15 @@ def validate(trainer: Trainer) -> None:
     try:
         write_samples(trainer)
     except Exception as error:  # an answer is only looked at, and must not end a run
-        where = progress.position()
-        trainer.metrics.append(
-            "event", **where, event="answers_failed", error=str(error)
-        )
-    trainer.clock.add_validation(time.monotonic() - started)
+        trainer.log("event", event="answers_failed", error=str(error))
+    trainer.clock.add("validation", time.monotonic() - started)
 
 
 def write_samples(trainer: Trainer) -> None:
     """Log the model's answer to each prompt."""
-    where = trainer.progress.position()
     for number, prompt in enumerate(trainer.prompts):
-        keys = (trainer.progress.step, number)
-        answer = answer_prompt(trainer, trainer.tokenizer, prompt, *keys)
-        fields = {"number": number, "prompt": prompt.text, "answer": answer}
-        trainer.metrics.append("sample", **where, **fields)
+        answer = answer_prompt(trainer, prompt, trainer.progress.step, number)
+        trainer.log("sample", number=number, prompt=prompt.text, answer=answer)
         trainer.record.beat()
 
 
@@ -189,14 +180,15 @@ def save(trainer: Trainer, final: bool) -> None:
     """
     if trainer.group.rank != 0:
         return
-    started, where = time.monotonic(), trainer.progress.position()
+    started, plan = time.monotonic(), trainer.plan
     try:
-        folder = save_checkpoint(trainer)
-        trainer.folder.prune_checkpoints(trainer.cfg.keep_checkpoints)
-        write_pth(trainer.model.state_dict(), trainer.weights_file)
+        parts = trainer.model, trainer.optimizer, trainer.scaler
+        folder = save_checkpoint(plan, trainer.progress, *parts)
+        plan.folder.prune_checkpoints(trainer.cfg.keep_checkpoints)
+        write_pth(trainer.model.state_dict(), plan.weights_file)
     except (OSError, SafetensorError, DamagedFolder) as error:
         trainer.failed_saves += 1
-        trainer.metrics.append("event", **where, event="save_failed", error=str(error))
+        trainer.log("event", event="save_failed", error=str(error))
         if final or trainer.failed_saves == _MAX_FAILED_SAVES:
             raise OSError(
                 f"saving at step {trainer.progress.step} failed "
@@ -204,8 +196,8 @@ def save(trainer: Trainer, final: bool) -> None:
             ) from error
     else:
         trainer.failed_saves = 0
-        trainer.metrics.append("event", **where, event="save", folder=folder.name)
-    trainer.clock.add_save(time.monotonic() - started)
+        trainer.log("event", event="save", folder=folder.name)
+    trainer.clock.add("save", time.monotonic() - started)
 
 
 def log_progress(trainer: Trainer) -> None:
@@ -221,9 +213,8 @@ def log_progress(trainer: Trainer) -> None:
     memory, positions, choices = total.cpu().split([len(part) for part in own])
     names = ("loss", "aux_loss", *trainer.stage.metrics)
     losses = [total / window.num_targets for total in window.losses]
-    trainer.metrics.append(
+    trainer.log(
         "train",
-        **trainer.progress.position(),
         **dict(zip(names, losses, strict=True)),
         learning_rate=trainer.optimizer.param_groups[0]["lr"],
         grad_norm=window.grad_norm,

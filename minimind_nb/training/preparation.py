@@ -32,7 +32,7 @@ from ..model.loading import find_weights
 from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, RunFolder
-from .checkpoint import read_progress
+from .checkpoint import Progress, read_state
 from .initial_weights import (
     InitialWeights,
     find_initial_weights,
@@ -54,7 +54,6 @@ from .run_plan import (
     describe_truncated,
     open_corpus,
 )
-from .trainer import Progress
 
 logger = logging.getLogger(__name__)
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
@@ -317,7 +316,9 @@ def count_steps(
 
     The steps made may have had another global batch. `max_steps` caps the sum.
     """
-    progress = read_progress(checkpoint.folder) if checkpoint else Progress()
+    progress = Progress()
+    if checkpoint:
+        progress = Progress(**read_state(checkpoint.folder)["progress"])
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     left = max(0, stream.total_samples - progress.samples)
     total = progress.step + math.ceil(left / cfg.global_batch)

@@ -25,7 +25,7 @@ from ..launch.spawn import end_orphans
 from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
-from .checkpoint import read_config
+from .checkpoint import read_state
 from .initial_weights import asked_shape, runs_of_stage
 from .run_plan import BATCH, asked_batch, renew_hashes
 
@@ -106,7 +106,7 @@ def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
     if ended := end_orphans(folder):
         logger.warning(f"ended processes that a killed run had left: {ended}")
     if not folder.exists() and (found := folder.newest_good_checkpoint()):
-        folder.write_config(read_config(found.folder))
+        folder.write_config(read_state(found.folder)["config"])
         logger.warning(
             f"{folder.config_file} was missing; restored from {found.folder.name}"
         )

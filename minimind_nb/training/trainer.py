@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.batches import StepBatch, TrainingStream, ValidationRows
-from ..data.tokenizer import TokenizerSpec
+from ..data.batches import StepBatch
 from ..launch.cancellation import StopRequest
+from ..launch.outcome import RankRecord
+from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
 from ..monitor.metrics import MetricsLog
-from ..storage.run_folder import RunFolder
-from .evaluation import Evaluator, Prompt, seed_of
-from .optim import FlatGradients
+from .checkpoint import Progress, load_checkpoint
+from .evaluation import Evaluator, choose_prompts, seed_of
+from .optim import FlatGradients, build_optimizer
+from .run_plan import RunPlan
 
-_REMEMBERED_STEPS = 200
-_FIRST_SAVE_SECONDS = 10.0  # assumed until one was measured
+_REMEMBERED = 200
+_FIRST_SAVE = 10.0  # seconds, assumed until one was measured
 _NAMED_LINES = 20
 
 
@@ -31,59 +32,30 @@ class SessionClock:
     """A deadline on the monotonic clock (None: no deadline).
 
     The run stops early enough for one more step, a validation and two saves, each as
-    slow as the slowest so far.
+    slow as the slowest of the last ones.
     """
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
-        self._steps: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
-        self._longest_save = self._longest_validation = 0.0
+        self._seconds: defaultdict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=_REMEMBERED)
+        )
 
-    def add_step(self, seconds: float) -> None:
-        """Record the duration of a step."""
-        self._steps.append(seconds)
-
-    def add_save(self, seconds: float) -> None:
-        """Record the duration of a save."""
-        self._longest_save = max(self._longest_save, seconds)
-
-    def add_validation(self, seconds: float) -> None:
-        """Record the duration of a validation, answers included."""
-        self._longest_validation = max(self._longest_validation, seconds)
+    def add(self, kind: str, seconds: float) -> None:
+        """Record the duration of a "step", a "validation" or a "save"."""
+        self._seconds[kind].append(seconds)
 
     def margin_seconds(self) -> float:
         """Return the time that one more step, a validation and two saves may take."""
-        saves = 2 * (self._longest_save or _FIRST_SAVE_SECONDS)
-        return max(self._steps, default=0.0) + self._longest_validation + saves
+        step = max(self._seconds["step"], default=0.0)
+        validation = max(self._seconds["validation"], default=0.0)
+        return step + validation + 2 * max(self._seconds["save"], default=_FIRST_SAVE)
 
     def is_over(self) -> bool:
         """Return whether another step could miss the deadline."""
         if self.deadline is None:
             return False
         return time.monotonic() + self.margin_seconds() > self.deadline
-
-
-@dataclass
-class Progress:
-    """The position of a run: what changes from step to step, apart from tensors.
-
-    `samples` and `tokens` count rows and predicted text tokens of all ranks;
-    `seconds` is training time over all sessions, without validation and saving;
-    `val_loss` was measured with the weights of this very step, or is None.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    val_loss: float | None = None
-
-    def position(self) -> dict[str, float]:
-        """Return the fields that every row of metrics begins with."""
-        names = ("step", "samples", "tokens", "seconds")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -123,31 +95,49 @@ class LogWindow:
             self.expert_choices = self.expert_choices + counts
 
 
-@dataclass(kw_only=True)
 class Trainer(Evaluator):
-    """The parts of a run, built by `worker.build` and changed by the loop.
+    """The parts of a run, restored from its checkpoint if there is one.
 
-    `config` is the content of config.json; `prompts` are answered at validations, on
-    rank 0.
+    `validation` is None if nothing is held out; `prompts`, `metrics` and the session's
+    deadline are rank 0's.
     """
 
-    gradients: FlatGradients
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    tokenizer: TokenizerSpec
-    stream: TrainingStream
-    validation: ValidationRows | None
-    prompts: list[Prompt]
-    total_steps: int
-    progress: Progress
-    folder: RunFolder
-    weights_file: Path
-    config: dict[str, Any]
-    metrics: MetricsLog
-    clock: SessionClock
-    stop: StopRequest
-    window: LogWindow = field(default_factory=LogWindow)
-    failed_saves: int = 0
+    def __init__(
+        self,
+        plan: RunPlan,
+        group: Group,
+        device: torch.device,
+        record: RankRecord,
+        stop: StopRequest,
+    ) -> None:
+        super().__init__(plan, group, device, record)
+        cfg, pad_id, is_first = plan.cfg, plan.tokenizer.pad_id, group.rank == 0
+        self.stop = stop
+        self.optimizer = build_optimizer(self.model, cfg)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+        self.progress = Progress()
+        if plan.checkpoint:
+            parts = self.model, self.optimizer, self.scaler
+            self.progress = load_checkpoint(plan.checkpoint, *parts)
+        self.gradients = FlatGradients(self.model, device, 2 + len(self.stage.metrics))
+        self.stream = plan.corpus.training_stream(
+            cfg, pad_id, group.rank, group.size, self.progress.samples
+        )
+        self.validation = plan.corpus.validation_rows(cfg, pad_id)
+        self.prompts = []
+        self.metrics = MetricsLog.silent()
+        self.clock = SessionClock(plan.deadline if is_first else None)
+        if is_first:
+            self.prompts = choose_prompts(plan, self.stream, self.validation)
+            self.metrics = MetricsLog(plan.folder.metrics_file)
+        self.window = LogWindow()
+        self.failed_saves = 0
+
+    def log(self, kind: str, **fields: Any) -> None:
+        """Append a row to the metrics: the run's position, and some fields."""
+        names = ("step", "samples", "tokens", "seconds")
+        where = {name: getattr(self.progress, name) for name in names}
+        self.metrics.append(kind, **where, **fields)
 
     def seed_dropout(self) -> None:
         """Seed this step's dropout from (seed, rank, step)."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import ResolvedConfig
 from ..hardware import choose_threads, count_cores
@@ -17,19 +15,12 @@ from ..launch.cancellation import StopRequest
 from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
 from ..launch.spawn import RankInfo
-from ..model.architecture import MiniMindForCausalLM
-from ..model.loading import model_config
-from ..model.state_dict import put_weights, read_tensors
-from ..monitor.metrics import MetricsLog
 from ..storage.run_folder import RunFolder
 from ..storage.verified import write_text
-from .checkpoint import load_checkpoint
-from .evaluation import Evaluator, choose_prompts
+from .evaluation import Evaluator
 from .loop import fit
-from .optim import FlatGradients, build_optimizer
 from .run_plan import RunPlan
-from .stages import STAGES
-from .trainer import Progress, SessionClock, Trainer
+from .trainer import Trainer
 
 _LONG_SECONDS = 7 * 24 * 3600.0
 
@@ -45,12 +36,11 @@ def run(
     group, device = _join(info, plan.cfg, store, record)
     record.update(phase="training")
     with _advising(smaller_batch(plan.cfg)):
-        trainer = build(plan, group, device, record, stop)
+        trainer = Trainer(plan, group, device, record, stop)
         with trainer.metrics, trainer.blaming_data():
-            log_start(trainer, "resume" if plan.checkpoint else "start")
+            log_start(trainer)
             status = fit(trainer)
-            where = trainer.progress.position()
-            trainer.metrics.append("event", **where, event="end", status=status)
+            trainer.log("event", event="end", status=status)
     group.close()
     return status
 
@@ -67,12 +57,10 @@ def measure(
     group, device = _join(info, cfg, store, record)
     lower = f"lower batch_size={cfg.batch_size} or max_seq_len={cfg.max_seq_len}"
     with _advising(lower):
-        model = initial_model(plan).eval()
-        nn.Module.to(model, device)
+        evaluator = Evaluator(plan, group, device, record)
         rows = plan.corpus.validation_rows(cfg, plan.tokenizer.pad_id)
         assert rows is not None
         record.update(phase="training")
-        evaluator = Evaluator(cfg, STAGES[cfg.stage], group, device, model, record)
         scores = {**evaluator.evaluate(rows), "documents": len(rows.documents)}
     if info.rank == 0:
         write_text(folder.root / "scores.json", json.dumps(scores))
@@ -99,68 +87,15 @@ def _join(
     return group, device
 
 
-def build(
-    plan: RunPlan,
-    group: Group,
-    device: torch.device,
-    record: RankRecord,
-    stop: StopRequest,
-) -> Trainer:
-    """Build all parts of a run, restored from its checkpoint if there is one."""
-    cfg, folder, tokenizer = plan.cfg, plan.folder, plan.tokenizer
-    model = new_model(plan) if plan.checkpoint else initial_model(plan)
-    nn.Module.to(model, device)
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-    progress = Progress()
-    if plan.checkpoint:
-        progress = load_checkpoint(plan.checkpoint, model, optimizer, scaler)
-    reference = None
-    if cfg.stage == "dpo":
-        reference = initial_model(plan).eval().requires_grad_(False)
-        nn.Module.to(reference, device)
-    stream = plan.corpus.training_stream(
-        cfg, tokenizer.pad_id, group.rank, group.size, progress.samples
-    )
-    validation = plan.corpus.validation_rows(cfg, tokenizer.pad_id)
-    is_first = group.rank == 0
-    stage = STAGES[cfg.stage]
-    return Trainer(
-        cfg=cfg,
-        stage=stage,
-        group=group,
-        device=device,
-        model=model,
-        reference=reference,
-        gradients=FlatGradients(model, device, 2 + len(stage.metrics)),
-        optimizer=optimizer,
-        scaler=scaler,
-        tokenizer=tokenizer,
-        stream=stream,
-        validation=validation,
-        prompts=choose_prompts(cfg, tokenizer, stream, validation) if is_first else [],
-        total_steps=plan.total_steps,
-        progress=progress,
-        folder=folder,
-        weights_file=plan.weights_file,
-        config=plan.config,
-        metrics=MetricsLog(folder.metrics_file) if is_first else MetricsLog.silent(),
-        clock=SessionClock(plan.deadline if is_first else None),
-        record=record,
-        stop=stop,
-    )
-
-
-def log_start(trainer: Trainer, event: str) -> None:
-    """Log the position and the horizon of the run."""
-    at, stream, total = trainer.progress, trainer.stream, trainer.total_steps
+def log_start(trainer: Trainer) -> None:
+    """Log the position and the horizon of a run that starts or is resumed."""
+    at, stream, total = trainer.progress, trainer.stream, trainer.plan.total_steps
     trainer.record.update(step=at.step, total_steps=total)
     samples_left = max(0, total - at.step) * stream.global_batch
-    trainer.metrics.append(
+    trainer.log(
         "event",
-        event=event,
+        event="resume" if trainer.plan.checkpoint else "start",
         stage=trainer.cfg.stage,
-        **at.position(),
         total_steps=total,
         total_samples=min(stream.total_samples, at.samples + samples_left),
         num_processes=trainer.group.size,
@@ -168,21 +103,6 @@ def log_start(trainer: Trainer, event: str) -> None:
         cut=stream.truncated.cut,
         dropped=stream.truncated.dropped,
     )
-
-
-def initial_model(plan: RunPlan) -> MiniMindForCausalLM:
-    """Return the model that the run starts from: random, or with its initial weights."""
-    model = new_model(plan)
-    if plan.initial:
-        put_weights(model, read_tensors(plan.initial), str(plan.initial))
-    return model
-
-
-def new_model(plan: RunPlan) -> MiniMindForCausalLM:
-    """Return a randomly initialised model, the same for the same seed on any rank."""
-    torch.manual_seed(plan.cfg.seed)
-    config = model_config(dataclasses.asdict(plan.cfg), plan.tokenizer)
-    return MiniMindForCausalLM(config).train()
 
 
 @contextlib.contextmanager

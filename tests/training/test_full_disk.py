@@ -4,6 +4,7 @@ import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.injection import Fault, fill_disk, inject
@@ -13,7 +14,8 @@ import minimind_nb as mm
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
-from minimind_nb.training.trainer import Trainer
+from minimind_nb.training.checkpoint import Progress
+from minimind_nb.training.run_plan import RunPlan
 
 pytestmark = pytest.mark.fault("F27")
 
@@ -65,12 +67,12 @@ def test_a_disk_that_gets_room_again_loses_no_row(
     filler = disk / "filler"
     real = loop.save_checkpoint
 
-    def save_checkpoint(t: Trainer) -> Path:
-        if t.progress.step == 4:
+    def save_checkpoint(plan: RunPlan, progress: Progress, *parts: Any) -> Path:
+        if progress.step == 4:
             fill_disk(filler)
         else:
             filler.unlink(missing_ok=True)
-        return real(t)
+        return real(plan, progress, *parts)
 
     monkeypatch.setattr(loop, "save_checkpoint", save_checkpoint)
     ending, folder = train_here({**settings, "out_dir": str(disk / "out")})
@@ -89,12 +91,12 @@ def test_a_limit_on_the_size_of_files_is_told(
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = loop.save_checkpoint
 
-    def save_checkpoint(t: Trainer) -> Path:
-        small = t.progress.step == 8
+    def save_checkpoint(plan: RunPlan, progress: Progress, *parts: Any) -> Path:
+        small = progress.step == 8
         limit = (1 << 19 if small else resource.RLIM_INFINITY, hard)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         try:
-            return real(t)
+            return real(plan, progress, *parts)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
 

@@ -182,12 +182,12 @@ def test_the_margin_is_a_slow_step_a_validation_and_two_saves(
     clock = SessionClock(deadline=160.0)
     assert clock.margin_seconds() == 20.0, "ten seconds a save are assumed at first"
     for seconds in [1.0] * 99 + [30.0]:
-        clock.add_step(seconds)
-    clock.add_save(5.0)
-    clock.add_save(4.0)
+        clock.add("step", seconds)
+    clock.add("save", 5.0)
+    clock.add("save", 4.0)
     assert clock.margin_seconds() == 40.0, "the slowest step, and two saves"
-    clock.add_validation(20.0)
-    clock.add_validation(15.0)
+    clock.add("validation", 20.0)
+    clock.add("validation", 15.0)
     assert clock.margin_seconds() == 60.0
     assert not clock.is_over()
     clock.deadline = 110.0
