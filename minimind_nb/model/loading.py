@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +17,28 @@ from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.run_folder import STATE, WEIGHTS, RunFolder
 from .architecture import MiniMindConfig, MiniMindForCausalLM
-from .hf_formats import check_numbers, read_config
+from .hf_formats import read_config
 from .state_dict import Tensors, build_model, infer_shape, read_pth, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SOURCES = (
-    "a run folder, a checkpoint folder, a .pth file or a folder written by "
-    "save_pretrained (MiniMind, Llama, Qwen3 or Qwen3-MoE)"
+    "a run folder, a checkpoint folder, a .pth file or a folder by save_pretrained(…, "
+    'max_shard_size="99GB") of a MiniMind, Llama, Qwen3 or Qwen3-MoE'
 )
 _WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")
 _CONFIG = "config.json"
-# infer_shape guesses these by generation: names and shapes of tensors leave them open.
-_GUESSED = ("rms_norm_eps", "num_experts_per_tok", "aux_loss_alpha", "seq_aux")
-_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZERS = (
+    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model"
+).split()
+# Assumed for a .pth with QK norm; without it, MiniMindConfig's defaults are.
+_THIRD_GENERATION = {
+    "rms_norm_eps": 1e-6,
+    "num_experts_per_tok": 1,
+    "aux_loss_alpha": 5e-4,
+    "seq_aux": False,
+}
 
 
 def load(
@@ -69,8 +75,8 @@ def load(
 class FoundWeights:
     """Weights on disk: their file, the model's configuration, what else is recorded.
 
-    `tokenizer` is None for the shipped one, `stage` if nothing records it (the name of
-    a `.pth` does). `notes` are sentences for the user about what was assumed.
+    `stage` is None if nothing records it (the name of a `.pth` does). `notes` tell the
+    user what was assumed.
     """
 
     file: Path
@@ -102,30 +108,30 @@ def find_weights(
 
     Raises what `load` raises, except for what is wrong with the values of the tensors.
     """
+    if which not in ("last", "best"):
+        raise ValueError(f'which={which!r}: "last" or "best" is expected')
+    shape = {name: value for name, value in shape.items() if value is not None}
+    for name in shape.keys() - set(SHAPE_FIELDS):
+        raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
     found = _find(Path(source).expanduser(), which, tokenizer, shape)
-    chosen, notes = found.tokenizer, found.notes
-    if tokenizer is not None:
-        chosen = read_tokenizer(tokenizer)
-        name = (
-            tokenizer if isinstance(tokenizer, str | os.PathLike) else "the one given"
-        )
-        if found.tokenizer:
-            _check_same_entries(chosen, found.tokenizer, source, name)
-    if chosen is None:
+    own, notes = found.tokenizer, found.notes
+    spec = read_tokenizer(own if tokenizer is None else tokenizer)
+    if own:
+        _check_same_entries(spec, own, source)
+    elif tokenizer is None:
         notes += (
             f"{source} comes without a tokenizer: using the shipped one. MiniMind's own "
             'weights need theirs: tokenizer="minimind/model"',
         )
-    spec, config = read_tokenizer(chosen), found.config
+    config = found.config
     if spec.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
-            f"{config.vocab_size}: they do not belong together; name the right one with "
-            "tokenizer=…"
+            f"{config.vocab_size}: name the one they were trained with, tokenizer=…"
         )
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
-    return dataclasses.replace(found, tokenizer=chosen, notes=notes)
+    return dataclasses.replace(found, tokenizer=spec, notes=notes)
 
 
 def model_config(
@@ -141,56 +147,40 @@ def model_config(
     )
 
 
-def _check_same_entries(
-    given: TokenizerSpec, own: TokenizerSpec, source: Any, name: Any
-) -> None:
+def _check_same_entries(given: TokenizerSpec, own: TokenizerSpec, source: Any) -> None:
     """Raise `ValueError` if a token has another id than the weights were trained with."""
     theirs, ours = (
         Tokenizer.from_str(spec.json).get_vocab(with_added_tokens=True)
         for spec in (given, own)
     )
     if theirs != ours:
-        same = len(theirs.items() & ours.items())
         raise ValueError(
-            f"the weights in {source} were trained with another tokenizer than {name}: "
-            f"only {same:,} of {len(ours):,} entries are the same. Leave tokenizer out: "
-            "it is saved with the weights"
+            f"the weights in {source} were trained with another tokenizer: only "
+            f"{len(theirs.items() & ours.items()):,} of {len(ours):,} entries are the "
+            "same. Leave tokenizer out, it is saved with the weights"
         )
 
 
 def _find(
     path: Path, which: str, tokenizer: Any, shape: dict[str, Any]
 ) -> FoundWeights:
-    if which not in ("last", "best"):
-        raise ValueError(f'which={which!r}: "last" or "best" is expected')
-    shape = {name: value for name, value in shape.items() if value is not None}
-    for name in shape.keys() - set(SHAPE_FIELDS):
-        raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
     beside = [path.parent / name for name in (_CONFIG, STATE)]
     if path.name in _WEIGHTS_FILES and any(map(Path.is_file, beside)):
         path = path.parent
     if path.is_file():
         return _find_pth(path, shape)
-    if not path.exists():
-        names = [other.name for other in path.parent.glob("*")]
-        near = get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise FileNotFoundError(f"{path} does not exist: {_SOURCES} is expected{hint}")
     if shape:
         raise ValueError(
             f"{', '.join(shape)} cannot be set: the shape comes with {path}; only a "
             ".pth leaves it open"
         )
-    return _find_in_folder(path, which, tokenizer)
-
-
-def _find_in_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
     if (path / STATE).is_file():
+        path = path.absolute()
         try:
-            verified.verify(path.absolute())
+            verified.verify(path)
         except verified.DamagedFolder as damage:
             raise ValueError(f"the checkpoint {path} is damaged: {damage}") from None
-        return _read_checkpoint(path, RunFolder(path.absolute().parents[1]), tokenizer)
+        return _find_checkpoint(path, RunFolder(path.parents[1]), tokenizer)
     run = RunFolder(path)
     fields = run.read_config() if run.exists() else {}
     if "settings" not in fields:
@@ -202,18 +192,18 @@ def _find_in_folder(path: Path, which: str, tokenizer: Any) -> FoundWeights:
             f"the run {path} has no checkpoint yet; it writes one every save_interval "
             "steps and at its end"
         )
-    return _read_checkpoint(found.folder, run, tokenizer)
+    return _find_checkpoint(found.folder, run, tokenizer)
 
 
-def _read_checkpoint(folder: Path, run: RunFolder, tokenizer: Any) -> FoundWeights:
+def _find_checkpoint(folder: Path, run: RunFolder, tokenizer: Any) -> FoundWeights:
     """Describe a checkpoint; `tokenizer` is used if its run's is missing."""
     recorded = json.loads((folder / STATE).read_bytes())["config"]
-    own = tokenizer is None or run.tokenizer.exists()
-    spec = read_tokenizer(run.tokenizer if own else tokenizer)
+    own = run.tokenizer if tokenizer is None or run.tokenizer.exists() else tokenizer
+    spec = read_tokenizer(own)
     trained_with = recorded.get("hashes", {}).get("tokenizer")
     if trained_with not in (None, spec.fingerprint):
         raise ValueError(
-            f"the tokenizer {f'in {run.tokenizer}' if own else 'given'} is not the one "
+            f"the tokenizer {own if own is run.tokenizer else 'given'} is not the one "
             f"that {folder} was trained with: restore that one, or pass it explicitly"
         )
     settings = recorded["settings"]
@@ -222,18 +212,16 @@ def _read_checkpoint(folder: Path, run: RunFolder, tokenizer: Any) -> FoundWeigh
 
 
 def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
-    if path.suffix == ".safetensors":
-        raise ValueError(
-            f"{path} has no {_CONFIG} beside it that describes its network: add the one "
-            "it was saved with"
-        )
+    """Describe a `.pth` by the run beside it that wrote it, else by its tensors."""
     tensors = read_pth(path, shapes_only=True)
-    try:
-        config = MiniMindConfig(**{**infer_shape(tensors, **shape), **shape})
-        check_numbers(config)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if found := _find_run_beside(path, tensors, shape):
+    held = infer_shape(tensors, str(path), **shape)
+    guessed = _THIRD_GENERATION if held["qk_norm"] else {}
+    config = read_config({"model_type": "minimind", **guessed, **held, **shape})
+    stage, name = None, path.stem
+    for known, prefix in WEIGHTS_NAMES.items():
+        if path.stem.startswith(f"{prefix}_"):
+            stage, name = known, known + path.stem.removeprefix(prefix)
+    if found := _find_run_beside(RunFolder(path.parent / name), path, tensors, shape):
         return found
     assumed = ["rope_theta", "rms_norm_eps"]
     if not config.qk_norm and "head_dim" not in shape:
@@ -245,33 +233,20 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
         f"{path} does not record {', '.join(values)}: assuming MiniMind's defaults. "
         "Pass other values explicitly."
     )
-    stage: str | None = _run_name(path).partition("_")[0]
-    stage = stage if stage in WEIGHTS_NAMES else None
     return FoundWeights(path, config, stage=stage, notes=(note,) if values else ())
 
 
-def _run_name(path: Path) -> str:
-    """Return the name of the run that writes a weights file of this name."""
-    for stage, prefix in WEIGHTS_NAMES.items():
-        if path.stem.startswith(f"{prefix}_"):
-            return stage + path.stem.removeprefix(prefix)
-    return path.stem
-
-
 def _find_run_beside(
-    path: Path, tensors: Tensors, shape: Mapping[str, Any]
+    run: RunFolder, path: Path, tensors: Tensors, shape: Mapping[str, Any]
 ) -> FoundWeights | None:
-    """Describe a `.pth` by the run beside it that wrote it; None if there is none."""
-    run = RunFolder(path.parent / _run_name(path))
-    if not (run.exists() and run.tokenizer.exists()):
+    """Describe a `.pth` by the run that wrote it; None if it does not fit."""
+    settings = run.settings() if run.exists() and run.tokenizer.exists() else {}
+    if not {"stage", *SHAPE_FIELDS} <= settings.keys():
         return None
-    settings, spec = run.read_config().get("settings"), read_tokenizer(run.tokenizer)
-    if not settings or not {"stage", *SHAPE_FIELDS} <= settings.keys():
-        return None
+    spec = read_tokenizer(run.tokenizer)
     config = model_config(settings, spec)
-    heads = {"num_attention_heads": config.num_attention_heads}
-    inferred = infer_shape(tensors, **heads, head_dim=config.head_dim)
-    certain = {n: inferred[n] for n in inferred if n not in _GUESSED} | dict(shape)
+    heads = {n: getattr(config, n) for n in ("num_attention_heads", "head_dim")}
+    certain = infer_shape(tensors, str(path), **heads) | dict(shape)
     if any(getattr(config, name) != value for name, value in certain.items()):
         return None
     return FoundWeights(path, config, spec, settings["stage"])
@@ -279,27 +254,14 @@ def _find_run_beside(
 
 def _find_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
     """Describe weights with a `config.json` of transformers."""
-    if not fields:
-        what = f"no {_CONFIG}" if (path / WEIGHTS).exists() else "no weights"
-        raise FileNotFoundError(f"{path} holds {what}: {_SOURCES} is expected")
+    files = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
+    if not fields or not files:
+        lacking = f"holds no {_CONFIG if files else 'weights in one file'}"
+        problem = lacking if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}: {_SOURCES} is expected")
     try:
         config = read_config(fields)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if indices := [*path.glob("*.index.json")]:
-        raise ValueError(
-            f"the weights in {path} are in several files ({indices[0].name}): open it "
-            "with transformers and save it in one, save_pretrained(FOLDER, "
-            'max_shard_size="99GB")'
-        )
-    files = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no weights: {_SOURCES} is expected")
-    if (path / "tokenizer.json").is_file():
-        return FoundWeights(files[0], config, read_tokenizer(path))
-    if others := [name for name in _OTHER_TOKENIZERS if (path / name).exists()]:
-        raise ValueError(
-            f"{path} has a tokenizer ({others[0]}) but no tokenizer.json: make one with "
-            f'AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")'
-        )
-    return FoundWeights(files[0], config)
+        raise ValueError(f"{path / _CONFIG}: {error}") from None
+    own = any((path / name).exists() for name in _TOKENIZERS)
+    return FoundWeights(files[0], config, read_tokenizer(path) if own else None)

@@ -27,22 +27,26 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a `.safetensors` file or a `.pth`.
 
     Experts stacked in one tensor, as transformers holds them in memory, are split.
-    Raises `ValueError` for a file of something else, a damaged one, and values that are
-    not finite in float32.
+    Raises `ValueError` for a file of something else, a damaged one, a tensor whose few
+    bytes claim to be gigabytes, and values that are not finite in float32.
     """
-    if file.suffix == ".safetensors":
-        try:
-            mapped = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); copy it again") from None
-        _check_storage(file, mapped)
-        # A mapped file that is overwritten later would end this process.
-        tensors = {name: tensor.clone() for name, tensor in mapped.items()}
-    else:
-        tensors = read_pth(file)
+    mapped = file.suffix == ".safetensors"
+    try:
+        tensors = load_file(file) if mapped else read_pth(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); copy it again") from None
     for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        held = tensor.untyped_storage().nbytes() if plain else 0
+        if not plain or tensor.dtype not in _PRECISIONS or held < tensor.nbytes:
+            raise ValueError(
+                f"{file} holds {name} as {tensor.dtype} in {held:,} bytes; expected are "
+                "floating-point numbers, stored in full"
+            )
         if not tensor.to(torch.float32).isfinite().all():
             raise ValueError(f"{file} holds values that are not finite, in {name}")
+    if mapped:  # a mapped file that is overwritten later would end this process
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return _split_experts(tensors)
 
 
@@ -80,45 +84,25 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
         isinstance(name, str) and isinstance(value, torch.Tensor)
         for name, value in state.items()
     ):
-        held = ", ".join(map(str, state if isinstance(state, dict) else [type(state)]))
+        held = [*state] if isinstance(state, dict) else type(state)
         raise ValueError(
-            f"{path} holds {held:.100}, where a bare state dict (names with tensors) is "
-            "expected. Take the weights out of a resume file: "
-            'torch.save(torch.load(FILE, weights_only=True)["model"], NEW_FILE)'
+            f"{path} holds {held!s:.100}, where a bare state dict (names with tensors) "
+            'is expected. A resume file has it under "model": save that alone'
         )
-    tensors = {
+    return {
         name.removeprefix("module.").removeprefix("_orig_mod."): value
         for name, value in state.items()
     }
-    if len(tensors) < len(state):
-        raise ValueError(f"{path} holds weights twice, with a prefix and without")
-    _check_storage(path, tensors)
-    return tensors
 
 
-def write_pth(tensors: Tensors, file: Path) -> None:
-    """Write a bare state dict in fp16, as MiniMind's scripts read it.
+def write_pth(tensors: Tensors, file: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a bare state dict, by default in fp16, as MiniMind's scripts read it.
 
     The file is complete or missing. Raises `OSError`, also for a full disk.
     """
     buffer = io.BytesIO()  # torch turns a full disk into a plain RuntimeError
-    torch.save(
-        {n: t.detach().to("cpu", torch.float16) for n, t in tensors.items()}, buffer
-    )
+    torch.save({n: t.detach().to("cpu", dtype) for n, t in tensors.items()}, buffer)
     write_bytes(file, buffer.getvalue())
-
-
-def _check_storage(path: Path, tensors: Tensors) -> None:
-    """Raise `ValueError` for a tensor whose few bytes claim to be gigabytes."""
-    for name, tensor in tensors.items():
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        held = tensor.untyped_storage().nbytes() if plain else 0
-        if not plain or tensor.dtype not in _PRECISIONS or held < tensor.nbytes:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{path} holds {name} as {kind} in {held:,} bytes; expected is one of "
-                f"{', '.join(str(d)[6:] for d in _PRECISIONS)}, stored in full"
-            )
 
 
 def build_model(
@@ -127,30 +111,18 @@ def build_model(
     """Return a model that holds the tensors themselves, in their precision.
 
     Shapes are compared before memory is allocated, and without initialising weights.
-    Raises `ValueError` if they do not fit, or if the configuration cannot be built.
+    Raises `ValueError` if they do not fit.
     """
-    mlp, is_mixture = "model.layers.0.mlp", config.use_moe
-    for what, prefix, claimed in (
-        ("layers", "model.layers.", config.num_hidden_layers),
-        ("experts", f"{mlp}.experts.", is_mixture and config.n_routed_experts),
-        (
-            "shared experts",
-            f"{mlp}.shared_experts.",
-            is_mixture and config.n_shared_experts,
-        ),
-    ):
-        if (held := _count(tensors, prefix)) != claimed:
-            raise ValueError(
-                f"{source} holds {held:,} {what} and its configuration says "
-                f"{int(claimed)}: they do not belong together"
-            )
-    try:
-        with torch.device("meta"):
-            model = MiniMindForCausalLM(config)
-    except (RuntimeError, ArithmeticError, TypeError, KeyError) as error:
+    heads, width = config.num_attention_heads, config.head_dim
+    held = infer_shape(tensors, source, num_attention_heads=heads, head_dim=width)
+    if wrong := [name for name in held if getattr(config, name) != held[name]]:
         raise ValueError(
-            f"the configuration of {source} describes no model: {error}"
-        ) from None
+            f"{source} holds {', '.join(f'{n}={held[n]!r}' for n in wrong)} and its "
+            f"configuration says {', '.join(repr(getattr(config, n)) for n in wrong)}: "
+            "they do not belong together"
+        )
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
     put_weights(model, tensors, source, assign=True)
     model.lm_head.weight = model.model.embed_tokens.weight
     return model
@@ -165,25 +137,28 @@ def put_weights(
     `ValueError` naming what is missing, unexpected or of another shape.
     """
     state = dict(tensors)
-    embedding = state.get(_EMBEDDING)
-    if embedding is not None and not torch.equal(
-        state.setdefault(_HEAD, embedding), embedding
-    ):
-        raise ValueError(
-            f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
-        )
+    if _EMBEDDING in state:
+        head = state.setdefault(_HEAD, state[_EMBEDDING])
+        if not torch.equal(head, state[_EMBEDDING]):
+            raise ValueError(
+                f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
+            )
     try:
         model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:
         _, _, differences = str(error).partition("\n")
         raise ValueError(
-            f"the weights in {source} do not fit the model:\n{differences:.{_SHOWN}}\n"
-            "Set the shape they have, or use other weights."
+            f"the weights in {source} do not fit the model:\n{differences:.{_SHOWN}}"
         ) from None
 
 
 def infer_shape(
-    tensors: Tensors, *, num_attention_heads: int = 0, head_dim: int = 0, **_: Any
+    tensors: Tensors,
+    source: str,
+    *,
+    num_attention_heads: int = 0,
+    head_dim: int = 0,
+    **_: Any,
 ) -> dict[str, Any]:
     """Return what the names and shapes of a MiniMind state dict say of its configuration.
 
@@ -202,15 +177,14 @@ def infer_shape(
         if qk_norm:
             head_dim = len(tensors[f"{attention}.q_norm.weight"])
     except (KeyError, ValueError, TypeError) as error:
-        held = ", ".join(list(tensors)[:3]) or "nothing"
         raise ValueError(
-            f"this is not a MiniMind state dict ({error!r}); it holds {held}"
+            f"{source} holds no MiniMind state dict ({error!r}) but {[*tensors][:3]}"
         ) from None
     head_dim = head_dim or max(1, queries // (num_attention_heads or _HEADS))
     if queries % head_dim or keys % head_dim or not keys:
         raise ValueError(
-            f"q_proj and k_proj have {queries} and {keys} rows, not a multiple of the "
-            f"head width {head_dim}: set num_attention_heads or head_dim as in training"
+            f"q_proj and k_proj in {source} have {queries} and {keys} rows, not a multiple "
+            f"of the head width {head_dim}: set num_attention_heads or head_dim"
         )
     shape = {
         "vocab_size": vocab_size,
@@ -221,18 +195,12 @@ def infer_shape(
         "head_dim": head_dim,
         "intermediate_size": inner,
         "qk_norm": qk_norm,
-        "rms_norm_eps": 1e-6 if qk_norm else 1e-5,
         "use_moe": use_moe,
     }
-    if not use_moe:
-        return shape
-    return shape | {
-        "n_routed_experts": _count(tensors, f"{mlp}.experts."),
-        "n_shared_experts": _count(tensors, f"{mlp}.shared_experts."),
-        "num_experts_per_tok": 1 if qk_norm else 2,
-        "aux_loss_alpha": 5e-4 if qk_norm else 0.01,
-        "seq_aux": not qk_norm,
-    }
+    if use_moe:
+        shape["n_routed_experts"] = _count(tensors, f"{mlp}.experts.")
+        shape["n_shared_experts"] = _count(tensors, f"{mlp}.shared_experts.")
+    return shape
 
 
 def _count(tensors: Tensors, prefix: str) -> int:

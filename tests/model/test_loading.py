@@ -181,7 +181,8 @@ def test_a_pth_of_either_generation_computes_what_it_did(fields, tmp_path):
     ids = torch.arange(5, 25).reshape(2, 10)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-    for name in ("rms_norm_eps", "seq_aux", "aux_loss_alpha"):
+    mixture = ("seq_aux", "aux_loss_alpha") if model.config.use_moe else ()
+    for name in ("rms_norm_eps", *mixture):
         assert getattr(loaded.config, name) == getattr(model.config, name)
 
 
@@ -264,10 +265,7 @@ def test_a_folder_of_another_kind_of_model_is_refused(kind, tmp_path):
     ],
 )
 def test_what_minimind_has_not_is_named(change, tmp_path):
-    name = list(change)[-1].replace("rope_scaling", "rope scaling")
-    with pytest.raises(
-        ValueError, match=f"MiniMind has no {name}.*without it can be read"
-    ):
+    with pytest.raises(ValueError, match=f"MiniMind has no {list(change)[-1]}="):
         find_weights(write_llama(tmp_path, **change))
 
 
@@ -289,22 +287,8 @@ def test_yarn_that_stretches_nothing_is_refused(tmp_path):
     """transformers stretches all the same, MiniMind does not."""
     rope = {"rope_type": "yarn", "rope_theta": 1e5, **YARN_DEFAULTS}
     write_llama(tmp_path, rope_parameters=rope, max_position_embeddings=2048)
-    with pytest.raises(ValueError, match="MiniMind has no rope scaling"):
+    with pytest.raises(ValueError, match="MiniMind has no rope_scaling"):
         find_weights(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [({"tie_word_embeddings": False}, "MiniMind ties"), ({"hidden_act": "no"}, "'no'")],
-)
-def test_a_configuration_of_ours_that_no_model_has_is_refused(
-    fields, words, model, tmp_path
-):
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    with pytest.raises(ValueError, match=words):
-        load(tmp_path, tokenizer=make_small())
 
 
 @pytest.mark.fault("F46")
@@ -316,15 +300,18 @@ def test_a_tokenizer_that_was_exchanged_in_a_run_is_refused(run):
     one, other = list(vocab)[-2:]
     vocab[one], vocab[other] = vocab[other], vocab[one]
     file.write_text(json.dumps(fields))
-    text = f"the tokenizer in {run.tokenizer} is not the one that .* was trained with"
+    text = f"the tokenizer {run.tokenizer} is not the one that .* was trained with"
     for source in (run.root, run.checkpoint_folder(4)):
         with pytest.raises(ValueError, match=text):
             load(source)
 
 
 def test_weights_in_several_files_are_refused(tmp_path):
-    (write_llama(tmp_path) / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="are in several files .model.safetensors.ind"):
+    file = write_llama(tmp_path) / WEIGHTS
+    file.rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"weights in one file .*max_shard_size"
+    ):
         find_weights(tmp_path)
 
 
@@ -383,9 +370,7 @@ def test_a_run_beside_or_a_folder_leaves_nothing_open(run, capsys):
 
 
 def test_another_tokenizer_than_the_weights_own_is_refused(run):
-    with pytest.raises(
-        ValueError, match="another tokenizer than the one given: only 0 "
-    ):
+    with pytest.raises(ValueError, match="trained with another tokenizer: only 0 "):
         load(run.root, tokenizer=make_small())
 
 
@@ -393,7 +378,9 @@ def test_another_tokenizer_than_the_weights_own_is_refused(run):
 def test_a_place_without_weights_is_named(name, tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text('{"model_type": "minimind"}')
-    with pytest.raises(FileNotFoundError, match="(weights|exist): a run folder, a ch"):
+    with pytest.raises(
+        FileNotFoundError, match="(weights in one file|exist): a run folder, a ch"
+    ):
         load(tmp_path / name)
 
 
@@ -449,7 +436,7 @@ def test_weights_elsewhere_say_neither_tokenizer_nor_stage(model, tmp_path, spec
     for place, weights in ((file, file), (saved, saved / WEIGHTS)):
         found = find_weights(place)
         assert found.file == weights
-        assert (found.tokenizer, found.stage) == (None, None)
+        assert (found.tokenizer, found.stage) == (spec, None)
         assert torch.equal(
             found.read().state_dict()[EMBEDDING], model.state_dict()[EMBEDDING]
         )
@@ -469,7 +456,7 @@ def test_a_weights_file_beside_its_run_has_that_runs_shape(tmp_path, spec):
     assert (found.tokenizer, found.stage) == (spec, "sft")
     guessed = find_weights(save(state, tmp_path / "full_sft_32.pth"))
     assert (guessed.config.num_attention_heads, guessed.config.rope_theta) == (8, 1e6)
-    assert (guessed.tokenizer, guessed.stage) == (None, "sft")
+    assert (guessed.tokenizer, guessed.stage) == (spec, "sft")
     asked = find_weights(found.file, rope_theta=1e6)
     assert (asked.config.num_attention_heads, asked.config.rope_theta) == (8, 1e6)
     other = save(model_of(num_hidden_layers=1).state_dict(), found.file)
@@ -490,7 +477,9 @@ def test_damaged_folders_are_refused_in_plain_words(model, tmp_path, spec):
         with pytest.raises(ValueError, match=f"{name} is .*, and a number above 0 is"):
             load(tmp_path)
     config.write_text(json.dumps({**fields, "num_attention_heads": 0}))
-    with pytest.raises(ValueError, match="describes no model: integer modulo by zero"):
+    with pytest.raises(
+        ValueError, match="it describes no model: integer modulo by zero"
+    ):
         load(tmp_path)
     config.write_text("[]")
     with pytest.raises(ValueError, match="is no configuration: "):

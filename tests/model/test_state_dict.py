@@ -34,21 +34,26 @@ def test_tensors_fit_the_configuration_they_were_made_with(fields):
     model = build_model(config, tensors, "a.pth")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(model.state_dict()[n], t) for n, t in tensors.items())
-    inferred = infer_shape(tensors)
+    inferred = infer_shape(tensors, "a.pth")
     assert {name: getattr(config, name) for name in inferred} == inferred
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_hidden_layers": 10**9}, "holds 2 layers and .* says 1000000000"),
-        ({**MIXTURE, "n_routed_experts": 10**9}, "holds 3 experts and .* 1000000000"),
-        ({**MIXTURE, "n_shared_experts": 10**9}, "1 shared experts and .* 1000000000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=2 and .* says 1000000000"),
         (
-            {"hidden_size": 1 << 20},
-            r"embed_tokens.weight: .*\[64, 32\].*\[64, 1048576\]",
+            {**MIXTURE, "n_routed_experts": 10**9},
+            "n_routed_experts=3 and .* says 1000000000",
         ),
-        ({"hidden_size": 1 << 40}, "a.pth describes no model: .* overflowed"),
+        (
+            {**MIXTURE, "n_shared_experts": 10**9},
+            "n_shared_experts=1 and .* says 1000000000",
+        ),
+        (
+            {"hidden_size": 1 << 40, "head_dim": 4},
+            "hidden_size=32.* says 1099511627776",
+        ),
     ],
 )
 def test_a_configuration_that_claims_more_is_refused_before_it_is_built(fields, words):
@@ -84,7 +89,6 @@ def test_missing_extra_and_misshapen_tensors_are_named():
     assert text.startswith("the weights in elsewhere do not fit the model:\n")
     assert 'Missing key(s) in state_dict: "model.layers.1.' in text
     assert 'Unexpected key(s) in state_dict: "extra"' in text
-    assert text.endswith("\nSet the shape they have, or use other weights.")
     assert len(text) < 1200
 
 
@@ -110,14 +114,6 @@ def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
         read_pth(file)
 
 
-def test_weights_twice_under_two_names_are_refused(tmp_path):
-    _, state = make()
-    name = next(iter(state))
-    file = save({**state, f"module.{name}": state[name] + 1}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="holds weights twice, with a prefix and wit"):
-        read_pth(file)
-
-
 @pytest.mark.fault("F64")
 def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(tmp_path):
     _, state = make()
@@ -131,22 +127,22 @@ def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(tmp_path)
         state[EMBEDDING].to("meta"),
     ):
         file = save({**state, EMBEDDING: odd}, tmp_path / "odd.pth")
-        text = rf"odd\.pth holds {EMBEDDING} as \w+ in [\d,]+ bytes; expected is one of"
+        text = rf"odd\.pth holds {EMBEDDING} as torch\.\w+ in [\d,]+ bytes; expected are float"
         with pytest.raises(ValueError, match=text):
-            read_pth(file)
+            read_tensors(file)
 
 
 @pytest.mark.parametrize("gone", ["embed_tokens", "q_proj", "mlp", ""])
 def test_a_state_dict_of_another_model_is_told_by_what_it_lacks(gone):
     state = {n: t for n, t in make()[1].items() if gone not in n}
     with pytest.raises(
-        ValueError, match=f"not a MiniMind state dict.*{gone}.* it holds "
+        ValueError, match=f"a.pth holds no MiniMind state dict .*{gone}.* but "
     ):
-        infer_shape(state)
+        infer_shape(state, "a.pth")
 
 
 @pytest.mark.parametrize("shape", [(), (5,)])
 def test_a_misshapen_embedding_is_no_minimind(shape):
     state = {**make()[1], EMBEDDING: torch.ones(shape)}
-    with pytest.raises(ValueError, match="this is not a MiniMind state dict"):
-        infer_shape(state)
+    with pytest.raises(ValueError, match="holds no MiniMind state dict"):
+        infer_shape(state, "a.pth")
