@@ -16,7 +16,7 @@ from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unkno
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
 from ..storage.run_folder import STATE, WEIGHTS, RunFolder
-from .architecture import MiniMindConfig, MiniMindForCausalLM
+from .architecture import THIRD_GENERATION, MiniMindConfig, MiniMindForCausalLM
 from .hf_formats import read_config
 from .state_dict import Tensors, build_model, infer_shape, read_pth, read_tensors
 
@@ -32,13 +32,6 @@ _CONFIG = "config.json"
 _TOKENIZERS = (
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model"
 ).split()
-# Assumed for a .pth with QK norm; without it, MiniMindConfig's defaults are.
-_THIRD_GENERATION = {
-    "rms_norm_eps": 1e-6,
-    "num_experts_per_tok": 1,
-    "aux_loss_alpha": 5e-4,
-    "seq_aux": False,
-}
 
 
 def load(
@@ -116,9 +109,18 @@ def find_weights(
     found = _find(Path(source).expanduser(), which, tokenizer, shape)
     own, notes = found.tokenizer, found.notes
     spec = read_tokenizer(own if tokenizer is None else tokenizer)
-    if own:
-        _check_same_entries(spec, own, source)
-    elif tokenizer is None:
+    if own and spec != own:
+        theirs, ours = (
+            Tokenizer.from_str(one.json).get_vocab(with_added_tokens=True)
+            for one in (spec, own)
+        )
+        if theirs != ours:
+            raise ValueError(
+                f"the weights in {source} were trained with another tokenizer: only "
+                f"{len(theirs.items() & ours.items()):,} of {len(ours):,} entries are "
+                "the same. Leave tokenizer out, it is saved with the weights"
+            )
+    if not own and tokenizer is None:
         notes += (
             f"{source} comes without a tokenizer: using the shipped one. MiniMind's own "
             'weights need theirs: tokenizer="minimind/model"',
@@ -145,20 +147,6 @@ def model_config(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-
-
-def _check_same_entries(given: TokenizerSpec, own: TokenizerSpec, source: Any) -> None:
-    """Raise `ValueError` if a token has another id than the weights were trained with."""
-    theirs, ours = (
-        Tokenizer.from_str(spec.json).get_vocab(with_added_tokens=True)
-        for spec in (given, own)
-    )
-    if theirs != ours:
-        raise ValueError(
-            f"the weights in {source} were trained with another tokenizer: only "
-            f"{len(theirs.items() & ours.items()):,} of {len(ours):,} entries are the "
-            "same. Leave tokenizer out, it is saved with the weights"
-        )
 
 
 def _find(
@@ -215,7 +203,8 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     """Describe a `.pth` by the run beside it that wrote it, else by its tensors."""
     tensors = read_pth(path, shapes_only=True)
     held = infer_shape(tensors, str(path), **shape)
-    guessed = _THIRD_GENERATION if held["qk_norm"] else {}
+    third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}
+    guessed = third if held["qk_norm"] else {}
     config = read_config({"model_type": "minimind", **guessed, **held, **shape})
     stage, name = None, path.stem
     for known, prefix in WEIGHTS_NAMES.items():

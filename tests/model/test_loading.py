@@ -310,7 +310,7 @@ def test_weights_in_several_files_are_refused(tmp_path):
     file = write_llama(tmp_path) / WEIGHTS
     file.rename(tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(
-        FileNotFoundError, match=r"weights in one file .*max_shard_size"
+        FileNotFoundError, match="weights in one file: .*max_shard_size"
     ):
         find_weights(tmp_path)
 
