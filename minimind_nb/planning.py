@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import ResolvedConfig, TrainConfig, count_parameters
 from .data.tokenizer import load_tokenizer
-from .hardware import Hardware, choose_threads, count_cores, detect_hardware
+from .hardware import Hardware, choose_threads, detect_hardware
 from .monitor.metrics import METRICS_NAME, History
 from .monitor.progress import duration
 from .monitor.tables import Facts
@@ -41,7 +41,7 @@ def plan(cfg: TrainConfig) -> Facts:
     """
     hardware = detect_hardware()
     cfg, tokenizer, initial = settle(cfg, hardware)
-    corpus = open_corpus(cfg, tokenizer, hardware.cpu_cores)
+    corpus = open_corpus(cfg, tokenizer)
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     pairs = stream.reader.pairs
     row = "pair" if pairs else "row"
@@ -150,7 +150,7 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     that count in the loss are between ⟦ and ⟧; the chosen answer of a pair comes first.
     """
     resolved, tokenizer, _ = settle(cfg)
-    corpus = open_corpus(resolved, tokenizer, count_cores())
+    corpus = open_corpus(resolved, tokenizer)
     stream = corpus.training_stream(resolved, tokenizer.pad_id)
     decode = load_tokenizer(tokenizer).decode
 

@@ -69,7 +69,7 @@ class FoundWeights:
     """Weights on disk: their file, the model's configuration, what else is recorded.
 
     `stage` is None if nothing records it (the name of a `.pth` does). `notes` tell the
-    user what was assumed.
+    user what was assumed, `source` is what was named.
     """
 
     file: Path
@@ -77,6 +77,7 @@ class FoundWeights:
     tokenizer: TokenizerSpec | None = None
     stage: str | None = None
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     def read(self) -> MiniMindForCausalLM:
         """Read the weights, in the precision they are stored in.
@@ -133,7 +134,8 @@ def find_weights(
         )
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
-    return dataclasses.replace(found, tokenizer=spec, notes=notes)
+    source = os.fspath(source)
+    return dataclasses.replace(found, tokenizer=spec, notes=notes, source=source)
 
 
 def model_config(

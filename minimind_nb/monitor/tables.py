@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 WIDEST = 60  # columns of a terminal that a cell of a table may take
 STYLES = {
@@ -35,18 +36,24 @@ class Table:
         return _page(self.title, heads + rows)
 
 
-class Facts(dict[str, str]):
-    """Names and texts, in order, below a title."""
+class Facts(dict[str, Any]):
+    """Names with texts or numbers, in order, below a title."""
 
-    def __init__(self, title: str, facts: dict[str, str]) -> None:
+    def __init__(self, title: str, facts: dict[str, Any]) -> None:
         super().__init__(facts)
         self.title = title
 
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            (name, value if isinstance(value, str) else f"{value:,.6g}")
+            for name, value in self.items()
+        ]
+
     def __repr__(self) -> str:
-        return _align(self.title, list(self.items()))
+        return _align(self.title, self._rows())
 
     def _repr_html_(self) -> str:
-        rows = ([("th", name), ("td", text)] for name, text in self.items())
+        rows = ([("th", name), ("td", text)] for name, text in self._rows())
         return _page(self.title, rows)
 
 

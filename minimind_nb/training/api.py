@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
@@ -32,10 +31,11 @@ from ..monitor.metrics import History
 from ..monitor.runs import Run, save_chart, write_summary
 from ..monitor.tables import Facts
 from ..monitor.wandb_follower import WandbFollower, require_wandb
+from ..session import current_session
 from ..storage.run_folder import STATE, RunFolder
 from .machine import machine_defaults
 from .preparation import prepare
-from .run_plan import RunPlan, cache_root, open_corpus
+from .run_plan import RunPlan, open_corpus
 from .worker import smaller_batch
 
 logger = logging.getLogger(__name__)
@@ -140,26 +140,12 @@ def _run(
         shown.attempt(write_summary, run, status, plan.weights_file)
 
 
-class Scores(dict[str, float]):
-    """The results of `evaluate` by name, shown as a table."""
-
-    def __init__(self, title: str, scores: dict[str, float]) -> None:
-        super().__init__(scores)
-        self._facts = Facts(title, {name: f"{v:,.6g}" for name, v in scores.items()})
-
-    def __repr__(self) -> str:
-        return repr(self._facts)
-
-    def _repr_html_(self) -> str:
-        return self._facts._repr_html_()
-
-
 def evaluate(
     source: str | os.PathLike[str],
     data_path: str | os.PathLike[str],
     which: str = "last",
     **settings: Any,
-) -> Scores:
+) -> Facts:
     """Measure the loss of a model on a file: the mean over tokens, by all processes.
 
     `source` and `which` are those of `load`. `data_path` has one {"text": "…"} per line,
@@ -173,9 +159,7 @@ def evaluate(
     `train` raises.
     """
     work = functools.partial(_evaluate, source, data_path, which, settings)
-    return Scores(
-        f"{os.fspath(source)} on {os.fspath(data_path)}", _on_first_rank(work)
-    )
+    return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", _on_first_rank(work))
 
 
 def _evaluate(
@@ -196,16 +180,19 @@ def _evaluate(
     asked = TrainConfig(stage=stage, **choices)
     file = str(locate(data_path, stage))
     asked = replace(asked, data_path=file, val_path=file)
-    machine, cores = machine_defaults(asked)
     tokenizer = read_tokenizer(asked.tokenizer or weights.tokenizer)
     cfg = resolve(
-        asked, **{"vocab_size": tokenizer.vocab_size, **machine, **weights.shape()}
+        asked,
+        vocab_size=tokenizer.vocab_size,
+        **machine_defaults(asked),
+        **weights.shape(),
     )
-    corpus = open_corpus(cfg, tokenizer, cores, max_dropped=1.0)
+    corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)
+    config = {"settings": cfg.portable()}
     # Other machines see the cache, but not this one's temporary folder.
-    shared = cache_root(asked) if session else None
+    shared = current_session().cache_folder(cfg.out_dir) if session else None
     with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=shared) as folder:
-        plan = RunPlan(cfg, RunFolder(folder), tokenizer, corpus, initial=weights.file)
+        plan = RunPlan(cfg, RunFolder(folder), tokenizer, corpus, config, weights.file)
         plan.write()
         _launch("measure", plan, lambda: None, session)
         scores = json.loads((Path(folder) / "scores.json").read_bytes())
@@ -229,12 +216,25 @@ def _launch(
     lock: int | None = None,
 ) -> str:
     """Start the workers, again in another environment if they do not connect."""
+    cfg = plan.cfg
+    threads = str(choose_threads(cfg.num_processes, count_cores()))
+    job = Job(
+        target=f"minimind_nb.training.worker:{target}",
+        folder=plan.folder,
+        num_processes=cfg.num_processes,
+        environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        paths=list(map(str, plan.input_paths)),
+        hang_timeout=cfg.hang_timeout_seconds,
+        less_memory=smaller_batch(cfg) if target == "run" else "",
+        lock=lock,
+    )
     if session:
-        return session.launch(make_job(target, plan), on_poll)
-    environments = _ENVIRONMENTS[plan.cfg.device]
-    for environment, following in itertools.pairwise(environments):
+        return session.launch(job, on_poll)
+    environments = _ENVIRONMENTS[cfg.device]
+    jobs = [replace(job, environment={**job.environment, **e}) for e in environments]
+    for attempt, following in zip(jobs, environments[1:], strict=False):
         try:
-            return run_processes(make_job(target, plan, environment, lock), on_poll)
+            return run_processes(attempt, on_poll)
         except TrainingFailed as failure:
             if failure.phase != "meeting":
                 raise
@@ -242,26 +242,4 @@ def _launch(
             logger.warning(
                 f"the processes did not connect; retrying {changes}".rstrip()
             )
-    return run_processes(make_job(target, plan, environments[-1], lock), on_poll)
-
-
-def make_job(
-    target: str,
-    plan: RunPlan,
-    environment: Mapping[str, str] | None = None,
-    lock: int | None = None,
-) -> Job:
-    """Return the job of carrying out a plan with a function of `worker`."""
-    cfg = plan.cfg
-    threads = str(choose_threads(cfg.num_processes, count_cores()))
-    threading = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    return Job(
-        target=f"minimind_nb.training.worker:{target}",
-        folder=plan.folder,
-        num_processes=cfg.num_processes,
-        environment={**threading, **(environment or {})},
-        paths=list(map(str, plan.input_paths)),
-        hang_timeout=cfg.hang_timeout_seconds,
-        less_memory=smaller_batch(cfg) if lock is not None else "",
-        lock=lock,
-    )
+    return run_processes(jobs[-1], on_poll)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,7 @@ _NOT_IN_PTH = (
 ).split()
 
 
-@dataclass(frozen=True)
-class InitialWeights:
-    """Initial weights: the source that was named, what was found there, its sha256."""
-
-    source: str
-    weights: FoundWeights
-    digest: str
-
-
-def find_initial_weights(cfg: TrainConfig) -> InitialWeights | None:
+def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
     """Return the weights that `init_from` names, or None for a random initialisation.
 
     "auto" is the newest finished run of the previous stage in out_dir, an unfinished one
@@ -79,7 +70,7 @@ def find_initial_weights(cfg: TrainConfig) -> InitialWeights | None:
             'weights; or set init_from to other weights, or to "none".'
         )
     weights.read()
-    return InitialWeights(source, weights, hash_file(weights.file))
+    return weights
 
 
 def initial_model(plan: RunPlan) -> MiniMindForCausalLM:
@@ -108,21 +99,24 @@ def runs_of_stage(out_dir: str, stage: str) -> list[RunFolder]:
     return found
 
 
-def keep_reference(plan: RunPlan) -> Path | None:
-    """Copy the initial weights, which are the reference model, into the run folder.
+def keep_reference(plan: RunPlan) -> RunPlan:
+    """Copy the initial weights of a preference run, its reference, into its folder.
 
-    Returns None for a random initialisation, which the seed gives again. Raises
-    `RuntimeError` if they are not what the run started from.
+    Returns the plan with the copy as initial weights, or without any for a random
+    initialisation, which the seed gives again. Raises `RuntimeError` if they are not
+    what the run started from.
     """
+    if plan.cfg.stage != "dpo":
+        return plan
     digest = plan.config["hashes"]["initial"]
     if not digest:
-        return None
+        return replace(plan, initial=None)
     for file in _possible_references(plan):
         if file.is_file() and hash_file(file) == digest:
             kept = plan.folder.root / f"reference{file.suffix}"
             if file != kept:
                 shutil.copyfile(file, kept)
-            return kept
+            return replace(plan, initial=kept)
     raise RuntimeError(
         f"the initial weights ({plan.config['began_from']}) changed or are missing, and "
         "the DPO reference is computed from them: restore them, or start over with "
@@ -132,12 +126,9 @@ def keep_reference(plan: RunPlan) -> Path | None:
 
 def _possible_references(plan: RunPlan) -> Iterator[Path]:
     """Yield the weights that the run keeps, and those that it started from."""
-    if kept := plan.folder.reference_weights:
-        yield kept
-    if plan.initial:
-        yield plan.initial
+    yield from filter(None, (plan.folder.reference_weights, plan.initial))
     with contextlib.suppress(OSError, ValueError):
-        yield find_weights(Path(plan.config["began_from"]).expanduser()).file
+        yield find_weights(plan.config["began_from"]).file
 
 
 def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
@@ -149,23 +140,28 @@ def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
 
 def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
     """Return the run, or weights file, of the previous stage that "auto" stands for."""
-    before = STAGE_BEFORE[cfg.stage]
-    shapes = {
-        folder: folder.settings() for folder in runs_of_stage(cfg.out_dir, before)
-    }
-    fits = {
-        folder: shape
-        for folder, shape in shapes.items()
-        if all(shape.get(name) == value for name, value in asked.items())
-    }
-    files = sorted(Path(cfg.out_dir).glob(f"{WEIGHTS_NAMES[before]}_*.pth"))
-    if not shapes and len(files) == 1:
+    stage = STAGE_BEFORE[cfg.stage]
+    runs = {run: run.settings() for run in runs_of_stage(cfg.out_dir, stage)}
+    files = sorted(Path(cfg.out_dir).glob(f"{WEIGHTS_NAMES[stage]}_*.pth"))
+    if not runs and len(files) == 1:
         return files[0]
-    if not shapes and not files:
-        raise _no_previous_stage(cfg, before)
-    pool = {f: s for f, s in fits.items() if f.status() == "finished"} or fits
-    if len({tuple(shape.get(name) for name in _FIXED) for shape in pool.values()}) != 1:
-        places = [folder.root for folder in pool or shapes] + ([] if pool else files)
+    if not runs and not files:
+        found = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
+        raise FileNotFoundError(
+            f"stage={cfg.stage!r} starts from a trained model, and out_dir="
+            f"{cfg.out_dir!r} has no run of stage={stage!r} and no "
+            f"{WEIGHTS_NAMES[stage]}_*.pth (runs found: "
+            f"{', '.join(sorted(found)) or 'none'}). Train one first, name the weights "
+            'with init_from="…", or set init_from="none" for a random initialisation'
+        )
+    fits = [
+        run
+        for run, shape in runs.items()
+        if all(shape.get(name) == value for name, value in asked.items())
+    ]
+    fits = [run for run in fits if run.status() == "finished"] or fits
+    if len({tuple(runs[run].get(name) for name in _FIXED) for run in fits}) != 1:
+        places = [run.root for run in fits or runs] + ([] if fits else files)
         raise ValueError(
             f"stage={cfg.stage!r} can start from several weights, or none of the shape in "
             "the settings; choose one:\n  "
@@ -173,7 +169,7 @@ def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
                 f'init_from="{place}"  ({_summarize(place)})' for place in places
             )
         )
-    newest = max(pool, key=lambda folder: folder.checkpoints.stat().st_mtime)
+    newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)
     if newest.status() != "finished":
         logger.warning(
             f"{newest.root} is not finished ({newest.status()}); starting from its newest "
@@ -182,20 +178,10 @@ def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
     return newest.root
 
 
-def _no_previous_stage(cfg: TrainConfig, before: str) -> FileNotFoundError:
-    names = sorted(file.parent.name for file in Path(cfg.out_dir).glob("*/config.json"))
-    return FileNotFoundError(
-        f"stage={cfg.stage!r} starts from a trained model, and out_dir={cfg.out_dir!r} "
-        f"has no run of stage={before!r} and no {WEIGHTS_NAMES[before]}_*.pth (runs "
-        f"found: {', '.join(names) or 'none'}). Train one first, name the weights with "
-        'init_from="…", or set init_from="none" for a random initialisation'
-    )
-
-
 def _summarize(place: Path) -> str:
     if place.is_file():
         return "weights file"
     run = RunFolder(place)
-    s = run.read_config()["settings"]
+    s = run.settings()
     experts = f", {s['n_routed_experts']} experts" if s["use_moe"] else ""
     return f"{s['hidden_size']} × {s['num_hidden_layers']}{experts}, {run.status()}"

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import (
+    STAGES,
     ResolvedConfig,
     TrainConfig,
+    fill_defaults,
     resolve,
     shorten_home,
 )
@@ -28,32 +30,29 @@ from ..data.demo import DEMO
 from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..hardware import Hardware
-from ..model.loading import find_weights
+from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, RunFolder
 from .checkpoint import Progress, read_state
 from .initial_weights import (
-    InitialWeights,
+    asked_shape,
     find_initial_weights,
     keep_reference,
+    runs_of_stage,
 )
 from .machine import check_room, check_writable, machine_defaults
 from .resuming import (
-    compare_hashes,
+    BATCH,
     copy_run,
     find_checkpoint,
     find_existing_run,
-    find_run,
+    keep_identity,
     reconcile_with_existing_run,
+    recover,
+    source_run,
 )
-from .run_plan import (
-    BATCH,
-    RunPlan,
-    asked_batch,
-    describe_truncated,
-    open_corpus,
-)
+from .run_plan import RunPlan, describe_truncated, open_corpus
 
 logger = logging.getLogger(__name__)
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
@@ -75,22 +74,19 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     """
     began = time.monotonic()
     folder, initial = locate_run(cfg)
-    machine, cores = machine_defaults(cfg)
+    machine = machine_defaults(cfg)
     check_writable(folder.root.parent)
     with folder.lock() as lock:
-        existing = find_existing_run(folder, cfg)
-        checkpoint = find_checkpoint(existing) if existing else None
-        resolved, tokenizer, initial = _resolve(
-            cfg, machine, initial, existing, checkpoint
-        )
-        if existing and existing is not folder:
-            copy_run(existing, folder)
-            checkpoint = find_checkpoint(folder)
-        check_room(resolved)
-        corpus = open_corpus(resolved, tokenizer, cores)
+        recover(folder)
+        run = find_existing_run(folder, cfg)
+        checkpoint = find_checkpoint(run, repair=run is folder) if run else None
+        resolved, tokenizer, initial = _resolve(cfg, machine, initial, run, checkpoint)
+        if run and run is not folder:
+            checkpoint = copy_run(run, folder)
+        corpus = open_corpus(resolved, tokenizer)
         config = describe_run(cfg, resolved, tokenizer, corpus, initial)
-        if existing:
-            _keep_origin(folder, config, cfg, checkpoint)
+        if run:
+            keep_identity(folder, config, cfg, resumed=checkpoint is not None)
         done = checkpoint.step if checkpoint else 0
         total = count_steps(corpus, resolved, checkpoint)
         left = current_session().seconds_left(
@@ -102,12 +98,10 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
             tokenizer=tokenizer,
             corpus=corpus,
             config=config,
-            initial=initial.weights.file if initial else None,
+            initial=initial.file if initial else None,
             checkpoint=checkpoint and checkpoint.folder,
             total_steps=total,
-            complete=folder.status() == "finished"
-            and existing is not None
-            and done >= total,
+            complete=bool(run) and folder.status() == "finished" and done >= total,
             deadline=None if left is None else time.monotonic() + left,
         )
         if not plan.complete:
@@ -115,7 +109,22 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         yield plan, lock
 
 
-def locate_run(cfg: TrainConfig) -> tuple[RunFolder, InitialWeights | None]:
+def settle(
+    cfg: TrainConfig, hardware: Hardware | None = None
+) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
+    """Return the resolved settings, the tokenizer and the initial weights of a run.
+
+    Reads what `train` would read before it tokenises, and changes nothing. Raises what
+    `train` raises for it.
+    """
+    folder, initial = locate_run(cfg)
+    machine = machine_defaults(cfg, hardware)
+    run = find_existing_run(folder, cfg)
+    checkpoint = find_checkpoint(run) if run else None
+    return _resolve(cfg, machine, initial, run, checkpoint)
+
+
+def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     """Return the folder of the run that the settings mean.
 
     The initial weights come along if only their shape told its name. Raises
@@ -127,48 +136,55 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, InitialWeights | None]:
     for path in (cfg.data_path, cfg.val_path):
         if path and path != DEMO:
             check_file(path)
-    name, initial = find_run(cfg), None
+    name, initial = _find_run_name(cfg), None
     if name is None:
         initial = find_initial_weights(cfg)
-        shape = initial.weights.shape() if initial else {}
+        shape = initial.shape() if initial else {}
         name = resolve(replace(cfg, data_path=cfg.data_path or DEMO), **shape).run_name
     return RunFolder(Path(cfg.out_dir) / name), initial
 
 
-def settle(
-    cfg: TrainConfig, hardware: Hardware | None = None
-) -> tuple[ResolvedConfig, TokenizerSpec, InitialWeights | None]:
-    """Return the resolved settings, the tokenizer and the initial weights of a run.
+def _find_run_name(cfg: TrainConfig) -> str | None:
+    """Return the name of the run folder, or None if the initial weights decide it.
 
-    Reads what `train` would read before it tokenises, and changes nothing. Raises what
-    `train` raises for it.
+    If the shape comes with initial weights, the only run of the stage that fits the
+    settings is meant. Raises `ValueError` if there are several.
     """
-    folder, initial = locate_run(cfg)
-    machine, _ = machine_defaults(cfg, hardware)
-    if isinstance(cfg.resume, str) and cfg.resume != "auto":
-        folder = RunFolder(cfg.resume)
-    existing = folder if cfg.resume is not False and folder.exists() else None
-    checkpoint = existing.newest_good_checkpoint() if existing else None
-    return _resolve(cfg, machine, initial, existing, checkpoint)
+    if source := source_run(cfg):
+        return cfg.run_name or source.settings().get("run_name")
+    init_from = cfg.init_from or STAGES[cfg.stage]["init_from"]
+    if cfg.run_name or init_from == "none":
+        return fill_defaults(cfg.explicit())["run_name"]
+    wanted = asked_shape(cfg)
+    if init_from != "auto":
+        wanted["init_from"] = shorten_home(init_from)
+    fits = [
+        run.root.name
+        for run in (runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume else [])
+        if run.has_default_name()
+        and all(run.settings().get(name) == value for name, value in wanted.items())
+    ]
+    if len(fits) > 1:
+        raise ValueError(
+            f"out_dir={cfg.out_dir!r} has several runs of stage={cfg.stage!r}: "
+            f"{', '.join(fits)}. Name one with run_name=…, or set hidden_size"
+        )
+    return fits[0] if fits else None
 
 
 def _resolve(
     cfg: TrainConfig,
     machine: dict[str, Any],
-    initial: InitialWeights | None,
-    existing: RunFolder | None,
+    initial: FoundWeights | None,
+    run: RunFolder | None,
     checkpoint: Checkpoint | None,
-) -> tuple[ResolvedConfig, TokenizerSpec, InitialWeights | None]:
-    """Return what `settle` returns.
-
-    `existing` is the run to resume, whose settings and tokenizer stay; with a
-    checkpoint it needs no initial weights.
-    """
-    if existing:
-        resolved = reconcile_with_existing_run(existing, cfg, machine)
+) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
+    """Return what `settle` returns; with a checkpoint a run needs no initial weights."""
+    if run:
+        resolved = reconcile_with_existing_run(run, cfg, machine)
         if not checkpoint:
             initial = find_initial_weights(replace(cfg, init_from=resolved.init_from))
-        own = existing.tokenizer if existing.tokenizer.is_dir() else resolved.tokenizer
+        own = run.tokenizer if run.tokenizer.is_dir() else resolved.tokenizer
         tokenizer = read_tokenizer(cfg.tokenizer or own)
     else:
         if not cfg.data_path:
@@ -177,9 +193,9 @@ def _resolve(
                 'line, or use data_path="demo"'
             )
         initial = initial or find_initial_weights(cfg)
-        own = initial.weights.tokenizer if initial else None
+        own = initial.tokenizer if initial else None
         tokenizer = read_tokenizer(cfg.tokenizer or own)
-        shape = initial.weights.shape() if initial else {}
+        shape = initial.shape() if initial else {}
         resolved = resolve(
             cfg, **{"vocab_size": tokenizer.vocab_size, **machine, **shape}
         )
@@ -197,7 +213,7 @@ def describe_run(
     resolved: ResolvedConfig,
     tokenizer: TokenizerSpec,
     corpus: Corpus,
-    initial: InitialWeights | None,
+    initial: FoundWeights | None,
 ) -> dict[str, Any]:
     """Return the content of config.json for a new run, `cfg` being what was asked."""
     explicit = cfg.explicit()
@@ -211,35 +227,12 @@ def describe_run(
             "data": corpus.cache.facts["content"],
             "validation": corpus.val_cache.facts["content"],
             "tokenizer": tokenizer.fingerprint,
-            "initial": initial.digest if initial else None,
+            "initial": verified.hash_file(initial.file) if initial else None,
         },
         "began_from": shorten_home(initial.source) if initial else None,
         "rejected_rows": corpus.cache.facts["bad_rows"],
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-
-
-def _keep_origin(
-    folder: RunFolder,
-    config: dict[str, Any],
-    cfg: TrainConfig,
-    checkpoint: Checkpoint | None,
-) -> None:
-    """Compare a run that is resumed with its data, and keep its identity in `config`."""
-    before = folder.read_config()
-    hashes = dict(config["hashes"])
-    began = before["settings"].get("init_from")
-    named = cfg.init_from not in (None, "auto", "none")
-    if named and shorten_home(cfg.init_from) not in (began, before.get("began_from")):
-        hashes["initial"] = verified.hash_file(find_weights(str(cfg.init_from)).file)
-    elif checkpoint is None:
-        hashes["initial"] = None
-    compare_hashes(folder, hashes, cfg)
-    config["run"] = before.get("run", config["run"])
-    config["asked_batch"] = asked_batch(before)
-    if checkpoint:
-        config["began_from"] = before.get("began_from")
-        config["hashes"]["initial"] = before["hashes"].get("initial")
 
 
 def _begin(plan: RunPlan, done: int) -> RunPlan:
@@ -253,13 +246,13 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
             f"init_from={str(plan.initial)!r} is the file that this run would write its "
             "own weights to; rename it, or choose another out_dir"
         )
-    check_room(cfg, plan.total_steps - done)
+    check_room(plan, plan.total_steps - done)
     if folder.exists() and cfg.resume is False:
         kept = folder.move_aside()
         logger.info(f"the earlier run is kept as {kept}")
         if plan.initial and plan.initial.is_relative_to(folder.root):
             initial = kept / plan.initial.relative_to(folder.root)
-            plan = plan.changed(initial=initial)
+            plan = replace(plan, initial=initial)
     if not plan.checkpoint and plan.weights_file.exists():
         names = (f"{plan.weights_file.name}.old{n}" for n in itertools.count(1))
         kept = plan.weights_file.rename(verified.first_free(plan.weights_file, names))
@@ -275,12 +268,15 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
         _describe_horizon(plan, done)
     elif plan.initial:
         logger.info(f"starting from {plan.config['began_from']}")
-    _keep_rejected(plan)
+    cache = plan.corpus.cache
+    if cache.rejected_file:
+        target = folder.root / cache.rejected_file.name
+        verified.write_bytes(target, cache.rejected_file.read_bytes())
+        count = sum(cache.facts["bad_rows"].values())
+        logger.info(f"{count:,} malformed rows are skipped; see {target}")
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
-    if cfg.stage == "dpo":
-        plan = plan.changed(initial=keep_reference(plan))
-    folder.write_config(plan.config)
+    plan = keep_reference(plan)
     plan.write()
     return plan
 
@@ -297,16 +293,6 @@ def _describe_horizon(plan: RunPlan, done: int) -> None:
             "schedule is recomputed for the new total, which differs from a run planned "
             "that long from the start"
         )
-
-
-def _keep_rejected(plan: RunPlan) -> None:
-    """Copy the list of skipped rows into the run folder, and say how many they are."""
-    cache = plan.corpus.cache
-    if cache.rejected_file:
-        target = plan.folder.root / cache.rejected_file.name
-        verified.write_bytes(target, cache.rejected_file.read_bytes())
-        count = sum(cache.facts["bad_rows"].values())
-        logger.info(f"{count:,} malformed rows are skipped; see {target}")
 
 
 def count_steps(

@@ -1,10 +1,11 @@
-"""Resuming: find the run to resume, and reconcile the settings with it."""
+"""Resuming: find the run to resume, and reconcile settings and content with it."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config import (
@@ -16,32 +17,26 @@ from ..config import (
     TRAINING_SHAPE_FIELDS,
     ResolvedConfig,
     TrainConfig,
-    fill_defaults,
     resolve_batch,
     shorten_home,
 )
-from ..launch.outcome import ENDINGS, RankRecord
+from ..data.token_cache import names_before_version_3
 from ..launch.spawn import end_orphans
+from ..model.loading import find_weights
 from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
 from .checkpoint import read_state
-from .initial_weights import asked_shape, runs_of_stage
-from .run_plan import BATCH, asked_batch, renew_hashes
 
 logger = logging.getLogger(__name__)
-# Copied with a run, in addition to a checkpoint, the tokenizer and reference weights.
+BATCH = ("global_batch", "batch_size", "accumulation_steps")
+"""Settings that make up the global batch."""
+# Copied with a run, in addition to two checkpoints and the tokenizer.
 _COPIED = (
     *("config.json", "metrics.jsonl", "rejected.jsonl", "wandb.json"),
     *("loss.png", "summary.md", "rank*.json", "rank*.log", "reference.*"),
 )
 _OF_THIS_CALL = ("out_dir", "resume", "allow_change", "max_session_hours")
-EARLIER: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "global_batch": lambda run: (
-        run["batch_size"] * run["accumulation_steps"] * run["num_processes"]
-    ),
-}
-"""Settings that earlier states did not know, and their behaviour at that time."""
 _SETTING_OF_HASH = {
     "data": "data_path",
     "validation": "val_path",
@@ -50,59 +45,29 @@ _SETTING_OF_HASH = {
 }
 
 
-def find_run(cfg: TrainConfig) -> str | None:
-    """Return the name of the run folder, or None if the initial weights decide it.
+def source_run(cfg: TrainConfig) -> RunFolder | None:
+    """Return the run whose path `resume` is, or None if it is not a path.
 
-    If the shape comes with initial weights, the only run of the stage that fits the
-    settings is meant. Raises `ValueError` if there are several.
+    Raises `ValueError` or `FileNotFoundError` if no run is there.
     """
-    if isinstance(cfg.resume, str) and cfg.resume != "auto":
-        source = source_run(cfg.resume)
-        return cfg.run_name or source.settings().get("run_name")
-    init_from = cfg.init_from or STAGES[cfg.stage]["init_from"]
-    if cfg.run_name or init_from == "none":
-        return fill_defaults(cfg.explicit())["run_name"]
-    runs = runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume else []
-    wanted = asked_shape(cfg)
-    if init_from != "auto":
-        wanted["init_from"] = shorten_home(init_from)
-    fits = [
-        run.root.name
-        for run in runs
-        if run.has_default_name()
-        and all(run.settings().get(name) == value for name, value in wanted.items())
-    ]
-    if len(fits) > 1:
-        raise ValueError(
-            f"out_dir={cfg.out_dir!r} has several runs of stage={cfg.stage!r}: "
-            f"{', '.join(fits)}. Name one with run_name=…, or set hidden_size"
-        )
-    return fits[0] if fits else None
-
-
-def source_run(path: str) -> RunFolder:
-    """Return the run that `resume` names. Raises `ValueError` or `FileNotFoundError`."""
-    source = RunFolder(path)
+    if not isinstance(cfg.resume, str) or cfg.resume == "auto":
+        return None
+    source = RunFolder(cfg.resume)
     if source.root.is_file():
         raise ValueError(
-            f"resume={path!r} is a file: rounded weights without optimizer state, from "
-            "which no run can resume. Name the run's folder, or start from the weights "
-            f"with init_from={path!r}"
+            f"resume={cfg.resume!r} is a file: rounded weights without optimizer state. "
+            f"Name the run's folder, or start over with init_from={cfg.resume!r}"
         )
     if not source.exists():
         raise FileNotFoundError(
-            f"resume={path!r} is not a run folder ({source.config_file} is missing); name "
-            'one, or use resume="auto"'
+            f"resume={cfg.resume!r} is not a run folder ({source.config_file} is "
+            'missing); name one, or use resume="auto"'
         )
     return source
 
 
-def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
-    """Return the run to resume: in the locked folder, or one to be copied there.
-
-    Processes that a killed run left are ended, and a missing config.json is restored
-    from the newest checkpoint. Raises `FileExistsError` if another run is in the way.
-    """
+def recover(folder: RunFolder) -> None:
+    """End processes that a killed run left, and restore a missing config.json."""
     if ended := end_orphans(folder):
         logger.warning(f"ended processes that a killed run had left: {ended}")
     if not folder.exists() and (found := folder.newest_good_checkpoint()):
@@ -110,19 +75,44 @@ def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
         logger.warning(
             f"{folder.config_file} was missing; restored from {found.folder.name}"
         )
-    if isinstance(cfg.resume, str) and cfg.resume != "auto":
-        source = source_run(cfg.resume)
-        if not folder.exists():
-            return source
-        if source.root.resolve() != folder.root.resolve():
-            own, theirs = _last_step(folder), _last_step(source)
-            if own < theirs:
-                raise FileExistsError(
-                    f"{folder.root} exists already and is at step {own}, {source.root} at "
-                    f"step {theirs}; choose another run_name, or move that folder away"
-                )
-            logger.info(f"{folder.root} was copied before and is resumed")
+
+
+def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
+    """Return the run to resume: in its folder, or one that is to be copied there.
+
+    Raises `FileExistsError` if another run is in the way.
+    """
+    source = source_run(cfg)
+    if source and not folder.exists():
+        return source
+    if source and source.root.resolve() != folder.root.resolve():
+        own, theirs = _last_step(folder), _last_step(source)
+        if own < theirs:
+            raise FileExistsError(
+                f"{folder.root} exists already and is at step {own}, {source.root} at "
+                f"step {theirs}; choose another run_name, or move that folder away"
+            )
+        logger.info(f"{folder.root} was copied before and is resumed")
     return folder if cfg.resume is not False and folder.exists() else None
+
+
+def find_checkpoint(run: RunFolder, repair: bool = False) -> Checkpoint | None:
+    """Return the newest good checkpoint, or None if none was ever written.
+
+    `repair` is for the holder of the lock. Raises `NoGoodCheckpoint` if the metrics
+    record one: a run must not silently start over.
+    """
+    if found := run.newest_good_checkpoint(repair):
+        return found
+    events = History(run.metrics_file).select("event")
+    saved = [row["step"] for row in events if row.get("event") == "save"]
+    if not saved:
+        return None
+    raise NoGoodCheckpoint(
+        f"{run.metrics_file} records a checkpoint at step {saved[-1]}, which is missing "
+        f"in {run.checkpoints}. Restore it, or start over with resume=False, which keeps "
+        "this folder under another name."
+    )
 
 
 def reconcile_with_existing_run(
@@ -134,14 +124,13 @@ def reconcile_with_existing_run(
     precision are this machine's. Raises `RuntimeError` with every difference that
     neither CHANGEABLE_ON_RESUME nor `allow_change` admits, and the ways out.
     """
-    config = folder.read_config()
     run = read_settings(folder)
     asked = _asked(cfg, run)
     values = run | {**machine}
     values |= {k: v for k, v in asked.items() if k not in BATCH}
     values |= {name: getattr(cfg, name) for name in _OF_THIS_CALL}
     values |= {"init_from": run["init_from"], "run_name": folder.root.name}
-    values |= _split_batch(asked_batch(config), run, values, asked)
+    values |= _split_batch(asked_batch(folder.read_config()), run, values, asked)
     for name in ("device", "dtype"):
         if run[name] != values[name]:
             logger.info(
@@ -172,9 +161,9 @@ def read_settings(folder: RunFolder) -> dict[str, Any]:
     try:
         if not isinstance(config.get("hashes"), dict):
             raise TypeError("hashes are missing")
-        for name, behaviour in EARLIER.items():
-            if name not in run:
-                run[name] = behaviour(run)
+        if "global_batch" not in run:  # earlier states did not record it
+            steps = run["accumulation_steps"] * run["num_processes"]
+            run["global_batch"] = run["batch_size"] * steps
         return {**vars(ResolvedConfig(**(STAGES[run["stage"]] | run)))}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -183,57 +172,60 @@ def read_settings(folder: RunFolder) -> dict[str, Any]:
         ) from None
 
 
-def compare_hashes(
-    folder: RunFolder, hashes: Mapping[str, str | None], cfg: TrainConfig
+def keep_identity(
+    folder: RunFolder, config: dict[str, Any], cfg: TrainConfig, resumed: bool
 ) -> None:
-    """Check that data, tokenizer and initial weights have the content they had.
+    """Keep the identity of an existing run in its new `config`.
 
-    Raises `RuntimeError`. A None in `hashes` is not compared.
+    `resumed` is False if it has no checkpoint and starts from initial weights again.
+    Raises `RuntimeError` if data, tokenizer or named initial weights have other content.
     """
-    before = renew_hashes(folder.read_config()["hashes"], hashes, cfg)
-    changed = {
-        _SETTING_OF_HASH[key]: (before.get(key), value)
-        for key, value in hashes.items()
-        if value is not None and before.get(key) != value
-    }
-    if "data_path" in changed and not cfg.val_path:
-        changed.pop("val_path", None)  # which is a part of data_path
+    before = folder.read_config()
+    then, now = dict(before["hashes"]), dict(config["hashes"])
+    began = (before["settings"].get("init_from"), before.get("began_from"))
+    if shorten_home(cfg.init_from) not in (None, "auto", "none", *began):
+        now["initial"] = verified.hash_file(find_weights(str(cfg.init_from)).file)
+    elif not resumed:
+        now["initial"] = None
+    files = {"data": cfg.data_path, "validation": cfg.val_path or cfg.data_path}
+    for key, file in files.items():
+        # Earlier states wrote the name of a token cache.
+        if str(then.get(key)).startswith("tokens-") and file and Path(file).is_file():
+            how = (cfg.stage, str(now["tokenizer"]), cfg.on_bad_line or "error")
+            if then[key] in names_before_version_3(file, *how):
+                then[key] = now[key]
+    changed = [k for k, v in now.items() if v is not None and then.get(k) != v]
+    if "data" in changed and not cfg.val_path:
+        changed = [key for key in changed if key != "validation"]  # a part of the data
     differences = {
-        name: f"content of {name}: {_short(old)} in the run, {_short(new)} now"
-        for name, (old, new) in changed.items()
-        if name not in cfg.allow_change
+        name: f"content of {name}: {_short(then.get(key))} in the run, "
+        f"{_short(now[key])} now"
+        for key, name in _SETTING_OF_HASH.items()
+        if key in changed and name not in cfg.allow_change
     }
     if differences:
         raise _other_run(folder, differences)
+    config["run"] = before.get("run", config["run"])
+    config["asked_batch"] = asked_batch(before)
+    if resumed:
+        config["began_from"] = before.get("began_from")
+        config["hashes"]["initial"] = before["hashes"].get("initial")
 
 
-def find_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """Return the newest good checkpoint, or None if none was ever written.
-
-    Raises `NoGoodCheckpoint`: a run must not silently start over.
-    """
-    if found := folder.newest_good_checkpoint(repair=True):
-        return found
-    events = History(folder.metrics_file).select("event")
-    saved = [row["step"] for row in events if row.get("event") == "save"]
-    file, record = folder.metrics_file, RankRecord.read(folder.record_file(0))
-    if not saved and record and record.status in ENDINGS and record.step:
-        file, saved = record.file, [record.step]
-    if not saved:
-        return None
-    raise NoGoodCheckpoint(
-        f"{file} records a checkpoint at step {saved[-1]}, which is missing in "
-        f"{folder.checkpoints}. Restore it, or start over with resume=False, which keeps "
-        "this folder under another name."
-    )
+def asked_batch(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the settings of the batch that were explicit when a run was started."""
+    if "asked_batch" in config:
+        return config["asked_batch"]
+    settings = config.get("settings", {})
+    old = {**settings, "accumulation_steps": config.get("accumulation_asked")}
+    return {name: old[name] for name in config.get("explicit", ()) if name in BATCH}
 
 
 def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are asked for: explicit ones, and those of a preset or
     recipe that the run was not started with; of its own recipe what may change."""
-    tables = {"preset": PRESETS, "recipe": RECIPES}
     asked: dict[str, Any] = {}
-    for kind, table in tables.items():
+    for kind, table in (("preset", PRESETS), ("recipe", RECIPES)):
         name = getattr(cfg, kind)
         asked |= {
             key: value
@@ -305,11 +297,12 @@ def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeErro
     )
 
 
-def copy_run(source: RunFolder, folder: RunFolder) -> None:
+def copy_run(source: RunFolder, folder: RunFolder) -> Checkpoint:
     """Copy a run, whole or not at all, with its newest and its best checkpoint.
 
-    The source is only read, and may be read-only. No link is followed. Raises
-    `NoGoodCheckpoint` if there is none, `ValueError` for a folder that is a link.
+    Returns the newest. The source is only read, and may be read-only. No link is
+    followed. Raises `NoGoodCheckpoint` if there is none, `ValueError` for a folder that
+    is a link.
     """
     for path in (source.checkpoints, source.tokenizer):
         if path.is_symlink():
@@ -318,13 +311,11 @@ def copy_run(source: RunFolder, folder: RunFolder) -> None:
                 "put the folder itself there"
             )
     newest, best = source.newest_good_checkpoint(), source.best_checkpoint()
-    checkpoints = {c.folder for c in (newest, best) if c and not c.folder.is_symlink()}
-    if not newest or newest.folder not in checkpoints:
+    if not newest:
         raise NoGoodCheckpoint(f"{source.root} has no checkpoint to resume from")
+    parts = {source.tokenizer, newest.folder, (best or newest).folder}
     files = [file for name in _COPIED for file in source.root.glob(name)]
-    files += [
-        file for part in (*checkpoints, source.tokenizer) for file in part.glob("*")
-    ]
+    files += [f for part in parts if not part.is_symlink() for f in part.glob("*")]
     files = [file for file in files if file.is_file() and not file.is_symlink()]
     needed = sum(file.stat().st_size for file in files)
     with verified.beside(folder.root, needed) as aside:
@@ -335,6 +326,7 @@ def copy_run(source: RunFolder, folder: RunFolder) -> None:
         verified.verify(RunFolder(aside).checkpoint_folder(newest.step))
         aside.rename(folder.root)
     logger.info(f"copied {source.root} to {folder.root}")
+    return Checkpoint(folder.checkpoint_folder(newest.step), newest.facts)
 
 
 def _last_step(folder: RunFolder) -> int:
