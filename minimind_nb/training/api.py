@@ -181,12 +181,7 @@ def _evaluate(
     file = str(locate(data_path, stage))
     asked = replace(asked, data_path=file, val_path=file)
     tokenizer = read_tokenizer(asked.tokenizer or weights.tokenizer)
-    cfg = resolve(
-        asked,
-        vocab_size=tokenizer.vocab_size,
-        **machine_defaults(asked),
-        **weights.shape(),
-    )
+    cfg = resolve(asked, **machine_defaults(asked), **weights.shape())
     corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)
     config = {"settings": cfg.portable()}
     # Other machines see the cache, but not this one's temporary folder.
