@@ -4,48 +4,22 @@ Standard library only, so that a front end can build, check and explain a config
 without loading torch.
 """
 
-from .presets import (
-    CHANGEABLE_ON_RESUME,
-    MIXTURE_FIELDS,
-    PRESETS,
-    RECIPES,
-    SHAPE_FIELDS,
-    STAGE_BEFORE,
-    STAGES,
-    TRAINING_SHAPE_FIELDS,
-    WEIGHTS_NAMES,
-    count_parameters,
-    fill_defaults,
-    resolve_batch,
-)
-from .settings import (
-    PATH_FIELDS,
-    ResolvedConfig,
-    TrainConfig,
-    kinds,
-    resolve,
-    shorten_home,
-)
-from .validation import describe_unknown
-
-__all__ = [
-    "CHANGEABLE_ON_RESUME",
-    "MIXTURE_FIELDS",
-    "PATH_FIELDS",
-    "PRESETS",
-    "RECIPES",
-    "ResolvedConfig",
-    "SHAPE_FIELDS",
-    "STAGES",
-    "STAGE_BEFORE",
-    "TRAINING_SHAPE_FIELDS",
-    "TrainConfig",
-    "WEIGHTS_NAMES",
-    "count_parameters",
-    "describe_unknown",
-    "fill_defaults",
-    "kinds",
-    "resolve",
-    "resolve_batch",
-    "shorten_home",
-]
+from .presets import CHANGEABLE_ON_RESUME as CHANGEABLE_ON_RESUME
+from .presets import MIXTURE_FIELDS as MIXTURE_FIELDS
+from .presets import PRESETS as PRESETS
+from .presets import RECIPES as RECIPES
+from .presets import SHAPE_FIELDS as SHAPE_FIELDS
+from .presets import STAGE_BEFORE as STAGE_BEFORE
+from .presets import STAGES as STAGES
+from .presets import TRAINING_SHAPE_FIELDS as TRAINING_SHAPE_FIELDS
+from .presets import WEIGHTS_NAMES as WEIGHTS_NAMES
+from .presets import count_parameters as count_parameters
+from .presets import fill_defaults as fill_defaults
+from .presets import resolve_batch as resolve_batch
+from .settings import PATH_FIELDS as PATH_FIELDS
+from .settings import ResolvedConfig as ResolvedConfig
+from .settings import TrainConfig as TrainConfig
+from .settings import kinds as kinds
+from .settings import resolve as resolve
+from .settings import shorten_home as shorten_home
+from .validation import describe_unknown as describe_unknown
