@@ -86,7 +86,8 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         corpus = open_corpus(resolved, tokenizer)
         config = describe_run(cfg, resolved, tokenizer, corpus, initial)
         if run:
-            keep_identity(folder, config, cfg, resumed=checkpoint is not None)
+            resumed = checkpoint is not None
+            keep_identity(folder, config, cfg, resolved, resumed=resumed)
         done = checkpoint.step if checkpoint else 0
         total = count_steps(corpus, resolved, checkpoint)
         left = current_session().seconds_left(

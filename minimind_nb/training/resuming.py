@@ -173,7 +173,11 @@ def read_settings(folder: RunFolder) -> dict[str, Any]:
 
 
 def keep_identity(
-    folder: RunFolder, config: dict[str, Any], cfg: TrainConfig, resumed: bool
+    folder: RunFolder,
+    config: dict[str, Any],
+    cfg: TrainConfig,
+    resolved: ResolvedConfig,
+    resumed: bool,
 ) -> None:
     """Keep the identity of an existing run in its new `config`.
 
@@ -187,15 +191,16 @@ def keep_identity(
         now["initial"] = verified.hash_file(find_weights(str(cfg.init_from)).file)
     elif not resumed:
         now["initial"] = None
-    files = {"data": cfg.data_path, "validation": cfg.val_path or cfg.data_path}
+    data = resolved.data_path
+    files = {"data": data, "validation": resolved.val_path or data}
     for key, file in files.items():
         # Earlier states wrote the name of a token cache.
-        if str(then.get(key)).startswith("tokens-") and file and Path(file).is_file():
-            how = (cfg.stage, str(now["tokenizer"]), cfg.on_bad_line or "error")
+        if str(then.get(key)).startswith("tokens-") and Path(file).is_file():
+            how = (cfg.stage, str(now["tokenizer"]), resolved.on_bad_line)
             if then[key] in names_before_version_3(file, *how):
                 then[key] = now[key]
     changed = [k for k, v in now.items() if v is not None and then.get(k) != v]
-    if "data" in changed and not cfg.val_path:
+    if "data" in changed and not resolved.val_path:
         changed = [key for key in changed if key != "validation"]  # a part of the data
     differences = {
         name: f"content of {name}: {_short(then.get(key))} in the run, "

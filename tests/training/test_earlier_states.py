@@ -68,7 +68,6 @@ def test_settings_that_are_left_out_are_those_of_the_run(
 ) -> None:
     names = (
         "stage",
-        "data_path",
         "out_dir",
         "hidden_size",
         "num_attention_heads",
