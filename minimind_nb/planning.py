@@ -37,7 +37,7 @@ def plan(cfg: TrainConfig) -> Facts:
     Reads the data, and tokenises it unless that was done before; starts no process and
     makes no run folder. The time assumes the speed of an existing run of the same name,
     else a share of this machine's rate of matrix products. Raises what `train` raises
-    for the configuration and the data; an existing run is not compared with them.
+    for the configuration, the data and an existing run.
     """
     hardware = detect_hardware()
     cfg, tokenizer, initial = settle(cfg, hardware)

@@ -104,7 +104,10 @@ def _train(
             shown.start(run.history)
             limit = plan.cfg.max_steps or math.inf
             further = "max_steps" if limit <= plan.total_steps else "epochs"
-            logger.info(f"{run.folder} is finished; raise {further} to train longer")
+            logger.info(
+                f"{run.folder} is finished; raise {further} to train longer, or start "
+                "over with resume=False"
+            )
             shown.finish(run.history, run.status)
         else:
             _run(plan, lock, run, shown, session)

@@ -184,6 +184,8 @@ def _resolve(
     if run:
         resolved = reconcile_with_existing_run(run, cfg, machine)
         if not checkpoint:
+            if "init_from" in cfg.allow_change and cfg.init_from:
+                resolved = replace(resolved, init_from=cfg.init_from)
             initial = find_initial_weights(replace(cfg, init_from=resolved.init_from))
         own = run.tokenizer if run.tokenizer.is_dir() else resolved.tokenizer
         tokenizer = read_tokenizer(cfg.tokenizer or own)
@@ -251,8 +253,9 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
     if folder.exists() and cfg.resume is False:
         kept = folder.move_aside()
         logger.info(f"the earlier run is kept as {kept}")
-        if plan.initial and plan.initial.is_relative_to(folder.root):
-            initial = kept / plan.initial.relative_to(folder.root)
+        root = folder.root.absolute()
+        if plan.initial and plan.initial.absolute().is_relative_to(root):
+            initial = kept / plan.initial.absolute().relative_to(root)
             plan = replace(plan, initial=initial)
     if not plan.checkpoint and plan.weights_file.exists():
         names = (f"{plan.weights_file.name}.old{n}" for n in itertools.count(1))

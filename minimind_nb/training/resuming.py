@@ -124,13 +124,15 @@ def reconcile_with_existing_run(
     precision are this machine's. Raises `RuntimeError` with every difference that
     neither CHANGEABLE_ON_RESUME nor `allow_change` admits, and the ways out.
     """
-    run = read_settings(folder)
+    run, config = read_settings(folder), folder.read_config()
     asked = _asked(cfg, run)
     values = run | {**machine}
+    if "dtype" in config.get("explicit", ()) and values["device"] == run["device"]:
+        values["dtype"] = run["dtype"]
     values |= {k: v for k, v in asked.items() if k not in BATCH}
     values |= {name: getattr(cfg, name) for name in _OF_THIS_CALL}
     values |= {"init_from": run["init_from"], "run_name": folder.root.name}
-    values |= _split_batch(asked_batch(folder.read_config()), run, values, asked)
+    values |= _split_batch(asked_batch(config), run, values, asked)
     for name in ("device", "dtype"):
         if run[name] != values[name]:
             logger.info(

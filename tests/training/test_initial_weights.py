@@ -606,3 +606,16 @@ def test_of_several_runs_of_a_stage_one_must_be_named(
         copy_run(out_dir, f"sft_{width}", stage="sft", hidden_size=width)
     with pytest.raises(ValueError, match="several runs of stage='sft': sft_32, sft_64"):
         settle(TrainConfig(**sft))
+
+
+def test_a_run_that_saved_nothing_may_start_from_other_weights(
+    sft: Settings, out_dir: Path, weights_file: Path
+) -> None:
+    begin(sft)
+    shape = {"num_attention_heads": 4, "rope_theta": 1e5}
+    other = {**sft, **shape, "init_from": str(weights_file)}
+    with pytest.raises(RuntimeError, match="content of init_from"):
+        begin(other)
+    plan, _ = begin({**other, "allow_change": ("init_from",)})
+    assert plan.initial == weights_file
+    assert plan.config["began_from"] == str(weights_file)
