@@ -21,6 +21,7 @@ from ..config import (
     shorten_home,
 )
 from ..data.token_cache import names_before_version_3
+from ..launch.outcome import ENDINGS, RankRecord
 from ..launch.spawn import end_orphans
 from ..model.loading import find_weights
 from ..monitor.metrics import History
@@ -99,18 +100,21 @@ def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
 def find_checkpoint(run: RunFolder, repair: bool = False) -> Checkpoint | None:
     """Return the newest good checkpoint, or None if none was ever written.
 
-    `repair` is for the holder of the lock. Raises `NoGoodCheckpoint` if the metrics
-    record one: a run must not silently start over.
+    `repair` is for the holder of the lock. Raises `NoGoodCheckpoint` if the run records
+    one: a run must not silently start over.
     """
     if found := run.newest_good_checkpoint(repair):
         return found
     events = History(run.metrics_file).select("event")
     saved = [row["step"] for row in events if row.get("event") == "save"]
+    record = RankRecord.read(run.record_file(0))  # if the metrics are lost too
+    if not saved and record and record.status in ENDINGS and record.step:
+        saved = [record.step]
     if not saved:
         return None
     raise NoGoodCheckpoint(
-        f"{run.metrics_file} records a checkpoint at step {saved[-1]}, which is missing "
-        f"in {run.checkpoints}. Restore it, or start over with resume=False, which keeps "
+        f"{run.root} records a checkpoint at step {saved[-1]}, which is missing in "
+        f"{run.checkpoints}. Restore it, or start over with resume=False, which keeps "
         "this folder under another name."
     )
 

@@ -425,3 +425,13 @@ def test_what_is_asked_may_change_and_what_is_learned_may_not(
         notes_of({**dpo_settings, "dpo_beta": 0.2})
     with pytest.raises(RuntimeError, match="stage: 'dpo' in the run, 'sft' now"):
         notes_of({**dpo_settings, "stage": "sft", "run_name": "dpo_32"})
+
+
+def test_a_run_that_lost_checkpoints_and_metrics_does_not_start_again(
+    settings: Settings,
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    shutil.rmtree(folder.checkpoints)
+    folder.metrics_file.unlink()
+    with pytest.raises(NoGoodCheckpoint, match="records a checkpoint at step 2"):
+        prepare_here(settings)
