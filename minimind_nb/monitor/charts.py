@@ -74,30 +74,26 @@ def plot_history(
 
     `x` is "step", "tokens" (text tokens) or "minutes" (training time, all sessions);
     `y` is "loss", with perplexity as a second scale, or "perplexity"; for preferences
-    "loss", "reward_margin", "accuracy" or "kl"; for mixtures also "expert_load". `smoothing` is the weight of the past in
-    the moving average, 0 (none) up to 1, None for one that suits the number of
-    rows. Rows with a non-finite value interrupt the curves and are marked at the top.
-    Raises ValueError for an invalid choice.
+    "loss", "reward_margin", "accuracy" or "kl"; for mixtures also "expert_load".
+    `smoothing` is the weight of the past in the moving average, 0 (none) up to 1, None
+    for one that suits the number of rows. Rows with a non-finite value interrupt the
+    curves and are marked at the top. Raises ValueError for an invalid choice.
     """
     choices = y_choices(history)
     check_choices(x, y, choices, smoothing)
-    figure, axes = blank_chart(x, y_label(y, [history.stage]))
+    figure, axes = blank_chart(x, y_label(y, history.stage))
     if y == "expert_load":
         _draw_experts(axes, history, x, smoothing)
     else:
-        _draw_curves(axes, history, x, y, smoothing)
+        _draw_run(axes, history, x, y, smoothing)
     _mark_resumes(axes, history, x)
-    if axes.get_legend_handles_labels()[1]:
-        scale(axes, x, log_x, log_y)
+    if scale(axes, [history], x, log_x, log_y):
         if y == "loss" and "perplexity" in choices:
             _add_perplexity(axes)
-        style: Any = {"labelcolor": INK, "edgecolor": "none"}
-        if y == "expert_load":  # its lines leave no corner free
-            figure.legend(loc="outside right center", **style)
-        else:
-            axes.legend(loc="best", **style)
-    else:
-        say_empty(axes)
+        # The lines of experts leave no corner free.
+        place = "outside right center" if y == "expert_load" else "best"
+        owner = figure if y == "expert_load" else axes
+        owner.legend(loc=place, labelcolor=INK, edgecolor="none")
     write_titles(axes, title or history.path.parent.name, outcome(history))
     return figure
 
@@ -109,12 +105,21 @@ def y_choices(history: History) -> list[str]:
     return usual + [n for n in list(Y_LABELS)[2:] if any(n in row for row in rows)]
 
 
-def y_label(y: str, stages: Iterable[str]) -> str:
-    """Return the label of the y axis; a loss of preferences is one of pairs."""
-    if y == "loss" and "dpo" in stages:
-        pairs = set(stages) == {"dpo"}
-        return "loss (nats per pair)" if pairs else "loss (nats per token or pair)"
-    return Y_LABELS[y]
+def check_choices(
+    x: str, y: str, choices: Iterable[str], smoothing: float | None
+) -> None:
+    """Raise ValueError for an unknown axis or an invalid smoothing."""
+    for name, value, known in (("x", x, X_AXES), ("y", y, choices)):
+        if value not in known:
+            raise ValueError(
+                f"{name}={value!r} is not a choice of this chart; expected "
+                f"{name}={' or '.join(map(repr, known))}."
+            )
+    if smoothing is not None and not 0 <= smoothing < 1:
+        raise ValueError(
+            f"smoothing={smoothing!r} is out of range; expected 0 (none) up to but not "
+            "including 1."
+        )
 
 
 def smooth(values: Iterable[float], weight: float) -> np.ndarray:
@@ -140,21 +145,76 @@ def suggest_smoothing(rows: int) -> float:
     return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))
 
 
-def check_choices(
-    x: str, y: str, choices: Iterable[str], smoothing: float | None
+def read_curve(
+    history: History, kind: str, x: str, y: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points of one kind of row, NaN if a row has no such value."""
+    field, factor, _ = X_AXES[x]
+    values = np.array(history.column(kind, "loss" if y == "perplexity" else y))
+    at = np.array(history.column(kind, field)) * factor
+    if y == "perplexity":
+        values = np.where(np.isfinite(values), _perplexity(values), values)
+    return at, values
+
+
+def _draw_run(
+    axes: Axes, history: History, x: str, y: str, smoothing: float | None
 ) -> None:
-    """Raise ValueError for an unknown axis or an invalid smoothing."""
-    for name, value, known in (("x", x, X_AXES), ("y", y, choices)):
-        if value not in known:
-            raise ValueError(
-                f"{name}={value!r} is not a choice of this chart; expected "
-                f"{name}={' or '.join(map(repr, known))}."
-            )
-    if smoothing is not None and not 0 <= smoothing < 1:
-        raise ValueError(
-            f"smoothing={smoothing!r} is out of range; expected 0 (none) up to but not "
-            "including 1, for example run.plot(smoothing=0.9)."
-        )
+    """Draw training behind validation, and marks for non-finite values."""
+    at, values = read_curve(history, "train", x, y)
+    weight = suggest_smoothing(len(at)) if smoothing is None else smoothing
+    if weight:
+        axes.plot(at, values, color=TRAINING, lw=0.8, alpha=0.3)
+    if len(at):
+        label = f"training, smoothed {weight:.2g}" if weight else "training"
+        form = "o" if len(at) == 1 else "-"
+        axes.plot(at, smooth(values, weight), form, color=TRAINING, lw=1.8, label=label)
+    lost = at[~np.isfinite(values)]
+    if len(lost):
+        top = axes.get_xaxis_transform()
+        name = "loss" if y == "perplexity" else y.replace("_", " ")
+        label = f"{name} not finite ({len(lost)} rows)"
+        axes.plot(lost, 0 * lost + 0.975, "x", color=INK, transform=top, label=label)
+    if history.last("eval"):
+        style = {"color": VALIDATION, "marker": "o", "ms": 4, "lw": 1.2}
+        draw_validation(axes, history, x, y, label="validation", **style)
+
+
+def draw_validation(
+    axes: Axes, history: History, x: str, y: str, **style: Any
+) -> list[Any]:
+    at, values = read_curve(history, "eval", x, y)
+    every = max(1, math.ceil(len(at) / MARKERS))
+    return axes.plot(at, values, markevery=every, **style)
+
+
+def _draw_experts(
+    axes: Axes, history: History, x: str, smoothing: float | None
+) -> None:
+    """Draw a line for each expert in front of the range over layers."""
+    field, factor, _ = X_AXES[x]
+    rows = [row for row in history.select("train") if "expert_load" in row]
+    at = np.array([row[field] for row in rows]) * factor
+    loads = np.array([row["expert_load"] for row in rows])  # [rows, layers, experts]
+    weight = suggest_smoothing(len(rows)) if smoothing is None else smoothing
+    least, greatest = loads.min((1, 2)), loads.max((1, 2))
+    axes.fill_between(at, least, greatest, color=GRID, label="range over layers")
+    experts = loads.shape[2]
+    colors = colormaps["viridis"](np.linspace(0, 0.9, experts))
+    form = "o" if len(at) == 1 else "-"
+    for number, shares in enumerate(loads.mean(1).T):
+        style: Any = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
+        axes.plot(at, smooth(shares, weight), form, **style)
+    axes.axhline(1 / experts, color=INK, lw=1, dashes=(4, 3), label="even share")
+
+
+def _mark_resumes(axes: Axes, history: History, x: str) -> None:
+    field, factor, _ = X_AXES[x]
+    resumes = [row for row in history.select("event") if row["event"] == "resume"]
+    for number, row in enumerate(resumes):
+        style = {"color": FAINT_INK, "alpha": 0.5, "lw": 1, "dashes": (2, 3)}
+        label = "" if number else "resumed"
+        axes.axvline(row[field] * factor, label=label, **style)
 
 
 def blank_chart(x: str, label: str, height: float = 4.6) -> tuple[Chart, Axes]:
@@ -172,87 +232,23 @@ def blank_chart(x: str, label: str, height: float = 4.6) -> tuple[Chart, Axes]:
     return figure, axes
 
 
-def say_empty(axes: Axes) -> None:
-    """Write that there are no rows."""
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no rows yet", transform=axes.transAxes, ha="center")
+def y_label(y: str, stage: str) -> str:
+    """Return the label of the y axis; a loss of preferences is one of pairs."""
+    return "loss (nats per pair)" if (y, stage) == ("loss", "dpo") else Y_LABELS[y]
 
 
-def read_curve(
-    history: History, kind: str, x: str, y: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points of one kind of row, NaN if a row has no such value."""
-    field, factor, _ = X_AXES[x]
-    values = np.array(history.column(kind, "loss" if y == "perplexity" else y))
-    at = np.array(history.column(kind, field)) * factor
-    if y == "perplexity":
-        values = np.where(np.isfinite(values), _perplexity(values), values)
-    return at, values
-
-
-def _draw_curves(
-    axes: Axes, history: History, x: str, y: str, smoothing: float | None
-) -> None:
-    """Draw training behind validation, and marks for non-finite values."""
-    at, values = read_curve(history, "train", x, y)
-    weight = suggest_smoothing(len(values)) if smoothing is None else smoothing
-    if weight:
-        axes.plot(at, values, color=TRAINING, lw=0.8, alpha=0.3)
-    if len(values):
-        label = f"training, smoothed {weight:.2g}" if weight else "training"
-        marker = "o" if len(values) == 1 else ""
-        style = {"color": TRAINING, "lw": 1.8, "marker": marker, "label": label}
-        axes.plot(at, smooth(values, weight), **style)
-    lost = at[~np.isfinite(values)]
-    if len(lost):
-        top = axes.get_xaxis_transform()
-        name = "loss" if y == "perplexity" else y.replace("_", " ")
-        label = f"{name} not finite ({len(lost)} rows)"
-        axes.plot(lost, 0 * lost + 0.975, "x", color=INK, transform=top, label=label)
-    at, values = read_curve(history, "eval", x, y)
-    if len(values):
-        every = math.ceil(len(values) / MARKERS)
-        style = {"color": VALIDATION, "lw": 1.2, "label": "validation"}
-        axes.plot(at, values, marker="o", ms=4, markevery=every, **style)
-
-
-def _draw_experts(
-    axes: Axes, history: History, x: str, smoothing: float | None
-) -> None:
-    """Draw a line for each expert in front of the range over layers."""
-    field, factor, _ = X_AXES[x]
-    rows = [row for row in history.select("train") if "expert_load" in row]
-    at = np.array([row[field] for row in rows]) * factor
-    loads = np.array([row["expert_load"] for row in rows])  # [rows, layers, experts]
-    weight = suggest_smoothing(len(rows)) if smoothing is None else smoothing
-    least, greatest = loads.min((1, 2)), loads.max((1, 2))
-    axes.fill_between(at, least, greatest, color=GRID, label="range over layers")
-    experts = loads.shape[2]
-    colors = colormaps["viridis"](np.linspace(0, 0.9, experts))
-    for number, shares in enumerate(loads.mean(1).T):
-        style = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
-        axes.plot(
-            at, smooth(shares, weight), marker="o" if len(at) == 1 else "", **style
-        )
-    style = {"color": INK, "lw": 1, "dashes": (4, 3), "label": "even share"}
-    axes.axhline(1 / experts, **style)
-
-
-def _mark_resumes(axes: Axes, history: History, x: str) -> None:
-    field, factor, _ = X_AXES[x]
-    resumes = [row for row in history.select("event") if row["event"] == "resume"]
-    for number, row in enumerate(resumes):
-        label = "" if number else "resumed"
-        style = {"color": FAINT_INK, "alpha": 0.5, "lw": 1, "dashes": (2, 3)}
-        axes.axvline(row[field] * factor, label=label, **style)
-
-
-def scale(axes: Axes, x: str, log_x: bool, log_y: bool) -> None:
-    """Set linear or logarithmic axes with plain numbers; step 0 has no logarithm."""
+def scale(
+    axes: Axes, histories: Iterable[History], x: str, log_x: bool, log_y: bool
+) -> bool:
+    """Set the axes' scales with plain numbers; return whether anything is drawn."""
+    if not any(one.last("train") or one.last("eval") for one in histories):
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no rows yet", transform=axes.transAxes, ha="center")
+        return False
     if x == "step":
         whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
         axes.xaxis.set_major_locator(whole)
-    if log_x and axes.dataLim.x1 > 0:
+    if log_x and axes.dataLim.x1 > 0:  # step 0 has no logarithm
         axes.set_xscale("log", nonpositive="mask")
         _tick_ratios(axes.xaxis, *axes.get_xlim())
     if log_y and axes.dataLim.y1 > 0:
@@ -260,12 +256,13 @@ def scale(axes: Axes, x: str, log_x: bool, log_y: bool) -> None:
         _tick_ratios(axes.yaxis, *axes.get_ylim())
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_major_formatter(EngFormatter() if x == "tokens" else "{x:,g}")
+    return True
 
 
 def _tick_ratios(axis: Any, low: float, high: float) -> None:
     """Set ticks at 1, 2, 5, 10, or at even distances if these would be too few."""
-    ratios = high > LEAST_RATIO * low
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if ratios else AutoLocator())
+    few = high < LEAST_RATIO * low
+    axis.set_major_locator(AutoLocator() if few else LogLocator(subs=(1, 2, 5)))
     axis.minorticks_off()
 
 
@@ -291,14 +288,10 @@ def write_titles(axes: Axes, title: str, subtitle: str) -> None:
     """Write the title above the axes, and a smaller line below it."""
     text, font = legible(title)
     # Chinese fonts often have no bold face, which is a warning too.
-    face: Any = font or {"weight": "bold"}
-    axes.set_title(
-        text, loc="left", parse_math=False, pad=24, fontsize=13, color=INK, **face
-    )
-    axes.annotate(
-        subtitle, (0, 1), (0, 8), "axes fraction", "offset points",
-        fontsize=9, color=FAINT_INK, in_layout=False,
-    )  # fmt: skip
+    face: Any = {"parse_math": False, "color": INK} | (font or {"weight": "bold"})
+    axes.set_title(text, loc="left", pad=24, fontsize=13, **face)
+    style: Any = {"fontsize": 9, "color": FAINT_INK, "in_layout": False}
+    axes.annotate(subtitle, (0, 1), (0, 8), "axes fraction", "offset points", **style)
 
 
 def legible(text: str) -> tuple[str, dict[str, Any]]:
