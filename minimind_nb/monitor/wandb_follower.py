@@ -7,12 +7,10 @@ process without a terminal none of that reaches the training or the cell.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
 import logging
 import multiprocessing
-import netrc
 import os
 import secrets
 import shlex
@@ -20,16 +18,16 @@ import traceback
 import urllib.error
 import urllib.request
 from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..config import ResolvedConfig
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
 from ..storage.run_folder import RunFolder
-from .metrics import History, Row, flatten
+from .metrics import History, flatten
 
 INIT_SECONDS = 20.0  # for the server's answer; offline after that
 FINISH_SECONDS = 30.0
@@ -54,37 +52,31 @@ class WandbFollower:
     """A process beside a run that sends its metrics, if `cfg.use_wandb`.
 
     It ends at the `end` row of this session, at `finish`, or with its parent. Its
-    output is in `wandb.log`, and it has one message, which `report` logs. Only `finish`
-    waits, at most `FINISH_SECONDS`.
+    output is in `wandb.log`; its messages are logged by `report`. Only `finish` waits,
+    at most `FINISH_SECONDS`.
     """
 
     def __init__(self, history: History, cfg: ResolvedConfig) -> None:
         self._history, self._cfg = history, cfg
-        self._folder = history.path.parent
-        self._message = ""
         self._process: SpawnProcess | None = None
 
     def start(self) -> None:
         """Start the process before the session's first row is written."""
         if not self._cfg.use_wandb:
             return
-        state = _read_state(self._folder, self._cfg.wandb_project)
-        _write_state(self._folder, state)
         context = multiprocessing.get_context("spawn")
         self._finish = context.Event()
-        arguments = (self._history, state, self._finish, INIT_SECONDS)
+        self._messages = context.SimpleQueue()
+        to_child = (self._finish, self._messages, INIT_SECONDS)
+        arguments = (self._history, self._cfg.wandb_project, *to_child)
         self._process = context.Process(target=_follow, args=arguments, daemon=True)
         with without_main_script():
             self._process.start()
 
     def report(self) -> None:
-        """Log the process's message when it is new."""
-        if self._process is None:
-            return
-        message = json.loads((self._folder / STATE_NAME).read_bytes())["message"]
-        if message != self._message:
-            self._message = message
-            logger.info(message)
+        """Log the process's new messages."""
+        while self._process and not self._messages.empty():
+            logger.info(self._messages.get())
 
     def finish(self) -> None:
         """Let the process send the last row and end."""
@@ -101,12 +93,16 @@ class WandbFollower:
             logger.warning(
                 "wandb %s; the training is not affected, see %s",
                 f"ended with exit code {code}" if code else "did not finish in time",
-                self._folder / LOG_NAME,
+                self._history.path.with_name(LOG_NAME),
             )
 
 
 def _follow(
-    history: History, state: dict[str, Any], finish: Event, seconds: float
+    history: History,
+    project: str,
+    finish: Event,
+    messages: SimpleQueue[str],
+    seconds: float,
 ) -> None:
     """Run the process; `history` is as the parent saw it before this session."""
     die_with_parent(os.getppid())
@@ -116,23 +112,23 @@ def _follow(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        _send_rows(history, state, finish, seconds)
+        state = _read_state(folder / STATE_NAME, project)
+        _write_state(history, state)
+        run, message = _open_run(folder, state, seconds)
+        messages.put(message)
+        _send_rows(run, history, state, finish)
     except Exception as error:
         traceback.print_exc()
-        state["message"] = (
+        messages.put(
             f"wandb failed ({type(error).__name__}: {_one_line(error)}); the training "
             f"is not affected, see {folder / LOG_NAME}"
         )
-        _write_state(folder, state)
 
 
 def _send_rows(
-    history: History, state: dict[str, Any], finish: Event, seconds: float
+    run: Any, history: History, state: dict[str, Any], finish: Event
 ) -> None:
     """Send each new row until the session ends."""
-    folder = history.path.parent
-    run, state["message"] = _open_run(folder, state, seconds)
-    _write_state(folder, state)
     before, earlier = state["step"], history.session[:1]
     sent, over, end = 0, False, None
     while not over:
@@ -145,10 +141,12 @@ def _send_rows(
         logged = (row for row in history.rows if row["kind"] in ("train", "eval"))
         rows = [row for row in logged if row["step"] > before]
         for row in rows[sent:]:
-            run.log(_values(row), step=row["step"])
+            named = {
+                f"{row['kind']}/{n}": row[n] for n in row.keys() - {"kind", "step"}
+            }
+            run.log(dict(flatten(named)), step=row["step"])
         if rows[sent:]:
-            state["step"] = rows[-1]["step"]
-            _write_state(folder, state)
+            _write_state(history, state | {"step": rows[-1]["step"]})
         sent = len(rows)
         end = next((row for row in session if row.get("event") == "end"), None)
         over = over or end is not None
@@ -160,80 +158,56 @@ def _open_run(folder: Path, state: dict[str, Any], seconds: float) -> tuple[Any,
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb  # pyright: ignore[reportMissingImports]
 
-    settings = wandb.Settings(
-        console="off", silent=True, disable_git=True, init_timeout=seconds
-    )
-    begin: Any = functools.partial(
-        wandb.init,
-        project=state["project"],
-        id=state["id"],
-        resume="allow",
-        name=folder.name,
-        dir=str(folder),
-        config=RunFolder(folder).read_config()["settings"],
-        settings=settings,
-    )
-    asked = os.environ.get("WANDB_MODE")
-    mode = asked or ("online" if _has_key() else "offline")
-    reason = "" if asked else "no key"
+    def begin(mode: Any) -> Any:
+        return wandb.init(
+            project=state["project"],
+            id=state["id"],
+            resume="allow",
+            name=folder.name,
+            dir=str(folder),
+            config=RunFolder(folder).read_config()["settings"],
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, init_timeout=seconds
+            ),
+            mode=mode,
+        )
+
+    mode, reason = os.environ.get("WANDB_MODE", "online"), ""
     try:
         if mode == "online":
+            wandb.login(verify=False)  # raises without a key
             _ask_server(seconds)  # wandb before 0.31 waits for it beyond any timeout
-        run = begin(mode=mode)
+        run = begin(mode)
     except Exception as error:
-        if mode == "offline":
+        if mode != "online":
             raise
         traceback.print_exc()
         wandb.teardown()  # it would hold the id
-        mode, reason = "offline", _one_line(error) or type(error).__name__
-        run = begin(mode=mode)
+        mode, reason = "offline", f" ({_one_line(error) or type(error).__name__})"
+        run = begin(mode)
     if mode != "offline":
-        return run, f"wandb: {run.url}" if run.url else ""
-    why = f" ({reason})" if reason else ""
+        return run, f"wandb: {run.url or mode}"
     synced = shlex.quote(str(Path(run.dir).parent))
-    return run, f"wandb is offline{why}; later: wandb sync {synced}"
-
-
-def _has_key() -> bool:
-    """Return whether wandb would find a key, in the environment or in a netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    server, home = urlsplit(_server()).netloc, Path.home()
-    named = os.environ.get("NETRC")
-    for file in [named] if named else [home / ".netrc", home / "_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(file).authenticators(server):
-                return True
-    return False
-
-
-def _server() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return run, f"wandb is offline{reason}; later: wandb sync {synced}"
 
 
 def _ask_server(seconds: float) -> None:
     """Raise `OSError` if wandb's server does not answer in time."""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
-        urllib.request.urlopen(_server(), timeout=seconds).close()
+        urllib.request.urlopen(server, timeout=seconds).close()
 
 
-def _read_state(folder: Path, project: str) -> dict[str, Any]:
+def _read_state(file: Path, project: str) -> dict[str, Any]:
     """Return the wandb run of a run folder and the last step sent; at first a new one."""
+    known = json.loads(file.read_bytes()) if file.is_file() else {}
     new = {"id": secrets.token_hex(4), "project": project, "step": -1}
-    file = folder / STATE_NAME
-    known = json.loads(file.read_bytes()) if file.is_file() else new
-    return {**(known if known["project"] == project else new), "message": ""}
+    return known if known.get("project") == project else new
 
 
-def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    verified.write_text(folder / STATE_NAME, json.dumps(state))
+def _write_state(history: History, state: dict[str, Any]) -> None:
+    verified.write_text(history.path.with_name(STATE_NAME), json.dumps(state))
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _values(row: Row) -> dict[str, Any]:
-    """Name each value as in "train/loss" and "train/expert_load_0_3"."""
-    values = ((k, v) for k, v in flatten(row) if k not in ("kind", "step"))
-    return {f"{row['kind']}/{name}": value for name, value in values}
