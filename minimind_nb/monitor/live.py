@@ -18,14 +18,7 @@ from typing import Any
 
 from ..session import current_session, running_kernel
 from .metrics import History, Row
-from .progress import (
-    STATUS_WORDS,
-    failed_saves,
-    figures,
-    outcome,
-    position,
-    progress_line,
-)
+from .progress import STATUS_WORDS, figures, outcome, position, progress_line
 
 # A drawing takes 0.2 s of the cores that the workers need, and an update sends 70 kB.
 REDRAW_SECONDS = 5.0
@@ -38,26 +31,22 @@ class View:
 
     `start` comes before the workers, with the total of steps until a row has it;
     `update` about twice a second; `finish` once, with the run's status; `note` at any
-    time, with a message. None of them raises an Exception: `failed` names what did.
+    time, with a message. None of them raises an Exception: `failures` holds each once.
     """
 
     def __init__(self) -> None:
         self.total_steps: int | None = None
         self.notes: list[str] = []
-        self.failed: set[str] = set()
-        self._failed_saves = 0
+        self.failures: list[str] = []
 
     def start(self, history: History, total_steps: int | None = None) -> None:
         self.total_steps = total_steps
-        self._failed_saves = len(failed_saves(history))
         self.update(history)
 
     def update(self, history: History) -> None:
-        self.attempt(self._note_failed_saves, history)
         self.attempt(self._update, history)
 
     def finish(self, history: History, status: str) -> None:
-        self.attempt(self._note_failed_saves, history)
         self.attempt(self._finish, history, status)
 
     def note(self, text: str) -> None:
@@ -69,7 +58,8 @@ class View:
         """Show the package's log messages as notes, and nowhere else, meanwhile."""
         logger = logging.getLogger("minimind_nb")
         level, propagate = logger.level, logger.propagate
-        handler = _NoteHandler(self)
+        handler = logging.Handler()
+        handler.emit = lambda record: self.note(record.getMessage())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
@@ -86,17 +76,11 @@ class View:
             action(*arguments)
         except Exception as error:
             name = getattr(action, "__qualname__", "the view")
-            if name not in self.failed:
-                self.failed.add(name)
-                text = f"{name} failed ({type(error).__name__}: {error})"
+            text = f"{name} failed ({type(error).__name__}: {error})"
+            if text not in self.failures:
+                self.failures.append(text)
                 with contextlib.suppress(OSError, ValueError):  # stderr may be closed
                     print(f"{text}; the training is not affected", file=sys.stderr)
-
-    def _note_failed_saves(self, history: History) -> None:
-        failed = failed_saves(history)
-        for text in failed[self._failed_saves :]:
-            self.note(text)
-        self._failed_saves = len(failed)
 
     def _update(self, history: History) -> None:
         pass
@@ -106,17 +90,6 @@ class View:
 
     def _note(self, text: str) -> None:
         pass
-
-
-class _NoteHandler(logging.Handler):
-    """Hand each log message to a view as a note."""
-
-    def __init__(self, view: View) -> None:
-        super().__init__()
-        self._view = view
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._view.note(record.getMessage())
 
 
 class CallbackView(View):
@@ -142,37 +115,29 @@ class TerminalView(View):
         self._seen: Row | None = None
 
     def _update(self, history: History) -> None:
-        line = progress_line(history, self.total_steps)
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            layout = "{bar:10} {desc}"
-            bar = self._bar or tqdm(bar_format=layout, dynamic_ncols=True, leave=False)
-            bar.n, bar.total = position(history, self.total_steps)
-            bar.set_description_str(line)
-            self._bar = bar
-            return
-        newest = next(filter(_is_shown, reversed(history.rows)), None)
-        if newest is not self._seen:
+        if self._bar is None:
+            style: Any = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True}
+            self._bar = tqdm(leave=False, disable=None, **style)
+        line = progress_line(history, self.total_steps)
+        self._bar.n, self._bar.total = position(history, self.total_steps)
+        self._bar.set_description_str(line)
+        logged = (row for row in history.rows[::-1] if row["kind"] in ("train", "eval"))
+        newest = next(logged, None)
+        if self._bar.disable and newest is not self._seen:
             self._seen = newest
             self._note(line)
 
     def _finish(self, history: History, status: str) -> None:
         self._update(history)
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
         self._note(outcome(history, status))
 
     def _note(self, text: str) -> None:
-        if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bar.write(text, file=sys.stderr)
+        from tqdm import tqdm
 
-
-def _is_shown(row: Row) -> bool:
-    return row["kind"] in ("train", "eval") or row.get("event") == "reference"
+        tqdm.write(text, file=sys.stderr)
 
 
 class CellView(View):
@@ -197,7 +162,7 @@ class CellView(View):
 
     def _note(self, text: str) -> None:
         if not self._seen:  # later notes come with the next update
-            self._show({"text/html": self._notes(), "text/plain": text})
+            self._show({"text/html": self._page(), "text/plain": text})
 
     def _update(self, history: History) -> None:
         now = self._clock()
@@ -243,27 +208,26 @@ class CellView(View):
         else:
             self._display.update(bundle, raw=True)
 
-    def _page(self, history: History) -> str:
+    def _page(self, history: History | None = None) -> str:
         """Return a bar, figures, curve and notes, legible on light and dark pages."""
+        notes = "<br>".join(map(html.escape, self.notes))
+        notes = f'<div style="{SMALL}">{notes}</div>'
+        if history is None:
+            return notes
         step, total = position(history, self.total_steps)
         cells = "".join(
-            f'<div><div style="{SMALL}">{name}</div>{text}</div>'
+            f'<div><div style="{SMALL}">{name}</div>{html.escape(text)}</div>'
             for name, text in figures(history, self.total_steps).items()
         )
         source = f"data:image/png;base64,{self._picture}"
         curve = f'<img alt="loss so far" style="max-width:100%" src="{source}">'
         return (
             '<div style="max-width:800px;font-variant-numeric:tabular-nums">'
-            f"<b>{html.escape(history.path.parent.name)}</b>"
-            '<div style="background:rgba(128,128,128,.25);margin:6px 0 8px">'
-            f'<div style="width:{step / (total or 1):.1%};height:8px;'
-            'background:#0072B2"></div></div>'
+            f"<b>{html.escape(history.path.parent.name)}</b><br>"
+            f'<progress style="width:100%" value="{step}" max="{total or 1}"></progress>'
             f'<div style="display:flex;flex-wrap:wrap;gap:4px 26px">{cells}</div></div>'
-            f"{curve if self._picture else ''}{self._notes()}"
+            f"{curve if self._picture else ''}{notes}"
         )
-
-    def _notes(self) -> str:
-        return f'<div style="{SMALL}">{"<br>".join(map(html.escape, self.notes))}</div>'
 
 
 def choose_view(view: object = None) -> View:
@@ -281,5 +245,5 @@ def choose_view(view: object = None) -> View:
         return CallbackView(view)
     raise TypeError(
         f"view={view!r} is a {type(view).__name__}; expected None (a live view), False "
-        "(silent) or a function of the history, for example view=False."
+        "(silent) or a function of the history."
     )

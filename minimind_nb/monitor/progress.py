@@ -29,6 +29,12 @@ def position(history: History, planned: int | None = None) -> tuple[int, int | N
     return history.rows[-1]["step"], history.session[0].get("total_steps") or planned
 
 
+def position_text(history: History) -> str:
+    """Return the steps done and in all: "3 of 100"."""
+    step, total = position(history)
+    return f"{step:,} of {total:,}" if total else f"{step:,}"
+
+
 def seconds_left(history: History) -> float | None:
     """Return the training time left at this session's speed, None until it is known."""
     _, total = position(history)
@@ -43,14 +49,11 @@ def seconds_left(history: History) -> float | None:
 def figures(history: History, planned: int | None = None) -> dict[str, str]:
     """Return the figures of a running training, by name."""
     step, total = position(history, planned)
-    train, validation = history.last("train"), history.last("eval")
-    left = seconds_left(history)
     share = f"/{total:,} ({step / total:.0%})" if total else ""
     shown = {"step": f"{step:,}{share}"}
-    if history.rows and (now := history.rows[-1]).get("event") == "reference":
-        shown["reference"] = f"{now['pairs']:,} of {now['total_pairs']:,} pairs"
-    if left is not None:
+    if (left := seconds_left(history)) is not None:
         shown["time left"] = duration(left)
+    train, validation = history.last("train"), history.last("eval")
     if train:
         shown |= {"loss": f"{train['loss']:.3f}"} | scores(train)
     if validation:
@@ -61,6 +64,8 @@ def figures(history: History, planned: int | None = None) -> dict[str, str]:
         shown["text tokens/s"] = f"{train['tokens_per_second']:,.0f}"
         if train["skipped_steps"]:
             shown["skipped steps"] = f"{train['skipped_steps']:,}"
+    if failed := failed_save(history):
+        shown["not saved"] = failed
     return shown
 
 
@@ -72,32 +77,24 @@ def progress_line(history: History, planned: int | None = None) -> str:
 
 def outcome(history: History, status: str = "") -> str:
     """Return one plain line about a run that has ended."""
-    step, total = position(history)
     train, validation = history.last("train"), history.last("eval")
     parts = [STATUS_WORDS[status]] if status else []
-    parts.append(f"step {step:,} of {total:,}" if total else f"step {step:,}")
+    parts.append(f"step {position_text(history)}")
     if train:
         parts.append(f"loss {train['loss']:.3f}")
     if validation:
         parts.append(f"validation {loss_text(validation)}")
     if train:
-        parts.append(f"{train['tokens']:,} text tokens")
-        parts.append(duration(train["seconds"]))
+        parts += [f"{train['tokens']:,} text tokens", duration(train["seconds"])]
     return " · ".join(parts)
 
 
-def failed_saves(history: History) -> list[str]:
-    """Return a line for each save that failed and was left to the next one."""
-    return [
-        f"saving at step {row['step']:,} failed: {row.get('error')}"
-        for row in history.select("event")
-        if row.get("event") == "save_failed"
-    ]
-
-
-def perplexity_text(loss: float) -> str:
-    """Return exp(loss) to four digits."""
-    return f"{math.inf if loss > LARGEST_LOSS else math.exp(loss):,.4g}"
+def failed_save(history: History) -> str:
+    """Return the step and the error of the newest save if it failed, else ""."""
+    for row in reversed(history.rows):
+        if row.get("event") in ("save", "save_failed"):
+            return f"at step {row['step']:,}: {row['error']}" if "error" in row else ""
+    return ""
 
 
 def scores(row: Row) -> dict[str, str]:
@@ -105,7 +102,8 @@ def scores(row: Row) -> dict[str, str]:
     if "reward_margin" in row:
         margin = f"{row['reward_margin']:.3g}"
         return {"accuracy": f"{100 * row['accuracy']:.0f} %", "margin": margin}
-    return {"perplexity": perplexity_text(row["loss"])}
+    loss = row["loss"]
+    return {"perplexity": f"{math.inf if loss > LARGEST_LOSS else math.exp(loss):,.4g}"}
 
 
 def loss_text(row: Row) -> str:

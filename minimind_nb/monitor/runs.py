@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
-import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ from .metrics import History, find_metrics
 from .progress import (
     STATUS_WORDS,
     duration,
-    failed_saves,
+    failed_save,
     loss_text,
     outcome,
-    position,
+    position_text,
 )
 from .tables import Table, shorten
 
@@ -87,7 +87,25 @@ class Run:
 
         There are at most `most` rows at even distances, the first and last included.
         """
-        return sample_table(self.history, most)
+        samples = self.history.select("sample")
+        if not samples:
+            title = f"{self.folder.name} has no sampled answers; every validation makes"
+            return Table(f"{title} some unless sample_tokens=0", [], [])
+        prompts = dict.fromkeys((row["number"], row["prompt"]) for row in samples)
+        answers: dict[int, dict[Any, str]] = {row["step"]: {} for row in samples}
+        for row in samples:
+            answers[row["step"]][row["number"], row["prompt"]] = row["answer"]
+        steps = sorted(answers)
+        gaps = max(1, min(most, len(steps)) - 1)
+        shown = [steps[round(n * (len(steps) - 1) / gaps)] for n in range(gaps + 1)]
+        return Table(
+            f"How the answers of {self.folder.name} change",
+            ["step", *(shorten(prompt, PROMPT_WIDTH) for _, prompt in prompts)],
+            [
+                [f"{step:,}", *(answers[step].get(prompt, "") for prompt in prompts)]
+                for step in dict.fromkeys(shown)
+            ],
+        )
 
     def __repr__(self) -> str:
         return f"Run({os.fspath(self)!r}): {outcome(self.history, self.status)}"
@@ -122,14 +140,14 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
             reason = f"{error}".replace(f"{folder}{os.sep}", "")
             cells = ["", f"cannot be read: {reason}", "", "", ""]
         if cells:
-            size, changed = _measure(folder)
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-            row = [folder.name, *cells, f"{size:,.1f} MiB", when]
-            found.append((changed, folder, row))
+            found.append((*_measure(folder), folder, cells))
     found.sort(reverse=True)
-    trained = [f for _, f, _ in found if RunFolder(f).checkpoint_folders()]
+    rows = []
+    for changed, size, folder, cells in found:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
+        rows.append([folder.name, *cells, f"{size / 2**20:,.1f} MiB", when])
+    trained = [f for _, _, f, _ in found if RunFolder(f).checkpoint_folders()]
     none = "" if found else ": none yet; mm.train(cfg) makes one"
-    rows = [row for _, _, row in found]
     return Runs(f"Runs in {root}{none}", rows, [Run(folder) for folder in trained])
 
 
@@ -140,51 +158,23 @@ def _list_run(folder: Path) -> list[str]:
     if "settings" not in config and not files.metrics_file.exists():
         return []
     run = Run(folder)
-    step, total = position(run.history)
     losses = [(run.history.last(kind) or {}).get("loss") for kind in ("train", "eval")]
     return [
         str(config.get("settings", {}).get("stage", run.history.stage)),
         STATUS_WORDS[run.status],
-        f"{step:,} of {total:,}" if total else f"{step:,}",
+        position_text(run.history),
         *("" if loss is None else f"{loss:.3f}" for loss in losses),
     ]
 
 
-def _measure(folder: Path) -> tuple[float, float]:
-    """Return the MiB of all files in a folder, and when the last was written."""
-    size, changed = 0, 0.0
+def _measure(folder: Path) -> tuple[float, int]:
+    """Return when the last file in a folder was written, and the bytes of all."""
+    states = []
     for path in folder.rglob("*"):
-        try:
-            state = path.lstat()
-        except OSError:  # a running training removes files
-            continue
-        if not path.is_dir():
-            size, changed = size + state.st_size, max(changed, state.st_mtime)
-    return size / 2**20, changed
-
-
-def sample_table(history: History, most: int = 8) -> Table:
-    """Return a row for each of at most `most` steps, a column for each prompt."""
-    name, samples = history.path.parent.name, history.select("sample")
-    if not samples:
-        title = f"{name} has no sampled answers; every validation makes some unless "
-        return Table(f"{title}sample_tokens=0", [], [])
-    prompts = dict.fromkeys((row["number"], row["prompt"]) for row in samples)
-    answers: dict[int, dict[tuple[int, str], str]] = {}
-    for row in samples:
-        at_step = answers.setdefault(row["step"], {})
-        at_step[row["number"], row["prompt"]] = row["answer"]
-    steps = sorted(answers)
-    gaps = max(1, min(most, len(steps)) - 1)
-    indices = dict.fromkeys(round(n * (len(steps) - 1) / gaps) for n in range(gaps + 1))
-    return Table(
-        f"How the answers of {name} change",
-        ["step", *(shorten(prompt, PROMPT_WIDTH) for _, prompt in prompts)],
-        [
-            [f"{step:,}", *(answers[step].get(prompt, "") for prompt in prompts)]
-            for step in (steps[index] for index in indices)
-        ],
-    )
+        with contextlib.suppress(OSError):  # a running training removes files
+            states += [path.lstat()] if path.is_file() else []
+    changed = max((state.st_mtime for state in states), default=0.0)
+    return changed, sum(state.st_size for state in states)
 
 
 def save_chart(run: Run) -> None:
@@ -197,23 +187,19 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
 
     `weights_file` is the run's `.pth` beside the folder.
     """
-    folder, config, history = run.folder, run.config, run.history
+    folder, config = run.folder, run.config
     path = shorten_home(str(folder))
-    settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
-    files = [path.name for path in sorted(folder.iterdir())]
-    files += [f"../{weights_file.name}"] if weights_file.is_file() else []
+    settings = [(name, f"`{config['settings'][name]}`") for name in config["explicit"]]
+    facts = result_facts(run.history)
+    if weights_file.is_file():
+        facts["weights"] = f"`../{weights_file.name}`"
     chart = "![loss](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
     following = "`mm.train(cfg)` resumes from the newest good checkpoint."
     if status == "finished":
-        limit = config["settings"].get("max_steps") or math.inf
-        name = "max_steps" if limit <= position(history)[0] else "epochs"
-        following = f"To train longer, raise `{name}` and call `mm.train(cfg)` again."
-    samples, answers = sample_table(history, most=2), ""
-    if samples.rows:
-        cells = [
-            [html.escape(text, quote=False) for text in row] for row in samples.rows
-        ]
-        answers = f"## Answers\n\n{_markdown(cells, samples.columns)}\n\n"
+        following = "To train longer, raise `epochs` or `max_steps` and train again."
+    samples = run.samples(most=2)
+    answers = [[html.escape(text, quote=False) for text in row] for row in samples.rows]
+    shown = f"## Answers\n\n{_markdown(answers, samples.columns)}\n\n"
     text = f"""# {folder.name}
 
 {STATUS_WORDS[status].capitalize()}, {time.strftime("%Y-%m-%d %H:%M")}.
@@ -221,17 +207,13 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
 
 ## Result
 
-{_markdown(result_facts(history).items())}
+{_markdown(facts.items())}
 
-{chart}{answers}## Settings
+{chart}{shown if answers else ""}## Settings
 
-{_markdown(settings.items())}
+{_markdown(settings)}
 
 All other settings have their defaults; `config.json` lists them.
-
-## Files
-
-{", ".join(f"`{name}`" for name in files)}
 
 ```python
 import minimind_nb as mm
@@ -245,8 +227,7 @@ mm.Run("{path}").plot()
 
 def result_facts(history: History) -> dict[str, str]:
     """Return the known figures of a run in words, in reading order."""
-    step, total = position(history)
-    facts = {"optimizer steps": f"{step:,} of {total:,}" if total else f"{step:,}"}
+    facts = {"optimizer steps": position_text(history)}
     if train := history.last("train"):
         seconds, tokens = train["seconds"], train["tokens"]
         memory = ", ".join(f"{gib:.2f}" for gib in train["peak_memory_gib"])
@@ -261,32 +242,32 @@ def result_facts(history: History) -> dict[str, str]:
         if layers := train.get("expert_load"):
             shares = [100 * share for layer in layers for share in layer]
             span = f"{min(shares):.1f} % to {max(shares):.1f} %"
-            facts["load of an expert"] = (
-                f"{span}, even would be {100 / len(layers[0]):.1f} %"
-            )
+            even = f"even would be {100 / len(layers[0]):.1f} %"
+            facts["load of an expert"] = f"{span}, {even}"
             facts["auxiliary loss"] = f"{train['aux_loss']:.4f}"
     if last := history.last("eval"):
         best = min(history.select("eval"), key=lambda row: row["loss"])
         facts["validation loss"] = loss_text(last)
         facts["lowest validation loss"] = f"{best['loss']:.3f} at step {best['step']:,}"
-        if "bits_per_byte" in last:
-            facts["bits per byte (validation)"] = f"{last['bits_per_byte']:.3f}"
-        if "kl" in last:
-            name = "KL divergence, estimated (nats per answer token)"
-            facts[name] = f"{last['kl']:.3f}"
+        for field, name in (
+            ("bits_per_byte", "bits per byte (validation)"),
+            ("kl", "KL divergence, estimated (nats per answer token)"),
+        ):
+            facts |= {name: f"{last[field]:.3f}"} if field in last else {}
     start = next(iter(history.session), {})
     if start.get("cut") or start.get("dropped"):
         documents = "pairs" if history.stage == "dpo" else "conversations"
         counts = f"{start['cut']:,} cut at a turn, {start['dropped']:,} dropped"
         facts[f"over-long {documents}"] = counts
     events = history.select("event")
-    if resumes := [f"{row['step']:,}" for row in events if row["event"] == "resume"]:
-        facts["resumed at step"] = ", ".join(resumes)
-    if failed := failed_saves(history):
-        facts["last save that failed"] = failed[-1]
-    if history.damaged_lines:
-        facts["damaged lines in metrics.jsonl"] = f"{history.damaged_lines:,}"
-    return facts
+    resumes = [f"{row['step']:,}" for row in events if row["event"] == "resume"]
+    damaged = f"{history.damaged_lines:,}" if history.damaged_lines else ""
+    more = {
+        "resumed at step": ", ".join(resumes),
+        "save that failed": failed_save(history),
+        "damaged lines in metrics.jsonl": damaged,
+    }
+    return facts | {name: text for name, text in more.items() if text}
 
 
 def _markdown(rows: Iterable[Iterable[str]], columns: Sequence[str] = ("", "")) -> str:

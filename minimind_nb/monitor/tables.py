@@ -8,10 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 WIDEST = 60  # columns of a terminal that a cell of a table may take
-STYLES = {
-    "th": "text-align:left",
-    "td": "text-align:left;vertical-align:top;white-space:pre-wrap",
-}
+STYLE = "text-align:left;vertical-align:top;white-space:pre-wrap"
 
 
 class Table:
@@ -31,9 +28,7 @@ class Table:
         return _align(self.title, [[shorten(cell) for cell in row] for row in lines])
 
     def _repr_html_(self) -> str:
-        heads = [[("th", name) for name in self.columns]] if self.rows else []
-        rows = [[("td", cell) for cell in row] for row in self.rows]
-        return _page(self.title, heads + rows)
+        return _page(self.title, self.rows, self.columns if self.rows else ())
 
 
 class Facts(dict[str, Any]):
@@ -53,8 +48,7 @@ class Facts(dict[str, Any]):
         return _align(self.title, self._rows())
 
     def _repr_html_(self) -> str:
-        rows = ([("th", name), ("td", text)] for name, text in self._rows())
-        return _page(self.title, rows)
+        return _page(self.title, self._rows())
 
 
 def shorten(text: str, width: int = WIDEST) -> str:
@@ -85,13 +79,14 @@ def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _page(title: str, rows: Iterable[Iterable[tuple[str, str]]]) -> str:
-    """Return the rows as HTML; each cell comes with its tag."""
-    body = ""
-    for row in rows:
-        cells = (
-            f"<{tag} style='{STYLES[tag]}'>{html.escape(text)}</{tag}>"
-            for tag, text in row
-        )
-        body += f"<tr>{''.join(cells)}</tr>"
-    return f"<b>{html.escape(title)}</b><table>{body}</table>"
+def _page(
+    title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ()
+) -> str:
+    """Return the rows as HTML."""
+    lines = "".join(_line("td", row) for row in rows)
+    return f"<b>{html.escape(title)}</b><table>{_line('th', columns)}{lines}</table>"
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    shown = (f"<{tag} style='{STYLE}'>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{''.join(shown)}</tr>" if cells else ""

@@ -3,9 +3,9 @@ import math
 from minimind_nb.monitor.progress import (
     duration,
     outcome,
-    perplexity_text,
     position,
     progress_line,
+    scores,
     seconds_left,
 )
 
@@ -68,5 +68,6 @@ def test_durations():
 
 
 def test_perplexity_never_overflows():
-    texts = [perplexity_text(loss) for loss in (0.0, 8.8, 20.0, 1e4, math.inf)]
+    losses = [0.0, 8.8, 20.0, 1e4, math.inf]
+    texts = [scores({"loss": loss})["perplexity"] for loss in losses]
     assert texts == ["1", "6,634", "4.852e+08", "inf", "inf"]

@@ -32,7 +32,7 @@ def test_what_a_page_shows_is_escaped():
     assert page.startswith("<b>&lt;t&gt;</b><table><tr><th ")
     assert "&lt;c&gt;</th>" in page and "&lt;b&gt;&amp;</td>" in page
     page = Facts("<t>", {"<n>": "<v>"})._repr_html_()
-    assert "&lt;n&gt;</th><td " in page and "&lt;v&gt;</td>" in page
+    assert "&lt;n&gt;</td><td " in page and "&lt;v&gt;</td>" in page
 
 
 def test_a_table_without_rows_is_its_title():
