@@ -48,7 +48,7 @@ class Chat:
     ) -> None:
         check_tokenizer(model, tokenizer)
         self._settings = {"max_new_tokens": 256, **settings}
-        self._sampling = Sampling(**self._settings)
+        Sampling(**self._settings)  # raises for an invalid setting
         self._model, self._tokenizer = model, tokenizer
         self._encoder = ChatEncoder(read_tokenizer(tokenizer))
         first: Message = {"role": "system", "content": system or ""}
@@ -81,10 +81,9 @@ class Chat:
         if left_out and not self._shortened:
             self._shortened = True
             show(SHORTENED)
-        seed = self._sampling.seed
-        if seed is not None:
-            seed += sum(one["role"] == "assistant" for one in self.history)
-        settings = {**self._settings, "seed": seed}
+        settings = {**self._settings}
+        if settings.get("seed") is not None:
+            settings["seed"] += len(self.history) // 2
         answer = ""
         with contextlib.suppress(KeyboardInterrupt):
             for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
@@ -97,7 +96,7 @@ class Chat:
     def _fit(self, messages: list[Message]) -> tuple[list[int], int]:
         """Return the prompt's ids, and how many of the user's turns it leaves out."""
         positions = self._model.config.max_position_embeddings
-        room = positions - self._sampling.max_new_tokens
+        room = positions - self._settings["max_new_tokens"]
         turns = [n for n, one in enumerate(messages) if one["role"] == "user"]
 
         def encode(turn: int) -> list[int]:
@@ -107,9 +106,9 @@ class Chat:
         first = bisect.bisect_left(turns, True, key=lambda n: len(encode(n)) <= room)
         if first == len(turns):
             raise ValueError(
-                f"this message makes a prompt of {len(encode(turns[-1]))} tokens; with "
-                f"max_new_tokens={positions - room} the model's {positions} positions "
-                f"leave room for {room}: say less, or chat with fewer max_new_tokens"
+                f"this message makes a prompt of {len(encode(turns[-1]))} tokens; the "
+                f"model's {positions} positions less max_new_tokens leave room for "
+                f"{room}: say less, or chat with fewer max_new_tokens"
             )
         return encode(turns[first]), first
 
@@ -132,7 +131,45 @@ class Chat:
 
     def panel(self) -> Any:
         """Return the chat as a widget: transcript, a line to write in, a button."""
-        return _Panel(self).box
+        import ipywidgets as widgets
+
+        transcript = widgets.HTML()
+        line = widgets.Text(placeholder="Say something", layout={"width": "80%"})
+        button = widgets.Button(description="Send")
+
+        def draw(*last: Message) -> None:
+            turns = [*self.history, *last]
+            transcript.value = "".join(map(_show_turn, turns))
+
+        def send() -> None:
+            text, line.value = line.value, ""
+            if not text.strip():
+                return
+            answer, due = "", 0.0
+
+            def show(piece: str) -> None:
+                nonlocal answer, due
+                answer += piece
+                if time.monotonic() >= due:
+                    asked: Message = {"role": "user", "content": text}
+                    draw(asked, {"role": "assistant", "content": answer})
+                    due = time.monotonic() + UPDATE_SECONDS
+
+            try:
+                self._answer(text, show)
+            except ValueError as error:
+                draw({"role": "", "content": str(error)})
+            else:
+                draw()
+
+        def receive(_: object, content: dict[str, Any], __: object) -> None:
+            if content.get("event") == "submit":  # the key Enter
+                send()
+
+        button.on_click(lambda _: send())
+        line.on_msg(receive)
+        draw()
+        return widgets.VBox([transcript, widgets.HBox([line, button])])
 
     def __repr__(self) -> str:
         return f"Chat of {len(self.history)} messages"
@@ -150,13 +187,11 @@ def chat(
     """Chat with a model: `chat = mm.chat(run, "你好")`, then `chat.say("…")`.
 
     `source`, `which` and `tokenizer` are those of `load`, or `source` is a pair of a
-    model and its tokenizer; `system` is a system turn; `settings` those of `generate`
-    (max_new_tokens, 256 here, temperature, top_p, top_k, repetition_penalty, seed).
+    model and its tokenizer; `system` is a system turn; `settings` those of `generate`.
     Without a `text`, a terminal reads line by line and a cell shows a widget.
 
-    Raises what `load` and `Chat` raise, and `ValueError` without a `text` if nobody can
-    write one: in a batch run (papermill, nbconvert, a Kaggle commit) or without a
-    terminal.
+    Raises what `load` and `Chat` raise, and `ValueError` without a `text` in a batch run
+    (papermill, nbconvert, a Kaggle commit) or without a terminal.
     """
     kernel = running_kernel()
     if text is None and not _is_interactive(kernel):
@@ -182,64 +217,18 @@ def chat(
 
 
 def _is_interactive(kernel: Any) -> bool:
-    """Return whether somebody can write.
-
-    A program that executes whole notebooks tells the kernel that it cannot answer
-    `input()`; hosted front ends have their own ways for that.
-    """
+    """Return whether somebody can write."""
     session = current_session()
-    if kernel is None or session.batch:
+    if session.batch or kernel is None:
         return not session.batch and sys.stdin is not None and sys.stdin.isatty()
+    # A program that executes whole notebooks does not answer `input()`; hosted front
+    # ends have their own ways for that.
     request = kernel.get_parent().get("content", {})
     return session.kind != "plain" or request.get("allow_stdin", True)
 
 
-class _Panel:
-    """A widget: the transcript, a line to write in, a button."""
-
-    def __init__(self, talk: Chat) -> None:
-        import ipywidgets as widgets
-
-        self._chat = talk
-        self._transcript = widgets.HTML()
-        self._line = widgets.Text(placeholder="Say something", layout={"width": "80%"})
-        button = widgets.Button(description="Send")
-        button.on_click(lambda _: self._send())
-        self._line.on_msg(self._receive)
-        self.box = widgets.VBox([self._transcript, widgets.HBox([self._line, button])])
-        self._draw()
-
-    def _draw(self, *turn: Message, problem: str = "") -> None:
-        style = "opacity:.65;font-size:85%"
-        lines = [(one["role"], one["content"]) for one in [*self._chat.history, *turn]]
-        if problem:
-            lines.append(("", problem))
-        self._transcript.value = "".join(
-            f'<div style="{style}">{head}</div>'
-            f'<div style="white-space:pre-wrap">{html.escape(text)}</div>'
-            for head, text in lines
-        )
-
-    def _receive(self, _: object, content: dict[str, Any], __: object) -> None:
-        if content.get("event") == "submit":  # the key Enter
-            self._send()
-
-    def _send(self) -> None:
-        text, self._line.value = self._line.value, ""
-        if not text.strip():
-            return
-        answer, due, problem = "", 0.0, ""
-
-        def show(piece: str) -> None:
-            nonlocal answer, due
-            answer += piece
-            if time.monotonic() >= due:
-                asked: Message = {"role": "user", "content": text}
-                self._draw(asked, {"role": "assistant", "content": answer})
-                due = time.monotonic() + UPDATE_SECONDS
-
-        try:
-            self._chat._answer(text, show)
-        except ValueError as error:
-            problem = str(error)
-        self._draw(problem=problem)
+def _show_turn(turn: Message) -> str:
+    return (
+        f'<div style="opacity:.65;font-size:85%">{turn["role"]}</div>'
+        f'<div style="white-space:pre-wrap">{html.escape(turn["content"])}</div>'
+    )

@@ -21,33 +21,26 @@ from .progress import outcome
 
 
 class Inspector:
-    """The chart of a run with smoothing, log axes, and a choice of both axes.
+    """The chart of a run with controls; `inspect` makes one.
 
-    `source` is what `History.load` takes. Every change draws the picture again in the
-    kernel, with the rows that a running training has added. A saved notebook also holds
-    the picture as it was when the cell showed it.
+    Every change draws the picture again in the kernel, with the rows that a running
+    training has added. A saved notebook also holds the picture as it was when the cell
+    showed it.
 
     Attributes: `history`; `controls`, the widgets by name (`smoothing`, `log_x`,
     `log_y`, `x`, `y`); `image`, whose `value` is the PNG; `panel`, which holds all.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str] | History,
-        *,
-        y: str = "loss",
-        x: str = "step",
-    ) -> None:
-        self.history = History.load(source)
-        choices = y_choices(self.history)
+    def __init__(self, history: History, y: str, x: str) -> None:
+        self.history = history
+        choices = y_choices(history)
         check_choices(x, y, choices, None)
         narrow = {"button_width": "auto"}
-        smoothing = suggest_smoothing(len(self.history.select("train")))
         self.controls: dict[str, Any] = {
             "x": widgets.ToggleButtons(options=list(X_AXES), value=x, style=narrow),
             "y": widgets.ToggleButtons(options=choices, value=y, style=narrow),
             "smoothing": widgets.FloatSlider(
-                value=smoothing,
+                value=suggest_smoothing(len(history.select("train"))),
                 max=0.99,
                 step=0.01,
                 description="smoothing",
@@ -86,9 +79,10 @@ class Inspector:
 def inspect(
     source: str | os.PathLike[str] | History, *, y: str = "loss", x: str = "step"
 ) -> Inspector:
-    """Show a run's curve with controls: `mm.inspect("out/pretrain_512")`.
+    """Show a run's curve with smoothing, log axes and a choice of both axes.
 
-    `y` and `x` are the first choices, of those that `plot_history` takes. Raises
-    ValueError for another choice, and what `History.load` raises.
+    `source` is what `History.load` takes: `mm.inspect("out/pretrain_512")`. `y` and `x`
+    are the first choices, of those that `plot_history` takes. Raises ValueError for
+    another choice, and what `History.load` raises.
     """
-    return Inspector(source, y=y, x=x)
+    return Inspector(History.load(source), y, x)

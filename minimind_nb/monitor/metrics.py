@@ -24,7 +24,7 @@ _PENDING_BYTES = 1 << 20  # of rows that wait for a full disk
 Row = dict[str, Any]
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Append rows to a metrics file, each handed to the system before `append` returns.
 
     A half line left at the end by a killed writer is closed with a newline and never
@@ -64,14 +64,8 @@ class MetricsLog:
         """Write the waiting rows and close; raises OSError if the disk is still full."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            return self.close()
-        with contextlib.suppress(OSError):  # the error being raised says more
-            self.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class History:
