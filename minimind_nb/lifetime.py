@@ -67,6 +67,12 @@ def identify_process(pid: int) -> str:
     return "" if state == "Z" else f"{boot}/{pid}/{started}"
 
 
+def is_alive(identity: str) -> bool:
+    """Return whether the process that `identify_process` gave this text still lives."""
+    pid = identity.partition("/")[2].partition("/")[0]
+    return pid.isdecimal() and identify_process(int(pid)) == identity
+
+
 def oldest_age_seconds() -> float:
     """Return the seconds since the oldest of this process and its ancestors started."""
     import psutil  # takes 14 ms, which no rank needs

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ _LOG_TAIL_LINES = 15
 _LOG_TAIL_BYTES = 1 << 18
 _BEAT_SECONDS = 1.0
 _RECORD_BYTES = 1 << 15
-_SHORT_ERROR = 1 << 10
+_ERROR_CHARACTERS, _TRACEBACK_CHARACTERS = 1000, 6000  # of up to 4 bytes
 _STACK = "Stack (most recent call first):"  # faulthandler writes this before one
 _STACK_LINES = 8
 _HINTS: dict[int, str] = {
@@ -88,18 +87,13 @@ class RankRecord:
         So there is room for an error on a disk that is full by then. The reader is
         another process of this machine, so nothing is flushed to the disk.
         """
-        for name, value in changes.items():
-            setattr(self, name, value)
-        self.time = time.time()
+        vars(self).update(changes, time=time.time())
         fields = {k: v for k, v in vars(self).items() if k != "file"}
-        while len(text := json.dumps(fields)) > _RECORD_BYTES:
-            fields["error"] = self.error[:_SHORT_ERROR]
-            half = len(fields["traceback"]) // 2
-            fields["traceback"] = fields["traceback"][half + 1 :]
+        text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")
         try:
             descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
             with open(descriptor, "wb", buffering=0) as file:
-                file.write(text.ljust(_RECORD_BYTES).encode())
+                file.write(text.ljust(_RECORD_BYTES))
         except OSError as error:
             # Logging survives a full disk under the log, which `print` does not.
             logger.warning("%s cannot be written: %s", self.file, error)
@@ -109,36 +103,28 @@ class RankRecord:
         if abs(time.time() - self.time) >= _BEAT_SECONDS:
             self.update()
 
-    def is_orphan(self) -> bool:
-        """Return whether the parent that this rank names has ended."""
-        number = self.parent.partition("/")[2].partition("/")[0]
-        return number.isdecimal() and identify_process(int(number)) != self.parent
-
     def fail(self, error: BaseException) -> None:
-        """Record an exception, with its traceback, as the end of this rank."""
+        """Record an exception, with the end of its traceback, as the end of this rank."""
         text = "".join(traceback.format_exception(error))
         self.update(
-            status="failed", error=f"{type(error).__name__}: {error}", traceback=text
+            status="failed",
+            error=f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS],
+            traceback=text[-_TRACEBACK_CHARACTERS:],
         )
 
     @classmethod
     def read(cls, file: Path) -> RankRecord | None:
         """Return the record in a file, or None if there is no valid one."""
         try:
-            record = cls(file=file, **json.loads(file.read_text(encoding="utf-8")))
+            return cls(file=file, **json.loads(file.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
-        kinds = ((record.parent, str), (record.pid, int), (record.process, str))
-        return record if all(isinstance(v, kind) for v, kind in kinds) else None
 
 
 def read_records(folder: RunFolder, size: int) -> list[RankRecord]:
     """Return the record of each rank; "startup" at time 0 if it wrote none yet."""
-    files = [(rank, folder.record_file(rank)) for rank in range(size)]
-    return [
-        RankRecord.read(file) or RankRecord(file, rank, pid=0, process="", parent="")
-        for rank, file in files
-    ]
+    none = [RankRecord(folder.record_file(n), n, 0, "", "") for n in range(size)]
+    return [RankRecord.read(record.file) or record for record in none]
 
 
 class Exit(NamedTuple):
@@ -168,14 +154,14 @@ def collect_outcome(
     stacks = [_stack(tail) for tail in tails]
     rank = _root_cause(records, exits, stacks)
     cause, end = records[rank], exits[rank]
-    parts = [_describe(cause, end), cause.traceback.rstrip()]
-    for record in records:
-        if record is not cause and record.status == "failed":
-            parts.append(f"rank {record.rank} failed too: {record.error}")
+    parts = [_first_line(cause, end), cause.traceback.rstrip()]
+    parts += [
+        f"rank {record.rank} failed too: {record.error}"
+        for record in records
+        if record is not cause and record.status == "failed"
+    ]
     if end.reason and any(stacks):
-        nowhere = (
-            "  no line of Python: it is stopped, or in a call that does not return"
-        )
+        nowhere = "  no line of Python: it is stopped, or in a native call"
         parts += [f"rank {n} was in:\n{s or nowhere}" for n, s in enumerate(stacks)]
     if lines := tails[rank].splitlines()[-_LOG_TAIL_LINES:]:
         parts.append("\n  ".join([f"The end of {folder.log_file(rank)}:", *lines]))
@@ -189,9 +175,7 @@ def collect_outcome(
     raise TrainingFailed("\n".join(filter(None, parts)), rank, cause.phase)
 
 
-def _root_cause(
-    records: Iterable[RankRecord], exits: Iterable[Exit], stacks: Iterable[str]
-) -> int:
+def _root_cause(records: list[RankRecord], exits: list[Exit], stacks: list[str]) -> int:
     """Return the rank that failed or died first, not as a consequence of another.
 
     Consequences are failing while waiting for the others, whose connection closed (a
@@ -200,32 +184,30 @@ def _root_cause(
     """
     failures = []
     for record, end, stack in zip(records, exits, stacks, strict=True):
-        if record.status == "failed":
-            failures.append((_waits(record.traceback), record.time, record.rank))
+        failed = record.status == "failed"
+        where = record.traceback if failed else stack
+        indirect = any(place in where for place in _WAITING)
+        if failed:
+            failures.append((indirect, record.time, record.rank))
         elif record.status not in ENDINGS:
-            indirect = bool(end.reason) + _waits(stack)
-            failures.append((indirect, end.time, record.rank))
+            failures.append((bool(end.reason) + indirect, end.time, record.rank))
     return min(failures)[2] if failures else 0
 
 
-def _waits(stack: str) -> bool:
-    return any(place in stack for place in _WAITING)
-
-
-def _describe(record: RankRecord, end: Exit) -> str:
+def _first_line(record: RankRecord, end: Exit) -> str:
     """Say in one line how a rank failed."""
-    where = "before its first step"
+    rank, where = f"rank {record.rank}", "before its first step"
     if record.step:
         where = f"at step {record.step} of {record.total_steps}"
     if record.status == "failed":
-        return f"rank {record.rank} failed {where}: {record.error}"
+        return f"{rank} failed {where}: {record.error}"
     if end.reason:
-        return f"rank {record.rank} was ended {where}: {end.reason}"
-    if end.code is not None and end.code < 0:
-        names = {int(number): number.name for number in signal.Signals}
-        name = names.get(-end.code, f"signal {-end.code}")
-        return f"rank {record.rank} was killed by {name} {where}"
-    return f"rank {record.rank} left {where} (exit code {end.code})"
+        return f"{rank} was ended {where}: {end.reason}"
+    if end.code is None or end.code >= 0:
+        return f"{rank} left {where} (exit code {end.code})"
+    names = {int(number): number.name for number in signal.Signals}
+    name = names.get(-end.code, f"signal {-end.code}")
+    return f"{rank} was killed by {name} {where}"
 
 
 def _stack(tail: str) -> str:

@@ -15,15 +15,19 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
-from multiprocessing.context import get_spawning_popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..lifetime import die_with_parent, identify_process, without_main_script
+from ..lifetime import (
+    die_with_parent,
+    identify_process,
+    is_alive,
+    without_main_script,
+)
 from ..storage.run_folder import RunFolder, RunLocked
 from .cancellation import SIGNALS, StopRequest
 from .outcome import SESSION, Exit, RankRecord, collect_outcome, read_records
@@ -72,9 +76,9 @@ class Job:
     `target` names a function, "package.module:function", that takes (info, folder,
     store, record, stop) and returns the status; its instructions are in `folder`.
     `environment` is set in each process before `target` is imported. Under torchrun
-    every machine must see `paths`. A rank that makes no progress for `hang_timeout` seconds hangs;
-    `less_memory` says what to do if one runs out of memory. `lock` is the descriptor of
-    the folder's lock, which the ranks inherit: it is free when the last has left.
+    every machine must see `paths`. A rank without progress for `hang_timeout` seconds
+    hangs; `less_memory` says what to do if one runs out of memory. `lock` is the
+    descriptor of the folder's lock, which is free when the last rank has left.
     """
 
     target: str
@@ -134,42 +138,24 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
 def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
     """Start the ranks, each added to `processes` as soon as it runs.
 
-    Not by torch's wrapper, which leaves a temporary file for each rank that fails.
+    Signals are blocked until a rank listens: those for the whole process group (a
+    kernel's interrupt, a closing terminal) would kill a rank that still imports.
+    torch's own wrapper leaves a temporary file for each rank that fails.
     """
-    lock = None if job.lock is None else _Inherited(job.lock)
-    with _signals_held_back(), without_main_script():
-        for rank in range(job.num_processes):
-            info = RankInfo(rank, job.num_processes, rank, job.num_processes)
-            arguments = (info, job, store, os.getpid(), lock)
-            process = _SPAWN.Process(target=_enter, args=arguments)
-            process.start()
-            processes.append(process)
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Block signals in this thread, and in the ranks that it starts until they listen.
-
-    An interrupt of the kernel, a closing terminal and a scheduler's SIGTERM reach the
-    whole process group, and would kill a rank that still imports.
-    """
-    resource_tracker.ensure_running()  # starting it would unblock them
+    # A `Connection` is a descriptor that a spawned process inherits.
+    lock = None if job.lock is None else connection.Connection(os.dup(job.lock))
+    resource_tracker.ensure_running()  # starting it would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
+        with without_main_script():
+            for rank in range(job.num_processes):
+                info = RankInfo(rank, job.num_processes, rank, job.num_processes)
+                arguments = (info, job, store, os.getpid(), lock)
+                process = _SPAWN.Process(target=_enter, args=arguments)
+                process.start()
+                processes.append(process)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Inherited:
-    """An open descriptor, under the same number in a process that is spawned with it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def __reduce__(self) -> tuple[type[_Inherited], tuple[int]]:
-        spawning: Any = get_spawning_popen()
-        return _Inherited, (spawning.duplicate_for_child(self.descriptor),)
 
 
 def _watch(
@@ -192,10 +178,10 @@ def _watch(
         on_poll()
         records = read_records(job.folder, len(processes))
         if stop.number:
-            _send(
-                stop.number,
-                [p for p, r in zip(processes, records, strict=True) if r.time],
-            )
+            listening = [p for p, r in zip(processes, records, strict=True) if r.time]
+            # The ranks ignore SIGHUP: a terminal that closes sends it to them too.
+            number = stop.number if stop.number != signal.SIGHUP else signal.SIGTERM
+            _send(number, listening)
         if stop.interrupts > 1:
             give_up_at, reason = 0.0, "a second interrupt"
         elif give_up_at == math.inf and is_decided(records, exits):
@@ -211,8 +197,6 @@ def _watch(
 
 
 def _send(number: int, processes: Iterable[BaseProcess]) -> None:
-    """Send a signal to ranks that live and listen by now; SIGTERM instead of SIGHUP."""
-    number = signal.SIGTERM if number == signal.SIGHUP else number
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             if process.is_alive() and process.pid:
@@ -221,47 +205,52 @@ def _send(number: int, processes: Iterable[BaseProcess]) -> None:
 
 def is_decided(records: Sequence[RankRecord], exits: Mapping[int, Exit]) -> bool:
     """Return whether a rank failed, or all have ended; some may hang while they leave."""
-    statuses = [record.status for record in records]
-    died = any(statuses[rank] == "running" for rank in exits)
+    died = any(records[rank].status == "running" for rank in exits)
+    statuses = {record.status for record in records}
     return died or "failed" in statuses or "running" not in statuses
 
 
 class HangWatch:
-    """Notices ranks whose records stay the same.
+    """Notices that no record of a running rank changes any more.
 
     Counts time only while the parent looks: a machine may sleep.
     """
 
     def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._watched = 0.0
+        self._limits = {
+            "startup": (IMPORT_SECONDS, "it was not ready in {:g} s"),
+            "meeting": (MEETING_SECONDS, "the ranks did not meet in {:g} s"),
+            "training": (timeout, "no step was made for {:g} s (hang_timeout_seconds)"),
+        }
+        self._silence = 0.0
         self._looked = time.monotonic()
-        self._seen: dict[int, tuple[float, float]] = {}
+        self._seen: list[float] = []
 
     def check(self, records: Sequence[RankRecord]) -> str:
-        """Return why a rank is considered to hang, or ""."""
+        """Return why a rank is considered to hang, or "".
+
+        The limit is that of the least advanced rank: the others wait for it.
+        """
         now = time.monotonic()
-        self._watched += min(now - self._looked, _LONGEST_LOOK)
+        self._silence += min(now - self._looked, _LONGEST_LOOK)
         self._looked = now
-        silent: dict[str, list[float]] = {"startup": [], "meeting": [], "training": []}
-        for rank, record in enumerate(records):
-            if self._seen.get(rank, (-1.0,))[0] != record.time:
-                self._seen[rank] = record.time, self._watched
-            if record.status == "running":
-                silent[record.phase].append(self._watched - self._seen[rank][1])
-        if max(silent["startup"], default=0.0) > IMPORT_SECONDS:
-            return f"it was not ready in {IMPORT_SECONDS:g} s"
-        # All ranks wait for the last one to arrive.
-        arrived = not silent["startup"]
-        if arrived and min(silent["meeting"], default=0.0) > MEETING_SECONDS:
-            return f"the ranks did not meet in {MEETING_SECONDS:g} s"
-        if max(silent["training"], default=0.0) > self._timeout:
-            return f"no step was made for {self._timeout:g} s (hang_timeout_seconds)"
+        running = [record for record in records if record.status == "running"]
+        times = [record.time for record in running]
+        if times != self._seen:
+            self._seen, self._silence = times, 0.0
+        phases = {record.phase for record in running}
+        for phase, (limit, text) in self._limits.items():
+            if phase in phases:
+                return text.format(limit) if self._silence > limit else ""
         return ""
 
 
 def _enter(
-    info: RankInfo, job: Job, store: str, parent_pid: int, _lock: _Inherited | None
+    info: RankInfo,
+    job: Job,
+    store: str,
+    parent_pid: int,
+    _lock: connection.Connection | None,
 ) -> None:
     """Set up a worker process, in which signals are still blocked, and run its part."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent sends SIGTERM instead
@@ -297,26 +286,24 @@ def end_orphans(folder: RunFolder) -> list[int]:
     never touched. Raises `RunLocked` if a rank is running whose parent lives: somebody
     deleted the lock file.
     """
-    orphans, ours = [], identify_process(os.getppid())
+    orphans: list[RankRecord] = []
+    siblings_parent = identify_process(os.getppid())  # under torchrun
     for file in folder.root.glob("rank*.json"):
         record = RankRecord.read(file)
-        if not record or not record.process or record.pid == os.getpid():
+        if not record or record.pid == os.getpid() or not is_alive(record.process):
             continue
-        under_torchrun = record.parent == ours
-        if identify_process(record.pid) != record.process or under_torchrun:
-            continue
-        if record.is_orphan():
-            orphans.append(record.pid)
-        elif record.status == "running":
+        if record.parent and not is_alive(record.parent):
+            orphans.append(record)
+        elif record.status == "running" and record.parent != siblings_parent:
             raise RunLocked(
                 f"{folder.root} is in use by pid {record.pid}, rank {record.rank} of a "
                 "running run, whose lock file was deleted. Wait for that run, stop it, "
                 "or take another run_name."
             )
-    for pid in orphans:
+    for record in orphans:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(record.pid, signal.SIGKILL)
     end = time.monotonic() + GRACE_SECONDS
-    while any(map(identify_process, orphans)) and time.monotonic() < end:
+    while any(is_alive(o.process) for o in orphans) and time.monotonic() < end:
         time.sleep(0.02)
-    return orphans
+    return [record.pid for record in orphans]

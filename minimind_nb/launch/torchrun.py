@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ from .process_group import leave_at_once
 from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job, RankInfo
 
 PREPARATION_SECONDS = 7200.0
-SIGHT_SECONDS = (
-    60.0  # a network file system may remember that long that a file is missing
-)
+# A network file system may remember for that long that a file is missing.
+SIGHT_SECONDS = 60.0
 LEAVE_SECONDS = 10.0
 # torchrun reports the process that fails first as the root cause: rank 0, if it raises.
 _HEAD_START_SECONDS = 1.0
@@ -60,17 +59,11 @@ class TorchrunSession:
         `TrainingFailed` of the job.
         """
         try:
-            if self.info.rank == 0:
-                return self._lead(lead)
-            message = self._follow()
+            return self._follow() if self.info.rank else self._lead(lead)
         finally:
             self._store.set(f"left/{self.info.rank}", "")
             if self._stop:
                 self._stop.restore()
-        if "error" in message:
-            time.sleep(_HEAD_START_SECONDS)
-            raise RuntimeError(f"rank 0 failed: {message['error']}")
-        return message["answer"]
 
     def launch(self, job: Job, on_poll: Callable[[], None]) -> str:
         """On rank 0: run a job on all ranks and return how it ended.
@@ -83,12 +76,20 @@ class TorchrunSession:
         probe = job.folder.root / f".torchrun_{secrets.token_hex(8)}"
         probe.touch()
         paths = [str(probe.absolute()), *job.paths]
-        fields = {"target": job.target, "paths": paths}
-        self._send(job={**fields, "folder": str(job.folder.root)})
+        self._send(job=[job.target, str(job.folder.root), paths])
+        over = threading.Event()
+
+        def poll() -> None:
+            while not over.wait(POLL_SECONDS):
+                on_poll()
+
+        view = threading.Thread(target=poll, name="view", daemon=True)
+        view.start()
         try:
-            with _polled(on_poll):
-                return self._work(dataclasses.replace(job, paths=paths))
+            return self._work(dataclasses.replace(job, paths=paths))
         finally:
+            over.set()
+            view.join()
             probe.unlink(missing_ok=True)
 
     def _lead(self, lead: Callable[[], Any]) -> Any:
@@ -102,12 +103,16 @@ class TorchrunSession:
         finally:  # torchrun ends all ranks, and its store, as soon as one has failed
             self._wait_for_all("left")
 
-    def _follow(self) -> dict[str, Any]:
-        """Run the job that rank 0 launches, and return its last message."""
+    def _follow(self) -> Any:
+        """Run the jobs that rank 0 launches, and return or raise its last message."""
         while job := (message := self._receive()).get("job"):
-            job["folder"] = RunFolder(job["folder"])
-            self._work(Job(num_processes=self.info.world_size, **job))
-        return message
+            target, folder, paths = job
+            size = self.info.world_size
+            self._work(Job(target, RunFolder(folder), size, paths=paths))
+        if "error" in message:
+            time.sleep(_HEAD_START_SECONDS)
+            raise RuntimeError(f"rank 0 failed: {message['error']}")
+        return message["answer"]
 
     def _work(self, job: Job) -> str:
         """Run this rank's part of a job; return how it ended, on rank 0 for all."""
@@ -132,20 +137,20 @@ class TorchrunSession:
 
     def _check_files(self, paths: Sequence[str]) -> None:
         """Raise `FileNotFoundError` on every rank if some rank does not see a file."""
-        info, end = self.info, time.monotonic() + SIGHT_SECONDS
+        rank, end = self.info.rank, time.monotonic() + SIGHT_SECONDS
         while missing := [path for path in paths if not Path(path).exists()]:
             if time.monotonic() > end:
                 break
             time.sleep(_PAUSE_SECONDS)
-        problem = ""
-        if missing:
-            problem = (
-                f"rank {info.rank} on {socket.gethostname()} does not see {missing[0]} "
-                "as rank 0 does: out_dir, and what init_from and resume name, must be "
-                "in a folder that all machines share"
-            )
-        self._store.set(f"sight/{info.rank}", problem)
-        for rank in range(info.world_size):
+        problem = (
+            f"rank {rank} on {socket.gethostname()} does not see {missing[0]} as rank 0 "
+            "does: out_dir, and what init_from and resume name, must be in a folder "
+            "that all machines share"
+            if missing
+            else ""
+        )
+        self._store.set(f"sight/{rank}", problem)
+        for rank in range(self.info.world_size):
             if problem := self._get(f"sight/{rank}", IMPORT_SECONDS):
                 raise FileNotFoundError(problem)
 
@@ -159,14 +164,13 @@ class TorchrunSession:
         return json.loads(text)
 
     def _get(self, key: str, seconds: float) -> str:
-        """Wait for a value; in short naps, so that signals are handled."""
+        """Wait for a value; in short naps, since torch's own wait handles no signal."""
         end = time.monotonic() + seconds
         while not self._store.check([key]):
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"rank {self.info.rank} timed out after {seconds:.0f} s waiting for "
-                    f"the other ranks ({key}); see rank 0's output. Tokenised data is "
-                    "kept: start again once it is ready"
+                    f"the other ranks ({key}); see rank 0's output"
                 )
             time.sleep(_PAUSE_SECONDS)
         return self._store.get(key).decode()
@@ -193,21 +197,3 @@ def _connect() -> Store:
     timeout = datetime.timedelta(seconds=IMPORT_SECONDS)
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     return store
-
-
-@contextlib.contextmanager
-def _polled(on_poll: Callable[[], None]) -> Iterator[None]:
-    """Call a function twice a second while the block runs."""
-    over = threading.Event()
-
-    def poll() -> None:
-        while not over.wait(POLL_SECONDS):
-            on_poll()
-
-    thread = threading.Thread(target=poll, name="view", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

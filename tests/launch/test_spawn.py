@@ -20,6 +20,7 @@ import pytest
 from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import Exit, RankRecord, TrainingFailed
 from minimind_nb.launch.spawn import HangWatch, Job, is_decided, run_processes
+from minimind_nb.lifetime import without_main_script
 from minimind_nb.storage.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -181,18 +182,17 @@ def test_a_signal_that_comes_before_anybody_listens_is_heard_later(
 ) -> None:
     """SIGTERM to parent and rank, as a scheduler sends it, in the moment of the start."""
     started: list[int] = []
-    real = spawn._signals_held_back
 
     @contextlib.contextmanager
-    def held_back() -> Iterator[None]:
-        with real():
+    def starting() -> Iterator[None]:
+        with without_main_script():
             yield
             children = multiprocessing.active_children()
             started.extend(child.pid for child in children if child.pid)
             for pid in (os.getpid(), *started):
                 os.kill(pid, signal.SIGTERM)
 
-    monkeypatch.setattr(spawn, "_signals_held_back", held_back)
+    monkeypatch.setattr(spawn, "without_main_script", starting)
     assert run_processes(make_job(tmp_path, 1), lambda: None) == "terminated"
     assert len(started) == 1
     found = RankRecord.read(tmp_path / "rank0.json")

@@ -83,7 +83,7 @@ ROWS = {
     "F117": ("M", "a machine that sleeps for longer than a rank may hang"),
     "F118": ("M", "a display that takes its time, or fails, while a rank dies"),
     "F119": ("M", "a call without standard output"),
-    "F120": ("S", "a run's folder, or a file in it, is deleted while it trains"),
+    "F120": ("S", "config.json is missing when a run is resumed"),
     "F121": ("S", "a weight or a moment that is not finite, when it is to be saved"),
     "S01": ("M", "keys and home folders stay out of every file and output"),
     "S02": ("M", "no port is open beyond this machine"),
