@@ -32,20 +32,42 @@ _EXIT_CODES = {
 }
 _USAGE_ERROR = 2
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_TRAINING = [*(name for name in kinds() if name != "stage"), "ddp"]
 _EVALUATION = (
-    "tokenizer out_dir max_seq_len document_mask batch_size eval_tokens device "
-    "num_processes dtype hang_timeout_seconds on_bad_line max_bad_fraction"
+    "SOURCE data_path which tokenizer out_dir max_seq_len document_mask batch_size "
+    "eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line "
+    "max_bad_fraction"
 ).split() + SHAPE_FIELDS
-_SAMPLING: dict[str, type] = {
-    **{"system": str, "temperature": float, "top_p": float, "top_k": int},
-    **{"repetition_penalty": float, "max_new_tokens": int, "seed": int},
+_SAMPLING = (
+    "system temperature top_p top_k repetition_penalty max_new_tokens seed".split()
+)
+_CHAT = ["SOURCE", "TEXT", "which", "tokenizer", *SHAPE_FIELDS, *_SAMPLING]
+_EXPORT = ["SOURCE", "FOLDER", *"format which dtype tokenizer".split(), *SHAPE_FIELDS]
+# The public function that a command calls, its help and arguments: the positional ones
+# are written in capitals.
+_COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "pretrain": ("train", "Train a model on plain text.", _TRAINING),
+    "sft": ("train", "Fine-tune a model on conversations.", _TRAINING),
+    "dpo": ("train", "Train on preferences between answers.", _TRAINING),
+    "eval": ("evaluate", "Measure the loss of a model on a file.", _EVALUATION),
+    "chat": ("chat", "Talk to a model.", _CHAT),
+    "export": ("export", "Write a model in another program's format.", _EXPORT),
+    "tokenizer": (
+        "train_tokenizer",
+        "Train a tokenizer on JSONL files.",
+        ["data_path", "out_dir", "vocab_size"],
+    ),
+    "plan": ("plan", "Estimate what a run takes.", [*_TRAINING, "stage"]),
+    "doctor": ("doctor", "Report problems of this machine.", ["out_dir"]),
+    "verify": ("verify", "Check the files of a run.", ["RUN_DIR"]),
 }
+_REQUIRED = ("eval data_path", "tokenizer data_path", "tokenizer out_dir")
 # Help of what is no field of `TrainConfig`, or means something else in a command.
 _HELP = {
-    "source": "run folder, checkpoint, .pth file or Hugging Face folder",
-    "text": "what to say; without it, lines are read from the terminal",
-    "folder": "where to write: a new or empty folder",
-    "run_dir": "folder of a run, such as out/pretrain_512",
+    "SOURCE": "run folder, checkpoint, .pth file or Hugging Face folder",
+    "TEXT": "what to say; without it, lines are read from the terminal",
+    "FOLDER": "where to write: a new or empty folder",
+    "RUN_DIR": "folder of a run, such as out/pretrain_512",
     "which": 'checkpoint of a run: "last", or "best" on validation (last)',
     "ddp": "Accepted for compatibility with MiniMind; DDP is always on.",
     "system": "system turn at the start of the conversation",
@@ -56,47 +78,16 @@ _HELP = {
     "max_new_tokens": "longest answer in tokens (256)",
     "format": "llama, qwen3, qwen3_moe, minimind, pth or gguf; the one that fits",
     "chat seed": "seed of the sampling",
-    "chat tokenizer": "tokenizer to use instead of the one beside the weights",
-    "export tokenizer": "tokenizer to use instead of the one beside the weights",
     "export dtype": "precision of the weights: float16, bfloat16 or float32",
     "tokenizer data_path": "JSONL files, separated by commas",
     "tokenizer vocab_size": "entries (6400)",
 }
-_TRAINING = [name for name in kinds() if name != "stage"] + ["ddp"]
-# The public function that a command calls, its help, its positionals and its options.
-_COMMANDS: dict[str, tuple[str, str, list[str], list[str]]] = {
-    "pretrain": ("train", "Train a model on plain text.", [], _TRAINING),
-    "sft": ("train", "Fine-tune a model on conversations.", [], _TRAINING),
-    "dpo": ("train", "Train on preferences between answers.", [], _TRAINING),
-    "eval": (
-        "evaluate",
-        "Measure the loss of a model on a file.",
-        ["source"],
-        ["data_path", "which", *_EVALUATION],
-    ),
-    "chat": (
-        "chat",
-        "Talk to a model.",
-        ["source", "text"],
-        ["which", "tokenizer", *SHAPE_FIELDS, *_SAMPLING],
-    ),
-    "export": (
-        "export",
-        "Write a model in another program's format.",
-        ["source", "folder"],
-        ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
-    ),
-    "tokenizer": (
-        "train_tokenizer",
-        "Train a tokenizer on JSONL files.",
-        [],
-        ["data_path", "out_dir", "vocab_size"],
-    ),
-    "plan": ("plan", "Estimate what a run takes.", [], [*_TRAINING, "stage"]),
-    "doctor": ("doctor", "Report problems of this machine.", [], ["out_dir"]),
-    "verify": ("verify", "Check the files of a run.", ["run_dir"], []),
+_TYPES: dict[str, tuple[type, ...]] = {
+    **kinds(),
+    "ddp": (bool,),
+    **dict.fromkeys(["temperature", "top_p", "repetition_penalty"], (float,)),
+    **dict.fromkeys(["top_k", "max_new_tokens"], (int,)),
 }
-_REQUIRED = {"eval": ["data_path"], "tokenizer": ["data_path", "out_dir"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
-    for command, (_, text, positionals, options) in _COMMANDS.items():
-        words = [word.upper() if word != "text" else "[TEXT]" for word in positionals]
+    for command, (_, text, names) in _COMMANDS.items():
+        words = ["[TEXT]" if n == "TEXT" else n for n in names if n.isupper()]
         parser = commands.add_parser(
             command,
             help=text,
@@ -170,23 +161,22 @@ def _parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS,
         )
         parser.set_defaults(parser=parser)
-        for word in positionals:
-            optional: Any = {"nargs": "?"} if word == "text" else {}
+        for name in names:
+            types = _TYPES.get(name, (str,))
+            more: dict[str, Any] = {}
+            if name == "TEXT":
+                more = {"nargs": "?"}
+            elif bool in types:
+                more = {"nargs": "?", "const": True}
+            elif f"{command} {name}" in _REQUIRED:
+                more = {"required": True}
+            shown = _HELP.get(f"{command} {name}") or _HELP.get(name)
             parser.add_argument(
-                word, metavar=word.upper(), help=_HELP[word], **optional
-            )
-        for option in options:
-            own = {**_SAMPLING, "ddp": bool}.get(option, str)
-            types = kinds().get(option, (own,))
-            is_switch: Any = {"nargs": "?", "const": True} if bool in types else {}
-            shown = _HELP.get(f"{command} {option}") or _HELP.get(option)
-            parser.add_argument(
-                f"--{option}",
+                name.lower() if name.isupper() else f"--{name}",
                 type=_converter(types),
-                metavar="VALUE",
-                help=(shown or field_docstrings()[option]).replace("%", "%%"),
-                required=option in _REQUIRED.get(command, []),
-                **is_switch,
+                metavar=name if name.isupper() else "VALUE",
+                help=(shown or field_docstrings()[name]).replace("%", "%%"),
+                **more,
             )
     return main_parser
 
@@ -210,11 +200,9 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
         if bool in types and text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
         if tuple in types:
-            bare = re.fullmatch(r"\[([a-z_, ]*)\]", text)  # a shell took the quotes
-            if text.startswith("[") and not bare:
+            if text.startswith("["):
                 return tuple(json.loads(text))
-            parts = (bare[1] if bare else text).split(",")
-            return tuple(part.strip() for part in parts if part.strip())
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         for kind in (int, float, str):
             if kind in types:
                 return kind(text)
