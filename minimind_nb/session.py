@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .config import PATH_FIELDS, STAGE_BEFORE, TrainConfig
 from .lifetime import oldest_age_seconds
@@ -18,7 +18,6 @@ from .storage.run_folder import RunFolder
 
 KAGGLE_HOURS = 11.5  # of 12
 _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also takes
-_Path = TypeVar("_Path")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def current_session(environ: Mapping[str, str] = os.environ) -> Session:
     return Session(kind, inputs=inputs)
 
 
-def find_input(path: _Path) -> _Path | str:
+def find_input(path: Any) -> Any:
     """Find a file or folder by its name below the mounted inputs.
 
     Returns `path` unchanged if it exists, is absolute, leads out of the inputs, is no
@@ -100,7 +99,7 @@ def find_input(path: _Path) -> _Path | str:
     if Path(path).is_absolute() or Path(path).exists() or ".." in Path(path).parts:
         return path
     found = sorted(inputs.rglob(glob.escape(os.fspath(Path(path)))))
-    return _only(found, os.fspath(path)) if found else path
+    return _only(found, os.fspath(path)) or path
 
 
 def input_runs(stage: str | None = None, run_name: str | None = None) -> list[Path]:
@@ -122,39 +121,41 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
     """
     if current_session().inputs is None:
         return cfg
-    read = [name for name in PATH_FIELDS if name != "out_dir"]
-    found = {name: find_input(getattr(cfg, name)) for name in read}
-    own = _runs_below(Path(cfg.out_dir), cfg.stage, cfg.run_name)
-    runs = input_runs(cfg.stage, cfg.run_name)
-    if cfg.resume == "auto" and runs and not own:
-        found["resume"] = _only(runs, 'resume="auto"')
-    before = STAGE_BEFORE.get(cfg.stage)
-    resumes = found["resume"] != cfg.resume or (own and cfg.resume is not False)
+    out_dir, before = Path(cfg.out_dir), STAGE_BEFORE.get(cfg.stage)
+    names = [name for name in PATH_FIELDS if name != "out_dir"]
+    found = {name: find_input(getattr(cfg, name)) for name in names}
+    resumes = _runs_below(out_dir, cfg.stage, cfg.run_name) and cfg.resume is not False
+    if cfg.resume == "auto" and not resumes:
+        runs = input_runs(cfg.stage, cfg.run_name)
+        found["resume"] = _only(runs, 'resume="auto"') or "auto"
+    resumes = resumes or found["resume"] != cfg.resume
     if before and cfg.init_from in (None, "auto") and not resumes:
-        earlier = input_runs(before)
-        if earlier and not _runs_below(Path(cfg.out_dir), before, None):
-            found["init_from"] = _only(earlier, 'init_from="auto"')
+        if not _runs_below(out_dir, before):
+            earlier = _only(input_runs(before), 'init_from="auto"')
+            found["init_from"] = earlier or cfg.init_from
     return dataclasses.replace(cfg, **found)
 
 
-def _runs_below(root: Path, stage: str | None, run_name: str | None) -> list[Path]:
+def _runs_below(
+    root: Path, stage: str | None, run_name: str | None = None
+) -> list[Path]:
     found = []
     for file in sorted(root.rglob("config.json")):
         run = RunFolder(file.parent)
         if not run.checkpoints.is_dir() or run.is_aside():
             continue
         with contextlib.suppress(ValueError):
-            settings = run.read_config().get("settings", {})
-            fits = stage in (None, settings.get("stage"))
+            fits = stage in (None, run.settings().get("stage"))
             if fits and run_name in (None, run.root.name):
                 found.append(run.root)
     return found
 
 
-def _only(found: list[Path], what: str) -> str:
+def _only(found: list[Path], what: str) -> str | None:
+    """Return the only one found, or None without one. Raises `ValueError` for several."""
     if len(found) > 1:
         listing = "\n  ".join(map(str, found))
         raise ValueError(
             f"{what} matches several of the inputs: name one of them\n  {listing}"
         )
-    return str(found[0])
+    return str(found[0]) if found else None
