@@ -173,7 +173,7 @@ def test_what_is_damaged_is_named_and_left_as_it_is(run, tmp_path):
     assert not found.intact, "though a run resumes from the newest"
     assert [state for _, _, state in found.rows] == [
         "intact",
-        "damaged: weights does not have the sha256 it was written with",
+        "damaged: weights has the wrong sha256",
         "damaged: tokens has 2 of 3 bytes",
     ]
     (run.checkpoint_folder(4) / "weights").write_text("")

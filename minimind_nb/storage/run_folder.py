@@ -181,7 +181,7 @@ class RunFolder:
         damaged: dict[Path, str] = {}
         found = self._first_good(self.checkpoint_folders(), damaged)
         if found is None and damaged:
-            lines = [f"\n  {folder.name}: {damaged[folder]}" for folder in damaged]
+            lines = [f"\n  {folder.name}: {why}" for folder, why in damaged.items()]
             raise NoGoodCheckpoint(
                 f"no checkpoint in {self.checkpoints} is intact:{''.join(lines)}\n"
                 "Put a copy of one back, or start over with resume=False, which keeps "
@@ -201,19 +201,13 @@ class RunFolder:
     def check(self, folder: Path) -> Checkpoint:
         """Verify a checkpoint folder of this run.
 
-        Raises `DamagedFolder`, also if it is of another step or run.
+        Raises `DamagedFolder`, also if it is of another run.
         """
         facts = verified.verify(folder)
-        step = facts.get("step")
-        if not isinstance(step, int) or self.checkpoint_folder(step) != folder:
-            raise verified.DamagedFolder(
-                f"it holds step {step!r}, not what it is named"
-            )
-        own = None
         with contextlib.suppress(OSError, ValueError):
             own = self.read_config().get("run")
-        if own and facts.get("run", own) != own:
-            raise verified.DamagedFolder("it is of another run")
+            if own and facts.get("run", own) != own:
+                raise verified.DamagedFolder("it is of another run")
         return Checkpoint(folder, facts)
 
     def _first_good(

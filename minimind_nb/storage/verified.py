@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,14 +32,14 @@ class DamagedFolder(Exception):
 def beside(final: Path, needed: int = 0) -> Iterator[Path]:
     """Yield a folder beside `final` to write into; it is removed at the end.
 
-    Raises an `OSError` that says how much space there is if fewer than `needed` bytes
-    are free, or if the disk fills up meanwhile.
+    Raises an `OSError` that says how much space is free if that is less than `needed`
+    bytes, or if the disk fills up meanwhile.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     if shutil.disk_usage(final.parent).free < needed:
-        raise _full_disk(final, needed, "")
+        raise _full_disk(final, needed)
     aside.mkdir()
     try:
         yield aside
@@ -48,8 +47,7 @@ def beside(final: Path, needed: int = 0) -> Iterator[Path]:
         if not is_full_disk(error):
             raise
         written = sum(path.stat().st_size for path in aside.rglob("*"))
-        more = "" if needed else "more than "
-        raise _full_disk(final, needed or written, more) from error
+        raise _full_disk(final, max(needed, written)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -87,19 +85,17 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = _read_manifest(folder)
     if manifest["name"] != folder.name:
         raise DamagedFolder(f"it was written as {manifest['name']}, so it was renamed")
-    present = {path.name for path in folder.iterdir()}
     for name, listed in sorted(manifest["files"].items()):
-        if name not in present:
-            raise DamagedFolder(f"{name} is missing")
         try:
             size = _regular_size(folder / name)
             if size != listed["size"]:
                 raise DamagedFolder(f"{name} has {size} of {listed['size']} bytes")
-            digest = hash_file(folder / name)
+            if hash_file(folder / name) != listed["sha256"]:
+                raise DamagedFolder(f"{name} has the wrong sha256")
+        except FileNotFoundError:
+            raise DamagedFolder(f"{name} is missing") from None
         except OSError as error:
             raise DamagedFolder(f"{name} cannot be read ({error})") from None
-        if digest != listed["sha256"]:
-            raise DamagedFolder(f"{name} does not have the sha256 it was written with")
     return manifest["facts"]
 
 
@@ -125,8 +121,9 @@ def remove_leftovers(parent: Path, name: str = "") -> None:
 
     Only for a caller that holds the lock under which it is written.
     """
-    what = rf"\.{re.escape(name)}\.\d+\.tmp" if name else r"\..*\.tmp"
-    for path in (p for p in parent.glob(".*.tmp") if re.fullmatch(what, p.name)):
+    for path in parent.glob(".*.tmp"):
+        if name and path.name.rsplit(".", 2)[0] != f".{name}":
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -224,11 +221,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _full_disk(final: Path, needed: int, more: str) -> OSError:
-    free = shutil.disk_usage(final.parent).free
-    return OSError(
-        errno.ENOSPC,
-        f"the disk is full: {final.name} needs {more}{needed / 2**20:.1f} MiB, and "
-        f"{free / 2**20:.1f} MiB are free; make room there",
-        str(final),
+def _full_disk(final: Path, needed: int) -> OSError:
+    free = shutil.disk_usage(final.parent).free / 2**20
+    text = (
+        f"the disk is full: {final.name} needs at least {needed / 2**20:.1f} MiB, and "
+        f"{free:.1f} MiB are free; make room there"
     )
+    return OSError(errno.ENOSPC, text, str(final))

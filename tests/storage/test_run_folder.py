@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, caplog):
     assert found is not None and found.step == 4
     said = caplog.text
     assert f"Checkpoint {run.checkpoint_folder(8)} is not used: " in said
-    assert "model.safetensors does not have the sha256 it was written with" in said
+    assert "model.safetensors has the wrong sha256" in said
     assert steps(run) == [8, 4], "a reader changes nothing"
 
 
@@ -218,10 +218,7 @@ def test_no_run_starts_over_if_no_checkpoint_is_good(repair, run):
     head, newest, older, advice = str(caught.value).split("\n")
     assert head == f"no checkpoint in {run.checkpoints} is intact:"
     assert newest.startswith("  step_00000008: manifest.json cannot be read")
-    assert older == (
-        "  step_00000004: model.safetensors does not have the sha256 it was written "
-        "with"
-    )
+    assert older == "  step_00000004: model.safetensors has the wrong sha256"
     assert advice == (
         "Put a copy of one back, or start over with resume=False, which keeps this "
         "folder under another name."

@@ -197,7 +197,7 @@ def test_every_one_of_200_flipped_bits_is_found(folder):
         file.write_bytes(flipped)
         said = damage(folder)
         if file.name != MANIFEST:
-            assert said == f"{file.name} does not have the sha256 it was written with"
+            assert said == f"{file.name} has the wrong sha256"
         file.write_bytes(intact)
     assert verify(folder) == FACTS
 
@@ -317,7 +317,7 @@ def test_a_full_disk_says_what_was_written_and_what_is_free(
                 (aside / "b").write_bytes(b"y")
     assert caught.value.errno == errno.ENOSPC
     said = str(caught.value.strerror)
-    assert said.startswith("the disk is full: step_00000008 needs more than 1.0 MiB, ")
+    assert said.startswith("the disk is full: step_00000008 needs at least 1.0 MiB, ")
     assert said.endswith("MiB are free; make room there")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert verify(folder) == FACTS

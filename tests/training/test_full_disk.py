@@ -47,7 +47,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_before(
     marker = str(tmp_path / "happened")
     inject(monkeypatch, Fault("before_save", "fill_disk", marker, rank=0, step=4))
     told = r"^rank 0 failed at step 8 of 12: OSError: saving at step 8 failed \(3 in a "
-    told += r"row\): .* the disk is full: step_00000008 needs \d\.\d MiB, and 0\.0 MiB"
+    told += r"row\): .* the disk is full: step_00000008 needs at least \d\.\d MiB, and 0\.0 MiB"
     with pytest.raises(mm.TrainingFailed, match=told):
         mm.train(cfg, view=False)
     folder = RunFolder(disk / "out" / "pretrain_32")

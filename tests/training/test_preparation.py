@@ -115,7 +115,9 @@ def test_a_disk_too_small_for_the_tokens_is_refused(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "estimate_bytes", lambda _: 1 << 50)
-    refuse(settings, OSError, "the disk is full: tokens-.* needs 1073741824.0 MiB")
+    refuse(
+        settings, OSError, "the disk is full: tokens-.* needs at least 1073741824.0 MiB"
+    )
 
 
 def test_a_resumed_run_needs_no_room_for_checkpoints_that_exist(

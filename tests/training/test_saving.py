@@ -72,7 +72,7 @@ def test_a_save_that_does_not_fit_is_not_begun(
         left = SimpleNamespace(free=1 << 10)
         monkeypatch.setattr(verified.shutil, "disk_usage", lambda _: left)
 
-    needs = r"the disk is full: step_\d+ needs \d\.\d MiB, and 0.0 MiB are free; make"
+    needs = r"the disk is full: step_\d+ needs at least \d\.\d MiB, and 0.0 MiB are free; make"
     with pytest.raises(OSError, match=needs):
         train_here(settings, change=fill)
     folder = RunFolder(Path(settings["out_dir"]) / "pretrain_32")
