@@ -148,9 +148,7 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on(
     assert failure.value.rank == rank
     text = str(failure.value)
     assert ("injected on purpose" in text) == (action == "raise")
-    blamed = re.search(
-        r"in step 6, where rank 1 had the lines \[\d.* of the data", text
-    )
+    blamed = re.search(r"in step 6, rank 1, with the lines \[\d.* of the data", text)
     assert bool(blamed) == (action == "raise")
     assert state_hashes(witness.folder)[0] == 4
     witness.resume()
