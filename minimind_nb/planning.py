@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import ResolvedConfig, TrainConfig, count_parameters
 from .data.tokenizer import load_tokenizer
-from .hardware import Hardware, choose_threads, detect_hardware
+from .hardware import Hardware, detect_hardware
 from .monitor.metrics import METRICS_NAME, History
 from .monitor.progress import duration
 from .monitor.tables import Facts
@@ -21,7 +21,6 @@ from .training.run_plan import describe_truncated, open_corpus
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
 # Share of the machine's own rate of matrix products that training is expected to reach.
 _EXPECTED_SHARE = 0.5
-_HOURS_FROM_MINUTES = 120
 _GEMM_SECONDS = 0.3
 _GEMM_SIZE = 1024
 # fp32 weights, gradients and two moments; logits and their gradients in fp32.
@@ -44,7 +43,6 @@ def plan(cfg: TrainConfig) -> Facts:
     corpus = open_corpus(cfg, tokenizer)
     stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
     pairs = stream.reader.pairs
-    row = "pair" if pairs else "row"
     steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
     samples = min(stream.total_samples, steps * stream.global_batch)
     tokens = round(samples * stream.tokens / stream.rows)
@@ -52,7 +50,9 @@ def plan(cfg: TrainConfig) -> Facts:
     active = f", {count['active']:,} active for a token" if cfg.use_moe else ""
     counts = [len(corpus.documents), len(corpus.val_documents)]
     trained, held_out = (count // (1 + pairs) for count in counts)
-    epoch = f"{_several(stream.tokens, 'text token')} in {_several(stream.rows, row)}"
+    documents = f"{trained:,} to train on, {held_out:,} held out"
+    row = "pairs" if pairs else "rows"
+    epoch = f"{stream.tokens:,} text tokens in {stream.rows:,} {row}"
     if not pairs:
         epoch += f" of {stream.width} (fill {stream.fill:.3f})"
     if (targets := int(stream.truncated.trained.sum())) < stream.tokens:
@@ -61,16 +61,13 @@ def plan(cfg: TrainConfig) -> Facts:
         "parameters": f"{count['total']:,}{active}",
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
         "begins from": initial.source if initial else "",
-        "pairs"
-        if pairs
-        else "documents": f"{trained:,} to train on, {held_out:,} held out",
+        ("pairs" if pairs else "documents"): documents,
         "too long": "; ".join(describe_truncated(corpus, cfg)),
         "an epoch": epoch,
-        "global batch": f"{_several(stream.global_batch, row)} = "
-        f"batch_size {cfg.batch_size} × accumulation_steps {cfg.accumulation_steps} × "
-        f"{_several(cfg.num_processes, 'process', 'es')}",
-        "steps": f"{_several(steps, 'optimizer step')}, "
-        f"about {_several(tokens, 'text token')}",
+        "global batch": f"{stream.global_batch:,} {row} = batch_size {cfg.batch_size} "
+        f"× accumulation_steps {cfg.accumulation_steps} × num_processes "
+        f"{cfg.num_processes}",
+        "steps": f"{steps:,} optimizer steps, about {tokens:,} text tokens",
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
@@ -78,10 +75,6 @@ def plan(cfg: TrainConfig) -> Facts:
     }
     known = {name: text for name, text in facts.items() if text}
     return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
-
-
-def _several(number: int, noun: str, ending: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def flops_per_token(cfg: ResolvedConfig) -> float:
@@ -113,10 +106,7 @@ def _time(cfg: ResolvedConfig, hardware: Hardware, tokens: int) -> str:
         source = f"expected at {_EXPECTED_SHARE:.0%} of the rate of matrix products"
     else:
         return "known after the first steps: no figure for this GPU"
-    minutes = tokens / speed / 60
-    span = duration(60 * minutes)
-    if minutes >= _HOURS_FROM_MINUTES:
-        span = f"{minutes / 60:.1f} hours"
+    span = duration(tokens / speed)
     return f"about {span} at {speed:,.0f} text tokens/s ({source})"
 
 
@@ -127,19 +117,13 @@ def _product_rate(cfg: ResolvedConfig, hardware: Hardware) -> float | None:
         return rate * cfg.num_processes if rate else None
     import torch
 
-    threads = torch.get_num_threads()
-    used = choose_threads(cfg.num_processes, hardware.cpu_cores) * cfg.num_processes
-    torch.set_num_threads(min(used, hardware.cpu_cores))
-    try:
-        a = torch.randn(_GEMM_SIZE, _GEMM_SIZE)
-        torch.mm(a, a)  # the first product allocates
-        count, began = 0, time.monotonic()
-        while time.monotonic() - began < _GEMM_SECONDS:
-            torch.mm(a, a)
-            count += 1
-        return count * 2 * _GEMM_SIZE**3 / (time.monotonic() - began)
-    finally:
-        torch.set_num_threads(threads)
+    a = torch.randn(_GEMM_SIZE, _GEMM_SIZE)
+    torch.mm(a, a)  # the first product allocates
+    count, began = 0, time.monotonic()
+    while time.monotonic() - began < _GEMM_SECONDS:
+        torch.mm(a, a)
+        count += 1
+    return count * 2 * _GEMM_SIZE**3 / (time.monotonic() - began)
 
 
 def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
@@ -161,12 +145,10 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
         parts = ((decode(ids[a:b]), loss_mask[a]) for a, b in itertools.pairwise(cuts))
         return "".join(f"⟦{part}⟧" if counts else str(part) for part, counts in parts)
 
-    pair = ["chosen: ", "\nrejected: "]
-    heads = pair if stream.reader.pairs else itertools.repeat("")
-    return [
-        "".join(
-            head + text(*piece)
-            for head, piece in zip(heads, stream.pieces(sample), strict=False)
-        )
-        for sample in range(min(rows, stream.rows))
-    ]
+    shown = []
+    for sample in range(min(rows, stream.rows)):
+        pieces = [text(*piece) for piece in stream.pieces(sample)]
+        if stream.reader.pairs:
+            pieces = ["chosen: ", pieces[0], "\nrejected: ", pieces[1]]
+        shown.append("".join(pieces))
+    return shown
