@@ -20,7 +20,6 @@ from .storage.run_folder import RunFolder
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
-_LITTLE_SHM_GIB = 1
 _INTACT = "intact"
 _DAMAGED = "damaged: "
 
@@ -43,6 +42,8 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
     support = "several processes are supported"
     if not sys.platform.startswith("linux"):
         support = "one process only: several need Linux"
+    shared = Path("/dev/shm")
+    memory = shutil.disk_usage(shared).total / _GIB if shared.exists() else 0
     return Facts(
         "This machine",
         {
@@ -53,7 +54,7 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
             "processors": processors,
             "training uses": used,
             "disk": _disk(Path(out_dir)),
-            "shared memory": _shared_memory(),
+            "shared memory": f"{memory:.2f} GiB",
             "notebook": _versions("ipykernel", "ipywidgets", "papermill", "matplotlib"),
         },
     )
@@ -94,15 +95,6 @@ def _disk(out_dir: Path) -> str:
         return f"{text}; it cannot be written ({error.strerror}): set another out_dir"
 
 
-def _shared_memory() -> str:
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
-        return "none"
-    size = shutil.disk_usage(folder).total / _GIB
-    small = "; small, but no loader processes use it" if size < _LITTLE_SHM_GIB else ""
-    return f"{size:.2f} GiB{small}"
-
-
 class Verdict(Table):
     """The result of `verify`.
 
@@ -121,9 +113,9 @@ def verify(run_dir: str | os.PathLike[str]) -> Verdict:
     """Check every byte that a run keeps against its manifests.
 
     There is a row for each checkpoint, the newest first, also those set aside, and for
-    the token caches that the run used: "intact", or the damage. Changes nothing, and may run during a training. Raises `FileNotFoundError`
-    for a folder that is not a run, listing the runs nearby, `NotADirectoryError` for a
-    file.
+    the token caches that the run used: "intact", or the damage. Changes nothing, and
+    may run during a training. Raises `FileNotFoundError` for a folder that is not a
+    run, listing the runs nearby, `NotADirectoryError` for a file.
     """
     if Path(run_dir).is_file():
         raise NotADirectoryError(f"{run_dir} is a file; pass the folder of a run")
