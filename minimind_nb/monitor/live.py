@@ -27,14 +27,16 @@ SMALL = "opacity:.65;font-size:85%"
 
 
 class View:
-    """Show nothing; the other views build on it.
+    """Show nothing, and call a function with the history when it has new rows.
 
     `start` comes before the workers, with the total of steps until a row has it;
     `update` about twice a second; `finish` once, with the run's status; `note` at any
     time, with a message. None of them raises an Exception: `failures` holds each once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, callback: Callable[[History], object] | None = None) -> None:
+        self._callback = callback
+        self._last: Row | None = None
         self.total_steps: int | None = None
         self.notes: list[str] = []
         self.failures: list[str] = []
@@ -83,7 +85,9 @@ class View:
                     print(f"{text}; the training is not affected", file=sys.stderr)
 
     def _update(self, history: History) -> None:
-        pass
+        if self._callback and history.rows and history.rows[-1] is not self._last:
+            self._last = history.rows[-1]
+            self._callback(history)
 
     def _finish(self, history: History, status: str) -> None:
         self._update(history)
@@ -92,27 +96,12 @@ class View:
         pass
 
 
-class CallbackView(View):
-    """Call a function with the history whenever it has new rows."""
-
-    def __init__(self, callback: Callable[[History], object]) -> None:
-        super().__init__()
-        self._callback = callback
-        self._last: Row | None = None
-
-    def _update(self, history: History) -> None:
-        if history.rows and history.rows[-1] is not self._last:
-            self._last = history.rows[-1]
-            self._callback(history)
-
-
 class TerminalView(View):
     """Show a progress bar if stderr is a terminal, else one line per logged row."""
 
     def __init__(self) -> None:
         super().__init__()
         self._bar: Any = None
-        self._seen: Row | None = None
 
     def _update(self, history: History) -> None:
         from tqdm import tqdm
@@ -125,8 +114,8 @@ class TerminalView(View):
         self._bar.set_description_str(line)
         logged = (row for row in history.rows[::-1] if row["kind"] in ("train", "eval"))
         newest = next(logged, None)
-        if self._bar.disable and newest is not self._seen:
-            self._seen = newest
+        if self._bar.disable and newest is not self._last:
+            self._last = newest
             self._note(line)
 
     def _finish(self, history: History, status: str) -> None:
@@ -242,7 +231,7 @@ def choose_view(view: object = None) -> View:
     if view is False:
         return View()
     if callable(view):
-        return CallbackView(view)
+        return View(view)
     raise TypeError(
         f"view={view!r} is a {type(view).__name__}; expected None (a live view), False "
         "(silent) or a function of the history."

@@ -9,7 +9,6 @@ import pytest
 
 from minimind_nb.monitor import live
 from minimind_nb.monitor.live import (
-    CallbackView,
     CellView,
     TerminalView,
     View,
@@ -58,7 +57,7 @@ def test_the_view_is_chosen_by_what_is_asked_for(monkeypatch):
     assert type(choose_view(False)) is View
     assert isinstance(choose_view(None), TerminalView)
     assert isinstance(choose_view(True), TerminalView)
-    assert isinstance(choose_view(print), CallbackView)
+    assert type(choose_view(print)) is View
     monkeypatch.setattr(live, "running_kernel", object)
     assert isinstance(choose_view(None), CellView)
     with pytest.raises(TypeError, match=r"view=3 is a int; expected None"):
@@ -67,7 +66,7 @@ def test_the_view_is_chosen_by_what_is_asked_for(monkeypatch):
 
 def test_a_callback_gets_the_history_when_it_has_new_rows(make_history, add_rows):
     history, got = make_history([3.0]), []
-    view = CallbackView(lambda seen: got.append(len(seen.rows)))
+    view = View(lambda seen: got.append(len(seen.rows)))
     view.start(history)
     view.update(history)
     add_rows(history, 2)
@@ -84,12 +83,12 @@ def test_a_failing_view_never_reaches_the_training(make_history, add_rows, capsy
         calls.append(1)
         raise ZeroDivisionError("no luck")
 
-    view = CallbackView(broken)
+    view = View(broken)
     for step in range(2, 12):
         add_rows(history, step)
         view.update(history)
     assert len(calls) == 10
-    error = "CallbackView._update failed (ZeroDivisionError: no luck); the training"
+    error = "View._update failed (ZeroDivisionError: no luck); the training"
     assert capsys.readouterr().err.count(error) == 1
 
 
@@ -131,7 +130,7 @@ def test_an_interrupt_passes_through_a_view(make_history):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        CallbackView(interrupted).update(make_history([3.0]))
+        View(interrupted).update(make_history([3.0]))
 
 
 def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
