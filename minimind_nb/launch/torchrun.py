@@ -59,11 +59,17 @@ class TorchrunSession:
         `TrainingFailed` of the job.
         """
         try:
-            return self._follow() if self.info.rank else self._lead(lead)
+            if self.info.rank == 0:
+                return self._lead(lead)
+            message = self._follow()
         finally:
             self._store.set(f"left/{self.info.rank}", "")
             if self._stop:
                 self._stop.restore()
+        if "error" in message:  # rank 0 raises as soon as all have left
+            time.sleep(_HEAD_START_SECONDS)
+            raise RuntimeError(f"rank 0 failed: {message['error']}")
+        return message["answer"]
 
     def launch(self, job: Job, on_poll: Callable[[], None]) -> str:
         """On rank 0: run a job on all ranks and return how it ended.
@@ -103,16 +109,13 @@ class TorchrunSession:
         finally:  # torchrun ends all ranks, and its store, as soon as one has failed
             self._wait_for_all("left")
 
-    def _follow(self) -> Any:
-        """Run the jobs that rank 0 launches, and return or raise its last message."""
+    def _follow(self) -> dict[str, Any]:
+        """Run the jobs that rank 0 launches, and return its last message."""
         while job := (message := self._receive()).get("job"):
             target, folder, paths = job
             size = self.info.world_size
             self._work(Job(target, RunFolder(folder), size, paths=paths))
-        if "error" in message:
-            time.sleep(_HEAD_START_SECONDS)
-            raise RuntimeError(f"rank 0 failed: {message['error']}")
-        return message["answer"]
+        return message
 
     def _work(self, job: Job) -> str:
         """Run this rank's part of a job; return how it ended, on rank 0 for all."""
