@@ -64,8 +64,10 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         """Write the waiting rows and close; raises OSError if the disk is still full."""
         self._file.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        # A full disk must not hide the error that ends the run.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            self.close()
 
 
 class History:

@@ -87,6 +87,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise DamagedFolder(f"it was written as {manifest['name']}, so it was renamed")
     for name, listed in sorted(manifest["files"].items()):
         try:
+            if Path(name).name != name:  # of a manifest that names files elsewhere
+                raise FileNotFoundError
             size = _regular_size(folder / name)
             if size != listed["size"]:
                 raise DamagedFolder(f"{name} has {size} of {listed['size']} bytes")

@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     train_here(settings)
-    assert "step_00000009 is not used: model.safetensors does not" in caplog.text
+    assert "step_00000009 is not used: model.safetensors has the wrong" in caplog.text
     assert (folder.checkpoints / "step_00000009.corrupt").is_dir()
     assert state_hashes(folder) == state_hashes(straight)
 
