@@ -98,7 +98,7 @@ def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
         log.append("event", event="start", step=0)
         assert "expected at 50%" in plan(TrainConfig(**settings))["time"]
         log.append("train", step=1, tokens_per_second=50.0)
-        log.append("train", step=2, tokens_per_second=0.01)
+        log.append("train", step=2, tokens_per_second=0.001)
     assert re.fullmatch(
         r"about \d+ days?, [\d:]+ at 0 text tokens/s \(the speed of the existing run\)",
         plan(TrainConfig(**settings))["time"],

@@ -34,7 +34,7 @@ def _open(
     path: PathLike, record_format: str, spec: TokenizerSpec, cache_dir: PathLike | None
 ) -> TokenCache:
     root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
-    file = str(locate(path, record_format))
+    file = str(locate(path, root, record_format))
     return open_cache(Source(file, record_format, spec), root)
 
 

@@ -6,34 +6,43 @@ answers, so that a model trained on them can be examined.
 
 from __future__ import annotations
 
-import gzip
+import bz2
 import itertools
 import json
 import os
 from importlib import resources
 from pathlib import Path
 
+from ..storage import verified
 from .jsonl import check_file
 
 DEMO = "demo"
 _FILES = {
-    "pretrain": "pretrain.jsonl.gz",
-    "sft": "sft.jsonl.gz",
-    "rlaif": "sft.jsonl.gz",
-    "dpo": "dpo.jsonl.gz",
+    "pretrain": "demo.jsonl",
+    "sft": "demo_sft.jsonl",
+    "rlaif": "demo_sft.jsonl",
+    "dpo": "demo_dpo.jsonl",
 }
 
 
-def _shipped(name: str) -> Path:
-    return Path(str(resources.files("minimind_nb.data") / "demo_corpora" / name))
+def _shipped(name: str) -> bytes:
+    file = resources.files("minimind_nb.data") / "demo_corpora" / f"{name}.bz2"
+    return bz2.decompress(file.read_bytes())
 
 
-def locate(data_path: str | os.PathLike[str], record_format: str = "pretrain") -> Path:
-    """Return the file that `data_path` names; for "demo" the shipped corpus.
+def locate(
+    data_path: str | os.PathLike[str], folder: Path, record_format: str = "pretrain"
+) -> Path:
+    """Return the file that `data_path` names; "demo" is unpacked into `folder` first.
 
     Raises what `jsonl.check_file` does for a file that cannot be read.
     """
-    path = _shipped(_FILES[record_format]) if data_path == DEMO else Path(data_path)
+    path = Path(data_path)
+    if data_path == DEMO:
+        path, corpus = folder / _FILES[record_format], _shipped(_FILES[record_format])
+        if not path.is_file() or path.read_bytes() != corpus:
+            folder.mkdir(parents=True, exist_ok=True)
+            verified.write_text(path, corpus.decode())
     check_file(path)
     return path
 
@@ -44,7 +53,6 @@ def held_out_questions(per_kind: int) -> list[dict[str, str]]:
     Each has `kind`, `language`, `question`, `answer`, and `prompt`, the question as a
     document of the pretraining corpus asks it. Always the same ones; some kinds have only one or two.
     """
-    with gzip.open(_shipped("questions.jsonl.gz"), "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = map(json.loads, _shipped("questions.jsonl").splitlines())
     groups = itertools.groupby(rows, key=lambda row: (row["kind"], row["language"]))
     return [row for _, group in groups for row in itertools.islice(group, per_kind)]

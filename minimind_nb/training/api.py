@@ -181,14 +181,15 @@ def _evaluate(
     stage = detect_format(data_path, weights.stage or "pretrain")
     choices = {"out_dir": _home(weights.file), "eval_tokens": 1 << 62, **settings}
     asked = TrainConfig(stage=stage, **choices)
-    file = str(locate(data_path, stage))
+    root = current_session().cache_folder(asked.out_dir)
+    file = str(locate(data_path, root, stage))
     asked = replace(asked, data_path=file, val_path=file)
     tokenizer = read_tokenizer(asked.tokenizer or weights.tokenizer)
     cfg = resolve(asked, **machine_defaults(asked), **weights.shape())
     corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)
     config = {"settings": cfg.portable()}
     # Other machines see the cache, but not this one's temporary folder.
-    shared = current_session().cache_folder(cfg.out_dir) if session else None
+    shared = root if session else None
     with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=shared) as folder:
         plan = RunPlan(cfg, RunFolder(folder), tokenizer, corpus, config, weights.file)
         plan.write()

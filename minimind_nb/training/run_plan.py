@@ -99,11 +99,11 @@ def open_corpus(
     `max_dropped` is the largest share of conversations too long for a row, by default
     `max_bad_fraction`.
     """
+    root = current_session().cache_folder(cfg.out_dir)
     if cfg.data_path == DEMO:
-        cfg = dataclasses.replace(cfg, data_path=str(locate(DEMO, cfg.stage)))
+        cfg = dataclasses.replace(cfg, data_path=str(locate(DEMO, root, cfg.stage)))
     if max_dropped is None:
         max_dropped = cfg.max_bad_fraction
-    root = current_session().cache_folder(cfg.out_dir)
     return Corpus.prepare(cfg, tokenizer, root, count_cores(), max_dropped)
 
 

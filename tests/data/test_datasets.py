@@ -240,7 +240,9 @@ def test_demo_names_the_shipped_rows_of_each_kind(
     file.write_text(json.dumps(row) + "\n")
     monkeypatch.setattr(
         "minimind_nb.data.datasets.locate",
-        lambda path, record_format: wanted.append((path, record_format)) or file,
+        lambda path, folder, record_format: (
+            wanted.append((path, record_format)) or file
+        ),
     )
     wanted = []
     assert len(kind("demo", byte_spec, cache_dir=tmp_path)) == 1

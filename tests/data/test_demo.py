@@ -11,33 +11,35 @@ from minimind_nb.data.record_formats import RECORD_FORMATS
 
 # A run knows its data by these bytes: with others it cannot be resumed.
 SHIPPED = {
-    "pretrain": "b7744db292c98d53",
-    "sft": "b019e93f44f5e504",
-    "rlaif": "b019e93f44f5e504",
-    "dpo": "ea128941805de473",
+    "pretrain": "2b0bd641c15e869c",
+    "sft": "5fdf6a895eea0158",
+    "rlaif": "5fdf6a895eea0158",
+    "dpo": "dce41f66333e6ae8",
 }
 
 
 @pytest.mark.parametrize("record_format", SHIPPED)
-def test_demo_names_the_shipped_corpus_of_each_format(record_format):
-    file = demo.locate("demo", record_format)
+def test_demo_is_unpacked_whole_and_once(tmp_path, record_format):
+    file = demo.locate("demo", tmp_path / "cache", record_format)
+    unpacked = file.stat()
+    assert demo.locate("demo", tmp_path / "cache", record_format).stat() == unpacked
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert digest[:16] == SHIPPED[record_format]
     check = RECORD_FORMATS[record_format].check
     read = [read_rows(chunk, check) for chunk in iter_chunks(file)]
-    assert sum(len(rows) for rows, _ in read) >= 750
+    assert sum(len(rows) for rows, _ in read) >= 1500
     assert not any(tally.kinds or tally.blank for _, tally in read)
 
 
 def test_another_data_path_is_a_file_that_can_be_read(tmp_path):
     file = tmp_path / "rows.jsonl"
     with pytest.raises(FileNotFoundError, match=r"rows\.jsonl does not exist"):
-        demo.locate(file)
+        demo.locate(file, tmp_path)
     file.touch()
     with pytest.raises(DataError, match=r"rows\.jsonl is empty"):
-        demo.locate(file)
+        demo.locate(file, tmp_path)
     file.write_text('{"text": "a"}\n')
-    assert demo.locate(str(file), "sft") == Path(file)
+    assert demo.locate(str(file), tmp_path, "sft") == Path(file)
 
 
 def test_held_out_questions_are_capped_by_kind_and_language():
