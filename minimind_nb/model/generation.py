@@ -6,28 +6,23 @@ tokens without a thread, and draws from its own generator.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StaticCache
+from transformers import PreTrainedTokenizerBase, StaticCache
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..data.conversations import ChatEncoder, Message, check_messages
 from ..data.tokenizer import read_tokenizer
 from .architecture import MiniMindForCausalLM
 
-_PAGED_SINCE = (5, 9)
-_PAGE_TOKENS = 16
 _LEAST_TEMPERATURE = 1e-4  # a lower one divides logits beyond what float32 holds
 Prompt = str | Sequence[Message]
 
@@ -61,8 +56,6 @@ def generate(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompt | Sequence[Prompt],
-    *,
-    paged: bool = False,
     **settings: Any,
 ) -> str | list[str]:
     """Continue one prompt, or a list of them in one left-padded batch.
@@ -84,28 +77,20 @@ def generate(
     - `seed=None`: with a seed the same batch gives the same text on the same device,
       and torch's global generators are not touched; without one they are drawn from.
 
-    `paged=True` decodes greedily with a paged cache (transformers' continuous
-    batching), without padding, and gives equal answers. It is made for GPUs: on a CPU
-    50 prompts of 5 to 60 tokens took twice as long (1.5 times with a mixture).
-
     Raises `ValueError` for settings out of range, an invalid conversation, a tokenizer
-    that does not fit the model or has no chat template, a prompt that leaves no room for
-    `max_new_tokens`, and `paged` with a `temperature` other than 0; `RuntimeError` for
-    `paged` with transformers older than 5.9.
+    that does not fit the model or has no chat template, and a prompt that leaves no room for
+    `max_new_tokens`.
     """
-    sampling = Sampling(**settings)
+    new_tokens = Sampling(**settings).max_new_tokens
     one = isinstance(prompts, str | Mapping)
     batch: list[Any] = [prompts] if one else list(prompts)
     if not one and batch and isinstance(batch[0], Mapping):
         one, batch = True, [batch]
     if not batch:
         return []
-    rows = _encode(model, tokenizer, batch, sampling.max_new_tokens)
+    rows = _encode(model, tokenizer, batch, new_tokens)
     eos_id: Any = tokenizer.eos_token_id
-    if paged:
-        new = continue_paged(model, rows, eos_id=eos_id, sampling=sampling)
-    else:
-        new = continue_ids(model, rows, eos_id=eos_id, **settings)
+    new = continue_ids(model, rows, eos_id=eos_id, **settings)
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
     return texts[0] if one else texts
 
@@ -206,7 +191,8 @@ def continue_ids(
     The rows are one batch. `settings` are those of `generate`.
     """
     steps = decode(model, rows, eos_id=eos_id, sampling=Sampling(**settings))
-    return [_before(eos_id, list(row)) for row in zip(*steps, strict=True)]
+    found = [list(row) for row in zip(*steps, strict=True)]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in found]
 
 
 @torch.no_grad()
@@ -284,64 +270,3 @@ def _choose(
     for warp in warpers:
         logits_BV = warp(None, logits_BV)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
-
-
-def continue_paged(
-    model: MiniMindForCausalLM,
-    rows: Sequence[Sequence[int]],
-    *,
-    eos_id: int,
-    sampling: Sampling,
-) -> list[list[int]]:
-    """Return what `continue_ids` does, greedily, by transformers' continuous batching.
-
-    By default it takes 60 % of the memory; here each row gets the pages that it and its
-    continuation fill, and a batch has room for the longest row or a token of each.
-    """
-    version = transformers.__version__
-    if tuple(map(int, version.split(".")[:2])) < _PAGED_SINCE:
-        raise RuntimeError(
-            f"paged=True needs transformers 5.9 or newer, found {version}: leave it out"
-        )
-    if sampling.temperature != 0 or sampling.repetition_penalty != 1:
-        raise ValueError(
-            "paged=True decodes greedily: set temperature=0 and repetition_penalty=1"
-        )
-    new = sampling.max_new_tokens
-    configure: Any = transformers.ContinuousBatchingConfig
-    batched: Any = model
-    known = inspect.signature(configure).parameters
-    page = "page_size" if "page_size" in known else "block_size"  # before 5.17
-    was_training, attention = model.training, model.config._attn_implementation
-    try:
-        # transformers switches only models in whose source it finds its own idiom, and
-        # computes nonsense with others. Up to 5.19 a paged SDPA has to be asked for.
-        paged = "paged|sdpa" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else "sdpa"
-        model.config._attn_implementation = paged
-        found = batched.generate_batch(
-            [list(row) for row in rows],
-            generation_config=GenerationConfig(
-                max_new_tokens=new, do_sample=False, eos_token_id=eos_id
-            ),
-            continuous_batching_config=configure(
-                num_blocks=sum(-(-(len(row) + new) // _PAGE_TOKENS) for row in rows),
-                max_batch_tokens=max(len(rows), *map(len, rows)),
-                **{page: _PAGE_TOKENS},
-            ),
-            progress_bar=False,
-        )
-    finally:
-        model.config._attn_implementation = attention
-        model.train(was_training)
-    answers = list(found.values())
-    errors = [one.error for one in answers if one.error is not None]
-    if len(answers) < len(rows) or errors:
-        raise RuntimeError(
-            f"continuous batching left prompts unanswered ({errors[:1]}): leave out "
-            "paged=True"
-        )
-    return [_before(eos_id, one.generated_tokens) for one in answers]
-
-
-def _before(eos_id: int, row: list[int]) -> list[int]:
-    return row[: row.index(eos_id)] if eos_id in row else row

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
-from minimind_nb.model.generation import Sampling, continue_ids, continue_paged, decode
+from minimind_nb.model.generation import Sampling, continue_ids, decode
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -20,11 +20,6 @@ KINDS: dict[str, dict[str, Any]] = {
 EOS, PAD = 2, 0
 GREEDY: dict[str, Any] = {"eos_id": EOS, "temperature": 0}
 ROWS = [[5], [7, 8, 9, 10, 11], list(range(3, 20)), list(range(40, 73))]
-
-needs_paging = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 9),
-    reason="transformers before 5.9 has no continuous batching that works",
-)
 
 
 def recompute(model, row: list[int], new: int) -> list[int]:
@@ -131,73 +126,22 @@ def test_an_unknown_setting_is_refused(tiny):
         continue_ids(tiny(), ROWS, eos_id=EOS, temprature=1)
 
 
-@needs_paging
-@pytest.mark.parametrize("kind", KINDS)
-def test_paged_equals_plain_greedy_and_leaves_the_model_as_it_was(tiny, kind):
-    model = tiny(**KINDS[kind]).train()
-    attention = model.config._attn_implementation
-    sampling = Sampling(temperature=0, max_new_tokens=24)
-    paged = continue_paged(model, ROWS, eos_id=EOS, sampling=sampling)
-    assert paged == continue_ids(model, ROWS, max_new_tokens=24, **GREEDY)
-    assert model.training
-    assert model.config._attn_implementation == attention
-
-
-@needs_paging
-def test_each_prompt_gets_the_pages_that_it_fills(tiny, monkeypatch):
-    model, seen = tiny(), {}
-    keep = type(model).generate_batch
-
-    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen["config"] = kwargs["continuous_batching_config"]
-        return keep(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "generate_batch", watch)
-    sampling = Sampling(temperature=0, max_new_tokens=15)
-    continue_paged(model, ROWS, eos_id=EOS, sampling=sampling)
-    assert seen["config"].num_blocks == 1 + 2 + 2 + 3  # 16, 20, 32 and 48 positions
-    assert seen["config"].max_batch_tokens == 33
-
-
-@needs_paging
-def test_paging_that_fails_is_told_and_leaves_the_model_as_it_was(tiny, monkeypatch):
-    model = tiny().train()
-    sampling = Sampling(temperature=0)
-
-    def nothing(self: Any, *_: Any, **__: Any) -> Any:
-        self.eval()
-        return {}
-
-    def fail(self: Any, *_: Any, **__: Any) -> Any:
-        self.eval()
-        raise MemoryError("no room")
-
-    for broken, error in ((nothing, RuntimeError), (fail, MemoryError)):
-        monkeypatch.setattr(type(model), "generate_batch", broken)
-        with pytest.raises(error, match=r"unanswered \(\[\]\): leave|no room"):
-            continue_paged(model, ROWS, eos_id=EOS, sampling=sampling)
-        assert model.training
-        assert model.config._attn_implementation == "sdpa"
-
-
-@needs_paging
-def test_paging_says_that_its_thread_failed(tiny):
-    model = tiny()
-    del model.model.layers[1].self_attn.layer_idx
-    with pytest.raises(RuntimeError, match=r"left prompts unanswered .+ leave out"):
-        sampling = Sampling(temperature=0)
-        continue_paged(model, ROWS, eos_id=EOS, sampling=sampling)
-
-
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0, "repetition_penalty": 2}])
-def test_paging_refuses_what_is_not_greedy(tiny, settings, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.9.0")
-    with pytest.raises(ValueError, match=r"decodes greedily.*set temperature=0"):
-        continue_paged(tiny(), ROWS, eos_id=EOS, sampling=Sampling(**settings))
-
-
-def test_paging_refuses_an_old_transformers(tiny, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.8.1")
-    with pytest.raises(RuntimeError, match=r"needs transformers 5\.9.*5\.8\.1"):
-        sampling = Sampling(temperature=0)
-        continue_paged(tiny(), ROWS, eos_id=EOS, sampling=sampling)
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20),
+    reason="transformers before 5.20 does not switch our attention to its pages",
+)
+@pytest.mark.parametrize("kind", ["dense", "moe", "qk_norm"])
+def test_continuous_batching_of_transformers_gives_the_same_greedy_ids(tiny, kind):
+    model: Any = tiny(**KINDS[kind])
+    found = model.generate_batch(
+        ROWS,
+        generation_config=GenerationConfig(
+            max_new_tokens=24, do_sample=False, eos_token_id=-1
+        ),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            num_blocks=20, max_batch_tokens=40
+        ),
+        progress_bar=False,
+    )
+    expected = continue_ids(model, ROWS, max_new_tokens=24, **{**GREEDY, "eos_id": -1})
+    assert [one.generated_tokens for one in found.values()] == expected

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from support.small_models import make_model, make_tokenizer, teach
 from transformers import PreTrainedTokenizerFast
 
@@ -207,13 +206,3 @@ def test_a_stream_refuses_settings_before_it_begins(counter, tokenizer):
     room = counter.config.max_position_embeddings
     with pytest.raises(ValueError, match="the longest prompt has 2 tokens"):
         stream(counter, tokenizer, "one", max_new_tokens=room)
-
-
-def test_paged_answers_equal_plain_ones(counter, tokenizer):
-    prompts = [asking("six"), "one two", asking("one one one")]
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 9):
-        with pytest.raises(RuntimeError, match="paged=True needs transformers 5.9"):
-            generate(counter, tokenizer, prompts, temperature=0, paged=True)
-        return
-    paged = generate(counter, tokenizer, prompts, temperature=0, paged=True)
-    assert paged == generate(counter, tokenizer, prompts, temperature=0)
