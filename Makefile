@@ -16,7 +16,7 @@ setup: .venv/.ready
 
 # The notebooks with the demo corpus, at the size that learns something.
 RUN = $(BIN)/papermill --kernel python3 --log-output --no-progress-bar
-ON = -p out_dir $(OUT) -p trial False -p device cpu -p num_processes 2 -p batch_size 2
+ON = -p out_dir $(OUT) -p trial False -p num_processes 2 -p batch_size 2 -y 'settings: {device: cpu}'
 
 demo: setup
 	@mkdir -p $(OUT)

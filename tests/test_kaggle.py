@@ -199,8 +199,9 @@ def wheel_cell():
     sources = set()
     for name in ("pretrain", "sft", "dpo", "chat", "curves"):
         notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
-        cells = [c.source for c in notebook.cells if c.cell_type == "code"]
-        sources |= {source for source in cells if "no-index" in source}
+        (cell,) = (cell for cell in notebook.cells if "no-index" in cell.source)
+        assert cell.metadata["jupyter"]["source_hidden"], "folded in every front end"
+        sources.add(cell.source)
     (source,) = sources
     return source
 
