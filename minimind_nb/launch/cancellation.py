@@ -18,14 +18,12 @@ class StopRequest:
     """A request to stop, set by a signal or by the session's clock, read between steps.
 
     Handlers only set a flag: an exception could interrupt any line, and a collective in
-    a handler could wait forever. `number` is the first signal, which may well come
-    twice (`timeout` sends it to the process and to its group); `interrupts` counts
-    SIGINT, whose repetition has a meaning.
+    a handler could wait forever. `interrupts` counts SIGINT, whose repetition has a
+    meaning; others may well come twice (`timeout` also signals the process group).
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.number = 0
         self.interrupts = 0
         self._before = {}
         if threading.current_thread() is not threading.main_thread():
@@ -46,7 +44,6 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or SIGNALS[number]
-        self.number = self.number or number
         self.interrupts += number == signal.SIGINT
 
 

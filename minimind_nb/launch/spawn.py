@@ -177,11 +177,10 @@ def _watch(
                 exits[rank] = Exit(process.exitcode, time.time(), reason)
         on_poll()
         records = read_records(job.folder, len(processes))
-        if stop.number:
+        if stop.reason:
             listening = [p for p, r in zip(processes, records, strict=True) if r.time]
-            # The ranks ignore SIGHUP: a terminal that closes sends it to them too.
-            number = stop.number if stop.number != signal.SIGHUP else signal.SIGTERM
-            _send(number, listening)
+            interrupted = stop.reason == "interrupted"
+            _send(signal.SIGINT if interrupted else signal.SIGTERM, listening)
         if stop.interrupts > 1:
             give_up_at, reason = 0.0, "a second interrupt"
         elif give_up_at == math.inf and is_decided(records, exits):
