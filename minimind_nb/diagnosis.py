@@ -72,10 +72,10 @@ def _versions(*names: str) -> str:
 
 def _training(hardware: Hardware) -> str:
     if not hardware.gpus:
-        dtype = choose_dtype("cpu", None, hardware.cpu_native_bf16)
+        dtype = choose_dtype(None, hardware.cpu_native_bf16)
         return f"the CPU in {dtype}; a GPU is some hundred times faster"
     capability = min(gpu.capability for gpu in hardware.gpus)
-    dtype = choose_dtype("cuda", capability)
+    dtype = choose_dtype(capability)
     emulated = "; bfloat16 is emulated there" if capability < BF16_CAPABILITY else ""
     count = len(hardware.gpus)
     processes = "1 process on 1 GPU" if count == 1 else f"{count} processes, one a GPU"

@@ -55,20 +55,16 @@ class Hardware:
 
 
 def choose_dtype(
-    device: str,
-    capability: tuple[int, int] | None = None,
-    cpu_native_bf16: bool = False,
+    capability: tuple[int, int] | None, cpu_native_bf16: bool = False
 ) -> str:
     """Return the precision of matrix products: "float16", "bfloat16" or "float32".
 
-    By compute capability, never by `torch.cuda.is_bf16_supported()`: that answers
-    True on a T4 (7.5), where bf16 is emulated and three times slower than fp16.
+    By a GPU's compute capability (None for a CPU), not `torch.cuda.is_bf16_supported`:
+    that is True on a T4 (7.5), where bf16 is emulated, three times slower than fp16.
     """
-    if device == "cuda":
-        if capability is None:
-            raise ValueError("choose_dtype needs the compute capability of a CUDA GPU")
-        return "bfloat16" if capability >= BF16_CAPABILITY else "float16"
-    return "bfloat16" if cpu_native_bf16 else "float32"
+    if capability is None:
+        return "bfloat16" if cpu_native_bf16 else "float32"
+    return "bfloat16" if capability >= BF16_CAPABILITY else "float16"
 
 
 def choose_threads(num_processes: int, cpu_cores: int) -> int:

@@ -27,19 +27,13 @@ T4 = Gpu("Tesla T4", (7, 5), 14.6)
     ],
 )
 def test_precision_of_a_gpu_follows_its_capability(capability, dtype):
-    assert choose_dtype("cuda", capability) == dtype
-    assert choose_dtype("cuda", capability, cpu_native_bf16=True) == dtype
+    assert choose_dtype(capability) == dtype
+    assert choose_dtype(capability, cpu_native_bf16=True) == dtype
 
 
 def test_a_cpu_takes_bfloat16_only_where_it_is_native():
-    assert choose_dtype("cpu") == "float32"
-    assert choose_dtype("cpu", cpu_native_bf16=True) == "bfloat16"
-    assert choose_dtype("cpu", (8, 0)) == "float32"
-
-
-def test_precision_of_a_gpu_needs_its_capability():
-    with pytest.raises(ValueError, match="needs the compute capability of a CUDA GPU"):
-        choose_dtype("cuda")
+    assert choose_dtype(None) == "float32"
+    assert choose_dtype(None, cpu_native_bf16=True) == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ def machine_defaults(
             f"num_processes={here} is too many for {limit} on {sys.platform}; use at "
             f"most {most}"
         )
-    capability = min((gpu.capability for gpu in hardware.gpus), default=None)
-    dtype = choose_dtype(device, capability, hardware.cpu_native_bf16)
+    capability = None
+    if device == "cuda":
+        capability = min(gpu.capability for gpu in hardware.gpus)
+    dtype = choose_dtype(capability, hardware.cpu_native_bf16)
     return {
         "device": device,
         "num_processes": torchrun.world_size if torchrun else here,
