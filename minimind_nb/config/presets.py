@@ -14,7 +14,6 @@ _MINIMIND_3: dict[str, Any] = dict(
     qk_norm=True,
 )
 
-
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         hidden_size=128,
@@ -48,45 +47,41 @@ _MINIMIND: dict[str, Any] = dict(
     grad_clip=1.0,
 )
 
+_DEMO: dict[str, Any] = dict(
+    max_seq_len=256, batch_size=4, log_interval=20, eval_tokens=16_384
+)
+
 RECIPES: dict[str, dict[str, Any]] = {
-    # Small steps: at this stage their number lowers the loss, more than their tokens.
-    # 240 steps of 8 rows at 2e-3 end at 0.68 where these end at 0.50.
-    "demo": dict(
+    # Small steps: 240 steps of 8 rows at 2e-3 end at a loss of 0.68 where these end at 0.50.
+    "demo": _DEMO
+    | dict(
         max_steps=480,
-        max_seq_len=256,
-        batch_size=4,
         accumulation_steps=1,
         learning_rate=3e-3,
         warmup_iters=20,
-        log_interval=20,
         eval_interval=80,
         save_interval=160,
-        eval_tokens=16_384,
     ),
     # Of 178 held-out questions a model answers, after 1400 steps of 4 rows at a rate of
     # 2e-3, 3e-3, 4e-3 and 5e-3: 124, 128, 114 and 107.
-    "demo-sft": dict(
+    "demo-sft": _DEMO
+    | dict(
         epochs=4,
         max_steps=1500,
-        max_seq_len=256,
-        batch_size=4,
         learning_rate=2.5e-3,
-        log_interval=20,
         eval_interval=300,
         save_interval=300,
-        eval_tokens=16_384,
     ),
-    # Pairs whose margin is above 0 go from 50 to 85 %, and of the 178 questions as many
+    # Pairs whose margin is above 0 go from 50 to 85 %, and as many of the 178 questions
     # are answered as before, 125; at 1e-4 a less trained model lost most of its answers.
-    "demo-dpo": dict(
+    "demo-dpo": _DEMO
+    | dict(
         max_steps=60,
-        max_seq_len=256,
         batch_size=8,
         learning_rate=3e-5,
         log_interval=5,
         eval_interval=20,
         save_interval=60,
-        eval_tokens=16_384,
     ),
     "minimind": _MINIMIND,
     "minimind-sft": _MINIMIND
@@ -144,7 +139,6 @@ _PRETRAIN: dict[str, Any] = dict(
     max_bad_fraction=0.01,
 )
 
-# Common to the stages that train on conversations.
 _CHAT: dict[str, Any] = _PRETRAIN | dict(
     init_from="auto",
     max_seq_len=1024,
@@ -154,10 +148,8 @@ _CHAT: dict[str, Any] = _PRETRAIN | dict(
     save_interval=100,
 )
 
-# The learning rate of sft is about that of pretraining: a model of 1.6 M parameters that
-# was pretrained at 2e-3 went from a validation loss of 6.17 to 5.94 at 2e-4, 5.83 at 5e-4,
-# 5.74 at 1e-3, 5.69 at 2e-3 and 5.79 at 4e-3 in two epochs of 1,000 conversations, and to
-# 6.166 at MiniMind's 5e-7 (recipe minimind-sft).
+# For sft a rate near that of pretraining: two epochs of 1,000 conversations end at a
+# validation loss of 5.83 with 5e-4, of 6.17 with MiniMind's 5e-7.
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": _PRETRAIN,
     "sft": _CHAT | dict(epochs=2, batch_size=16, learning_rate=5e-4),
@@ -224,9 +216,14 @@ def fill_defaults(
     if not values["use_moe"]:
         # Explicit ones stay, to be refused as a contradiction.
         values |= {name: settings.get(name) for name in MIXTURE_FIELDS}
-    moe = "_moe" if values["use_moe"] else ""
-    values.setdefault("run_name", f"{stage}_{values['hidden_size']}{moe}")
+    values.setdefault("run_name", default_run_name(values))
     return values | resolve_batch(values, explicit.keys())
+
+
+def default_run_name(settings: Mapping[str, Any]) -> str:
+    """Return `{stage}_{hidden_size}[_moe]`, as MiniMind names its files."""
+    moe = "_moe" if settings.get("use_moe") else ""
+    return f"{settings.get('stage')}_{settings.get('hidden_size')}{moe}"
 
 
 def resolve_batch(
@@ -234,9 +231,8 @@ def resolve_batch(
 ) -> dict[str, Any]:
     """Return `global_batch`, `batch_size` and `accumulation_steps`.
 
-    An explicit `batch_size` or `accumulation_steps` multiplies with the processes;
-    defaults make the same global batch on any number of processes. If the numbers do not
-    divide they are returned as they are, for `validation` to refuse.
+    Defaults make the same global batch on any number of processes, explicit values
+    multiply with it. Numbers that do not divide are left for `validation` to refuse.
     """
     rows, steps = values["batch_size"], values["accumulation_steps"]
     processes, total = values["num_processes"], values.get("global_batch")

@@ -9,8 +9,8 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .presets import SHAPE_FIELDS, WEIGHTS_NAMES, fill_defaults
-from .validation import Kinds, describe_unknown, find_problems, list_problems
+from .presets import SHAPE_FIELDS, WEIGHTS_NAMES, default_run_name, fill_defaults
+from .validation import validate
 
 PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 
@@ -19,22 +19,21 @@ PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_
 class TrainConfig:
     """Every setting of a run as asked for; None means the default.
 
-    The default of a setting is the recipe's, the preset's or the stage's; in a run that
-    is resumed, the run's. Steps are optimizer steps everywhere (MiniMind counts
-    micro-batches). Raises one `ValueError` that lists all problems found.
+    The default is the recipe's, the preset's or the stage's, and in a resumed run the
+    run's. Steps are optimizer steps (MiniMind counts micro-batches). Raises one
+    `ValueError` that lists all problems found.
     """
 
     stage: str = "pretrain"
     """What to train: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
     data_path: str | None = None
-    """JSON Lines file; a line is {"text": "…"} for pretrain, {"conversations":
-    [{"role": "user", "content": "…"}, …]} for sft, {"chosen": […], "rejected": […]} for
-    dpo; "demo" for the embedded corpus."""
+    """JSON Lines file, {"text": "…"}, {"conversations": [{"role": "user", "content": "…"},
+    …]} or {"chosen": […], "rejected": […]} a line; "demo" is the embedded corpus."""
     val_path: str | None = None
-    """Validation file in the same format, instead of a held-out part of data_path."""
+    """Validation file in the same format; default: a held-out part of data_path."""
     tokenizer: str | None = None
-    """A tokenizer.json or Hugging Face folder; default: the run's, the initial weights'
-    or the shipped one with 6400 entries."""
+    """A tokenizer.json or its folder; default: that of the run or the initial weights,
+    else the shipped one."""
     out_dir: str = "out"
     """Folder for weights and run folders, relative to the working directory."""
     run_name: str | None = None
@@ -46,12 +45,10 @@ class TrainConfig:
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from the run that is resumed."""
     init_from: str | None = None
-    """Initial weights: a run, a checkpoint, a .pth or a saved folder; "none" for a random
-    initialisation (default of pretrain); "auto" (default of sft and dpo) for the newest
-    finished run of the previous stage in out_dir: pretrain for sft, sft for dpo."""
+    """Initial weights: a run, a checkpoint, a .pth or a saved folder; "auto" (default of
+    sft and dpo): the newest run of the previous stage; "none" (of pretrain): random."""
     preset: str | None = None
-    """Model shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3 or
-    minimind-3-moe."""
+    """Shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3, minimind-3-moe."""
     recipe: str | None = None
     """Optimisation settings: demo, demo-sft, demo-dpo, minimind or minimind-sft."""
     hidden_size: int | None = None
@@ -95,21 +92,17 @@ class TrainConfig:
     inference_rope_scaling: bool | None = None
     """Whether to extend the rotary frequencies with YaRN."""
     max_seq_len: int | None = None
-    """Tokens per packed row, and so the longest context trained on. A longer text is
-    split, a longer conversation truncated at a turn; a pair's prompt loses its oldest
-    turns."""
+    """Tokens per packed row. A longer text is split, a longer conversation truncated at a
+    turn; a pair's prompt loses its oldest turns."""
     document_mask: bool | None = None
-    """Whether documents in a packed row are hidden from each other; always on for sft
-    and dpo."""
+    """Whether documents in a row are hidden from each other; always on for sft and dpo."""
     epochs: int | None = None
     """Passes over the training documents."""
     global_batch: int | None = None
-    """Rows per optimizer step, over all processes and accumulation steps; default
-    batch_size × accumulation_steps × num_processes if one of the first two is set. A
-    resumed run keeps it on any number of processes."""
+    """Rows per optimizer step, which a resumed run keeps; default: batch_size ×
+    accumulation_steps × num_processes if one of the first two is set."""
     batch_size: int | None = None
-    """Rows per process in one micro-step; default: the largest that makes up
-    global_batch within the stage's default."""
+    """Rows per process in one micro-step; default: the most that divide global_batch."""
     accumulation_steps: int | None = None
     """Micro-steps whose gradients are summed in one optimizer step."""
     learning_rate: float | None = None
@@ -127,41 +120,36 @@ class TrainConfig:
     grad_clip: float | None = None
     """Largest norm of the gradient; 0 disables clipping."""
     dpo_beta: float | None = None
-    """β of the DPO loss: strength of the pull towards the reference model (the initial
-    weights); default 0.1."""
+    """β of the DPO loss: strength of the pull towards the initial weights; default 0.1."""
     max_steps: int | None = None
     """Cap on optimizer steps, and then the horizon of the schedule."""
     seed: int | None = None
     """Seed of initialisation, data order and dropout; default 42."""
     val_fraction: float | None = None
-    """Share of the documents held out for validation, chosen by content; default
-    0.01."""
+    """Share of the documents held out for validation; default 0.01."""
     eval_tokens: int | None = None
     """Largest number of text tokens in a validation."""
     eval_interval: int | None = None
     """Optimizer steps between validations; step 0 and the end are validated too."""
     sample_prompts: tuple[str, ...] | None = None
-    """Prompts that the model answers at every validation, at temperature 0.8: beginnings
-    of texts, or questions; default: two held-out ones. On the command line a JSON
-    list."""
+    """Prompts that the model answers at every validation (a JSON list on the command
+    line); default: two held-out ones."""
     sample_tokens: int | None = None
     """Longest such answer in tokens; 0 disables them."""
     log_interval: int | None = None
     """Optimizer steps between rows of metrics."""
     use_wandb: bool | None = None
-    """Whether to log to Weights & Biases as well: offline, into the run folder, without a
-    key or a network. Needs pip install 'minimind_nb[wandb]'."""
+    """Whether to also log to Weights & Biases, offline, into the run folder. Needs pip
+    install 'minimind_nb[wandb]'."""
     wandb_project: str | None = None
     """Name of the project there; default MiniMind."""
     save_interval: int | None = None
     """Optimizer steps between checkpoints; one is written at the end too."""
     keep_checkpoints: int | None = None
-    """Newest checkpoints to keep, plus the one of lowest validation loss; default 2, at
-    least 2."""
+    """Newest checkpoints to keep (at least 2), plus the one of lowest validation loss."""
     max_session_hours: float | None = None
-    """Hours after which the run saves and stops; default 11.5 on Kaggle, unlimited
-    elsewhere. Counted from the start of the session on Kaggle and Colab, elsewhere from
-    the call."""
+    """Hours of the session (elsewhere than on Kaggle and Colab: of the call) after which
+    the run saves and stops; default 11.5 on Kaggle, unlimited elsewhere."""
     device: str | None = None
     """"cuda" or "cpu"; default: every GPU, or the CPU if there is none."""
     num_processes: int | None = None
@@ -175,19 +163,13 @@ class TrainConfig:
     on_bad_line: str | None = None
     """"error" (default) refuses a file with a malformed line, "skip" skips such lines."""
     max_bad_fraction: float | None = None
-    """Largest share of malformed lines that on_bad_line="skip" accepts, and of
-    conversations without an answer that fits into a row; default 0.01."""
+    """Largest share of lines skipped, and of conversations without an answer that fits
+    into a row; default 0.01."""
 
     def __new__(cls, **settings: Any) -> TrainConfig:
-        known = kinds()
-        problems = [describe_unknown(n, known) for n in settings if n not in known]
-        if problems:
-            given = {
-                n: _plain(v)
-                for n, v in settings.items()
-                if n in known and v is not None
-            }
-            raise ValueError(list_problems(problems + find_problems(given, known)))
+        if not settings.keys() <= kinds().keys():  # else a TypeError names only one
+            given = {n: _plain(v) for n, v in settings.items() if v is not None}
+            validate(given, kinds())
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -196,9 +178,7 @@ class TrainConfig:
             if name in PATH_FIELDS and isinstance(plain, str):
                 plain = os.path.expanduser(plain)  # noqa: PTH111 - a Path drops "./"
             object.__setattr__(self, name, plain)
-        asked = not isinstance(self, ResolvedConfig)
-        if problems := find_problems(self.explicit(), kinds(), asked):
-            raise ValueError(list_problems(problems))
+        validate(self.explicit(), kinds(), isinstance(self, ResolvedConfig))
 
     def explicit(self) -> dict[str, Any]:
         """Return the settings that differ from the dataclass's defaults."""
@@ -217,11 +197,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(TrainConfig):
-    """The settings of a run with every default filled in.
-
-    Still None are `max_steps`, `max_session_hours` and `sample_prompts` if not set, the
-    settings of mixtures if the model is dense, and `dpo_beta` if the stage is not dpo.
-    """
+    """The settings of a run with every default filled in; None means not used."""
 
     data_path: str = ""
     run_name: str = field()  # without the default of the base class, as all below
@@ -275,19 +251,15 @@ class ResolvedConfig(TrainConfig):
     def weights_name(self) -> str:
         """MiniMind's name for the weights, such as `full_sft_512_moe.pth`, or the run's
         own name if it has one."""
-        suffix = f"{self.hidden_size}{'_moe' if self.use_moe else ''}"
-        if self.run_name == f"{self.stage}_{suffix}":
-            return f"{WEIGHTS_NAMES[self.stage]}_{suffix}.pth"
-        return f"{self.run_name}.pth"
+        name = self.run_name
+        if name == default_run_name(vars(self)):
+            name = name.replace(self.stage, WEIGHTS_NAMES[self.stage], 1)
+        return f"{name}.pth"
 
 
 def resolve(cfg: TrainConfig, **found: Any) -> ResolvedConfig:
-    """Fill in every default.
-
-    `found` is what this machine and the initial weights say: device, num_processes,
-    dtype, vocab_size and the other names of a shape. An explicit setting, the recipe and
-    the preset take precedence. Raises `ValueError`.
-    """
+    """Fill in every default, of `found` (this machine's, and the shape of the initial
+    weights) before the stage's. Raises `ValueError`."""
     return ResolvedConfig(**fill_defaults(cfg.explicit(), found))
 
 
@@ -300,7 +272,7 @@ def shorten_home(path: Any) -> Any:
 
 
 @functools.cache
-def kinds() -> Kinds:
+def kinds() -> dict[str, tuple[type, ...]]:
     """Return the types each field of `TrainConfig` may have, None among them."""
     found = {}
     for name, hint in typing.get_type_hints(TrainConfig).items():
@@ -310,15 +282,9 @@ def kinds() -> Kinds:
 
 
 def _plain(value: Any) -> Any:
-    """Turn paths, NumPy scalars, lists and subclasses of str into plain values."""
+    """Turn paths, NumPy scalars and lists into plain values."""
     if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+        return os.fspath(value)
     if getattr(value, "shape", None) == ():
-        value = value.item()
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return int(value) if isinstance(value, int) else float(value)
-    return value
+        return value.item()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

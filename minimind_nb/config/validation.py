@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,10 +18,14 @@ from .presets import (
     fill_defaults,
 )
 
-Kinds = Mapping[str, tuple[type, ...]]
-"""The types that each setting may have."""
-
-_MAX_NAME_BYTES = 200  # a file system takes 255, and endings are added to names
+_CHOICES: dict[str, Iterable[str]] = {
+    "stage": STAGES,
+    "preset": PRESETS,
+    "recipe": RECIPES,
+    "device": ("cuda", "cpu"),
+    "dtype": ("float16", "bfloat16", "float32"),
+    "on_bad_line": ("error", "skip"),
+}
 _AT_LEAST = {
     0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
     "grad_clip seed sample_tokens",
@@ -38,37 +41,40 @@ _POSITIVE = (
     "dpo_beta"
 ).split()
 _FRACTIONS = "dropout beta1 beta2 val_fraction max_bad_fraction".split()
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_CHOICES: dict[str, Iterable[str]] = {
-    "stage": STAGES,
-    "preset": PRESETS,
-    "recipe": RECIPES,
-    "device": ("cuda", "cpu"),
-    "dtype": ("float16", "bfloat16", "float32"),
-    "on_bad_line": ("error", "skip"),
+_AT_MOST = {
+    "num_experts_per_tok": "n_routed_experts",
+    "max_seq_len": "max_position_embeddings",
+    "sample_tokens": "max_position_embeddings",
+    "min_learning_rate": "learning_rate",
 }
 
 
-def find_problems(
-    settings: Mapping[str, Any], kinds: Kinds, asked: bool = True
-) -> list[str]:
-    """Return everything that is wrong with explicit settings, one sentence each.
+def validate(
+    settings: Mapping[str, Any],
+    kinds: Mapping[str, tuple[type, ...]],
+    resolved: bool = False,
+) -> None:
+    """Raise one `ValueError` with everything that is wrong with explicit settings.
 
-    `asked` is False for resolved settings, in which defaults cannot be told from what
-    was set.
+    `kinds` are the types that each setting may have. In `resolved` settings defaults
+    cannot be told from what was set, so none is refused for having no effect.
     """
     sound, problems = {}, []
     for name, value in settings.items():
-        if problem := _value_problem(name, value, kinds[name]):
+        if problem := _value_problem(name, value, kinds):
             problems.append(problem)
         else:
             sound[name] = value
     values = fill_defaults(sound)
-    problems += filter(None, map(_range_problem, values, values.values()))
+    problems += filter(None, map(_out_of_range, values, values.values()))
     problems += _contradictions(values, "num_processes" in sound)
-    if asked:
-        problems += _misplaced(sound, values)
-    return [*problems, *_not_changeable(sound.get("allow_change", ()), kinds)]
+    if not resolved:
+        problems += _without_effect(sound, values)
+    problems += _not_changeable(sound.get("allow_change", ()), kinds)
+    if problems:
+        many = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        head = f"the configuration has {many}:"
+        raise ValueError("\n  - ".join([head, *problems]))
 
 
 def describe_unknown(name: str, known: Iterable[str], what: str = "setting") -> str:
@@ -76,42 +82,36 @@ def describe_unknown(name: str, known: Iterable[str], what: str = "setting") -> 
     return f"unknown {what} {name!r}{_hint(name, known)}"
 
 
-def list_problems(problems: list[str]) -> str:
-    """Return the text of the one error that carries all problems."""
-    many = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n  - ".join([f"the configuration has {many}:", *problems])
-
-
-def _hint(name: str, known: Iterable[str], quote: str = "") -> str:
+def _hint(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {quote}{close[0]}{quote}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def _value_problem(name: str, value: Any, kinds: tuple[type, ...]) -> str | None:
-    kind = type(value)
+def _value_problem(
+    name: str, value: Any, kinds: Mapping[str, tuple[type, ...]]
+) -> str | None:
+    if name not in kinds:
+        return describe_unknown(name, kinds)
+    kind, allowed = type(value), kinds[name]
     if kind is float and not math.isfinite(value):
         return f"{name}={value} is not a finite number"
-    for part in value if kind is tuple else (value,):
-        if isinstance(part, str) and _SURROGATE.search(part):
-            return f"{name} contains half of a surrogate pair: {part!a:.60}"
     names_only = kind is not tuple or all(isinstance(part, str) for part in value)
-    if not (names_only and (kind in kinds or (kind is int and float in kinds))):
+    if not (names_only and (kind in allowed or (kind is int and float in allowed))):
         special = {type(None): "None", tuple: "tuple of strings"}
-        expected = " or ".join(special.get(kind, kind.__name__) for kind in kinds)
+        expected = " or ".join(special.get(one, one.__name__) for one in allowed)
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _CHOICES.get(name)
     if choices and value is not None and value not in choices:
-        meant = "cuda" if value == "gpu" else value
-        hint = _hint(meant, choices, quote="'")
+        hint = _hint("cuda" if value == "gpu" else value, choices)
         return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
     return None
 
 
-def _range_problem(name: str, value: Any) -> str | None:
+def _out_of_range(name: str, value: Any) -> str | None:
     if value is None:
         return None
     if name in _MINIMUM and value < _MINIMUM[name]:
-        return f"{name}={value} is too small, at least {_MINIMUM[name]} is needed"
+        return f"{name}={value} must be at least {_MINIMUM[name]}"
     if name in _POSITIVE and value <= 0:
         return f"{name}={value} must be above 0"
     if name in _FRACTIONS and not 0 <= value < 1:
@@ -119,11 +119,13 @@ def _range_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _contradictions(v: Mapping[str, Any], processes_known: bool) -> list[str]:
-    """Return what does not fit together, defaults included."""
+def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str]:
+    """Yield what does not fit together, defaults included."""
+    for name, limit in _AT_MOST.items():
+        if v[name] is not None and v[limit] is not None and v[name] > v[limit]:
+            yield f"{name}={v[name]} is more than {limit}={v[limit]}"
     width, heads, head_dim = v["hidden_size"], v["num_attention_heads"], v["head_dim"]
-    kv_heads, top_k = v["num_key_value_heads"], v["num_experts_per_tok"]
-    context = v["max_position_embeddings"]
+    kv_heads = v["num_key_value_heads"]
     rows, steps, count = v["batch_size"], v["accumulation_steps"], v["num_processes"]
     rules = {
         f"hidden_size={width} is not divisible by num_attention_heads={heads}; choose a "
@@ -134,27 +136,12 @@ def _contradictions(v: Mapping[str, Any], processes_known: bool) -> list[str]:
             kv_heads > 0 and heads % kv_heads
         ),
         f"head_dim={head_dim} is odd; rotary embeddings need pairs": head_dim % 2,
-        f"num_experts_per_tok={top_k} is more than "
-        f"n_routed_experts={v['n_routed_experts']}": (
-            v["use_moe"] and top_k > v["n_routed_experts"]
-        ),
-        f"max_seq_len={v['max_seq_len']} is more than "
-        f"max_position_embeddings={context}": v["max_seq_len"] > context,
-        f"sample_tokens={v['sample_tokens']} is not below "
-        f"max_position_embeddings={context}": v["sample_tokens"] >= context,
-        f"min_learning_rate={v['min_learning_rate']} is above "
-        f"learning_rate={v['learning_rate']}": (
-            v["min_learning_rate"] > v["learning_rate"]
-        ),
         f"global_batch={v['global_batch']} is not batch_size={rows} × "
         f"accumulation_steps={steps} × num_processes={count}; leave some of them out": (
             processes_known and v["global_batch"] != rows * steps * count
         ),
         'dtype="float16" needs a GPU; on a CPU use "float32" or "bfloat16"': (
             v["device"] == "cpu" and v["dtype"] == "float16"
-        ),
-        "seed is too large, at most 2**63 - 1 is possible": (
-            v["seed"] >= 1 << 63  # torch takes 64 bits with a sign
         ),
         f"run_name={v['run_name']!r} cannot be the name of a run folder in out_dir": (
             not _is_folder_name(v["run_name"])
@@ -167,21 +154,16 @@ def _contradictions(v: Mapping[str, Any], processes_known: bool) -> list[str]:
             v["stage"] != "pretrain" and v["document_mask"] is False
         ),
     }
-    return [problem for problem, wrong in rules.items() if wrong]
+    yield from (problem for problem, wrong in rules.items() if wrong)
 
 
 def _is_folder_name(name: str) -> bool:
-    return (
-        name not in ("", "cache")  # token caches are in that folder
-        and not name.startswith((".", f"{WEIGHTS_NAMES['sft']}_"))  # others' weights
-        and name.isprintable()
-        and len(name.encode()) <= _MAX_NAME_BYTES
-        and {"/", "\\"}.isdisjoint(name)
-    )
+    # "cache" holds the token caches, and "full_sft_…" is the weights' name of other runs.
+    taken = name in ("", "cache") or name.startswith((".", f"{WEIGHTS_NAMES['sft']}_"))
+    return not taken and name.isprintable() and "/" not in name
 
 
-def _misplaced(settings: Mapping[str, Any], v: Mapping[str, Any]) -> Iterator[str]:
-    """Yield explicit settings that have no effect beside the others."""
+def _without_effect(settings: Mapping[str, Any], v: Mapping[str, Any]) -> Iterator[str]:
     rules = {
         "val_fraction": ("val_path" in settings, "cannot be used with val_path"),
         "dpo_beta": (v["stage"] != "dpo", 'needs stage="dpo"'),
@@ -194,10 +176,12 @@ def _misplaced(settings: Mapping[str, Any], v: Mapping[str, Any]) -> Iterator[st
             yield f"{name} {reason}; leave it out"
 
 
-def _not_changeable(names: Iterable[str], kinds: Kinds) -> Iterator[str]:
+def _not_changeable(
+    names: Iterable[str], known: Mapping[str, tuple[type, ...]]
+) -> Iterator[str]:
     for name in names:
-        if name not in kinds:
-            yield f"allow_change: {describe_unknown(name, kinds)}"
+        if name not in known:
+            yield f"allow_change: {describe_unknown(name, known)}"
         elif name in SHAPE_FIELDS and name not in TRAINING_SHAPE_FIELDS:
             yield (
                 f"allow_change: {name} is part of the weights' shape, which cannot "

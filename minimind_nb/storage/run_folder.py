@@ -102,12 +102,6 @@ class RunFolder:
         """Return the resolved settings in `config.json`."""
         return self.read_config().get("settings", {})
 
-    def has_default_name(self) -> bool:
-        """Return whether the folder has the name of its stage and width."""
-        s = self.settings()
-        moe = "_moe" if s.get("use_moe") else ""
-        return self.root.name == f"{s.get('stage')}_{s.get('hidden_size')}{moe}"
-
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.json`, creating the folder if necessary."""
         self.root.mkdir(parents=True, exist_ok=True)

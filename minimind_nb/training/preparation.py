@@ -21,6 +21,7 @@ from ..config import (
     STAGES,
     ResolvedConfig,
     TrainConfig,
+    default_run_name,
     fill_defaults,
     resolve,
     shorten_home,
@@ -162,7 +163,7 @@ def _find_run_name(cfg: TrainConfig) -> str | None:
     fits = [
         run.root.name
         for run in (runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume else [])
-        if run.has_default_name()
+        if run.root.name == default_run_name(run.settings())
         and all(run.settings().get(name) == value for name, value in wanted.items())
     ]
     if len(fits) > 1:
