@@ -55,7 +55,7 @@ def plan(cfg: TrainConfig) -> Facts:
     epoch = f"{stream.tokens:,} text tokens in {stream.rows:,} {row}"
     if not pairs:
         epoch += f" of {stream.width} (fill {stream.fill:.3f})"
-    if (targets := int(stream.truncated.trained.sum())) < stream.tokens:
+    if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
     facts = {
         "parameters": f"{count['total']:,}{active}",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..config import ResolvedConfig
-from .conversations import TRAINED
+from .conversations import IN_LOSS
 from .packing import (
     PackedRows,
     TruncatedDocuments,
@@ -150,7 +150,7 @@ class SampleReader:
         if self.cache.marks is not None:
             begin = int(self.cache.offsets[document]) + start + 1
             marks = self.cache.marks[begin : begin + count]
-            targets = np.where(marks & TRAINED, targets.astype(np.int64), IGNORED)
+            targets = np.where(marks & IN_LOSS, targets.astype(np.int64), IGNORED)
         return number, ids[:-1], targets
 
 
@@ -189,8 +189,8 @@ class TrainingStream:
             self.rows = -(-self.tokens // self.width)
         else:
             self.rows = len(self._rows_of(0))
-            self._trained = np.zeros(len(cache), np.int64)
-            self._trained[truncated.documents] = truncated.trained
+            self._loss_tokens = np.zeros(len(cache), np.int64)
+            self._loss_tokens[truncated.documents] = truncated.loss_tokens
         self.total_samples = cfg.epochs * self.rows
         self.total_steps = -(-self.total_samples // self.global_batch)
 
@@ -235,7 +235,9 @@ class TrainingStream:
             return tokens, end - begin
         if self.cfg.stage == "pretrain":
             return tokens, tokens
-        return tokens, int(self._trained[[document for document, *_ in pieces]].sum())
+        return tokens, int(
+            self._loss_tokens[[document for document, *_ in pieces]].sum()
+        )
 
     def pieces(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each piece of a sample, last targets included, and their loss

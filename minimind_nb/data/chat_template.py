@@ -25,7 +25,7 @@ from .tokenizer import TokenizerSpec
 Message = dict[str, str]
 
 ESCAPE = "\ufdd0"
-"""Stands, in a message, before the character that stands for a special string.
+"""Begins, in a message, what stands for a special string or for this character.
 
 It is a Unicode noncharacter: for internal use, in no text.
 """
@@ -34,19 +34,17 @@ _FIRST_STAND_IN = 0xF0000  # private use, plane 15
 # Of processor time, for one conversation: a template is a program from a stranger.
 _MOST_SECONDS = 1.0  # for a conversation of few messages
 _MESSAGES = 50  # from so many on it takes longer
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_ANSWERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _MOST_BYTES = 1 << 27  # of memory
 _BYTES_A_CHARACTER = 32
+_ANSWER_MARKS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _MOST = 1_000_000  # a number in a template
 _WIDE = re.compile(r"[%:<>^]0?\d{5,}")  # in what formats a number
 
-
 Segment = tuple[str, str | None, bool]
-"""A part of a rendered conversation: text, role, and whether it counts in the loss.
+"""A part of a rendered conversation: text, role, and whether it is in the loss.
 
 Special strings in messages are escaped. The role is that of the turn which begins here,
-None inside of a turn. With an answer counts what the template closes it by.
+None inside a turn. What closes an answer is in the loss with it.
 """
 
 
@@ -63,42 +61,46 @@ class ChatTemplate:
 
         if not spec.chat_template:
             raise ValueError(
-                "the tokenizer has no chat template, which says how turns are written: "
-                "put one beside its tokenizer.json as chat_template.jinja, or set "
-                "tokenizer.chat_template before you give it"
+                "the tokenizer has no chat template: put one beside its tokenizer.json "
+                "as chat_template.jinja, or set tokenizer.chat_template"
             )
         _refuse_bombs(spec.chat_template)
-        self._render_template: Any = render_jinja_template
-        self._template = spec.chat_template
-        self._marks_answers = bool(_GENERATION.search(spec.chat_template))
-        roles = ("bos_token", "eos_token", "pad_token")
-        self._names = {role: getattr(spec, role) for role in roles}
+        self._marks_answers = bool(_ANSWER_MARKS.search(spec.chat_template))
+        self._render_template: Any = functools.partial(
+            render_jinja_template,
+            chat_template=spec.chat_template,
+            bos_token=spec.bos_token,
+            eos_token=spec.eos_token,
+            pad_token=spec.pad_token,
+        )
         self._heads = re.compile(rf"{re.escape(spec.bos_token)}(\w*)")
         added = json.loads(spec.json)["added_tokens"]
         special = [one["content"] for one in added if one["special"]]
         special.sort(key=len, reverse=True)  # a longer one goes before its beginning
         self.special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
-        escaped = [*special, ESCAPE]
-        self._escaped = re.compile("|".join(map(re.escape, escaped)))
-        stand_ins = {each: _FIRST_STAND_IN + n for n, each in enumerate(escaped)}
-        self._escapes = {each: ESCAPE + chr(n) for each, n in stand_ins.items()}
-        self._meant = {escape: each for each, escape in self._escapes.items()}
-        self._unescaped = re.compile("|".join(self._meant))
+        self._stand_ins = [
+            (each, ESCAPE + chr(_FIRST_STAND_IN + n))
+            for n, each in enumerate([ESCAPE, *special])
+        ]
 
     def escape(self, content: str) -> str:
         """Return a message's content with nothing in it that could be a special string."""
-        return self._escaped.sub(lambda found: self._escapes[found[0]], content)
+        for each, stand_in in self._stand_ins:
+            content = content.replace(each, stand_in)
+        return content
 
     def unescape(self, text: str) -> str:
         """Return what was said, of an escaped text."""
-        return self._unescaped.sub(lambda found: self._meant[found[0]], text)
+        for each, stand_in in reversed(self._stand_ins):
+            text = text.replace(stand_in, each)
+        return text
 
     def render(
-        self, messages: Sequence[Message], untrained: int = 0, answered: bool = True
+        self, messages: Sequence[Message], context: int = 0, answered: bool = True
     ) -> list[Segment]:
         """Render a conversation, or a prompt, which ends where an answer begins.
 
-        The answers among the first `untrained` messages do not count in the loss. Raises
+        The answers among the first `context` messages are not in the loss. Raises
         `Fault` if the template fails, or does not show where the answers are.
         """
         messages = [
@@ -113,66 +115,53 @@ class ChatTemplate:
         if not self._marks_answers:
             ends = [*turns[1:], len(text)]
             answers = [
-                (self._find_start(text, messages[:n]), ends[n]) for n in answering
+                (self._find_end(text, messages[:n], prompt=True), ends[n])
+                for n in answering
             ]
         if len(answers) != len(answering) or not all(0 < a < b for a, b in answers):
             raise _refusal(
                 f"it shows {len(answers)} of {len(answering)}, or empty ones"
             )
-        ends = {
+        in_loss = {
             start: end
             for (start, end), number in zip(answers, answering, strict=True)
-            if number >= untrained
+            if number >= context
         }
         role_at = dict(zip(turns, roles, strict=True))
-        end = 0
         segments: list[Segment] = []
-        cuts = sorted({0, len(text), *turns, *ends, *ends.values()})
+        end = 0
+        cuts = sorted({0, len(text), *turns, *in_loss, *in_loss.values()})
         for a, b in itertools.pairwise(cuts):
-            end = ends.get(a, end)
+            end = in_loss.get(a, end)
             segments.append((text[a:b], role_at.get(a), a < end))
         return segments
 
     def _find_turns(
         self, messages: list[Message], text: str, roles: list[str]
     ) -> list[int]:
-        """Return where turns begin: at ChatML's heads, else where shorter ones end."""
+        """Return where turns begin: at ChatML's heads, else where fewer messages end."""
         heads = list(self._heads.finditer(text))
         if [head[1] for head in heads] == roles:
             return [0, *(head.start() for head in heads[1:])]
-        places = [0]
-        for count in range(1, len(roles)):
-            shorter, _ = self._render(messages[:count])
-            places.append(self._find_end(text, shorter, places[-1]))
-        return places
+        counts = range(1, len(roles))
+        return [0, *(self._find_end(text, messages[:count]) for count in counts)]
 
-    def _find_end(self, text: str, shorter: str, after: int) -> int:
-        """Return where the first messages end, which alone are rendered as `shorter`."""
-        if text.startswith(shorter):
-            return len(shorter)
-        ends = [found.start() for found in self.special.finditer(shorter)]
-        closing = shorter[ends[-1] :] if ends else ""
-        place = text.find(closing, after) if closing else -1
-        if place < 0 and self._marks_answers:
-            return after  # a turn that merges with the one before hides no answer
-        if place < 0:
-            raise _refusal("it writes a turn in another way when others follow")
-        return place + len(closing)
+    def _find_end(self, text: str, first: list[Message], prompt: bool = False) -> int:
+        """Return where the first messages end in the text of all of them.
 
-    def _find_start(self, text: str, asking: list[Message]) -> int:
-        """Return where the answer to some messages begins.
-
-        A template may end their prompt in another way when an answer follows, by an
-        empty thought, say: then it is after the last line that both have in common.
+        Alone they may be written in another way, without a thought, say: then it is
+        after as many special strings, and the lines after these that both have.
         """
-        prompt, _ = self._render(asking, True)
-        if text.startswith(prompt):
-            return len(prompt)
-        shared = len(os.path.commonprefix([text, prompt]))
-        ends = [found.end() for found in self.special.finditer(prompt)]
-        if not ends or ends[-1] > shared:
-            raise _refusal("it writes a prompt in another way when the answer follows")
-        return max(ends[-1], text.rfind("\n", 0, shared) + 1)
+        alone, _ = self._render(first, prompt)
+        if text.startswith(alone):
+            return len(alone)
+        found = list(self.special.finditer(alone))
+        same = list(self.special.finditer(text))[: len(found)]
+        if not found or [one[0] for one in found] != [one[0] for one in same]:
+            raise _refusal("it writes messages in another way when others follow")
+        rest, end = alone[found[-1].end() :], same[-1].end()
+        shared = os.path.commonprefix([rest, text[end:]])
+        return end + (len(rest) if shared == rest else shared.rfind("\n") + 1)
 
     def _render(
         self, messages: list[Message], prompt: bool = False, answers: bool = False
@@ -181,10 +170,8 @@ class ChatTemplate:
         try:
             texts, spans = self._render_template(
                 [messages],
-                chat_template=self._template,
                 return_assistant_tokens_mask=answers,
                 add_generation_prompt=prompt,
-                **self._names,
             )
         except (ImportError, TimeoutError):
             raise
@@ -202,14 +189,16 @@ class ChatTemplate:
 
 
 @contextlib.contextmanager
-def limited(characters: int) -> Iterator[Callable[[int], object]]:
+def limited(
+    conversations: Sequence[Sequence[Message]],
+) -> Iterator[Callable[[int], object]]:
     """Limit time and memory of rendering; yield a function that restarts the time.
 
     It takes the number of messages: templates that mark no answers are rendered for each
-    of them, so the time grows with their square. `TimeoutError` is raised when it is
-    over, `MemoryError` when the memory for so many characters in all is. Both on the main
-    thread only: signals arrive there, and two threads could not restore a process's one
-    limit in order.
+    of them, so the time grows with their square. Raises `TimeoutError` when it is over,
+    `MemoryError` when the memory for all conversations is (Linux). On the main thread
+    only: signals arrive there, and two threads could not restore a process's one limit
+    in order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda messages: None
@@ -221,47 +210,36 @@ def limited(characters: int) -> Iterator[Callable[[int], object]]:
             "give the tokenizer another template"
         )
 
-    before = signal.signal(signal.SIGVTALRM, stop)
+    handler = signal.signal(signal.SIGVTALRM, stop)
     start = functools.partial(signal.setitimer, signal.ITIMER_VIRTUAL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        with _limited_memory(_MOST_BYTES + _BYTES_A_CHARACTER * characters):
-            yield lambda count: start(_MOST_SECONDS * (1 + (count / _MESSAGES) ** 2))
+        if sys.platform.startswith("linux"):
+            with open("/proc/self/statm", "rb") as file:
+                held = int(file.read().split()[0]) * resource.getpagesize()
+            messages = itertools.chain(*conversations)
+            characters = sum(len(text) for one in messages for text in one.values())
+            most = held + _MOST_BYTES + _BYTES_A_CHARACTER * characters
+            most = most if soft == resource.RLIM_INFINITY else min(most, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        yield lambda count: start(_MOST_SECONDS * (1 + (count / _MESSAGES) ** 2))
     finally:
         start(0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-@contextlib.contextmanager
-def _limited_memory(more: int) -> Iterator[None]:
-    """Limit the memory that the block may add, in bytes; on Linux only."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    before, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", "rb") as file:
-        pages = int(file.read().split()[0])
-    most = pages * resource.getpagesize() + more
-    if before != resource.RLIM_INFINITY:
-        most = min(most, before)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+        signal.signal(signal.SIGVTALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _refuse_bombs(template: str) -> None:
     """Raise `ValueError` for arithmetic by which some characters become gigabytes.
 
-    It is one call into C, which no time limit interrupts. What this overlooks ends at the
-    memory limit.
+    No time limit interrupts a call into C. What this overlooks ends at the memory limit.
     """
     import jinja2
     from jinja2 import nodes
 
     grammar = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tree = grammar.parse(_ANSWERS.sub("", template))
+        tree = grammar.parse(_ANSWER_MARKS.sub("", template))
     except jinja2.TemplateSyntaxError:
         return  # rendering reports it
     for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Const)):

@@ -1,12 +1,13 @@
-"""Conversations become token ids with marks: counts in the loss, begins a turn.
+"""Check conversations, and encode them with marks: in the loss, a turn begins.
 
 What a message says stays ordinary text: none can forge a turn, or move a mark.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from .fast_encoding import BulkEncoder
 from .jsonl import Fault
 from .tokenizer import TokenizerSpec
 
-TRAINED, TURN, USER = 1, 2, 4
-"""Bits of a token's mark: it counts in the loss; a turn begins here; it is the user's."""
+IN_LOSS, TURN, USER = 1, 2, 4
+"""Bits of a token's mark: it is in the loss; a turn begins here; it is the user's."""
 
 _FOLLOWERS = {
     None: ("system", "user"),
@@ -38,7 +39,7 @@ def check_conversation(
     """
     if key not in row:
         return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {_keys(row)}')
-    if fault := _check(row[key]):
+    if fault := check_messages(row[key]):
         reason = f'in "{key}", {fault.reason}'
         return Fault(fault.kind, reason, fault.mark or f'"{key}"')
     roles = [message["role"] for message in row[key]]
@@ -63,39 +64,18 @@ def check_pair(row: dict[str, Any]) -> Fault | None:
             return fault
     chosen, rejected = plain(row["chosen"]), plain(row["rejected"])
     shared = count_shared(chosen, rejected)
-    if chosen == rejected:
-        kind, reason = "equal_pair", '"chosen" and "rejected" are equal'
-    elif not shared:
+    if not shared:
         kind = "no_common_prompt"
-        reason = (
-            '"chosen" and "rejected" have no prompt in common: they begin otherwise'
-        )
-    elif shared == min(len(chosen), len(rejected)):
-        kind = "no_difference"
-        reason = 'of "chosen" and "rejected" one is the beginning of the other'
-    else:
-        return None
-    return Fault(kind, reason, '"rejected"')
+        reason = '"chosen" and "rejected" have no prompt in common'
+        return Fault(kind, reason, '"rejected"')
+    if shared == min(len(chosen), len(rejected)):
+        reason = 'of "chosen" and "rejected" one is the other, or its beginning'
+        return Fault("no_difference", reason, '"rejected"')
+    return None
 
 
-def check_messages(messages: Any) -> str | None:
-    """Return what is wrong with a conversation, answered or not; None if nothing is."""
-    fault = _check(messages)
-    return fault.reason if fault else None
-
-
-def plain(messages: Sequence[dict[str, Any]]) -> list[Message]:
-    """Return role and content of messages that were checked, without other keys."""
-    return [{"role": one["role"], "content": one["content"]} for one in messages]
-
-
-def count_shared(a: Sequence[Message], b: Sequence[Message]) -> int:
-    """Return how many first messages two conversations have in common."""
-    same = [x == y for x, y in zip(a, b, strict=False)]
-    return same.index(False) if False in same else len(same)
-
-
-def _check(messages: Any) -> Fault | None:
+def check_messages(messages: Any) -> Fault | None:
+    """Check a conversation, answered or not."""
     if not isinstance(messages, list | tuple):
         return Fault("not_a_list", f"{_show(messages)} is not a list of messages")
     if not messages:
@@ -108,6 +88,17 @@ def _check(messages: Any) -> Fault | None:
             return Fault(kind, f"message {number} {found}", _show(at, None))
         before = message["role"]
     return None
+
+
+def plain(messages: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return role and content of messages that were checked, without other keys."""
+    return [{"role": one["role"], "content": one["content"]} for one in messages]
+
+
+def count_shared(a: Sequence[Message], b: Sequence[Message]) -> int:
+    """Return how many first messages two conversations have in common."""
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def _check_message(message: Any, before: str | None) -> tuple[str, str] | None:
@@ -157,27 +148,26 @@ class ChatEncoder:
     def encode(
         self,
         conversations: Sequence[Sequence[Message]],
-        untrained: Sequence[int] | None = None,
+        context: Sequence[int] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray] | Fault]:
         """Return ids (uint32) and marks (uint8) of conversations that were checked.
 
-        Nothing of the first `untrained` messages of each counts in the loss. A `Fault`
-        stands in the place of a conversation that the template does not take.
+        The first `context` messages of each are not in the loss. A `Fault` stands in the
+        place of a conversation that the template does not take.
         """
         rendered: list[list[Segment] | Fault] = []
-        with limited(sum(map(_length, conversations))) as start:
+        with limited(conversations) as start:
             for number, messages in enumerate(conversations):
                 start(len(messages))
-                first = untrained[number] if untrained else 0
                 try:
+                    first = context[number] if context else 0
                     rendered.append(self._template.render(messages, first))
                 except Fault as fault:
                     rendered.append(fault)
         good = [each for each in rendered if not isinstance(each, Fault)]
-        ids = iter(self._encode_segments([one for each in good for one in each]))
+        ids = iter(self._encode_segments(list(itertools.chain(*good))))
         return [
-            each if isinstance(each, Fault) else _join(each, [next(ids) for _ in each])
-            for each in rendered
+            each if isinstance(each, Fault) else _join(each, ids) for each in rendered
         ]
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
@@ -186,7 +176,7 @@ class ChatEncoder:
         They are those that `encode` gives before that answer. Raises `Fault`, a
         `ValueError`, if the template does not take them.
         """
-        with limited(_length(messages)) as start:
+        with limited([messages]) as start:
             start(len(messages))
             segments = self._template.render(messages, answered=False)
         return np.concatenate(self._encode_segments(segments))
@@ -199,30 +189,21 @@ class ChatEncoder:
         ]
 
     def _encode_escaped(self, text: str) -> np.ndarray:
-        ids = []
-        for number, part in enumerate(self._template.special.split(text)):
-            if number % 2:
-                ids += self._encoder.encode([part])
-            else:
-                said = self._template.unescape(part)
-                ids += self._encoder.encode_ordinary([said])
+        parts = self._template.special.split(text)  # every second one is special
+        said = [self._template.unescape(part) for part in parts[::2]]
+        ids = self._encoder.encode(parts)
+        ids[::2] = self._encoder.encode_ordinary(said)
         return np.concatenate(ids)
 
 
-def _length(messages: Sequence[Message]) -> int:
-    return sum(len(text) for message in messages for text in message.values())
-
-
 def _join(
-    segments: list[Segment], ids: list[np.ndarray]
+    segments: list[Segment], ids: Iterator[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of all segments in one array, and their marks."""
-    lengths = [len(each) for each in ids]
-    trained = np.array([counts * TRAINED for _, _, counts in segments], np.uint8)
-    marks = np.repeat(trained, lengths)
-    begin = 0
-    for (_, role, _), length in zip(segments, lengths, strict=True):
+    """Return the ids of the segments, which come next, in one array, and their marks."""
+    parts, marks = [], []
+    for (_, role, in_loss), part in zip(segments, ids, strict=False):
+        parts.append(part)
+        marks.append(np.full(len(part), IN_LOSS * in_loss, np.uint8))
         if role:
-            marks[begin : begin + 1] |= TURN | USER * (role == "user")
-        begin += length
-    return np.concatenate(ids), marks
+            marks[-1][:1] |= TURN | USER * (role == "user")
+    return np.concatenate(parts), np.concatenate(marks)

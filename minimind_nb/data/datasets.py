@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from ..session import current_session
-from .conversations import TRAINED
+from .conversations import IN_LOSS
 from .demo import locate
 from .packing import truncate_documents
 from .record_formats import RECORD_FORMATS
@@ -152,7 +152,7 @@ class RLAIFDataset(Dataset[dict[str, str]]):
     def __getitem__(self, index: int) -> dict[str, str]:
         number = range(len(self))[index]
         ids = self.cache.document(number)
-        begin = int(np.argmax(self.cache.marks_of(number) & TRAINED))
+        begin = int(np.argmax(self.cache.marks_of(number) & IN_LOSS))
         prompt, answer = (
             self._tokenizer.decode(part.tolist(), skip_special_tokens=False)
             for part in (ids[:begin], ids[begin:])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .conversations import TRAINED, TURN, USER
+from .conversations import IN_LOSS, TURN, USER
 from .token_cache import TokenCache
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -175,7 +175,7 @@ class TruncatedDocuments:
     """The parts of documents that are used; arrays are int64, one entry a document.
 
     A part is (document, start, targets): `targets` predicted tokens, the first from the
-    token at `start`. Of them `trained` count in the loss, and spell `text_bytes` bytes of
+    token at `start`. Of them `loss_tokens` are in the loss, and spell `text_bytes` bytes of
     UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left, and
     are not among `documents`; the longest had `longest` targets before.
     """
@@ -183,7 +183,7 @@ class TruncatedDocuments:
     documents: np.ndarray
     starts: np.ndarray
     targets: np.ndarray
-    trained: np.ndarray
+    loss_tokens: np.ndarray
     text_bytes: np.ndarray
     cut: int
     dropped: int
@@ -245,12 +245,12 @@ def _find_ends(cache: TokenCache, documents: np.ndarray, width: int) -> np.ndarr
     found = np.zeros((3, len(documents)), np.int64)
     for number, document in enumerate(documents.tolist()):
         marks = cache.marks_of(document)
-        continued = np.append((marks[1:] & (TRAINED | TURN)) == TRAINED, False)
-        ends = np.flatnonzero((marks & TRAINED > 0) & ~continued) + 1
+        continued = np.append((marks[1:] & (IN_LOSS | TURN)) == IN_LOSS, False)
+        ends = np.flatnonzero((marks & IN_LOSS > 0) & ~continued) + 1
         ends = ends[ends <= width + 1]
         if len(ends):
             sizes = cache.answer_sizes[first[document] :][: len(ends)]
-            trained = np.count_nonzero(marks[: ends[-1]] & TRAINED)
+            trained = np.count_nonzero(marks[: ends[-1]] & IN_LOSS)
             found[:, number] = ends[-1], trained, sizes.sum()
     return found
 
@@ -273,5 +273,5 @@ def _find_begins(cache: TokenCache, pairs: np.ndarray, width: int) -> np.ndarray
 
 def _find_prompt_turns(marks: np.ndarray) -> list[int]:
     """Return the begins of the turns before the first trained answer, but the first."""
-    answer = int(np.argmax(marks & TRAINED > 0))
+    answer = int(np.argmax(marks & IN_LOSS > 0))
     return np.flatnonzero(marks[: answer + 1] & TURN)[1:-1].tolist()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .conversations import (
-    TRAINED,
+    IN_LOSS,
     ChatEncoder,
     Message,
     check_conversation,
@@ -93,18 +93,18 @@ def _encode_texts(texts: list[str], encoder: BulkEncoder) -> list[Document]:
 def _encode_chats(chats: list[Chat], encoder: BulkEncoder) -> list[Document | Fault]:
     """Encode conversations up to the last token in the loss."""
     encoded = ChatEncoder(encoder.spec, encoder).encode(
-        [messages for messages, _ in chats], [untrained for _, untrained in chats]
+        [messages for messages, _ in chats], [context for _, context in chats]
     )
     documents: list[Document | Fault] = []
-    for (messages, untrained), one in zip(chats, encoded, strict=True):
+    for (messages, context), one in zip(chats, encoded, strict=True):
         if isinstance(one, Fault):
             documents.append(one)
             continue
         ids, marks = one
-        end = int(np.flatnonzero(marks & TRAINED)[-1]) + 1
+        end = int(np.flatnonzero(marks & IN_LOSS)[-1]) + 1
         sizes = [
             len(message["content"].encode())
-            for message in messages[untrained:]
+            for message in messages[context:]
             if message["role"] == "assistant"
         ]
         documents.append(Document(ids[:end], marks[:end], sizes))
@@ -182,7 +182,7 @@ def encode_chunk(
     if kind.chats:
         marks = [one.marks for _, _, one in documents if one.marks is not None]
         sizes = [one.answer_sizes for _, _, one in documents]
-        in_loss = [np.count_nonzero(each & TRAINED) for each in marks]
+        in_loss = [np.count_nonzero(each & IN_LOSS) for each in marks]
         arrays |= {
             "sizes": np.array([sum(each) for each in sizes], np.int64),
             "marks": np.concatenate([np.zeros(0, np.uint8), *marks]),

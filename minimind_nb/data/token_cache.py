@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
-from .conversations import TRAINED
+from .conversations import IN_LOSS
 from .fast_encoding import BulkEncoder
 from .jsonl import Chunk, DataError, Tally, iter_chunks
 from .record_formats import RECORD_FORMATS, VERSION, Arrays, encode_chunk, token_type
@@ -128,7 +128,7 @@ class TokenCache:
         if self.marks is None:
             return np.ones(count, bool)
         begin = int(self.offsets[number]) + start + 1
-        return self.marks[begin : begin + count] & TRAINED > 0
+        return self.marks[begin : begin + count] & IN_LOSS > 0
 
     @property
     def targets(self) -> np.ndarray:

@@ -160,8 +160,8 @@ def _encode(
             begin: Any = [tokenizer.bos_token_id]
             rows.append(row if row[:1] == begin else begin + row)
             continue
-        if reason := check_messages(prompt):
-            raise ValueError(f"invalid conversation: {reason}")
+        if fault := check_messages(prompt):
+            raise ValueError(f"invalid conversation: {fault}")
         if prompt[-1]["role"] == "assistant":
             raise ValueError(
                 "the conversation ends with the assistant's turn: end it with the user's "

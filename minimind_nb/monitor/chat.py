@@ -75,8 +75,8 @@ class Chat:
         if not isinstance(text, str):
             raise TypeError(f"expected a string to say, found {type(text).__name__}")
         messages = [*self.history, {"role": "user", "content": text}]
-        if reason := check_messages(messages):
-            raise ValueError(f"invalid message: {reason}")
+        if fault := check_messages(messages):
+            raise ValueError(f"invalid message: {fault}")
         ids, left_out = self._fit(messages)
         if left_out and not self._shortened:
             self._shortened = True

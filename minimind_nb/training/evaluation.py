@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..data.batches import IGNORED, MicroBatch, TrainingStream, ValidationRows
-from ..data.conversations import TRAINED, TURN, USER, ChatEncoder
+from ..data.conversations import IN_LOSS, TURN, USER, ChatEncoder
 from ..data.fast_encoding import BulkEncoder
 from ..data.tokenizer import TokenizerSpec, load_tokenizer
 from ..launch.outcome import RankRecord
@@ -155,7 +155,7 @@ def choose_prompts(
 
 def _find_question(marks: np.ndarray) -> tuple[int, slice]:
     """Return the start of the first answer, and the user's last turn before it."""
-    end = int(np.argmax(marks & TRAINED > 0))
+    end = int(np.argmax(marks & IN_LOSS > 0))
     turns = np.append(np.flatnonzero(marks[:end] & TURN), end)
     asked = np.flatnonzero(marks[turns[:-1]] & USER)
     last = int(asked[-1]) if len(asked) else 0

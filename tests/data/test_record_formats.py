@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from minimind_nb.config import STAGES
-from minimind_nb.data.conversations import TRAINED
+from minimind_nb.data.conversations import IN_LOSS
 from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.jsonl import Fault
 from minimind_nb.data.record_formats import RECORD_FORMATS
@@ -101,7 +101,7 @@ def trained(byte_spec):
         made = good(RECORD_FORMATS[name].encode(rows, encoder))
         return [
             [
-                "".join(letters[n] for n in one.ids[one.marks & TRAINED > 0].tolist())
+                "".join(letters[n] for n in one.ids[one.marks & IN_LOSS > 0].tolist())
                 for one in documents
             ]
             for documents in made

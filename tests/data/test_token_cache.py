@@ -231,7 +231,7 @@ def test_chosen_and_rejected_are_neighbours(source_of_bytes, root):
         ("rlaif", CHAT.replace("]}", f", {ASK}]}}"), "no_last_answer"),
         ("dpo", CHAT, "missing_chosen"),
         ("dpo", PAIR.replace("rejected", "worse"), "missing_rejected"),
-        ("dpo", PAIR.replace("bcd", "é"), "equal_pair"),
+        ("dpo", PAIR.replace("bcd", "é"), "no_difference"),
         ("dpo", PAIR.replace('"a"', '"b"', 1), "no_common_prompt"),
         ("dpo", PAIR.replace("bcd", ""), "empty_answer"),
     ],

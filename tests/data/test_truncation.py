@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from minimind_nb.data.conversations import TRAINED, USER
+from minimind_nb.data.conversations import IN_LOSS, USER
 from minimind_nb.data.packing import truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 
@@ -37,7 +37,7 @@ def listed(truncated):
         truncated.documents,
         truncated.starts,
         truncated.targets,
-        truncated.trained,
+        truncated.loss_tokens,
         truncated.text_bytes,
     )
     assert {each.dtype for each in arrays} == {np.dtype(np.int64)}
@@ -166,4 +166,4 @@ def test_trained_targets_are_those_that_the_marks_tell(open_chats):
         for document, start, targets, trained, _ in listed(truncated):
             assert targets <= width
             marks = cache.marks_of(document)[start + 1 : start + 1 + targets]
-            assert (marks & TRAINED).sum() == trained
+            assert (marks & IN_LOSS).sum() == trained

@@ -13,7 +13,7 @@ import torch
 import minimind_nb as mm
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import Piece, SampleReader
-from minimind_nb.data.conversations import TRAINED
+from minimind_nb.data.conversations import IN_LOSS
 from minimind_nb.data.packing import pair_up, truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
@@ -154,6 +154,6 @@ def test_trl_reads_the_same_ids_from_the_same_pairs(
             ids = reader.cache.document(document).tolist()
             marks = reader.cache.marks_of(document)
             assert ids == row["prompt_ids"] + row[f"{answer}_ids"]
-            learned = (marks & TRAINED).tolist()
+            learned = (marks & IN_LOSS).tolist()
             begin = len(row["prompt_ids"])
             assert learned == [0] * begin + [1] * (len(ids) - begin)

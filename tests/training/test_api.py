@@ -25,7 +25,7 @@ from support.runs import (
 )
 
 import minimind_nb as mm
-from minimind_nb.data.conversations import TRAINED, ChatEncoder
+from minimind_nb.data.conversations import IN_LOSS, ChatEncoder
 from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.launch import spawn
@@ -360,7 +360,7 @@ def test_the_answers_of_chats_are_measured_as_by_hand(
     encoder = ChatEncoder(read_tokenizer())
     texts = []
     for ids, marks in encoder.encode(chats):  # pyright: ignore[reportGeneralTypeIssues]
-        texts.append((ids.tolist(), [bool(mark & TRAINED) for mark in marks]))
+        texts.append((ids.tolist(), [bool(mark & IN_LOSS) for mark in marks]))
     size = sum(
         len(message["content"].encode())
         for chat in chats
