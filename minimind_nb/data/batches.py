@@ -8,6 +8,7 @@ answers if preferences are trained on.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 
 from ..config import ResolvedConfig
-from .conversations import IN_LOSS
 from .packing import (
     PackedRows,
     TruncatedDocuments,
@@ -30,7 +30,6 @@ IGNORED = -100
 """The target of a position without a loss."""
 
 Piece = tuple[int, int, int]
-Text = tuple[int, np.ndarray, np.ndarray]  # its number, its inputs, its targets
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,12 @@ class MicroBatch:
         """Return the same samples on a device."""
         if device.type == "cpu":
             return self
-
-        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None:
-                return None
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        tensors = {n: v for n, v in vars(self).items() if n != "samples"}
-        return replace(self, **{name: moved(value) for name, value in tensors.items()})
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -83,24 +80,6 @@ class StepBatch:
     num_targets: int
 
 
-def collate(rows: Sequence[Sequence[Text]], width: int, pad: int) -> MicroBatch:
-    """Return rows of texts, each with its number in the row, as one micro-batch."""
-    shape = (len(rows), width)
-    inputs = np.full(shape, pad, np.int64)
-    targets = np.full(shape, IGNORED, np.int64)
-    documents = np.full(shape, -1, np.int32)
-    for b, texts in enumerate(rows):
-        begin = 0
-        for number, text_inputs, text_targets in texts:
-            end = begin + len(text_inputs)
-            inputs[b, begin:end] = text_inputs
-            targets[b, begin:end] = text_targets
-            documents[b, begin:end] = number
-            begin = end
-    tensors = map(torch.from_numpy, (inputs, targets, documents))
-    return MicroBatch(*tensors, samples=len(rows))
-
-
 class SampleReader:
     """Turns samples, each a list of pieces of documents, into micro-batches."""
 
@@ -112,46 +91,43 @@ class SampleReader:
         self.masked = cfg.document_mask
 
     def read(self, samples: Sequence[list[Piece]]) -> MicroBatch:
-        """Return the micro-batch of some samples, padded if they do not fill it."""
+        """Return the micro-batch of some samples, padded if they do not fill it.
+
+        The answers of pairs are packed into as few rows as hold them.
+        """
+        rows, width = [list(enumerate(sample)) for sample in samples], self.width
         if self.pairs:
-            return self._read_pairs(samples)
-        rows = [
-            [self.text(number, piece) for number, piece in enumerate(sample)]
-            for sample in samples
-        ]
-        batch = self._with_loss_positions(collate(rows, self.width, self.pad_id))
-        return batch if self.masked else replace(batch, documents=None)
-
-    def _read_pairs(self, samples: Sequence[list[Piece]]) -> MicroBatch:
-        """Pack the answers of all pairs into as few rows as hold them."""
-        pieces = [piece for sample in samples for piece in sample]
-        texts = [self.text(number, piece) for number, piece in enumerate(pieces)]
-        lengths = np.array([len(inputs) for _, inputs, _ in texts], np.int64)
-        packed = pack(np.arange(len(texts)), lengths, self.width, split=False)
-        rows = [
-            [texts[number] for number, _, _ in packed.row(row)]
-            for row in range(len(packed))
-        ]
-        batch = collate(rows, int(packed.targets.max()), self.pad_id)
-        return replace(self._with_loss_positions(batch), samples=len(samples))
-
-    def _with_loss_positions(self, batch: MicroBatch) -> MicroBatch:
-        """Add the positions that have a target, if the data has a loss mask."""
+            pieces = list(enumerate(itertools.chain(*samples)))
+            counts = np.array([count for _, (_, _, count) in pieces], np.int64)
+            packed = pack(np.arange(len(pieces)), counts, width, split=False)
+            rows = [
+                [pieces[number] for number, _, _ in packed.row(row)]
+                for row in range(len(packed))
+            ]
+            width = int(packed.targets.max())
+        inputs = np.full((len(rows), width), self.pad_id, np.int64)
+        targets = np.full((len(rows), width), IGNORED, np.int64)
+        documents = np.full((len(rows), width), -1, np.int32)
+        for b, row in enumerate(rows):
+            begin = 0
+            for number, piece in row:
+                ids = self.cache.piece(*piece)
+                end = begin + len(ids) - 1
+                inputs[b, begin:end] = ids[:-1]
+                in_loss = self.cache.loss_mask(*piece)
+                np.copyto(targets[b, begin:end], ids[1:], where=in_loss)
+                documents[b, begin:end] = number
+                begin = end
+        batch = MicroBatch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            torch.from_numpy(documents) if self.masked else None,
+            samples=len(samples),
+        )
         if self.cache.marks is None:
             return batch
         positions = (batch.targets.flatten() != IGNORED).nonzero().flatten()
         return replace(batch, loss_positions=positions)
-
-    def text(self, number: int, piece: Piece) -> Text:
-        """Return the inputs and targets of a piece, the loss mask applied."""
-        document, start, count = piece
-        ids = self.cache.piece(document, start, count)
-        targets = ids[1:]
-        if self.cache.marks is not None:
-            begin = int(self.cache.offsets[document]) + start + 1
-            marks = self.cache.marks[begin : begin + count]
-            targets = np.where(marks & IN_LOSS, targets.astype(np.int64), IGNORED)
-        return number, ids[:-1], targets
 
 
 class TrainingStream:
@@ -198,8 +174,7 @@ class TrainingStream:
         """Return the samples of an epoch; a step may reach across its end."""
         e, seed = self.truncated, self.cfg.seed
         if self.reader.pairs:
-            pieces = np.stack([e.documents, e.starts, e.targets], 1)
-            return shuffle_rows(pair_up(pieces), seed, epoch)
+            return shuffle_rows(pair_up(e.pieces), seed, epoch)
         split = self.cfg.stage == "pretrain"
         rows = (e.documents, e.targets, self.width, seed, epoch)
         return pack_epoch(*rows, split=split)
@@ -240,14 +215,11 @@ class TrainingStream:
         )
 
     def pieces(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the ids of each piece of a sample, last targets included, and their loss
-        mask."""
-        found = []
-        for piece in self._row(sample):
-            _, inputs, targets = self.reader.text(0, piece)
-            ids = np.concatenate([inputs, self.cache.piece(*piece)[-1:]])
-            found.append((ids, np.concatenate([[False], targets != IGNORED])))
-        return found
+        """Return the ids of each piece of a sample, and which of them are in the loss."""
+        return [
+            (self.cache.piece(*piece), np.append(False, self.cache.loss_mask(*piece)))
+            for piece in self._row(sample)
+        ]
 
     def lines(self, samples: Iterable[int]) -> list[int]:
         """Return the physical lines of the file that samples come from."""
@@ -280,21 +252,19 @@ class ValidationRows:
         together = 2 if self.reader.pairs else 1
         targets = truncated.targets.reshape(-1, together).sum(1)
         left = max(cfg.eval_tokens, int(targets.min()))
-        taken = []
+        taken = np.zeros(len(targets), bool)
         for index, count in enumerate(targets.tolist()):
             if count <= left:
-                taken.append(index)
+                taken[index] = True
                 left -= count
-        kept = (np.array(taken)[:, None] * together + np.arange(together)).ravel()
-        self.documents = documents = truncated.documents[kept]
-        targets = truncated.targets[kept]
-        if self.reader.pairs:
-            pieces = np.stack([documents, truncated.starts[kept], targets], 1)
-            self.rows = pair_up(pieces)
-        else:
-            split = cfg.stage == "pretrain"
-            self.rows = pack(documents, targets, self.reader.width, split)
+        kept = np.repeat(taken, together)
+        self.documents = truncated.documents[kept]
         self.text_bytes = int(truncated.text_bytes[kept].sum())
+        if self.reader.pairs:
+            self.rows = pair_up(truncated.pieces[kept])
+        else:
+            split, targets = cfg.stage == "pretrain", truncated.targets[kept]
+            self.rows = pack(self.documents, targets, self.reader.width, split)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -57,8 +57,7 @@ class _PaddedRows(Dataset[Any]):
         truncated = truncate_documents(self.cache, documents, max_seq_len - 1)
         # A document without an excerpt is cut anywhere and has an empty loss mask.
         self._pieces = np.stack([documents, 0 * documents, self.cache.targets], 1)
-        kept = [truncated.documents, truncated.starts, truncated.targets]
-        self._pieces[truncated.documents] = np.stack(kept, 1)
+        self._pieces[truncated.documents] = truncated.pieces
         self._pieces[:, 2] = np.minimum(self._pieces[:, 2], max_seq_len - 1)
         self._has_loss = np.isin(documents, truncated.documents)
 

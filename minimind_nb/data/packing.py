@@ -175,9 +175,9 @@ class TruncatedDocuments:
     """The parts of documents that are used; arrays are int64, one entry a document.
 
     A part is (document, start, targets): `targets` predicted tokens, the first from the
-    token at `start`. Of them `loss_tokens` are in the loss, and spell `text_bytes` bytes of
-    UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left, and
-    are not among `documents`; the longest had `longest` targets before.
+    token at `start`. Of them `loss_tokens` are in the loss, and spell `text_bytes` bytes
+    of UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left,
+    and are not among `documents`; the longest had `longest` targets before.
     """
 
     documents: np.ndarray
@@ -188,6 +188,11 @@ class TruncatedDocuments:
     cut: int
     dropped: int
     longest: int
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """The parts as rows hold them, [documents, 3]."""
+        return np.stack([self.documents, self.starts, self.targets], 1)
 
 
 def truncate_documents(
@@ -201,33 +206,34 @@ def truncate_documents(
     fit and, if possible, begin with the user's turn; one turn of it stays at least.
     """
     targets = cache.targets[documents]
-    starts = np.zeros_like(targets)
-    sizes = np.array(cache.sizes[documents])
+    starts, sizes = np.zeros_like(targets), np.array(cache.sizes[documents])
     longest = int(targets.max(initial=0))
-    if cache.marks is None or cache.loss_tokens is None:
-        return TruncatedDocuments(
-            documents, starts, targets, targets, sizes, 0, 0, longest
-        )
-    trained = np.array(cache.loss_tokens[documents])
-    together = 2 if cache.facts["record_format"] == "dpo" else 1
+    if cache.loss_tokens is None or cache.answers is None:
+        parts = (documents, starts, targets, targets, sizes)
+        return TruncatedDocuments(*parts, cut=0, dropped=0, longest=longest)
+    loss_tokens = np.array(cache.loss_tokens[documents])
+    pairs = cache.facts["record_format"] == "dpo"
+    together = 2 if pairs else 1
     long = np.flatnonzero(targets.reshape(-1, together).max(1) > width)
     kept = np.ones(len(documents) // together, bool)
-    if together == 1:
-        ends, trained[long], sizes[long] = _find_ends(cache, documents[long], width)
-        kept[long] = ends > 0
-        targets[long] = ends - 1
-    else:
-        begins = _find_begins(cache, documents.reshape(-1, 2)[long], width)
-        kept[long] = begins[:, 0] > 0
-        starts.reshape(-1, 2)[long] = begins
-        targets -= starts
+    first_answer = np.cumsum(cache.answers) - cache.answers
+    for number in long.tolist():
+        if pairs:
+            pair = slice(2 * number, 2 * number + 2)
+            starts[pair] = _find_starts(cache, documents[pair], width)
+            kept[number] = starts[pair].all()
+        else:
+            found = _find_end(cache, documents[number], width, first_answer)
+            targets[number], loss_tokens[number], sizes[number] = found
+            kept[number] = loss_tokens[number] > 0
+    targets -= starts
     whole = np.repeat(kept, together)
     dropped = len(kept) - int(kept.sum())
     return TruncatedDocuments(
         documents[whole],
         starts[whole],
         targets[whole],
-        trained[whole],
+        loss_tokens[whole],
         sizes[whole],
         cut=len(long) - dropped,
         dropped=dropped,
@@ -235,43 +241,34 @@ def truncate_documents(
     )
 
 
-def _find_ends(cache: TokenCache, documents: np.ndarray, width: int) -> np.ndarray:
-    """Return the end of the last whole answer that fits, its trained tokens and bytes.
-
-    An array [3, documents]; 0 throughout if no answer fits.
-    """
-    assert cache.answers is not None and cache.answer_sizes is not None
-    first = np.cumsum(cache.answers) - cache.answers
-    found = np.zeros((3, len(documents)), np.int64)
-    for number, document in enumerate(documents.tolist()):
-        marks = cache.marks_of(document)
-        continued = np.append((marks[1:] & (IN_LOSS | TURN)) == IN_LOSS, False)
-        ends = np.flatnonzero((marks & IN_LOSS > 0) & ~continued) + 1
-        ends = ends[ends <= width + 1]
-        if len(ends):
-            sizes = cache.answer_sizes[first[document] :][: len(ends)]
-            trained = np.count_nonzero(marks[: ends[-1]] & IN_LOSS)
-            found[:, number] = ends[-1], trained, sizes.sum()
-    return found
+def _find_end(
+    cache: TokenCache, document: int, width: int, first_answer: np.ndarray
+) -> tuple[int, int, int]:
+    """Return the targets up to the last whole answer that fits, and the tokens in the loss
+    and the bytes of the answers up to there; zeros if none fits."""
+    assert cache.answer_sizes is not None
+    marks = cache.marks_of(document)
+    continued = np.append((marks[1:] & (IN_LOSS | TURN)) == IN_LOSS, False)
+    ends = np.flatnonzero((marks & IN_LOSS > 0) & ~continued) + 1
+    ends = ends[ends <= width + 1]
+    if not len(ends):
+        return 0, 0, 0
+    loss_tokens = int(np.count_nonzero(marks[: ends[-1]] & IN_LOSS))
+    sizes = cache.answer_sizes[first_answer[document] :][: len(ends)]
+    return int(ends[-1]) - 1, loss_tokens, int(sizes.sum())
 
 
-def _find_begins(cache: TokenCache, pairs: np.ndarray, width: int) -> np.ndarray:
-    """Return where chosen and rejected [pairs, 2] begin, at one turn; 0 if none fits."""
-    found = np.zeros_like(pairs)
-    for number, pair in enumerate(pairs.tolist()):
-        marks = [cache.marks_of(document) for document in pair]
-        turns = [_find_prompt_turns(each) for each in marks]
-        fitting = [
-            (begins, bool(marks[0][begins[0]] & USER))
-            for begins in zip(*turns, strict=False)
-            if all(len(m) - 1 - a <= width for m, a in zip(marks, begins, strict=True))
-        ]
-        if fitting:
-            found[number] = max(fitting, key=lambda each: each[1])[0]
-    return found
+def _find_starts(cache: TokenCache, pair: np.ndarray, width: int) -> np.ndarray:
+    """Return where chosen and rejected start, at one turn; zeros if none fits."""
+    marks = [cache.marks_of(document) for document in pair]
+    turns = np.array(list(zip(*map(_find_prompt_turns, marks), strict=False)))
+    lengths = np.array([len(each) for each in marks])
+    fitting = [each for each in turns if (lengths - 1 - each <= width).all()]
+    asking = [each for each in fitting if marks[0][each[0]] & USER]
+    return (asking or fitting or [np.zeros(2, np.int64)])[0]
 
 
 def _find_prompt_turns(marks: np.ndarray) -> list[int]:
-    """Return the begins of the turns before the first trained answer, but the first."""
+    """Return the begins of the turns before the first answer in the loss, but the first."""
     answer = int(np.argmax(marks & IN_LOSS > 0))
     return np.flatnonzero(marks[: answer + 1] & TURN)[1:-1].tolist()

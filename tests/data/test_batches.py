@@ -57,10 +57,12 @@ def unique_tokens(targets: list[int]) -> TokenCache:
             tokens=tokens,
             offsets=offsets,
             piece=lambda d, at, n: tokens[offsets[d] + at :][: n + 1],
+            loss_mask=lambda d, at, n: np.ones(n, bool),
             lines=np.arange(len(counts)) + 1,
             targets=counts - 1,
             sizes=counts,
             marks=None,
+            loss_tokens=None,
         ),
     )
 

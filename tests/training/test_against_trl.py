@@ -87,7 +87,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> SampleReader:
 def our_samples(reader: SampleReader) -> list[list[Piece]]:
     """All pairs."""
     e = truncate_documents(reader.cache, np.arange(2 * len(PAIRS)), WIDTH)
-    rows = pair_up(np.stack([e.documents, e.starts, e.targets], 1))
+    rows = pair_up(e.pieces)
     return [rows.row(number) for number in range(len(rows))]
 
 

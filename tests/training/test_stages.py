@@ -75,9 +75,10 @@ def test_conversations_packed_equal_one_at_a_time(chat_file: Path, open_rows) ->
     assert len(packed.inputs) < 0.8 * len(pieces), "several share a row"
     alone = []
     for piece in pieces:
-        _, inputs, targets = reader.text(0, piece)
-        ids = torch.from_numpy(inputs.astype(np.int64))[None]
-        alone.append(MicroBatch(ids, torch.from_numpy(targets)[None], None, 1))
+        ids = torch.from_numpy(cache.piece(*piece).astype(np.int64))[None]
+        in_loss = torch.from_numpy(cache.loss_mask(*piece))
+        targets = torch.where(in_loss, ids[:, 1:], IGNORED)
+        alone.append(MicroBatch(ids[:, :-1], targets, None, 1))
     separate = loss_and_gradient(model, alone)
     assert_same(loss_and_gradient(model, [packed]), separate)
     unmasked = MicroBatch(packed.inputs, packed.targets, None, packed.samples)
@@ -142,10 +143,9 @@ def test_the_preference_loss_is_its_formula(pair_file: Path, open_rows) -> None:
     cache, truncated = open_rows(pair_file, "dpo")
     pieces = pieces_of(truncated)[:12]
     reader = reader_of(cache, "dpo")
-    texts = [reader.text(0, piece) for piece in pieces]
     sums = []
-    for piece, (_, _, targets) in zip(pieces, texts, strict=True):
-        learned = np.concatenate([[False], targets != IGNORED])
+    for piece in pieces:
+        learned = np.append(False, cache.loss_mask(*piece))
         ids = cache.piece(*piece)
         policy, count = sum_by_hand(model, ids, learned)
         sums.append((policy, policy + draw.normal(0, 3), count))
