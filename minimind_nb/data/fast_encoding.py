@@ -11,14 +11,13 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, pre_tokenizers
 
-from .tokenizer import TokenizerSpec
+from .tokenizer import TokenizerSpec, read_tokenizer
 
 Ids = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
@@ -168,8 +167,7 @@ def _settings(content: dict[str, Any]) -> list[Any]:
 
 @functools.cache
 def _shipped_settings() -> list[Any]:
-    file = resources.files("minimind_nb.data") / "vocabulary" / "tokenizer.json"
-    return _settings(json.loads(file.read_bytes()))
+    return _settings(json.loads(read_tokenizer().json))
 
 
 def _build_tiktoken(content: dict[str, Any]) -> tiktoken.Encoding:

@@ -24,13 +24,12 @@ from ..storage import verified
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Taken if nothing names the tokens: ChatML's, else the commonest.
+# Taken if nothing names the tokens: ChatML's, else the commonest, else the end token.
 _WELL_KNOWN = {
-    "pad": ("<pad>", "<|endoftext|>"),
-    "bos": ("<|im_start|>", "<s>"),
-    "eos": ("<|im_end|>", "</s>", "<|endoftext|>"),
+    "eos_token": ("<|im_end|>", "</s>", "<|endoftext|>"),
+    "bos_token": ("<|im_start|>", "<s>"),
+    "pad_token": ("<pad>", "<|endoftext|>"),
 }
-_CHATML = {"<|im_start|>", "<|im_end|>"}
 _MODEL_MAX_LENGTH = 32_768
 _LISTED_TOKENS = 12
 _MOST_GROWTH = 1000
@@ -88,9 +87,9 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     if isinstance(source, TokenizerSpec):
         return source
     shipped = Path(str(resources.files("minimind_nb.data") / "vocabulary"))
-    if source is None or isinstance(source, str | os.PathLike):
-        path = shipped if source is None else Path(source)
-        name, (data, described) = str(path), _read_path(path)
+    source = shipped if source is None else source
+    if isinstance(source, str | os.PathLike):
+        name, (data, described) = str(source), _read_path(Path(source))
     else:
         name, (data, described) = type(source).__name__, _read_object(source)
     try:
@@ -98,8 +97,8 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     # The binding raises plain Exception, whatever is wrong with the text.
     except Exception as error:
         raise ValueError(
-            f"{name} is not a tokenizer.json that tokenizers can read ({error}): give"
-            " a file written by Tokenizer.save or save_pretrained"
+            f"{name} is not a tokenizer.json that tokenizers can read ({error}): save it "
+            "again with save_pretrained"
         ) from error
     if (growth := _growth(json.loads(data).get("normalizer"))) > _MOST_GROWTH:
         raise ValueError(
@@ -107,23 +106,21 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
             "would take all memory: take another tokenizer"
         )
     vocab = backend.get_vocab(with_added_tokens=True)
-    pad, bos, eos = _special_tokens(name, backend, described, vocab)
+    special = _special_tokens(name, backend, described, vocab)
     template = described.get("chat_template")
     if isinstance(template, list):  # several, as a folder names them
         template = {one["name"]: one["template"] for one in template}
-    if isinstance(template, dict):
+    if isinstance(template, dict):  # as an object has them
         template = template.get("default")
-    if template is None and vocab.keys() >= _CHATML:
+    if template is None and vocab.keys() >= {"<|im_start|>", "<|im_end|>"}:
         template = _read_path(shipped)[1]["chat_template"]
     return TokenizerSpec(
         json=data.decode(),
         chat_template=template,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        pad_id=vocab[pad],
-        bos_id=vocab[bos],
-        eos_id=vocab[eos],
+        **special,
+        pad_id=vocab[special["pad_token"]],
+        bos_id=vocab[special["bos_token"]],
+        eos_id=vocab[special["eos_token"]],
         vocab_size=max(vocab.values()) + 1,
     )
 
@@ -180,16 +177,21 @@ def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not file.is_file():
         held = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
         raise FileNotFoundError(
-            f"no tokenizer at {path}{f' (it holds {held[:9]})' if held else ''}: "
-            "give a tokenizer.json, a folder that holds one, or None for the vocabulary "
-            "of this package. A tokenizer of another kind, or on a hub: open it with "
-            "transformers, save_pretrained(FOLDER) there, then give FOLDER"
+            f"no tokenizer at {path}{f' (it holds {held[:9]})' if held else ''}: give a "
+            "tokenizer.json, a folder with one (save_pretrained writes it), or None for "
+            "the vocabulary of this package"
         )
     described: dict[str, Any] = {}
     if file.name == "tokenizer.json":
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (beside := file.with_name(name)).is_file():
-                described |= _read_json(beside)
+                try:
+                    described |= json.loads(beside.read_bytes())
+                except (ValueError, TypeError) as error:
+                    raise ValueError(
+                        f"{beside} is not a JSON object ({error}): save the tokenizer "
+                        "again with save_pretrained"
+                    ) from error
         if (template := file.with_name("chat_template.jinja")).is_file():
             described["chat_template"] = template.read_text(encoding="utf-8")
     return file.read_bytes(), described
@@ -199,54 +201,37 @@ def _read_object(source: Any) -> tuple[bytes, dict[str, Any]]:
     backend = getattr(source, "backend_tokenizer", source)
     if not isinstance(backend, Tokenizer):
         raise TypeError(
-            f"a tokenizer cannot be read from {type(source).__name__}: give None, a"
-            " path, a TokenizerSpec, or a tokenizer of transformers that is backed by"
-            " tokenizers (is_fast is True)"
+            f"a tokenizer cannot be read from {type(source).__name__}: give None, a path, "
+            "a TokenizerSpec, or a fast tokenizer of transformers"
         )
-    names = (*(f"{role}_token" for role in _WELL_KNOWN), "chat_template")
+    names = (*_WELL_KNOWN, "chat_template")
     described = {name: getattr(source, name, None) for name in names}
     return backend.to_str().encode(), described
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); save it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} holds a JSON {type(content).__name__}, an object is expected:"
-            " save the tokenizer again with save_pretrained"
-        )
-    return content
-
-
 def _special_tokens(
     name: str, backend: Tokenizer, described: dict[str, Any], vocab: dict[str, int]
-) -> tuple[str, str, str]:
-    """Return the pad, begin and end tokens, each of them an entry of the vocabulary."""
+) -> dict[str, str]:
+    """Return the end, begin and pad tokens, each of them an entry of the vocabulary."""
     found: dict[str, str] = {}
     for role, known in _WELL_KNOWN.items():
-        token = described.get(f"{role}_token")
+        token = described.get(role)
         token = token.get("content") if isinstance(token, dict) else token
         if not isinstance(token, str):
-            token = next((each for each in known if each in vocab), None)
-        elif token not in vocab:
+            candidates = [*known, found.get("eos_token")]
+            token = next((each for each in candidates if each in vocab), None)
+        if token is None:
+            added = backend.get_added_tokens_decoder().values()
+            listed = [one.content for one in added][:_LISTED_TOKENS]
             raise ValueError(
-                f"{name} names {token!r} as its {role}_token, but the vocabulary has"
-                f" no such entry: correct {role}_token in tokenizer_config.json"
+                f"{name} has no known end token, of {len(added)} special tokens "
+                f"{listed}: put a tokenizer_config.json beside it that names one, "
+                '{"eos_token": "…"}'
             )
-        if token:
-            found[role] = token
-    if "eos" not in found:
-        tokens = backend.get_added_tokens_decoder().values()
-        added = [repr(token.content) for token in tokens]
-        more = len(added) - _LISTED_TOKENS
-        raise ValueError(
-            f"{name} has no known end token: its special tokens are"
-            f" {', '.join(added[:_LISTED_TOKENS]) or 'none'}"
-            f"{f' and {more} more' if more > 0 else ''}. Put a tokenizer_config.json"
-            ' beside it that names one, {"eos_token": "…"}'
-        )
-    eos = found["eos"]
-    return found.get("pad", eos), found.get("bos", eos), eos
+        if token not in vocab:
+            raise ValueError(
+                f"{name} names {token!r} as its {role}, but the vocabulary has no such "
+                f"entry: correct {role} in tokenizer_config.json"
+            )
+        found[role] = token
+    return found
