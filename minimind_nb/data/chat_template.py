@@ -175,15 +175,12 @@ class ChatTemplate:
             )
         except (ImportError, TimeoutError):
             raise
-        except MemoryError:
-            raise Fault(
-                "chat_template",
-                "the tokenizer's chat template takes more memory than its limit "
-                f"({_MOST_BYTES >> 20} MiB and more): give the tokenizer another one",
-            ) from None
         except Exception as error:  # a template may fail in any way that Python does
+            what = f"fails: {error}"
+            if isinstance(error, MemoryError):
+                what = f"takes more memory than its limit ({_MOST_BYTES >> 20} MiB and more)"
             raise Fault(
-                "chat_template", f"the tokenizer's chat template fails: {error}"
+                "chat_template", f"the tokenizer's chat template {what}"
             ) from error
         return texts[0], spans[0] if answers else []
 

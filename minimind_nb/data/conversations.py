@@ -38,7 +38,9 @@ def check_conversation(
     If `answered`, the last turn must be the assistant's.
     """
     if key not in row:
-        return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {_keys(row)}')
+        return Fault(
+            f"missing_{key}", f'no "{key}" in the row, its keys: {_show(list(row))}'
+        )
     if fault := check_messages(row[key]):
         reason = f'in "{key}", {fault.reason}'
         return Fault(fault.kind, reason, fault.mark or f'"{key}"')
@@ -97,8 +99,8 @@ def plain(messages: Sequence[dict[str, Any]]) -> list[Message]:
 
 def count_shared(a: Sequence[Message], b: Sequence[Message]) -> int:
     """Return how many first messages two conversations have in common."""
-    same = [x == y for x, y in zip(a, b, strict=False)]
-    return same.index(False) if False in same else len(same)
+    both = itertools.takewhile(lambda each: each[0] == each[1], zip(a, b, strict=False))
+    return len(list(both))
 
 
 def _check_message(message: Any, before: str | None) -> tuple[str, str] | None:
@@ -108,7 +110,7 @@ def _check_message(message: Any, before: str | None) -> tuple[str, str] | None:
         return "not_a_message", f"is {_show(message)}, not {wanted}"
     for key in ("role", "content"):
         if key not in message:
-            return f"missing_{key}", f'has no "{key}", its keys: {_keys(message)}'
+            return f"missing_{key}", f'has no "{key}", its keys: {_show(list(message))}'
     role, content = message["role"], message["content"]
     if role not in _ROLES:
         return "unknown_role", f"has the role {_show(role)}, not {' or '.join(_ROLES)}"
@@ -121,10 +123,6 @@ def _check_message(message: Any, before: str | None) -> tuple[str, str] | None:
         return "content_not_a_string", found
     kind = "empty_answer" if role == "assistant" else "empty_content"
     return None if content.strip() else (kind, f"is the {role}'s and empty")
-
-
-def _keys(row: dict[str, Any]) -> str:
-    return _show(list(row)[:5], 80)
 
 
 def _show(value: Any, length: int | None = 40) -> str:
