@@ -40,14 +40,16 @@ def _open(
 
 class _PaddedRows(Dataset[Any]):
     _record_format = ""
+    _max_seq_len = 1024
 
     def __init__(
         self,
         path: PathLike,
         tokenizer: Any = None,
-        max_seq_len: int = 1024,
+        max_seq_len: int | None = None,
         cache_dir: PathLike | None = None,
     ) -> None:
+        max_seq_len = self._max_seq_len if max_seq_len is None else max_seq_len
         if max_seq_len < 2:  # noqa: PLR2004 - an input and its target
             raise ValueError(f"max_seq_len={max_seq_len} is too small, 2 is needed")
         self.spec = read_tokenizer(tokenizer)
@@ -80,26 +82,18 @@ class _PaddedRows(Dataset[Any]):
 
 
 class PretrainDataset(_PaddedRows):
-    """Documents of a JSONL file as `(X, Y, loss_mask)`, padded to one length.
+    """Documents of a JSONL file as `(X, Y, loss_mask)`, padded to one length (512).
 
     Each is [max_seq_len - 1] int64: `Y` is `X` one token on, `loss_mask` is 1 where `Y`
     is text and 0 where it is padding, as in MiniMind. A longer document is cut.
     """
 
     _record_format = "pretrain"
-
-    def __init__(
-        self,
-        path: PathLike,
-        tokenizer: Any = None,
-        max_seq_len: int = 512,
-        cache_dir: PathLike | None = None,
-    ) -> None:
-        super().__init__(path, tokenizer, max_seq_len, cache_dir)
+    _max_seq_len = 512
 
 
 class SFTDataset(_PaddedRows):
-    """Conversations as `(X, Y, loss_mask)`, padded to one length.
+    """Conversations as `(X, Y, loss_mask)`, padded to one length (1024).
 
     As `PretrainDataset`, but `loss_mask` is 1 on answers alone, with what closes them.
     A longer conversation ends after the last whole answer that fits; if not even the

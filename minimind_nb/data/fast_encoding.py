@@ -64,8 +64,8 @@ class BulkEncoder:
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
-        self._with_special = _plain_tokenizer(spec)
-        self._ordinary = _plain_tokenizer(spec)
+        self._with_special = Tokenizer.from_str(spec.json)
+        self._ordinary = Tokenizer.from_str(spec.json)
         self._ordinary.encode_special_tokens = True
         # As tokenizers writes it, so that no setting is missing.
         content = json.loads(self._ordinary.to_str())
@@ -115,13 +115,6 @@ class BulkEncoder:
         slow += _encode_slowly(self._ordinary, probes)
         fast = self.encode(probes) + self.encode_ordinary(probes)
         return all(map(np.array_equal, fast, slow))
-
-
-def _plain_tokenizer(spec: TokenizerSpec) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(spec.json)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _encode_slowly(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from ..storage import verified
 
@@ -100,7 +100,10 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
             f"{name} is not a tokenizer.json that tokenizers can read ({error}): save it "
             "again with save_pretrained"
         ) from error
-    if (growth := _growth(json.loads(data).get("normalizer"))) > _MOST_GROWTH:
+    content = json.loads(data)
+    if content.get("truncation") or content.get("padding"):  # never applied here
+        data = json.dumps(content | {"truncation": None, "padding": None}).encode()
+    if (growth := _growth(content.get("normalizer"))) > _MOST_GROWTH:
         raise ValueError(
             f"the normalizer of {name} may make a text {growth:,} times as long, which "
             "would take all memory: take another tokenizer"
@@ -135,12 +138,10 @@ def load_tokenizer(source: Any = None) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     spec = read_tokenizer(source)
-    backend = json.loads(spec.json)
-    if (backend.get("post_processor") or {}).get("type") != "ByteLevel":
-        backend["post_processor"] = None
-    backend["truncation"] = backend["padding"] = None
-    bare = Tokenizer.from_str(json.dumps(backend))
-    return PreTrainedTokenizerFast(tokenizer_object=bare, **_settings(spec))
+    backend = Tokenizer.from_str(spec.json)
+    if not isinstance(backend.post_processor, processors.ByteLevel):
+        backend.post_processor = None
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **_settings(spec))
 
 
 def write_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
