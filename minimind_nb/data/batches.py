@@ -105,6 +105,7 @@ class SampleReader:
                 for row in range(len(packed))
             ]
             width = int(packed.targets.max())
+        chat = self.cache.marks is not None
         inputs = np.full((len(rows), width), self.pad_id, np.int64)
         targets = np.full((len(rows), width), IGNORED, np.int64)
         documents = np.full((len(rows), width), -1, np.int32)
@@ -114,7 +115,7 @@ class SampleReader:
                 ids = self.cache.piece(*piece)
                 end = begin + len(ids) - 1
                 inputs[b, begin:end] = ids[:-1]
-                in_loss = self.cache.loss_mask(*piece)
+                in_loss = self.cache.loss_mask(*piece) if chat else True
                 np.copyto(targets[b, begin:end], ids[1:], where=in_loss)
                 documents[b, begin:end] = number
                 begin = end
@@ -124,7 +125,7 @@ class SampleReader:
             torch.from_numpy(documents) if self.masked else None,
             samples=len(samples),
         )
-        if self.cache.marks is None:
+        if not chat:
             return batch
         positions = (batch.targets.flatten() != IGNORED).nonzero().flatten()
         return replace(batch, loss_positions=positions)

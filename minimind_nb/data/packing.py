@@ -258,14 +258,16 @@ def _find_end(
     return int(ends[-1]) - 1, loss_tokens, int(sizes.sum())
 
 
-def _find_starts(cache: TokenCache, pair: np.ndarray, width: int) -> np.ndarray:
+def _find_starts(cache: TokenCache, pair: np.ndarray, width: int) -> tuple[int, int]:
     """Return where chosen and rejected start, at one turn; zeros if none fits."""
-    marks = [cache.marks_of(document) for document in pair]
-    turns = np.array(list(zip(*map(_find_prompt_turns, marks), strict=False)))
-    lengths = np.array([len(each) for each in marks])
-    fitting = [each for each in turns if (lengths - 1 - each <= width).all()]
-    asking = [each for each in fitting if marks[0][each[0]] & USER]
-    return (asking or fitting or [np.zeros(2, np.int64)])[0]
+    chosen, rejected = (cache.marks_of(document) for document in pair.tolist())
+    fitting = [
+        (a, b)
+        for a, b in zip(*map(_find_prompt_turns, (chosen, rejected)), strict=False)
+        if max(len(chosen) - a, len(rejected) - b) <= width + 1
+    ]
+    asking = [each for each in fitting if chosen[each[0]] & USER]
+    return (asking or fitting or [(0, 0)])[0]
 
 
 def _find_prompt_turns(marks: np.ndarray) -> list[int]:
