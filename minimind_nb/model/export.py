@@ -179,7 +179,8 @@ def _write_folder(
     named = model.named_parameters()  # without the tied head
     tensors = {name: p.detach().contiguous().clone() for name, p in named}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    reopened: Any = AutoTokenizer.from_pretrained(folder)
+    # Without an answer here, transformers would ask whether to run the folder's code.
+    reopened: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = reopened.encode(_TEXT, add_special_tokens=False)
     expected = load_tokenizer(spec).encode(_TEXT, add_special_tokens=False)
     if found != expected:

@@ -109,6 +109,11 @@ def test_a_folder_holds_what_others_look_for(kind, exported, spec):
         )
 
 
+def test_an_export_asks_nothing(tmp_path, spec, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    export(write_pth(tmp_path / "a.pth"), tmp_path / "a", "minimind", tokenizer=spec)
+
+
 def test_a_process_without_this_package_computes_the_same(exported, spec, tmp_path):
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM as A\n"
