@@ -1,5 +1,7 @@
 """The network against transformers, a plain second implementation, and itself."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from minimind_nb.model.architecture import (
     MiniMindConfig,
     MiniMindForCausalLM,
     RMSNorm,
-    needs_equal_heads,
+    lacks_fast_gqa,
     rotary_frequencies,
     rotary_tables,
     rotate,
@@ -26,6 +28,8 @@ THIRD_MIXTURE = {
     "n_shared_experts": 0,
     "seq_aux": False,
 }
+MINIMIND3 = {**THIRD, "hidden_size": 768, "intermediate_size": 2432}
+MINIMIND3 |= {"num_key_value_heads": 4}
 KINDS = [{}, THIRD, MIXTURE, THIRD_MIXTURE]
 
 
@@ -34,38 +38,31 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def qwen_fields(config: MiniMindConfig) -> dict:
-    return {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": True,
-    }
+    names = (
+        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "intermediate_size vocab_size rms_norm_eps max_position_embeddings"
+    )
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    same = {name: getattr(config, name) for name in names.split()}
+    return {**same, "rope_parameters": rope, "tie_word_embeddings": True}
 
 
 # --- against others
 
 
 @torch.no_grad()
-def test_dense_model_equals_transformers_llama(tiny, ids):
-    ours = tiny()
-    llama = LlamaForCausalLM(LlamaConfig(**qwen_fields(ours.config))).eval()
-    llama.load_state_dict(ours.state_dict(), strict=True)
-    assert difference(ours(ids).logits, llama(ids).logits) <= 1e-5
-
-
-@torch.no_grad()
-def test_qk_norm_model_equals_transformers_qwen3(tiny, ids):
-    ours = tiny(**THIRD, head_dim=16)
-    qwen = Qwen3ForCausalLM(Qwen3Config(**qwen_fields(ours.config))).eval()
-    qwen.load_state_dict(ours.state_dict(), strict=True)
-    assert difference(ours(ids).logits, qwen(ids).logits) <= 1e-5
+@pytest.mark.parametrize(
+    ("fields", "theirs", "configuration"),
+    [
+        ({}, LlamaForCausalLM, LlamaConfig),
+        ({**THIRD, "head_dim": 16}, Qwen3ForCausalLM, Qwen3Config),
+    ],
+)
+def test_dense_models_equal_transformers(tiny, ids, fields, theirs, configuration):
+    ours = tiny(**fields)
+    model = theirs(configuration(**qwen_fields(ours.config))).eval()
+    model.load_state_dict(ours.state_dict(), strict=True)
+    assert difference(ours(ids).logits, model(ids).logits) <= 1e-5
 
 
 @torch.no_grad()
@@ -87,7 +84,7 @@ def test_eager_attention_equals_sdpa(tiny, ids):
     model = tiny()
     expected = model(ids).logits
     packed = torch.ones(24, 24, dtype=torch.bool).tril()[None, None]
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"
     assert difference(model(ids).logits, expected) <= 1e-5
     assert difference(model(ids, packed).logits, expected) <= 1e-5
 
@@ -288,28 +285,23 @@ def test_keys_are_expanded_where_gqa_has_no_fast_kernel(tiny, ids, monkeypatch):
         return whole(query, key, value, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", note)
-    monkeypatch.setattr(architecture, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(architecture, "lacks_fast_gqa", lambda device: True)
     assert torch.equal(model(ids).logits, expected)
     assert heads == [(4, False)] * 2
     generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    monkeypatch.setattr(architecture, "capability", lambda device: None)
+    monkeypatch.undo()
     again = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert torch.equal(generated, again)
 
 
 @pytest.mark.parametrize(
-    ("implementation", "version", "expand"),
-    [
-        ("sdpa", (7, 5), True),
-        ("sdpa", (7, 0), True),
-        ("sdpa", (8, 0), False),
-        ("sdpa", (9, 0), False),
-        ("sdpa", None, False),
-        ("eager", (7, 5), False),
-    ],
+    ("device", "major", "slow"),
+    [("cuda", 7, True), ("cuda", 8, False), ("cuda", 9, False), ("cpu", 0, False)],
 )
-def test_capability_decides_on_equal_heads(implementation, version, expand):
-    assert needs_equal_heads(implementation, version) is expand
+def test_gqa_is_slow_below_capability_8(device, major, slow, monkeypatch):
+    properties = types.SimpleNamespace(major=major, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert lacks_fast_gqa(torch.device(device)) is slow
 
 
 # --- weights and configuration
@@ -343,25 +335,9 @@ def test_state_dict_names_are_minimind_s(tiny):
             {"hidden_size": 640, "intermediate_size": 1728, "use_moe": True},
             145_029_760,
         ),
+        (MINIMIND3, 63_912_192),
         (
-            {
-                "hidden_size": 768,
-                "intermediate_size": 2432,
-                "num_key_value_heads": 4,
-                "qk_norm": True,
-            },
-            63_912_192,
-        ),
-        (
-            {
-                "hidden_size": 768,
-                "intermediate_size": 2432,
-                "num_key_value_heads": 4,
-                "qk_norm": True,
-                "use_moe": True,
-                "num_experts_per_tok": 1,
-                "n_shared_experts": 0,
-            },
+            {**MINIMIND3, **THIRD_MIXTURE, "num_key_value_heads": 4},
             198_416_640,
         ),
     ],
