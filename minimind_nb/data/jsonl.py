@@ -1,8 +1,4 @@
-"""Validated reading of JSON Lines: bytes on disk become rows, or faults with a place.
-
-`iter_chunks` cuts a file into whole physical lines, `read_rows` decodes, parses and
-checks the lines of one chunk (in helper processes, if need be), and a `Tally` adds the
-chunks up and decides whether the file may be used.
+"""Validated reading of JSON Lines: bytes become rows, or faults with a place.
 
 Python's own `json` accepts lone surrogates, NaN and duplicate keys, and
 `str.splitlines` splits inside strings at U+2028; neither happens here.
@@ -46,10 +42,9 @@ Row = dict[str, Any]
 
 
 class Fault(ValueError):
-    """The reason why a row cannot be used: returned by a check, raised while parsing.
+    """Why a row cannot be used: its kind, for counting, and the reason in words.
 
-    `kind` is short and stable, for counting; `reason` is for people. `mark` is a string
-    whose last occurrence in the line is the place of the fault.
+    The last occurrence of `mark` in the line is the place of the fault.
     """
 
     def __init__(self, kind: str, reason: str, mark: str | None = None) -> None:
@@ -60,10 +55,7 @@ class Fault(ValueError):
 
 
 class BadRow(NamedTuple):
-    """A refused row: physical line and column (in characters), both from 1, and why.
-
-    `excerpt` is at most 80 printable characters around the column.
-    """
+    """A refused row: physical line and column (in characters), both from 1, and why."""
 
     line: int
     column: int
@@ -92,10 +84,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Tally:
-    """The rows of a chunk or of a file, counted; bad ones by `kinds`.
-
-    Of the bad rows the first 100,000 are kept as `problems`.
-    """
+    """The rows of a chunk or of a file, counted; of the bad ones the first are kept."""
 
     good: int = 0
     blank: int = 0
@@ -124,23 +113,14 @@ class Tally:
     ) -> None:
         """Raise `DataError` unless there are rows, and few enough bad ones.
 
-        `on_bad_line="error"` allows none, "skip" a share of `max_bad_fraction` of all
-        rows that are not blank. The error lists the first five problems and counts all
-        of them by kind.
+        `on_bad_line="error"` allows none, "skip" a share of `max_bad_fraction`.
         """
         bad = self.kinds.total()
         total = self.good + bad
-        limit = f"{100 * max_bad_fraction:g} %"
         if not total:
             raise DataError(f"{path} has only blank lines, {self.blank} of them")
-        if on_bad_line == "error" and bad:
-            advice = f'Fix these lines, or set on_bad_line="skip" (up to {limit}).'
-        elif bad > max_bad_fraction * total or not self.good:
-            advice = (
-                f'on_bad_line="skip" leaves out at most {limit} of the rows, here it'
-                f" would be {bad / total:.3%}: fix the file, or raise max_bad_fraction."
-            )
-        else:
+        allowed = max_bad_fraction * total if on_bad_line == "skip" else 0
+        if bad <= allowed and self.good:
             return
         kinds = (f"{n} {k.replace('_', ' ')}" for k, n in self.kinds.most_common())
         lines = [
@@ -151,16 +131,15 @@ class Tally:
             lines += [f"  {place}: {row.reason}", f"      {row.excerpt}"]
         if bad > LISTED_PROBLEMS:
             lines.append(f"  … and {bad - LISTED_PROBLEMS} more")
-        raise DataError("\n".join([*lines, advice]), self.problems)
+        lines.append(
+            f'Fix these lines; on_bad_line="skip" leaves out at most max_bad_fraction='
+            f"{max_bad_fraction:g} of the rows, here {bad / total:.3%}."
+        )
+        raise DataError("\n".join(lines), self.problems)
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise a one-line cause and fix if `path` cannot be a JSON Lines file.
-
-    `FileNotFoundError` or `IsADirectoryError`; `DataError` for an empty file and
-    for another format (gzip under another name, UTF-16, CSV, a JSON array). Reads
-    the first kilobyte only.
-    """
+    """Raise `OSError` or `DataError` if the first kilobyte cannot be JSON Lines."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a .jsonl file in it")
@@ -179,11 +158,10 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[Chunk]:
-    """Yield the file as `Chunk`s of about `size` bytes of whole physical lines.
+    """Yield the text of a file, or of a `.gz`, in chunks of about `size` bytes.
 
-    A `.gz` is read through gzip; sizes and lines are those of its text. Memory stays
-    within twice `size` + 16 MB: a longer line, which `read_rows` refuses, is cut off.
-    Raises `DataError` for a damaged gzip.
+    Memory stays within twice `size` + 16 MB: a longer line, which `read_rows` refuses,
+    is cut off. Raises `DataError` for a damaged gzip.
     """
     line = 1
     with _open(Path(path)) as stream:
@@ -209,13 +187,10 @@ def _open(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 def read_rows(chunk: Chunk, check: Check) -> tuple[list[tuple[int, Row]], Tally]:
-    """Decode, parse and check every line of a chunk; never raises for bad data.
+    """Return line and row of the good rows of a chunk, and all its rows counted.
 
-    Returns (line, row) of the good rows, and all rows counted. `check` returns None or
-    a `Fault` for a row that parsed; it is a module-level function if it must travel to
-    other processes. A byte order mark on line 1, CRLF, blank lines (counted) and a
-    missing last newline are accepted; the text of a row is never changed. Costs little
-    more than `json.loads` on each line.
+    A byte order mark on line 1, CRLF, blank lines and a missing last newline are
+    accepted. Costs little more than `json.loads` on each line.
     """
     data = chunk.data.removesuffix(b"\n")
     if chunk.first_line == 1:
@@ -238,10 +213,7 @@ def read_rows(chunk: Chunk, check: Check) -> tuple[list[tuple[int, Row]], Tally]
 
 
 def check_text_row(row: Row) -> Fault | None:
-    """Check a row of plain text: `{"text": "…"}`; other keys are ignored.
-
-    An empty text is no fault; it makes no document and is counted.
-    """
+    """Check a row of plain text, `{"text": "…"}`, which may be empty."""
     if "text" not in row:
         keys = json.dumps(list(row)[:5], ensure_ascii=False)[:80]
         return Fault("missing_text", f'no "text" in the row, its keys: {keys}')
@@ -253,8 +225,7 @@ def check_text_row(row: Row) -> Fault | None:
 
 def _parse(raw: bytes) -> Row:
     if len(raw) > MAX_LINE_BYTES:
-        limit = f"{MAX_LINE_BYTES / 1e6:g} MB"
-        raise Fault("too_long", f"the line has more than {limit}, the most for one row")
+        raise Fault("too_long", "the line has more than 16 MB, the most for one row")
     text = raw.decode("utf-8")
     try:
         row = _DECODER.decode(text)
@@ -264,8 +235,7 @@ def _parse(raw: bytes) -> Row:
     except RecursionError:
         raise Fault("too_deep", f"nested more than {MAX_DEPTH} deep") from None
     if not isinstance(row, dict):
-        reason = "the line is a list or a single value, a row is one object: {…}"
-        raise Fault("not_object", reason)
+        raise Fault("not_object", "the line is a list or a single value, not {…}")
     if "\\" in text and ("\\ud" in text or "\\uD" in text):
         json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
     return row
@@ -299,27 +269,28 @@ _DECODER = json.JSONDecoder(
 def _explain(line: int, raw: bytes, error: ValueError) -> BadRow:
     """Return the place, kind and cause of a line's error, in plain words."""
     text = raw.decode("utf-8", "backslashreplace")
-    if isinstance(error, Fault):
-        at = text.rfind(error.mark) if error.mark else 0
-        kind, reason = error.kind, error.reason
-    elif isinstance(error, UnicodeDecodeError):
+    at = 0
+    if isinstance(error, UnicodeDecodeError):
         at = len(raw[: error.start].decode("utf-8"))
-        kind, reason = "not_utf8", f"byte 0x{raw[error.start]:02x} is not UTF-8"
-        reason += "; if the file is GBK, convert it: iconv -f GB18030 -t UTF-8"
+        reason = (
+            f"byte 0x{raw[error.start]:02x} is not UTF-8; if the file is GBK, convert"
+        )
+        error = Fault("not_utf8", f"{reason} it: iconv -f GB18030 -t UTF-8")
     elif isinstance(error, UnicodeEncodeError):
         escape = f"\\u{ord(error.object[error.start]):04x}"
         at = text.lower().rfind(escape)
-        kind, reason = "lone_surrogate", f"{escape} is half of a surrogate pair"
-    else:
+        error = Fault("lone_surrogate", f"{escape} is half of a surrogate pair")
+    elif not isinstance(error, Fault):
         at = min(getattr(error, "pos", 0), len(text.rstrip()))
-        kind, reason = _explain_syntax(text, at, getattr(error, "msg", str(error)))
-    at = max(0, at)
+        error = _explain_syntax(text, at, getattr(error, "msg", str(error)))
+    elif error.mark:
+        at = max(0, text.rfind(error.mark))
     shown = text[max(0, at - EXCERPT_CHARACTERS // 2) :][:EXCERPT_CHARACTERS]
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
-    return BadRow(line, at + 1, kind, reason, shown[:EXCERPT_CHARACTERS])
+    return BadRow(line, at + 1, error.kind, error.reason, shown[:EXCERPT_CHARACTERS])
 
 
-def _explain_syntax(text: str, at: int, message: str) -> tuple[str, str]:
+def _explain_syntax(text: str, at: int, message: str) -> Fault:
     """Turn the parser's message, which differs between versions, into a cause."""
     first, here = text.lstrip()[:1], text[at : at + 1]
     comma = "," in (text[:at].rstrip()[-1:], here)
@@ -335,4 +306,4 @@ def _explain_syntax(text: str, at: int, message: str) -> tuple[str, str]:
         ("truncated", cut, "the row does not end on this line: was it cut off?"),
         ("broken_json", True, f"broken JSON: {message}"),
     )
-    return next((kind, reason) for kind, holds, reason in causes if holds)
+    return next(Fault(kind, reason) for kind, holds, reason in causes if holds)

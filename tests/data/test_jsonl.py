@@ -277,7 +277,10 @@ def test_default_policy_lists_the_first_five_and_counts_by_kind():
     assert message[2] == '      {"text": 1}'
     assert sum(line.startswith("  corpus.jsonl:") for line in message) == 5
     assert message[-2] == "  … and 2 more"
-    assert message[-1] == 'Fix these lines, or set on_bad_line="skip" (up to 1 %).'
+    assert message[-1] == (
+        'Fix these lines; on_bad_line="skip" leaves out at most max_bad_fraction=0.01 '
+        "of the rows, here 7.000%."
+    )
     assert len(caught.value.problems) == 7
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -295,10 +298,10 @@ def test_of_endless_bad_rows_all_are_counted_and_few_are_kept(monkeypatch):
 
 def test_skipping_is_allowed_up_to_the_fraction():
     tally(99, b"{").raise_if_too_many("x", "skip")
-    with pytest.raises(DataError, match=r"at most 1 % of the rows.* be 1\.010%"):
+    with pytest.raises(DataError, match=r"fraction=0\.01 of the rows, here 1\.010%"):
         tally(98, b"{").raise_if_too_many("x", "skip")
     tally(50, b"{\n" * 50).raise_if_too_many("x", "skip", 0.5)
-    with pytest.raises(DataError, match="at most 100 % of the rows"):
+    with pytest.raises(DataError, match="fraction=1 of the rows, here 100"):
         tally(0, b"{").raise_if_too_many("x", "skip", 1.0)
 
 
