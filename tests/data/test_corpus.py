@@ -77,12 +77,14 @@ def test_changed_text_goes_to_another_cache_and_a_length_does_not(prepare):
 
 @pytest.mark.parametrize("texts", [[""], ["", ""]])
 def test_a_file_without_text_to_train_on_is_refused(prepare, texts):
-    with pytest.raises(ValueError, match="no text to train on: 0 documents that are"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl has no text to use: every text in it"
+    ):
         prepare(texts)
 
 
 def test_a_validation_file_without_text_is_refused(prepare):
-    with pytest.raises(ValueError, match=r"held_out\.jsonl has no text to validate on"):
+    with pytest.raises(ValueError, match=r"held_out\.jsonl has no text to use"):
         prepare(TEXTS, val_texts=["", ""])
 
 
@@ -194,8 +196,8 @@ def test_a_file_of_neither_format_says_what_was_found(tmp_path):
     with pytest.raises(DataError) as caught:
         detect_format(file)
     assert str(caught.value) == (
-        f"{file} has neither texts nor conversations, its first row the keys ['answer', "
-        '\'prompt\']: expected is one {"text": "…"} or {"conversations": […]} a line'
+        f"{file} has neither texts nor conversations, its first row the keys ['prompt', "
+        '\'answer\']: expected is one {"text": "…"} or {"conversations": […]} a line'
     )
     with pytest.raises(FileNotFoundError, match="does not exist"):
         detect_format(tmp_path / "nowhere.jsonl")
