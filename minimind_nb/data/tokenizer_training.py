@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -16,7 +17,6 @@ from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _SPECIAL_STRINGS = re.compile("|".join(map(re.escape, _SPECIAL)))
-_SMALLEST = 256 + len(_SPECIAL) + 1
 
 
 def train_tokenizer(
@@ -34,28 +34,19 @@ def train_tokenizer(
 
     Of more than `max_bytes` of text a part of that size is read, chosen by the hash of
     each row's text. That bounds the memory: Chinese, in which whole clauses count as
-    words, took 82 bytes for each byte of text, English far less, so the default stays
-    within 6 GB. The files are read twice, the first time to check every row before the
-    training starts. 50 MB take half a minute.
+    words, took 82 bytes for each byte of text, so the default stays within 6 GB. The
+    files are read twice, first to check every row. 50 MB take half a minute.
 
     Raises `FileNotFoundError` or `DataError` for the files and their rows,
     `FileExistsError` if `out_dir` has a vocabulary already, `ValueError` for a
-    `vocab_size` that is too small, or too large for the text.
+    `vocab_size` that the text cannot give.
     """
     out_dir = Path(out_dir)
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    if vocab_size < _SMALLEST:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, at least {_SMALLEST} are needed: 256 bytes,"
-            f" {len(_SPECIAL)} special tokens, and something to learn"
-        )
-    if not paths:
-        raise ValueError("no file to train on: name one or more JSONL files")
     if (out_dir / "tokenizer.json").exists():
         raise FileExistsError(
-            f"{out_dir} holds a tokenizer.json already, and models may depend on it:"
-            " choose another out_dir, or move it away"
+            f"{out_dir} holds a tokenizer.json already: choose another out_dir"
         )
     for path in paths:
         jsonl.check_file(path)
@@ -71,10 +62,10 @@ def train_tokenizer(
     )
     share = min(1.0, max_bytes / max(total, 1))
     tokenizer.train_from_iterator(_sample(_read(paths), share), trainer)
-    if (found := tokenizer.get_vocab_size()) < vocab_size:
+    if (found := tokenizer.get_vocab_size()) != vocab_size:
         raise ValueError(
-            f"{total:,} bytes of text yield {found} entries, {vocab_size} were asked"
-            f" for: add text, or set vocab_size to {found} or less"
+            f"{total:,} bytes of text yield {found} entries, not {vocab_size}: add text,"
+            f" or set vocab_size to {found}"
         )
     write_tokenizer(read_tokenizer(tokenizer), out_dir)
     return out_dir
@@ -102,11 +93,9 @@ def _sample(rows: Iterator[list[str]], share: float) -> Iterator[str]:
 def _check_row(row: Row) -> Fault | None:
     if "conversations" not in row:
         return jsonl.check_text_row(row)
-    try:
+    with contextlib.suppress(TypeError, KeyError):  # no list, objects or contents
         if all(isinstance(text, str) for text in _texts(row)):
             return None
-    except (TypeError, KeyError):  # not a list, no objects in it, or no content in them
-        pass
     reason = '"conversations" is not a list of {"role": "…", "content": "…"}'
     return Fault("not_turns", reason, "conversations")
 
