@@ -22,24 +22,30 @@ from ..session import current_session
 from .conversations import IN_LOSS
 from .demo import locate
 from .packing import truncate_documents
-from .record_formats import RECORD_FORMATS
-from .token_cache import Source, TokenCache, open_cache
-from .tokenizer import TokenizerSpec, read_tokenizer
+from .record_formats import documents_per_row
+from .token_cache import Source, open_cache
+from .tokenizer import read_tokenizer
 
 PathLike = str | os.PathLike[str]
 Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _open(
-    path: PathLike, record_format: str, spec: TokenizerSpec, cache_dir: PathLike | None
-) -> TokenCache:
-    root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
-    file = str(locate(path, root, record_format))
-    return open_cache(Source(file, record_format, spec), root)
-
-
-class _PaddedRows(Dataset[Any]):
+class _Rows(Dataset[Any]):
     _record_format = ""
+
+    def __init__(
+        self, path: PathLike, tokenizer: Any, cache_dir: PathLike | None
+    ) -> None:
+        self.spec = read_tokenizer(tokenizer)
+        root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
+        file = str(locate(path, root, self._record_format))
+        self.cache = open_cache(Source(file, self._record_format, self.spec), root)
+
+    def __len__(self) -> int:
+        return len(self.cache) // documents_per_row(self._record_format)
+
+
+class _PaddedRows(_Rows):
     _max_seq_len = 1024
 
     def __init__(
@@ -52,8 +58,7 @@ class _PaddedRows(Dataset[Any]):
         max_seq_len = self._max_seq_len if max_seq_len is None else max_seq_len
         if max_seq_len < 2:  # noqa: PLR2004 - an input and its target
             raise ValueError(f"max_seq_len={max_seq_len} is too small, 2 is needed")
-        self.spec = read_tokenizer(tokenizer)
-        self.cache = _open(path, self._record_format, self.spec, cache_dir)
+        super().__init__(path, tokenizer, cache_dir)
         self.max_seq_len = max_seq_len
         documents = np.arange(len(self.cache))
         truncated = truncate_documents(self.cache, documents, max_seq_len - 1)
@@ -62,9 +67,6 @@ class _PaddedRows(Dataset[Any]):
         self._pieces[truncated.documents] = truncated.pieces
         self._pieces[:, 2] = np.minimum(self._pieces[:, 2], max_seq_len - 1)
         self._has_loss = np.isin(documents, truncated.documents)
-
-    def __len__(self) -> int:
-        return len(self.cache) // RECORD_FORMATS[self._record_format].per_row
 
     def __getitem__(self, index: int) -> Any:
         return self._example(range(len(self))[index])  # negative ones as in a list
@@ -122,25 +124,20 @@ class DPODataset(_PaddedRows):
         return example
 
 
-class RLAIFDataset(Dataset[dict[str, str]]):
+class RLAIFDataset(_Rows):
     """Conversations as `prompt` and `answer`, the assistant's last turn, held back.
 
     The prompt is text as the chat template writes it, up to where the answer begins;
     the answer is without what closes it. For trainers that generate answers themselves.
     """
 
-    def __init__(
-        self,
-        path: PathLike,
-        tokenizer: Any = None,
-        cache_dir: PathLike | None = None,
-    ) -> None:
-        self.spec = read_tokenizer(tokenizer)
-        self.cache = _open(path, "rlaif", self.spec, cache_dir)
-        self._tokenizer = Tokenizer.from_str(self.spec.json)
+    _record_format = "rlaif"
 
-    def __len__(self) -> int:
-        return len(self.cache)
+    def __init__(
+        self, path: PathLike, tokenizer: Any = None, cache_dir: PathLike | None = None
+    ) -> None:
+        super().__init__(path, tokenizer, cache_dir)
+        self._tokenizer = Tokenizer.from_str(self.spec.json)
 
     def __getitem__(self, index: int) -> dict[str, str]:
         number = range(len(self))[index]

@@ -28,7 +28,13 @@ from ..storage import verified
 from .conversations import IN_LOSS
 from .fast_encoding import BulkEncoder
 from .jsonl import Chunk, DataError, Tally, iter_chunks
-from .record_formats import RECORD_FORMATS, VERSION, Arrays, encode_chunk, token_type
+from .record_formats import (
+    VERSION,
+    Arrays,
+    documents_per_row,
+    encode_chunk,
+    token_type,
+)
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -54,11 +60,7 @@ class Source:
     max_bad_fraction: float = 0.01
 
     def content(self) -> str:
-        """Return a hash of the file's bytes and of how they are read.
-
-        It does not depend on the file's name. Runs keep it, so that a resumed one can
-        tell whether its data changed.
-        """
+        """Return a hash of the file's bytes and format, by which runs know their data."""
         parts = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
         return _hash(*parts, self.record_format, VERSION)
 
@@ -94,17 +96,23 @@ class TokenCache:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
-        self.tokens = _map(folder / "tokens", facts["token_type"])
-        self.offsets = _map(folder / "offsets", np.int64)
-        self.lines = _map(folder / "lines", np.int64)
-        self.sizes = _map(folder / "sizes", np.int64)
-        self.hashes = _map(folder / "hashes", np.uint64)
+        self.tokens = self._map("tokens", facts["token_type"])
+        self.offsets = self._map("offsets")
+        self.lines = self._map("lines")
+        self.sizes = self._map("sizes")
+        self.hashes = self._map("hashes", np.uint64)
         self.marks = self.loss_tokens = self.answers = self.answer_sizes = None
         if facts["record_format"] != "pretrain":
-            self.marks = _map(folder / "marks", np.uint8)
-            self.loss_tokens = _map(folder / "trained", np.int64)
-            self.answers = _map(folder / "answers", np.int64)
-            self.answer_sizes = _map(folder / "answer_sizes", np.int64)
+            self.marks = self._map("marks", np.uint8)
+            self.loss_tokens = self._map("trained")
+            self.answers = self._map("answers")
+            self.answer_sizes = self._map("answer_sizes")
+
+    def _map(self, name: str, dtype: npt.DTypeLike = np.int64) -> np.ndarray:
+        file = self.folder / name
+        if file.stat().st_size == 0:
+            return np.zeros(0, dtype)  # an empty file cannot be mapped
+        return np.memmap(file, dtype, mode="r")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -146,9 +154,8 @@ def open_cache(source: Source, root: Path, processes: int = 1) -> TokenCache:
     """Return the token cache of a file, which is built if it is missing or damaged.
 
     The file must be one that `check_file` accepts. It is hashed each time, and read
-    again only to build. Memory does not grow with it: a few chunks of 2 MiB are in
-    flight. A second process waits for the first. Raises `DataError` (also for a file
-    that changes meanwhile) or `OSError`.
+    again only to build, a few chunks of 2 MiB at a time. A second process waits for the
+    first. Raises `DataError` (also for a file that changes meanwhile) or `OSError`.
     """
     before = Path(source.path).stat()
     content = source.content()
@@ -180,12 +187,6 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(verified.canonical_json(parts).encode()).hexdigest()
 
 
-def _map(file: Path, dtype: npt.DTypeLike) -> np.ndarray:
-    if file.stat().st_size == 0:
-        return np.zeros(0, dtype)  # an empty file cannot be mapped
-    return np.memmap(file, dtype, mode="r")
-
-
 def _build(
     source: Source,
     folder: Path,
@@ -197,7 +198,7 @@ def _build(
     path = Path(source.path)
     if before.st_size < _ALONE_BYTES and path.suffix != ".gz":
         processes = 1
-    policy = (source.path, source.on_bad_line, source.max_bad_fraction)
+    policy = (path, source.on_bad_line, source.max_bad_fraction)
     tally = Tally()
     facts: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0}
     next_log = time.monotonic() + _LOG_SECONDS
@@ -223,20 +224,22 @@ def _build(
                 logger.info("tokenised %.0f MB of text (file: %.0f MB)", done, size)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise DataError(
-                f"{path} changed while it was read: start again when nothing writes to "
-                "it any more"
-            )
+            raise DataError(f"{path} changed while it was read: start again afterwards")
         tally.raise_if_too_many(*policy)
         if tally.problems:
             rows = (json.dumps(p._asdict(), ensure_ascii=False) for p in tally.problems)
             text = "".join(f"{row}\n" for row in rows)
             (aside / _REJECTED).write_text(text, encoding="utf-8")
-        rows = facts["documents"] // RECORD_FORMATS[source.record_format].per_row
-        facts |= {"rows": tally.good, "bad_rows": dict(tally.kinds)}
-        facts |= {"blank": tally.blank, "empty": tally.good - rows}
-        facts |= {"record_format": source.record_format, "content": content}
-        facts |= {"token_type": token_type(source.tokenizer.vocab_size)}
+        full = facts["documents"] // documents_per_row(source.record_format)
+        facts |= {
+            "rows": tally.good,
+            "bad_rows": dict(tally.kinds),
+            "blank": tally.blank,
+            "empty": tally.good - full,
+            "record_format": source.record_format,
+            "content": content,
+            "token_type": token_type(source.tokenizer.vocab_size),
+        }
 
 
 def _encode(
@@ -244,45 +247,34 @@ def _encode(
 ) -> Generator[tuple[Arrays, Tally], None, None]:
     """Encode a file in this process or in helpers; the chunks come in order."""
     chunks = iter_chunks(source.path, CHUNK_BYTES)
+    encode = functools.partial(_encode_chunk, source)
     if processes == 1:
-        yield from map(_make_encoder(source), chunks)
+        yield from map(encode, chunks)
         return
     with concurrent.futures.ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_helper,
-        initargs=(os.getpid(), source),
+        initializer=die_with_parent,
+        initargs=(os.getpid(),),
     ) as pool:
         waiting: deque[concurrent.futures.Future[tuple[Arrays, Tally]]] = deque()
         try:
             for chunk in chunks:
                 with without_main_script():  # the pool starts its helpers here
-                    waiting.append(pool.submit(_encode_in_helper, chunk))
+                    waiting.append(pool.submit(encode, chunk))
                 if len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise RuntimeError(
-                "a helper process that tokenises was killed; if nobody did that, the "
-                "machine ran out of memory: close other programs, and start again"
+                "a helper process that tokenises was killed, perhaps because the machine "
+                "ran out of memory: close other programs, and start again"
             ) from error
 
 
-_encode_chunk: functools.partial[tuple[Arrays, Tally]] | None = None
+def _encode_chunk(source: Source, chunk: Chunk) -> tuple[Arrays, Tally]:
+    return encode_chunk(source.record_format, _encoder(source.tokenizer), chunk)
 
 
-def _start_helper(parent_pid: int, source: Source) -> None:
-    global _encode_chunk  # noqa: PLW0603 - an initializer can only leave a global
-    die_with_parent(parent_pid)
-    _encode_chunk = _make_encoder(source)
-
-
-def _encode_in_helper(chunk: Chunk) -> tuple[Arrays, Tally]:
-    assert _encode_chunk is not None
-    return _encode_chunk(chunk)
-
-
-def _make_encoder(source: Source) -> functools.partial[tuple[Arrays, Tally]]:
-    encoder = BulkEncoder(source.tokenizer)
-    return functools.partial(encode_chunk, source.record_format, encoder)
+_encoder = functools.lru_cache(maxsize=1)(BulkEncoder)

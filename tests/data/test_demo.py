@@ -7,7 +7,7 @@ import pytest
 
 from minimind_nb.data import demo
 from minimind_nb.data.jsonl import DataError, iter_chunks, read_rows
-from minimind_nb.data.record_formats import RECORD_FORMATS
+from minimind_nb.data.record_formats import CHECKS
 
 # A run knows its data by these bytes: with others it cannot be resumed.
 SHIPPED = {
@@ -25,7 +25,7 @@ def test_demo_is_unpacked_whole_and_once(tmp_path, record_format):
     assert demo.locate("demo", tmp_path / "cache", record_format).stat() == unpacked
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert digest[:16] == SHIPPED[record_format]
-    check = RECORD_FORMATS[record_format].check
+    check = CHECKS[record_format]
     read = [read_rows(chunk, check) for chunk in iter_chunks(file)]
     assert sum(len(rows) for rows, _ in read) >= 1500
     assert not any(tally.kinds or tally.blank for _, tally in read)

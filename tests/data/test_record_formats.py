@@ -1,35 +1,29 @@
 """A row's documents: of text, of conversations, of pairs."""
 
 import dataclasses
-from typing import Any
+import json
 
+import numpy as np
 import pytest
 
 from minimind_nb.config import STAGES
 from minimind_nb.data.conversations import IN_LOSS
 from minimind_nb.data.fast_encoding import BulkEncoder
-from minimind_nb.data.jsonl import Fault
-from minimind_nb.data.record_formats import RECORD_FORMATS
+from minimind_nb.data.jsonl import Chunk
+from minimind_nb.data.record_formats import CHECKS, encode_chunk
 
 A, B, C = 67, 68, 69
 PAD, BEGIN, END = 0, 1, 2
 
 
-def good(made: Any) -> Any:
-    assert not [one for row in made for one in row if isinstance(one, Fault)]
-    return made
-
-
-@pytest.fixture(scope="module")
-def encode(byte_spec):
-    def encode(text, spec=byte_spec):
-        ((document,),) = good(
-            RECORD_FORMATS["pretrain"].encode([{"text": text}], BulkEncoder(spec))
-        )
-        assert document.marks is None
-        return document.ids.tolist()
-
-    return encode
+def encode(name, rows, spec):
+    """The arrays of some rows, their documents' ids and marks, and the rows counted."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    arrays, tally = encode_chunk(name, BulkEncoder(spec), Chunk(1, data))
+    ends = arrays["offsets"]
+    ids = [each.tolist() for each in np.split(arrays["tokens"], ends)[:-1]]
+    marks = np.split(arrays["marks"], ends)[:-1] if "marks" in arrays else []
+    return arrays, ids, marks, tally
 
 
 @pytest.mark.parametrize(
@@ -43,43 +37,34 @@ def encode(byte_spec):
         ("<|im_end|>a<|im_start|>", [BEGIN, END, A, BEGIN, END]),
         ("a<|endoftext|>", [BEGIN, A, PAD, END]),
         ("<|im_start|>", [BEGIN, END]),
-        ("", [BEGIN, END]),
     ],
 )
-def test_begin_and_end_are_added_where_they_are_missing(encode, text, ids):
-    assert encode(text) == ids
+def test_begin_and_end_are_added_if_they_are_missing(byte_spec, text, ids):
+    _, found, marks, _ = encode("pretrain", [{"text": text, "source": "b"}], byte_spec)
+    assert (found, marks) == ([ids], [])
 
 
-def test_one_token_may_be_both_begin_and_end(encode, byte_spec):
+def test_one_token_may_be_both_begin_and_end(byte_spec):
     spec = dataclasses.replace(byte_spec, bos_token="<|im_end|>", bos_id=END)
-    assert encode("a", spec) == [END, A, END]
-    assert encode("<|im_end|>a<|im_end|>", spec) == [END, A, END]
+    rows = [{"text": "a"}, {"text": "<|im_end|>a<|im_end|>"}]
+    assert encode("pretrain", rows, spec)[1] == [[END, A, END]] * 2
 
 
-def test_documents_keep_their_order_and_one_type(byte_spec):
+def test_documents_keep_their_order(byte_spec):
     rows = [{"text": text} for text in ("a", "<|im_start|>b<|im_end|>", "c<|im_end|>")]
-    made = good(RECORD_FORMATS["pretrain"].encode(rows, BulkEncoder(byte_spec)))
-    ids = [document.ids for documents in made for document in documents]
-    assert [each[1:-1].tolist() for each in ids] == [[A], [B], [C]]
-    assert {each.dtype.name for each in ids} == {"uint32"}
+    _, ids, _, tally = encode("pretrain", rows, byte_spec)
+    assert [each[1:-1] for each in ids] == [[A], [B], [C]]
+    assert tally.good == 3
 
 
-@pytest.mark.parametrize("name", RECORD_FORMATS)
+@pytest.mark.parametrize("name", CHECKS)
 def test_no_rows_have_no_documents(byte_spec, name):
-    encode = RECORD_FORMATS[name].encode
-    assert encode([], BulkEncoder(byte_spec)) == []
+    arrays, ids, *_ = encode(name, [], byte_spec)
+    assert ids == [] and not any(map(len, arrays.values()))
 
 
 def test_every_stage_has_a_record_format():
-    assert STAGES.keys() | {"rlaif"} == RECORD_FORMATS.keys()
-
-
-def test_pretraining_rows_are_checked_and_read():
-    format_ = RECORD_FORMATS["pretrain"]
-    assert format_.check({"text": "a", "source": "b"}) is None
-    assert format_.text({"text": "a", "source": "b"}) == "a"
-    fault = format_.check({"source": "b"})
-    assert fault is not None and fault.kind == "missing_text"
+    assert STAGES.keys() | {"rlaif"} == CHECKS.keys()
 
 
 def talk(*contents):
@@ -90,59 +75,45 @@ def talk(*contents):
     ]
 
 
-@pytest.fixture
-def trained(byte_spec):
-    """A function that gives what is learned from of each document of each row."""
-    encoder = BulkEncoder(byte_spec)
+def in_loss(name, rows, spec):
+    """The tokens in the loss of each document, as letters."""
     letters = {67: "a", 68: "b", 69: "c", 70: "d", 71: "e", END: ".", 201: ""}
-
-    def encode(name, rows):
-        assert [RECORD_FORMATS[name].check(row) for row in rows] == [None] * len(rows)
-        made = good(RECORD_FORMATS[name].encode(rows, encoder))
-        return [
-            [
-                "".join(letters[n] for n in one.ids[one.marks & IN_LOSS > 0].tolist())
-                for one in documents
-            ]
-            for documents in made
-        ]
-
-    return encode
+    _, ids, marks, _ = encode(name, rows, spec)
+    return [
+        "".join(letters[n] for n in np.array(one)[each & IN_LOSS > 0].tolist())
+        for one, each in zip(ids, marks, strict=True)
+    ]
 
 
-def test_every_answer_or_the_last_is_learned_from(trained):
+def test_every_answer_or_the_last_is_in_the_loss(byte_spec):
     rows = [
         {"conversations": talk("a", "b", "c", "d")},
         {"conversations": talk("a", "e")},
     ]
-    assert trained("sft", rows) == [["b.d."], ["e."]]
-    assert trained("rlaif", rows) == [["d."], ["e."]]
+    assert in_loss("sft", rows, byte_spec) == ["b.d.", "e."]
+    assert in_loss("rlaif", rows, byte_spec) == ["d.", "e."]
 
 
-def test_of_pairs_only_what_follows_the_common_turns_is_learned_from(trained):
+def test_of_pairs_only_what_follows_the_common_turns_is_in_the_loss(byte_spec):
     first = {"chosen": talk("a", "b"), "rejected": talk("a", "c")}
     later = {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "b", "c", "e")}
     apart = {"chosen": talk("a", "b", "c", "d"), "rejected": talk("a", "d", "c", "d")}
-    assert trained("dpo", [first, later, apart]) == [
-        ["b.", "c."],
-        ["d.", "e."],
-        ["b.d.", "d.d."],
-    ]
+    expected = ["b.", "c.", "d.", "e.", "b.d.", "d.d."]
+    assert in_loss("dpo", [first, later, apart], byte_spec) == expected
 
 
 def test_sizes_are_bytes_of_the_answers_and_the_rest_is_left_out(byte_spec):
     row = {"conversations": talk("a", "文", "c", "dd", "e")}
-    encoder = BulkEncoder(byte_spec)
-    ((document,),) = good(RECORD_FORMATS["sft"].encode([row], encoder))
-    assert list(document.answer_sizes) == [3, 2]
-    assert document.ids[-4:].tolist() == [70, 70, END, 201]
-    assert document.marks is not None and len(document.marks) == len(document.ids)
+    arrays, ids, marks, _ = encode("sft", [row], byte_spec)
+    assert arrays["answer_sizes"].tolist() == [3, 2]
+    assert ids[0][-4:] == [70, 70, END, 201]
+    assert len(marks[0]) == len(ids[0])
     row = {"conversations": talk("a", "文", "c", "dd")}
-    ((document,),) = good(RECORD_FORMATS["rlaif"].encode([row], encoder))
-    assert list(document.answer_sizes) == [2]
+    arrays, *_ = encode("rlaif", [row], byte_spec)
+    assert arrays["answer_sizes"].tolist() == [2]
 
 
-def test_a_fault_stands_in_the_place_of_its_document(byte_spec):
+def test_a_pair_with_an_answer_that_the_template_refuses_is_a_bad_row(byte_spec):
     template = (
         "{% if messages[-1].content == 'e' %}{{ raise_exception('no') }}{% endif %}"
     )
@@ -150,20 +121,21 @@ def test_a_fault_stands_in_the_place_of_its_document(byte_spec):
         byte_spec, chat_template=template + (byte_spec.chat_template or "")
     )
     rows = [{"chosen": talk("a", "b"), "rejected": talk("a", each)} for each in "ced"]
-    made = RECORD_FORMATS["dpo"].encode(rows, BulkEncoder(spec))
-    faults = [[isinstance(one, Fault) for one in row] for row in made]
-    assert faults == [[False, False], [False, True], [False, False]]
+    arrays, _, _, tally = encode("dpo", rows, spec)
+    assert arrays["lines"].tolist() == [1, 1, 3, 3]
+    assert (tally.good, tally.kinds) == (2, {"chat_template": 1})
+    assert [row.line for row in tally.problems] == [2]
 
 
-def test_content_is_what_the_messages_say():
+def test_the_content_hash_is_of_what_the_messages_say(byte_spec):
+    def hashes(name, *rows):
+        return encode(name, rows, byte_spec)[0]["hashes"].tolist()
+
+    bare = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = [{"conversations": each} for each in (talk("a", "b"), bare, talk("a", "c"))]
     for name in ("sft", "rlaif"):
-        text = RECORD_FORMATS[name].text
-        bare = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        assert text({"conversations": talk("a", "b")}) == text({"conversations": bare})
-        assert text({"conversations": talk("a", "b")}) != text(
-            {"conversations": talk("a", "c")}
-        )
-    text = RECORD_FORMATS["dpo"].text
+        one, same, other = hashes(name, *chats)
+        assert one == same != other
     pair = {"chosen": talk("a", "b"), "rejected": talk("a", "c")}
     turned = {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-    assert text(pair) != text(turned)
+    assert len(set(hashes("dpo", pair, turned))) == 2
