@@ -254,8 +254,7 @@ def test_conversations_whose_answers_are_cut_away_are_refused(
     text = str(caught.value)
     assert text.startswith(
         f"{path}: {long} of {short + long} conversations have no whole answer within "
-        "max_seq_len=64 tokens, so nothing could be learned from them; raise "
-        "max_seq_len (the longest has "
+        "max_seq_len=64 tokens; raise it (the longest has "
     )
     assert text.endswith('max_bad_fraction=…, with on_bad_line="skip"')
     assert not (Path(settings["out_dir"]) / "sft_32").exists()

@@ -57,7 +57,7 @@ def test_a_file_of_empty_texts_has_nothing_to_train_on(
 ) -> None:
     data = tmp_path / "empty.jsonl"
     data.write_text('{"text": ""}\n')
-    refuse({**settings, "data_path": str(data)}, ValueError, "has no text to train on")
+    refuse({**settings, "data_path": str(data)}, ValueError, "has no text to use")
 
 
 @pytest.mark.fault("F47")
