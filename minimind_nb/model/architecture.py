@@ -34,6 +34,7 @@ from transformers.modeling_outputs import (
     MoeModelOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 YARN_DEFAULTS: dict[str, float] = {
     "beta_fast": 32,
@@ -253,32 +254,18 @@ class EqualHeads:
 
 
 def eager_attention(
-    module: nn.Module,
-    query_BHTC: Tensor,
-    key_BGSC: Tensor,
-    value_BGSC: Tensor,
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: output [B, T, H, C] and probabilities [B, H, T, S].
-
-    `attention_mask` is boolean (True may look) or added to the scores.
-    """
-    groups = query_BHTC.shape[1] // key_BGSC.shape[1]
-    key_BHSC = key_BGSC.repeat_interleave(groups, dim=1)
-    value_BHSC = value_BGSC.repeat_interleave(groups, dim=1)
-    scores_BHTS = query_BHTC @ key_BHSC.transpose(2, 3) * scaling
+    """Llama's attention by plain products, for boolean masks too (True may look)."""
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        lowest = torch.finfo(scores_BHTS.dtype).min
-        scores_BHTS = scores_BHTS.masked_fill(~attention_mask, lowest)
-    elif attention_mask is not None:
-        scores_BHTS = scores_BHTS + attention_mask
-    chance_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32).type_as(query_BHTC)
-    chance_BHTS = F.dropout(chance_BHTS, dropout, module.training)
-    return (chance_BHTS @ value_BHSC).transpose(1, 2).contiguous(), chance_BHTS
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.where(attention_mask, 0.0, lowest)
+    return eager_attention_forward(layer, query, key, value, attention_mask, **kwargs)
 
 
 class Attention(nn.Module):
