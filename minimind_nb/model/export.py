@@ -1,4 +1,4 @@
-"""Models for other programs: folders of transformers, GGUF, MiniMind's `.pth`."""
+"""Write models for other programs: folders of transformers, GGUF, MiniMind's `.pth`."""
 
 from __future__ import annotations
 
@@ -78,17 +78,15 @@ def export(
     - "pth": a file for MiniMind's scripts, in float16 unless `dtype` is set.
 
     None takes the ending of the file's name, or the first format that holds the network.
-    `dtype` ("float32", "float16", "bfloat16") is the precision to store in, by default
-    that of the source. docs/exports.md shows what to do with each format.
+    `dtype` ("float32", "float16", "bfloat16") is by default that of the source.
 
     Before it gets its name, a folder or GGUF file is opened with transformers, and its
     logits (of a folder also its token ids) are compared with the source's; a `.pth` is
     read back. Nothing is overwritten, and a failure leaves nothing behind.
 
     Raises what `load` raises; `FileExistsError` if something is in the way;
-    `ValueError` for an unknown format or precision, one that cannot hold the network or
-    its numbers, or GGUF without the extra; `RuntimeError` if the written model does not
-    compute the same.
+    `ValueError` for a format or precision that is unknown or cannot hold the network, or
+    GGUF without the extra; `RuntimeError` if the written model does not compute the same.
     """
     final = Path(folder).expanduser()
     if format is None and final.suffix[1:] in _FILES:
@@ -127,9 +125,8 @@ def _choose_format(config: MiniMindConfig, format: str | None) -> str:
         return fits[0]
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown: use {', '.join(FORMATS)}")
-    if format == "gguf" and (
-        fits[0] == "minimind" or config.use_moe and not config.norm_topk_prob
-    ):
+    plain_top_k = config.use_moe and not config.norm_topk_prob
+    if format == "gguf" and (fits[0] == "minimind" or plain_top_k):
         raise ValueError(
             "llama.cpp supports no network of this kind (it needs a Llama, a Qwen3, or a "
             'Qwen3-MoE with norm_topk_prob=True): export it with format="minimind"'
@@ -148,11 +145,8 @@ def _cast(model: MiniMindForCausalLM, dtype: str | torch.dtype | None) -> str:
     if name not in _PRECISIONS:
         raise ValueError(f"dtype={name!r} is invalid: use {', '.join(_PRECISIONS)}")
     nn.Module.to(model, getattr(torch, name))
-    for weight, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(
-                f"{weight} holds numbers too large for {name}: use another dtype"
-            )
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"some weights are too large for {name}: use another dtype")
     return name
 
 
@@ -160,29 +154,30 @@ def _write_folder(
     model: MiniMindForCausalLM, spec: TokenizerSpec, folder: Path, kind: str
 ) -> str:
     """Write a folder; open it with transformers, and compare token ids and logits."""
-    config: Any = model.config
+    config = model.config
     if kind == "minimind":
         fields = own_config_json(config)
-        package = importlib.resources.files(__package__ or "")
-        code = (package / "architecture.py").read_bytes()
-        (folder / f"{OWN_CODE}.py").write_bytes(code)
+        code = importlib.resources.files(__package__ or "") / "architecture.py"
+        (folder / f"{OWN_CODE}.py").write_bytes(code.read_bytes())
     else:
         fields = FAMILIES[kind].config_json(config)
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     fields["transformers_version"] = transformers_version
     text = json.dumps(fields, indent=2, sort_keys=True)
     (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: getattr(config, name) for name in names}
-    GenerationConfig(**ids).save_pretrained(folder)
+    GenerationConfig(
+        pad_token_id=spec.pad_id, bos_token_id=spec.bos_id, eos_token_id=spec.eos_id
+    ).save_pretrained(folder)
     write_tokenizer(spec, folder)
     named = model.named_parameters()  # without the tied head
     tensors = {name: p.detach().contiguous().clone() for name, p in named}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     # Without an answer here, transformers would ask whether to run the folder's code.
     reopened: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found = reopened.encode(_TEXT, add_special_tokens=False)
-    expected = load_tokenizer(spec).encode(_TEXT, add_special_tokens=False)
+    expected, found = (
+        one.encode(_TEXT, add_special_tokens=False)
+        for one in (load_tokenizer(spec), reopened)
+    )
     if found != expected:
         raise RuntimeError(
             f"transformers reads {_TEXT!r} as other tokens than this tokenizer: {found} "
@@ -271,12 +266,14 @@ def _compare_logits(ours: MiniMindForCausalLM, theirs: Any) -> str:
 
 
 def _print_misfits(config: MiniMindConfig) -> None:
-    """Say what MiniMind's scripts assume and these weights do not have."""
-    known: dict[str, Any] = {"hidden_size": config.hidden_size}
-    known |= {"head_dim": config.head_dim, "use_moe": config.use_moe}
-    second = {"intermediate_size": math.ceil(config.hidden_size * 8 / 3 / 64) * 64}
-    known |= {"num_experts": 4} if config.qk_norm else second
-    theirs = MiniMindConfig.from_dict(known)
+    """Print what MiniMind's scripts assume and these weights do not have."""
+    width = config.hidden_size
+    known = {"hidden_size": width, "head_dim": config.head_dim}
+    if config.qk_norm:
+        known["num_experts"] = 4  # a mark of the third generation's config.json
+    else:
+        known["intermediate_size"] = math.ceil(width * 8 / 3 / 64) * 64
+    theirs = MiniMindConfig.from_dict({**known, "use_moe": config.use_moe})
     names = "intermediate_size num_attention_heads num_key_value_heads rope_theta "
     names += "rms_norm_eps inference_rope_scaling"
     mixture = " num_experts_per_tok norm_topk_prob" if config.use_moe else ""

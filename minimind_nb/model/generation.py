@@ -1,7 +1,7 @@
-"""Text from a model: prompts continued, conversations answered, streams.
+"""Continue prompts and answer conversations, at once or token by token.
 
-The loop over tokens is our own instead of `model.generate`: it can stop between two
-tokens without a thread, and draws from its own generator.
+The loop is our own instead of `model.generate`: it can stop between two tokens without a
+thread, and draws from its own generator.
 """
 
 from __future__ import annotations
@@ -60,11 +60,10 @@ def generate(
 ) -> str | list[str]:
     """Continue one prompt, or a list of them in one left-padded batch.
 
-    A string is read as the beginning of a pretraining document: the bos token in front
-    (not doubled), no eos behind. A conversation, a list of {"role", "content"} messages,
-    is rendered with the generation prompt and answered; special strings in a message
-    are ordinary text. Each continuation (without its prompt) ends before the eos token
-    or after `max_new_tokens`.
+    A string begins a pretraining document: with the bos token in front, without an eos
+    behind. A conversation, a list of {"role", "content"} messages, is rendered with the
+    generation prompt and answered; special strings in a message are ordinary text. A
+    continuation ends before the eos token or after `max_new_tokens`.
 
     `settings`, with defaults that suit a small model:
 
@@ -75,11 +74,11 @@ def generate(
     - `top_k=0`: draw from this many of the likeliest tokens (0: all);
     - `repetition_penalty=1.0`: more than 1 makes tokens already seen less likely;
     - `seed=None`: with a seed the same batch gives the same text on the same device,
-      and torch's global generators are not touched; without one they are drawn from.
+      and torch's global generators are not touched.
 
     Raises `ValueError` for settings out of range, an invalid conversation, a tokenizer
-    that does not fit the model or has no chat template, and a prompt that leaves no room for
-    `max_new_tokens`.
+    that does not fit the model or has no chat template, and a prompt that leaves no room
+    for `max_new_tokens`.
     """
     new_tokens = Sampling(**settings).max_new_tokens
     one = isinstance(prompts, str | Mapping)
@@ -103,8 +102,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the continuation of one prompt in pieces, as its tokens come.
 
-    Prompt, `settings`, errors (raised by the call itself) and the text that the pieces
-    make are those of `generate`. No piece ends within a character.
+    Prompt, `settings`, errors and the text as a whole are those of `generate`. No piece
+    ends within a character.
     """
     most = Sampling(**settings).max_new_tokens
     (row,) = _encode(model, tokenizer, [prompt], most)
@@ -205,12 +204,10 @@ def decode(
 ) -> Generator[list[int]]:
     """Yield one new token a row and step, until each row has had its end token.
 
-    A row's tokens after its end mean nothing. The rows are padded in front, which the
-    model does not see. transformers' static cache is allocated for all positions at
-    once. On a CPU (512 wide, 8 layers, 128 new tokens) this takes 1.03 of the time of
-    `model.generate` with its growing cache for one row, 1.02 for eight (1.06 and 1.22
-    with transformers 5.0). The host waits for the device once a step. The model is in
-    evaluation mode meanwhile; its mode is restored.
+    A row's tokens after its end mean nothing. Rows are padded in front, which the model
+    does not see, and the static cache is allocated for all positions at once. On a CPU
+    this takes 1.03 of the time of `model.generate` for one row, 1.02 for eight. The host
+    waits for the device once a step. The model's mode is restored.
     """
     device, was_training = model.device, model.training
     generator = None
