@@ -1,7 +1,6 @@
 """The outcome of each rank, and one `TrainingFailed` for the root cause.
 
-Ranks record how they ended. Exit codes count only for those that did not: torch's
-spawn wrapper exits with 0 on an interrupt.
+Ranks record how they ended. Exit codes count only for those that did not.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ SESSION = "--- pid "
 _WAITING = ("launch/process_group.py", "in grad_norm_and_sums")
 """In the stack of a rank that waits for the others: it is in a collective or, on CUDA,
 where the host first needs the result of one."""
-_LOG_TAIL_LINES = 15
-_LOG_TAIL_BYTES = 1 << 18
+_LOG_LINES = 15
 _BEAT_SECONDS = 1.0
 _RECORD_BYTES = 1 << 15
 _ERROR_CHARACTERS, _TRACEBACK_CHARACTERS = 1000, 6000  # of up to 4 bytes
@@ -44,10 +42,10 @@ _HINTS: dict[int, str] = {
 
 
 class TrainingFailed(RuntimeError):
-    """A run that did not end by itself: which rank failed first, why, and what to do.
+    """A run failed: the text holds the root cause, its traceback, and what to do.
 
-    `rank` is that rank; `phase` is how far it came: "startup", "meeting" (the ranks'
-    first all-reduce) or "training".
+    `rank` is the rank that failed first; `phase` is how far it came: "startup",
+    "meeting" (the ranks' first all-reduce) or "training".
     """
 
     def __init__(self, text: str, rank: int, phase: str) -> None:
@@ -84,8 +82,7 @@ class RankRecord:
     def update(self, **changes: Any) -> None:
         """Set fields and write all of them, padded, over the file's own bytes.
 
-        So there is room for an error on a disk that is full by then. The reader is
-        another process of this machine, so nothing is flushed to the disk.
+        So there is room for an error on a disk that is full by then.
         """
         vars(self).update(changes, time=time.time())
         fields = {k: v for k, v in vars(self).items() if k != "file"}
@@ -99,12 +96,12 @@ class RankRecord:
             logger.warning("%s cannot be written: %s", self.file, error)
 
     def beat(self) -> None:
-        """Show progress between steps too; at most once a second."""
+        """Show progress between two steps, at most once a second."""
         if abs(time.time() - self.time) >= _BEAT_SECONDS:
             self.update()
 
     def fail(self, error: BaseException) -> None:
-        """Record an exception, with the end of its traceback, as the end of this rank."""
+        """Record the exception that ended this rank, with the end of its traceback."""
         text = "".join(traceback.format_exception(error))
         self.update(
             status="failed",
@@ -128,7 +125,7 @@ def read_records(folder: RunFolder, size: int) -> list[RankRecord]:
 
 
 class Exit(NamedTuple):
-    """How a process left: its exit code (negative: a signal), and when that was seen.
+    """The exit code of a process (negative: a signal), and when that was seen.
 
     `reason` is the parent's, if the parent killed it.
     """
@@ -150,8 +147,8 @@ def collect_outcome(
     statuses = {record.status for record in records}
     if len(statuses) == 1 and (status := statuses.pop()) in ENDINGS:
         return status
-    tails = [_tail(folder.log_file(r.rank)) if logs else "" for r in records]
-    stacks = [_stack(tail) for tail in tails]
+    texts = [_read_log(folder.log_file(r.rank)) if logs else "" for r in records]
+    stacks = [_find_stack(text) for text in texts]
     rank = _root_cause(records, exits, stacks)
     cause, end = records[rank], exits[rank]
     parts = [_first_line(cause, end), cause.traceback.rstrip()]
@@ -163,7 +160,7 @@ def collect_outcome(
     if end.reason and any(stacks):
         nowhere = "  no line of Python: it is stopped, or in a native call"
         parts += [f"rank {n} was in:\n{s or nowhere}" for n, s in enumerate(stacks)]
-    if lines := tails[rank].splitlines()[-_LOG_TAIL_LINES:]:
+    if lines := texts[rank].splitlines()[-_LOG_LINES:]:
         parts.append("\n  ".join([f"The end of {folder.log_file(rank)}:", *lines]))
     if not end.reason and cause.status == "running":
         parts.append(_HINTS.get(-(end.code or 0), ""))
@@ -182,20 +179,21 @@ def _root_cause(records: list[RankRecord], exits: list[Exit], stacks: list[str])
     killed process closes its connections before it is seen dead), and being ended by
     the parent; of ranks that hung, the one that waited for the others is less to blame.
     """
-    failures = []
-    for record, end, stack in zip(records, exits, stacks, strict=True):
+
+    def consequences_and_time(rank: int) -> tuple[int, float]:
+        record, end = records[rank], exits[rank]
         failed = record.status == "failed"
-        where = record.traceback if failed else stack
-        indirect = any(place in where for place in _WAITING)
+        where = record.traceback if failed else stacks[rank]
+        waited = any(place in where for place in _WAITING)
         if failed:
-            failures.append((indirect, record.time, record.rank))
-        elif record.status not in ENDINGS:
-            failures.append((bool(end.reason) + indirect, end.time, record.rank))
-    return min(failures)[2] if failures else 0
+            return waited, record.time
+        return waited + bool(end.reason), end.time
+
+    failures = [n for n, record in enumerate(records) if record.status not in ENDINGS]
+    return min(failures, key=consequences_and_time, default=0)
 
 
 def _first_line(record: RankRecord, end: Exit) -> str:
-    """Say in one line how a rank failed."""
     rank, where = f"rank {record.rank}", "before its first step"
     if record.step:
         where = f"at step {record.step} of {record.total_steps}"
@@ -205,23 +203,20 @@ def _first_line(record: RankRecord, end: Exit) -> str:
         return f"{rank} was ended {where}: {end.reason}"
     if end.code is None or end.code >= 0:
         return f"{rank} left {where} (exit code {end.code})"
-    names = {int(number): number.name for number in signal.Signals}
-    name = names.get(-end.code, f"signal {-end.code}")
-    return f"{rank} was killed by {name} {where}"
+    return f"{rank} was killed by {signal.Signals(-end.code).name} {where}"
 
 
-def _stack(tail: str) -> str:
-    """Return the Python stack that a hung rank wrote when asked to; "" if none."""
-    _, found, stack = tail.rpartition(SESSION)[2].rpartition(_STACK)
+def _find_stack(log: str) -> str:
+    """Return the Python stack that a rank that hung wrote when asked to; "" if none."""
+    _, found, stack = log.rpartition(_STACK)
     lines = [line for line in stack.splitlines() if line.startswith("  File ")]
     return "\n".join(lines[:_STACK_LINES]) if found else ""
 
 
-def _tail(log: Path) -> str:
-    """Return the end of a log, which may be larger than the memory."""
+def _read_log(file: Path) -> str:
+    """Return what a rank printed in its last session."""
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, os.path.getsize(log) - _LOG_TAIL_BYTES))
-            return file.read().decode("utf-8", "replace")
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+    return text.rpartition(SESSION)[2]

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..lifetime import (
@@ -50,23 +49,21 @@ class RankInfo(NamedTuple):
     local_world_size: int
 
     @classmethod
-    def from_environment(
-        cls, environ: Mapping[str, str] = os.environ
-    ) -> RankInfo | None:
+    def from_environment(cls) -> RankInfo | None:
         """Return the place that torchrun set, or None if RANK is not set.
 
         Raises `RuntimeError` if RANK is set and another variable is missing.
         """
-        if not environ.get("RANK"):
+        if not os.environ.get("RANK"):
             return None
         names = [name.upper() for name in cls._fields]
         needed = (*names, "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in needed if not environ.get(name)]:
+        if missing := [name for name in needed if not os.environ.get(name)]:
             raise RuntimeError(
                 f"RANK is set, as torchrun does, but not {', '.join(missing)}: start "
                 "with torchrun, or unset RANK"
             )
-        return cls(*(int(environ[name]) for name in names))
+        return cls(*(int(os.environ[name]) for name in names))
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,9 @@ class Job:
     """The work of each process.
 
     `target` names a function, "package.module:function", that takes (info, folder,
-    store, record, stop) and returns the status; its instructions are in `folder`.
-    `environment` is set in each process before `target` is imported. Under torchrun
-    every machine must see `paths`. A rank without progress for `hang_timeout` seconds
-    hangs; `less_memory` says what to do if one runs out of memory. `lock` is the
-    descriptor of the folder's lock, which is free when the last rank has left.
+    store, record, stop) and returns the status. `environment` is set before it is
+    imported. Under torchrun every machine must see `paths`. `less_memory` says what to
+    do if memory runs out. The ranks inherit the descriptor `lock` of the folder's lock.
     """
 
     target: str
@@ -93,10 +88,7 @@ class Job:
     def run(
         self, info: RankInfo, store: Any, record: RankRecord, stop: StopRequest
     ) -> None:
-        """Run the part of one rank in this process, and record how it ended.
-
-        The ranks meet in `store`, a file or a store of torch.
-        """
+        """Run the part of one rank in this process, and record how it ended."""
         record.update()
         module, _, name = self.target.partition(":")
         try:
@@ -111,10 +103,9 @@ class Job:
 def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
     """Run a job to its end and return how it ended, calling `on_poll` twice a second.
 
-    An interrupt, SIGTERM or SIGHUP of this process is passed on, and the ranks stop at
-    the end of a step; a second interrupt kills them and raises `KeyboardInterrupt`.
-    One that arrives while they start waits until they listen. Raises `TrainingFailed`
-    if a rank failed, died or hung.
+    An interrupt, SIGTERM or SIGHUP is passed on as soon as the ranks listen, and they
+    stop at the end of a step; a second interrupt kills them and raises
+    `KeyboardInterrupt`. Raises `TrainingFailed` if a rank failed, died or hung.
     """
     for rank in range(job.num_processes):
         job.folder.record_file(rank).unlink(missing_ok=True)
@@ -140,7 +131,6 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
 
     Signals are blocked until a rank listens: those for the whole process group (a
     kernel's interrupt, a closing terminal) would kill a rank that still imports.
-    torch's own wrapper leaves a temporary file for each rank that fails.
     """
     # A `Connection` is a descriptor that a spawned process inherits.
     lock = None if job.lock is None else connection.Connection(os.dup(job.lock))
@@ -197,9 +187,8 @@ def _watch(
 
 def _send(number: int, processes: Iterable[BaseProcess]) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, number)
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, number)
 
 
 def is_decided(records: Sequence[RankRecord], exits: Mapping[int, Exit]) -> bool:
@@ -223,7 +212,7 @@ class HangWatch:
         }
         self._silence = 0.0
         self._looked = time.monotonic()
-        self._seen: list[float] = []
+        self._seen: list[RankRecord] = []
 
     def check(self, records: Sequence[RankRecord]) -> str:
         """Return why a rank is considered to hang, or "".
@@ -234,9 +223,8 @@ class HangWatch:
         self._silence += min(now - self._looked, _LONGEST_LOOK)
         self._looked = now
         running = [record for record in records if record.status == "running"]
-        times = [record.time for record in running]
-        if times != self._seen:
-            self._seen, self._silence = times, 0.0
+        if running != self._seen:
+            self._seen, self._silence = running, 0.0
         phases = {record.phase for record in running}
         for phase, (limit, text) in self._limits.items():
             if phase in phases:
@@ -257,7 +245,12 @@ def _enter(
     if os.getppid() != parent_pid:
         return
     os.environ.update(job.environment)
-    _redirect_output(job.folder.log_file(info.rank))
+    # What native libraries print goes to the log, too.
+    log = job.folder.log_file(info.rank).open("a", encoding="utf-8", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    print(f"{SESSION}{os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     stop = StopRequest()
@@ -266,24 +259,11 @@ def _enter(
     job.run(info, store, record, stop)
 
 
-def _redirect_output(log: Path) -> None:
-    """Send everything that this process prints, native libraries too, to its log."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    if descriptor not in (1, 2):  # it is one of them if these were closed
-        os.close(descriptor)
-    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
-    print(f"{SESSION}{os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
-
-
 def end_orphans(folder: RunFolder) -> list[int]:
     """End the ranks of an earlier run here whose parent has died; return their pids.
 
-    A process is identified by its start time, not by its number alone, and others are
-    never touched. Raises `RunLocked` if a rank is running whose parent lives: somebody
-    deleted the lock file.
+    Raises `RunLocked` if a rank is running whose parent lives: somebody deleted the
+    lock file.
     """
     orphans: list[RankRecord] = []
     siblings_parent = identify_process(os.getppid())  # under torchrun

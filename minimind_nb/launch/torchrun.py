@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -26,7 +27,6 @@ from ..lifetime import die_with_parent
 from ..storage.run_folder import RunFolder
 from .cancellation import StopRequest
 from .outcome import ENDINGS, Exit, RankRecord, collect_outcome
-from .process_group import leave_at_once
 from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job, RankInfo
 
 PREPARATION_SECONDS = 7200.0
@@ -129,7 +129,9 @@ class TorchrunSession:
         try:
             job.run(info, PrefixStore("group", self._store), record, self._stop)
         except BaseException:  # the error is in the record
-            leave_at_once()
+            # A closed connection makes the others fail at once; NCCL's could wait.
+            if dist.is_initialized() and dist.get_backend() == "gloo":
+                dist.destroy_process_group()
         self._store.set(f"done/{info.rank}", "")
         if record.status in ENDINGS:
             if info.rank:

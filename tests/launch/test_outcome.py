@@ -139,11 +139,6 @@ def test_the_signal_says_what_to_do(tmp_path: Path, number: int, hint: str) -> N
         collect_outcome(RunFolder(tmp_path), ended(-number))
 
 
-def test_a_signal_without_a_name_is_shown_by_its_number(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailed, match="was killed by signal 40 before"):
-        collect_outcome(RunFolder(tmp_path), ended(-40))
-
-
 def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
     write(tmp_path, 0)
     lines = [f"line {number}" for number in range(40)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -31,20 +32,22 @@ def _no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchrun, "_HEAD_START_SECONDS", 0.0)
 
 
-def test_a_rank_is_where_torchrun_put_it() -> None:
-    assert RankInfo.from_environment(ENVIRON) == RankInfo(3, 4, 1, 2)
-    assert RankInfo.from_environment({"WORLD_SIZE": "2"}) is None
-    assert RankInfo.from_environment({"RANK": ""}) is None
+def test_a_rank_is_where_torchrun_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", ENVIRON)
+    assert RankInfo.from_environment() == RankInfo(3, 4, 1, 2)
+    monkeypatch.setattr(os, "environ", ENVIRON | {"RANK": ""})
+    assert RankInfo.from_environment() is None
 
 
-def test_half_an_environment_is_refused() -> None:
-    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    monkeypatch.setattr(os, "environ", half)
     text = (
         "RANK is set, as torchrun does, but not LOCAL_WORLD_SIZE, MASTER_ADDR, "
         "MASTER_PORT: start with torchrun, or unset RANK"
     )
     with pytest.raises(RuntimeError, match=text):
-        RankInfo.from_environment(environ)
+        RankInfo.from_environment()
 
 
 def on_all_ranks(lead: Callable[[], Any], size: int = 3) -> list[Any]:
