@@ -1,4 +1,1 @@
-"""Processes that work together: starting, watching, agreeing and judging them.
-
-Knows nothing of models.
-"""
+"""Start, watch and end processes that train together. Knows nothing of models."""

@@ -59,17 +59,10 @@ class TorchrunSession:
         `TrainingFailed` of the job.
         """
         try:
-            if self.info.rank == 0:
-                return self._lead(lead)
-            message = self._follow()
+            return self._follow() if self.info.rank else self._lead(lead)
         finally:
-            self._store.set(f"left/{self.info.rank}", "")
             if self._stop:
                 self._stop.restore()
-        if "error" in message:  # rank 0 raises as soon as all have left
-            time.sleep(_HEAD_START_SECONDS)
-            raise RuntimeError(f"rank 0 failed: {message['error']}")
-        return message["answer"]
 
     def launch(self, job: Job, on_poll: Callable[[], None]) -> str:
         """On rank 0: run a job on all ranks and return how it ended.
@@ -109,13 +102,19 @@ class TorchrunSession:
         finally:  # torchrun ends all ranks, and its store, as soon as one has failed
             self._wait_for_all("left")
 
-    def _follow(self) -> dict[str, Any]:
-        """Run the jobs that rank 0 launches, and return its last message."""
-        while job := (message := self._receive()).get("job"):
-            target, folder, paths = job
-            size = self.info.world_size
-            self._work(Job(target, RunFolder(folder), size, paths=paths))
-        return message
+    def _follow(self) -> Any:
+        """Run the job that rank 0 launches, if any, and return what rank 0 does."""
+        try:
+            while job := (message := self._receive()).get("job"):
+                target, folder, paths = job
+                size = self.info.world_size
+                self._work(Job(target, RunFolder(folder), size, paths=paths))
+        finally:
+            self._store.set(f"left/{self.info.rank}", "")
+        if "error" in message:  # rank 0 raises as soon as all have left
+            time.sleep(_HEAD_START_SECONDS)
+            raise RuntimeError(f"rank 0 failed: {message['error']}")
+        return message["answer"]
 
     def _work(self, job: Job) -> str:
         """Run this rank's part of a job; return how it ended, on rank 0 for all."""
@@ -147,17 +146,16 @@ class TorchrunSession:
             if time.monotonic() > end:
                 break
             time.sleep(_PAUSE_SECONDS)
-        problem = (
-            f"rank {rank} on {socket.gethostname()} does not see {missing[0]} as rank 0 "
-            "does: out_dir, and what init_from and resume name, must be in a folder "
-            "that all machines share"
-            if missing
-            else ""
-        )
-        self._store.set(f"sight/{rank}", problem)
+        found = ""
+        if missing:
+            found = f"rank {rank} on {socket.gethostname()} does not see {missing[0]}"
+        self._store.set(f"sight/{rank}", found)
         for rank in range(self.info.world_size):
-            if problem := self._get(f"sight/{rank}", IMPORT_SECONDS):
-                raise FileNotFoundError(problem)
+            if found := self._get(f"sight/{rank}", IMPORT_SECONDS):
+                raise FileNotFoundError(
+                    f"{found} as rank 0 does: out_dir, and what init_from and resume "
+                    "name, must be in a folder that all machines share"
+                )
 
     def _send(self, **message: Any) -> None:
         self._store.set(f"messages/{self._messages}", json.dumps(message))
@@ -169,7 +167,7 @@ class TorchrunSession:
         return json.loads(text)
 
     def _get(self, key: str, seconds: float) -> str:
-        """Wait for a value; in short naps, since torch's own wait handles no signal."""
+        """Wait for a value in short naps: torch's own wait handles no signal."""
         end = time.monotonic() + seconds
         while not self._store.check([key]):
             if time.monotonic() > end:
@@ -181,7 +179,7 @@ class TorchrunSession:
         return self._store.get(key).decode()
 
     def _wait_for_all(self, what: str) -> None:
-        """Wait some seconds for every other rank to get somewhere."""
+        """Wait some seconds until every other rank has set a key."""
         end = time.monotonic() + LEAVE_SECONDS
         for rank in range(1, self.info.world_size):
             with contextlib.suppress(TimeoutError):
