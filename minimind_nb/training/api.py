@@ -224,7 +224,7 @@ def _launch(
         environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         paths=list(map(str, plan.input_paths)),
         hang_timeout=cfg.hang_timeout_seconds,
-        less_memory=smaller_batch(cfg) if target == "run" else "",
+        less_memory=smaller_batch(cfg),
         lock=lock,
     )
     if session:

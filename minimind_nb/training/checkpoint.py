@@ -26,9 +26,9 @@ from .run_plan import RunPlan
 class Progress:
     """The position of a run: what changes from step to step, apart from tensors.
 
-    `samples` and `tokens` count rows and predicted text tokens of all ranks;
-    `seconds` is training time over all sessions, without validation and saving;
-    `val_loss` was measured with the weights of this very step, or is None.
+    `samples` and `tokens` are those of all ranks; `seconds` is training time over all
+    sessions, without validation and saving; `val_loss` is that of this very step, or
+    None.
     """
 
     step: int = 0
@@ -49,26 +49,23 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of the state after `progress.step` steps, and verify it.
 
-    Holds the fp32 weights (tied ones once), AdamW's moments by parameter name, and the
-    rest as JSON. An intact checkpoint of this step is left as it is, a damaged one set
-    aside. Raises `OSError`, `DamagedFolder` if reading it back fails, and
-    `FloatingPointError` if a weight or a moment is not finite, since no run could
-    resume from that.
+    It holds the fp32 weights (tied ones once), AdamW's moments by parameter name, and
+    the rest as JSON. One of this step is kept if it verifies and set aside if not.
+    Raises `OSError`, `DamagedFolder` if reading it back fails, and `FloatingPointError`
+    if a weight or a moment is not finite, since no run could resume from that.
     """
-    target = plan.folder.checkpoint_folder(progress.step)
+    step, target = progress.step, plan.folder.checkpoint_folder(progress.step)
     if not target.exists():
         weights = {name: p.detach() for name, p in model.named_parameters()}
         kept = moments(optimizer, model)
         if name := find_non_finite(weights) or find_non_finite(kept):
             raise FloatingPointError(
-                f"{name} is not finite after step {progress.step}, so nothing was saved; "
-                "the previous checkpoint is good. Lower learning_rate, or look at the "
-                "rows before this step"
+                f"{name} is not finite after step {step}, so nothing was saved; "
+                "the checkpoint before is good. Lower learning_rate"
             )
-        facts = {"step": progress.step, "val_loss": progress.val_loss}
-        facts |= {"run": plan.config["run"]}
-        state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
-        state |= {"config": plan.config}
+        facts = {"step": step, "val_loss": progress.val_loss, "run": plan.config["run"]}
+        position, scale = asdict(progress), scaler.state_dict()
+        state = {"progress": position, "scaler": scale, "config": plan.config}
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
         with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import IGNORED, MicroBatch, TrainingStream, ValidationRows
-from ..data.conversations import IN_LOSS, TURN, USER, ChatEncoder
+from ..data.conversations import IN_LOSS, TURN, ChatEncoder
 from ..data.fast_encoding import BulkEncoder
 from ..data.tokenizer import TokenizerSpec, load_tokenizer
 from ..launch.outcome import RankRecord
@@ -28,13 +27,14 @@ from .stages import STAGES, Losses, with_reference
 _PROMPTS = 2
 _BEGINNING_TOKENS = 16  # of a held-out text
 _MAX_PROMPT_TOKENS = 512  # of a prompt that is chosen here
+_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 _SAMPLING = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
 
 
 class Evaluator:
     """The model of a plan on this rank's device, and what its losses need.
 
-    `reference` is the frozen reference model of a preference run.
+    A preference run has a frozen `reference` model.
     """
 
     reference: MiniMindForCausalLM | None = None
@@ -61,16 +61,14 @@ class Evaluator:
         enabled = self.cfg.dtype != "float32"
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
-    def complete(
-        self, batch: MicroBatch, known: torch.Tensor | None = None
-    ) -> MicroBatch:
-        """Return a batch on the device, the reference model's sums added if needed.
+    def complete(self, batch: MicroBatch, known: Tensor | None = None) -> MicroBatch:
+        """Return a batch on the device, with the reference model's sums if it needs them.
 
-        `known` are these sums, on the device, if they were computed before.
+        `known` are these sums if they were computed before.
         """
-        batch = batch.to(self.device)
+        batch = replace(batch.to(self.device), reference=known)
         if self.reference is None or known is not None:
-            return replace(batch, reference=known)
+            return batch
         with self.autocast:
             return with_reference(batch, self.reference)
 
@@ -81,15 +79,14 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, rows: ValidationRows) -> dict[str, float]:
-        """Return the mean loss per target and related metrics; uses no randomness.
+        """Return the mean loss per target; uses no randomness.
 
-        For a loss per token, perplexity and bits per byte are included: the cost of
-        predicting each document, or answer, with its end, per UTF-8 byte of its text,
-        which is comparable across tokenizers. For a loss per pair, the stage's metrics.
+        Beside a loss per token are perplexity and bits per byte: the cost of predicting
+        each document, or answer, with its end, per UTF-8 byte of its text, which is
+        comparable across tokenizers. Beside a loss per pair, the stage's metrics.
         """
         metrics = self.stage.metrics
-        sums = torch.zeros(3 + len(metrics), dtype=torch.float64).to(self.device)
-        training = self.model.training
+        sums = torch.zeros(3 + len(metrics), dtype=torch.float64, device=self.device)
         self.model.eval()
         ranks = (self.group.rank, self.group.size)
         for n, batch in enumerate(rows.micro_batches(self.cfg.batch_size, *ranks)):
@@ -101,7 +98,7 @@ class Evaluator:
             sums[2] += batch.samples
             sums[3:] += losses.metrics
             self.record.beat()
-        self.model.train(training)
+        self.model.train()
         self.group.sum(sums)
         total, targets, samples, *totals = sums.tolist()
         if metrics:
@@ -137,34 +134,22 @@ def choose_prompts(
     cache, documents = stream.cache, stream.truncated.documents
     if validation is not None:
         cache, documents = validation.cache, validation.documents
-    decode = _decoder(tokenizer)
     chosen: dict[str, Prompt] = {}
     for number in documents.tolist():
-        ids = cache.document(number)
-        end, shown = _BEGINNING_TOKENS, slice(0, _BEGINNING_TOKENS)
-        if cache.marks is not None:
-            end, shown = _find_question(cache.marks_of(number))
+        ids, end = cache.document(number), _BEGINNING_TOKENS
+        shown = ids[:end]
+        if cache.marks is not None:  # show the message before the first answer
+            marks = cache.marks_of(number)
+            end = int(np.argmax(marks & IN_LOSS > 0))
+            turns = [0, end, *np.flatnonzero(marks[: end + 1] & TURN)]
+            shown = ids[turns[-2] : turns[-1]]
         if end < min(len(ids), _MAX_PROMPT_TOKENS):
-            text = str(decode(ids[shown], skip_special_tokens=True))
+            text = _decode(tokenizer, shown)
             text = text.removeprefix("user\n").strip()  # ChatML's name of the role
             chosen[text] = Prompt(text, ids[:end].tolist())
         if len(chosen) == _PROMPTS:
             break
     return list(chosen.values())
-
-
-def _find_question(marks: np.ndarray) -> tuple[int, slice]:
-    """Return the start of the first answer, and the user's last turn before it."""
-    end = int(np.argmax(marks & IN_LOSS > 0))
-    turns = np.append(np.flatnonzero(marks[:end] & TURN), end)
-    asked = np.flatnonzero(marks[turns[:-1]] & USER)
-    last = int(asked[-1]) if len(asked) else 0
-    return end, slice(int(turns[last]), int(turns[last + 1]))
-
-
-@functools.lru_cache(maxsize=1)
-def _decoder(tokenizer: TokenizerSpec) -> Callable[..., Any]:
-    return load_tokenizer(tokenizer).decode
 
 
 def _encode(text: str, stage: str, tokenizer: TokenizerSpec) -> Prompt:
@@ -175,18 +160,23 @@ def _encode(text: str, stage: str, tokenizer: TokenizerSpec) -> Prompt:
     return Prompt(text, ChatEncoder(tokenizer).prompt([message]).tolist())
 
 
+def _decode(tokenizer: TokenizerSpec, ids: list[int] | np.ndarray) -> str:
+    return str(_load_tokenizer(tokenizer).decode(ids, skip_special_tokens=True))
+
+
 def answer_prompt(evaluator: Evaluator, prompt: Prompt, *keys: int) -> str:
     """Return the model's answer to a prompt, drawn with a seed from (seed, *keys)."""
+    tokenizer = evaluator.plan.tokenizer
     with evaluator.autocast:
         (ids,) = continue_ids(
             evaluator.model,
             [prompt.ids],
-            eos_id=evaluator.plan.tokenizer.eos_id,
+            eos_id=tokenizer.eos_id,
             max_new_tokens=evaluator.cfg.sample_tokens,
             seed=seed_of(evaluator.cfg.seed, *keys),
             **_SAMPLING,
         )
-    return str(_decoder(evaluator.plan.tokenizer)(ids, skip_special_tokens=True))
+    return _decode(tokenizer, ids)
 
 
 def seed_of(*keys: int) -> int:

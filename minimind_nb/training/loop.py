@@ -15,7 +15,7 @@ from ..model.state_dict import write_pth
 from ..storage.verified import DamagedFolder
 from .checkpoint import save_checkpoint
 from .evaluation import answer_prompt
-from .optim import find_non_finite, learning_rate
+from .optim import learning_rate
 from .trainer import LogWindow, Trainer, describe_lines
 
 _MAX_FAILED_SAVES = 3
@@ -55,18 +55,16 @@ def train_step(trainer: Trainer) -> str | None:
     trainer.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
         losses = trainer.losses(trainer.complete(micro_batch))
-        loss = losses.loss / batch.num_targets
-        aux_loss = losses.aux_loss * (micro_batch.samples / batch.samples)
-        trainer.scaler.scale(loss + aux_loss).backward()
-        metrics = losses.metrics / batch.samples
-        trainer.gradients.add_losses(torch.cat([loss[None], aux_loss[None], metrics]))
+        losses = losses.share_of(batch, micro_batch.samples)
+        trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
+        trainer.gradients.add_losses(losses)
         trainer.window.add_expert_choices(trainer.model)
     trainer.gradients.add_stop_flags(trainer.stop_flags())
     trainer.group.sum(trainer.gradients.flat)  # gradients, losses and stop flags
     trainer.scaler.unscale_(trainer.optimizer)
-    norm, sums, stop_flags = trainer.gradients.grad_norm_and_sums()
+    norm, means, stop_flags = trainer.gradients.grad_norm_and_sums()  # the host waits
     update_weights(trainer, norm)
-    record_step(trainer, batch, sums, norm, time.monotonic() - started)
+    record_step(trainer, batch, means, norm, time.monotonic() - started)
     return agreed_stop_reason(stop_flags)
 
 
@@ -79,13 +77,8 @@ def update_weights(trainer: Trainer, norm: float) -> None:
     """
     cfg, progress = trainer.cfg, trainer.progress
     for parameters in trainer.optimizer.param_groups:
-        parameters["lr"] = learning_rate(
-            progress.step,
-            warmup=cfg.warmup_iters,
-            total=trainer.plan.total_steps,
-            highest=cfg.learning_rate,
-            lowest=cfg.min_learning_rate,
-        )
+        rate = learning_rate(progress.step, trainer.plan.total_steps, cfg)
+        parameters["lr"] = rate
     if math.isfinite(norm):
         trainer.gradients.clip(norm, cfg.grad_clip)
         trainer.scaler.step(trainer.optimizer)
@@ -119,25 +112,26 @@ def record_skipped_step(trainer: Trainer, batch: StepBatch, loss: float) -> None
     Raises `FloatingPointError` after too many in a row, and if the run ends in two or
     more of them, or in nothing else.
     """
-    cfg, progress = trainer.cfg, trainer.progress
-    end = progress.samples
-    lines = trainer.stream.lines(range(end - batch.samples, end))
-    scale = trainer.scaler.get_scale()
+    cfg, progress, in_a_row = (
+        trainer.cfg,
+        trainer.progress,
+        trainer.progress.skipped_in_a_row,
+    )
+    lines = trainer.stream.lines(
+        range(progress.samples - batch.samples, progress.samples)
+    )
+    fp16, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()
     found = {"loss": loss, "loss_scale": scale, "lines": lines}
     trainer.log("event", event="skipped_step", **found)
     most = cfg.max_skipped_steps
-    fp16 = trainer.scaler.is_enabled()
     searching_scale = fp16 and math.isfinite(loss)
     if progress.step == trainer.plan.total_steps and not searching_scale:
         most = min(most, 2, progress.step)
-    if (fp16 and scale < 1.0) or progress.skipped_in_a_row >= most:
-        name = find_non_finite(dict(trainer.model.named_parameters()))
-        state = f"{name} is not finite" if name else "The weights are unchanged"
+    if in_a_row >= most or (fp16 and scale < 1.0):
         raise FloatingPointError(
-            f"the gradient was not finite in {progress.skipped_in_a_row} steps in a row "
-            f"(loss {loss}, loss scale {scale}), in the last one with "
-            f"{describe_lines(lines)} of the data. {state}. Lower "
-            f"learning_rate={cfg.learning_rate:g}, or look at those lines."
+            f"the gradient was not finite in {in_a_row} steps in a row (loss {loss}, loss "
+            f"scale {scale}), in the last one with {describe_lines(lines)} of the data. "
+            f"Lower learning_rate={cfg.learning_rate:g}, or look at those lines."
         )
 
 
@@ -202,20 +196,24 @@ def save(trainer: Trainer, final: bool) -> None:
 
 def log_progress(trainer: Trainer) -> None:
     """Append a row of metrics with the means since the last one."""
-    window, load, group = trainer.window, trainer.model.expert_load(), trainer.group
+    window, group = trainer.window, trainer.group
     memory = torch.zeros(group.size, dtype=torch.float64)
     memory[group.rank] = peak_memory_gib(trainer.device.type)
     positions = torch.tensor([window.positions], dtype=torch.float64)
-    choices = torch.zeros_like(torch.tensor(load, dtype=torch.float64))
-    own = [memory, positions, (choices + window.expert_choices).flatten()]
-    total = torch.cat(own).to(trainer.device)
+    load = torch.tensor(trainer.model.expert_load(), dtype=torch.float64)
+    choices = torch.zeros_like(load) + window.expert_choices
+    total = torch.cat([memory, positions, choices.flatten()]).to(trainer.device)
     group.sum(total)
-    memory, positions, choices = total.cpu().split([len(part) for part in own])
+    memory, positions, choices = total.cpu().split([group.size, 1, load.numel()])
     names = ("loss", "aux_loss", *trainer.stage.metrics)
-    losses = [total / window.num_targets for total in window.losses]
+    means = torch.as_tensor(window.losses) / window.num_targets
+    experts = {}
+    if load.numel():  # each expert's share of the choices in its layer
+        choices = choices.view_as(load)
+        experts["expert_load"] = (choices / choices.sum(1, keepdim=True)).tolist()
     trainer.log(
         "train",
-        **dict(zip(names, losses, strict=True)),
+        **dict(zip(names, means.tolist(), strict=True)),
         learning_rate=trainer.optimizer.param_groups[0]["lr"],
         grad_norm=window.grad_norm,
         tokens_per_second=window.tokens / window.seconds,
@@ -223,14 +221,6 @@ def log_progress(trainer: Trainer) -> None:
         peak_memory_gib=memory.tolist(),
         loss_scale=trainer.scaler.get_scale(),
         skipped_steps=trainer.progress.skipped_steps,
-        **expert_load(choices, len(load)),
+        **experts,
     )
     trainer.window = LogWindow()
-
-
-def expert_load(choices: torch.Tensor, layers: int) -> dict[str, list[list[float]]]:
-    """Return each expert's share of the choices in its layer; nothing if dense."""
-    if not layers:
-        return {}
-    counts = choices.view(layers, -1)
-    return {"expert_load": (counts / counts.sum(1, keepdim=True)).tolist()}

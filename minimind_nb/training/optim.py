@@ -10,16 +10,16 @@ from torch import nn
 
 from ..config import ResolvedConfig
 from ..launch.cancellation import STOP_REASONS
+from .stages import Losses
 
 
 class FlatGradients:
-    """All gradients in one float32 tensor, followed by `losses` numbers for the losses
-    and one for each stop reason.
+    """All gradients in one float32 tensor, then `losses` numbers, then the stop flags.
 
-    Each parameter's `.grad` is a view into it, so one all-reduce a step sums gradients,
-    losses and stop flags over the ranks. The layout never changes, and so the order of
-    additions does not either: DistributedDataParallel rebuilds its buckets after the
-    first backward pass, which makes a resumed run differ (1e-7 from three ranks on).
+    Each parameter's `.grad` is a view into it, so one all-reduce a step sums all over
+    the ranks. The layout never changes, and so the order of additions does not either:
+    DistributedDataParallel rebuilds its buckets after the first backward pass, which
+    makes a resumed run differ (1e-7 from three ranks on).
     """
 
     def __init__(self, model: nn.Module, device: torch.device, losses: int) -> None:
@@ -33,9 +33,10 @@ class FlatGradients:
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
 
-    def add_losses(self, losses: torch.Tensor) -> None:
+    def add_losses(self, losses: Losses) -> None:
         """Add a micro-batch's share of the step's losses, without waiting for it."""
-        self._sums[: self._losses] += losses.detach()
+        parts = losses.loss[None], losses.aux_loss[None], losses.metrics
+        self._sums[: self._losses] += torch.cat(parts).detach()
 
     def add_stop_flags(self, flags: list[float]) -> None:
         """Add this rank's stop flags, one number for each of `STOP_REASONS`."""
@@ -45,8 +46,8 @@ class FlatGradients:
     def grad_norm_and_sums(self) -> tuple[float, list[float], list[float]]:
         """Return the gradient norm, the losses and the stop flags.
 
-        The host waits for the device here, once a step: whether to skip the update must
-        be known, and the wait carries all the numbers.
+        The host waits for the device here, once a step, because it must know whether
+        to skip the update.
         """
         norm = torch.linalg.vector_norm(self.gradients)
         first, *values = torch.cat([norm[None], self._sums]).tolist()
@@ -71,16 +72,14 @@ def build_optimizer(model: nn.Module, cfg: ResolvedConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
 
 
-def learning_rate(
-    step: int, *, warmup: int, total: int, highest: float, lowest: float
-) -> float:
+def learning_rate(step: int, total: int, cfg: ResolvedConfig) -> float:
     """Return the learning rate at 0-based `step`: linear warm-up, then a cosine.
 
-    `highest · (step + 1) / warmup` while `step < warmup`; the last step of `total`
-    gets `lowest`. The warm-up takes a tenth of the steps at most, so that a short run
-    reaches its peak too.
+    `learning_rate · (step + 1) / warmup_iters` at first; the last step of `total` gets
+    `min_learning_rate`. The warm-up takes a tenth of the steps at most.
     """
-    warmup = min(warmup, total // 10)
+    highest, lowest = cfg.learning_rate, cfg.min_learning_rate
+    warmup = min(cfg.warmup_iters, total // 10)
     if step < warmup:
         return highest * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
@@ -110,17 +109,9 @@ def restore_moments(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Give each parameter the state that `moments` returned, on its device.
-
-    Raises `ValueError` if a value is not finite.
-    """
-    if name := find_non_finite(tensors):
-        raise ValueError(f"the optimizer's {name} holds values that are not finite")
-    for name, parameter in model.named_parameters():
-        state = {
-            key.removeprefix(f"{name}."): value.to(parameter.device)
-            for key in (f"{name}.exp_avg", f"{name}.exp_avg_sq", f"{name}.step")
-            if (value := tensors.get(key)) is not None
-        }
-        if state:
-            optimizer.state[parameter] = state
+    """Give each parameter the state that `moments` returned, on its device."""
+    parameters = dict(model.named_parameters())
+    for place, tensor in tensors.items():
+        name, _, key = place.rpartition(".")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = tensor.to(parameter.device)

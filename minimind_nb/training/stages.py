@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,25 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ResolvedConfig
-from ..data.batches import IGNORED, MicroBatch
+from ..data.batches import IGNORED, MicroBatch, StepBatch
 from ..model.architecture import MiniMindForCausalLM
 
 
 class Losses(NamedTuple):
-    """`loss` is summed over its targets (or pairs), `metrics` over the samples.
+    """The losses of a micro-batch.
 
-    `aux_loss`, that of mixtures, is a mean over the rows (per sequence) or a product of
-    means (over the batch).
+    `loss` is summed over its targets (or pairs), `metrics` over its samples; `aux_loss`,
+    that of mixtures, is a mean over its rows, or a product of means over all of them.
     """
 
     loss: Tensor
     aux_loss: Tensor
     metrics: Tensor
 
+    def share_of(self, step: StepBatch, samples: int) -> Losses:
+        """Return what the losses of so many samples add to the means over a step."""
+        return Losses(
+            self.loss / step.num_targets,
+            self.aux_loss * (samples / step.samples),
+            self.metrics / step.samples,
+        )
 
-@dataclass(frozen=True)
-class Stage:
-    """`metrics` are logged beside the loss."""
+
+class Stage(NamedTuple):
+    """An objective, and the names of the metrics that are logged beside its loss."""
 
     objective: Callable[[MiniMindForCausalLM, MicroBatch, ResolvedConfig], Losses]
     metrics: tuple[str, ...] = ()
@@ -38,11 +45,7 @@ class Stage:
 def next_token_loss(
     model: MiniMindForCausalLM, batch: MicroBatch, cfg: ResolvedConfig
 ) -> Losses:
-    """Return the cross-entropy in float32, summed over the targets.
-
-    The sum, because only the caller knows the number of targets over all micro-batches
-    and ranks.
-    """
+    """Return the cross-entropy in float32, summed over the targets."""
     losses, aux_loss = target_losses(model, batch)
     return Losses(losses.sum(), aux_loss, losses.new_zeros(0))
 
@@ -54,9 +57,8 @@ def preference_loss(
 
     The margin is β times how much more the model, relative to the reference, prefers
     the chosen answer to the rejected one. The metrics are the margin, whether it is
-    above 0 (half a pair if it is 0, as in all of them at first), and the reference's
-    log-probability per target minus the model's, averaged over both answers: an estimate
-    of KL(reference ‖ model) on these answers, which may be negative.
+    above 0 (a half at 0, as at first), and the reference's log-probability per target
+    minus the model's: an estimate of KL(reference ‖ model), which may be negative.
     """
     assert cfg.dpo_beta is not None and batch.reference is not None
     sums, counts, aux_loss = answer_log_probabilities(model, batch)
@@ -111,8 +113,7 @@ def target_losses(
 def document_mask(documents_BT: Tensor) -> Tensor:
     """Return a boolean mask [B, 1, T, T]: causal, and only within the same document.
 
-    One mask for all heads and layers. Padding (-1) sees padding only, so that no row
-    of the softmax is empty.
+    Padding (-1) sees padding only, so that no row of the softmax is empty.
     """
     length = documents_BT.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents_BT.device)
@@ -125,5 +126,4 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(next_token_loss),
     "dpo": Stage(preference_loss, ("reward_margin", "accuracy", "kl")),
 }
-"""Stages by name, which are names of record formats too; their default settings are in
-`minimind_nb.config.presets`."""
+"""Stages by the name of their record format; `config.presets` has their defaults."""

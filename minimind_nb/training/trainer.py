@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from .evaluation import Evaluator, choose_prompts, seed_of
 from .optim import FlatGradients, build_optimizer
 from .run_plan import RunPlan
 
-_REMEMBERED = 200
 _FIRST_SAVE = 10.0  # seconds, assumed until one was measured
 _NAMED_LINES = 20
 
@@ -32,24 +30,22 @@ class SessionClock:
     """A deadline on the monotonic clock (None: no deadline).
 
     The run stops early enough for one more step, a validation and two saves, each as
-    slow as the slowest of the last ones.
+    slow as the slowest so far.
     """
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
-        self._seconds: defaultdict[str, deque[float]] = defaultdict(
-            lambda: deque(maxlen=_REMEMBERED)
-        )
+        self._slowest: dict[str, float] = {}
 
     def add(self, kind: str, seconds: float) -> None:
         """Record the duration of a "step", a "validation" or a "save"."""
-        self._seconds[kind].append(seconds)
+        self._slowest[kind] = max(seconds, self._slowest.get(kind, 0.0))
 
     def margin_seconds(self) -> float:
         """Return the time that one more step, a validation and two saves may take."""
-        step = max(self._seconds["step"], default=0.0)
-        validation = max(self._seconds["validation"], default=0.0)
-        return step + validation + 2 * max(self._seconds["save"], default=_FIRST_SAVE)
+        slowest = self._slowest.get
+        saves = 2 * slowest("save", _FIRST_SAVE)
+        return slowest("step", 0.0) + slowest("validation", 0.0) + saves
 
     def is_over(self) -> bool:
         """Return whether another step could miss the deadline."""
@@ -63,11 +59,11 @@ class LogWindow:
     """Sums since the last row of metrics.
 
     `losses` are the loss, the auxiliary loss and the stage's metrics, each times the
-    targets of its step. `positions` (of this rank's rows, padding included) and
-    `expert_choices` (how often each expert of each layer was chosen) are this rank's.
+    targets of its step. `positions` (padding included) and `expert_choices` (of each
+    expert in each layer) are this rank's.
     """
 
-    losses: list[float] = field(default_factory=list)
+    losses: torch.Tensor | float = 0.0
     num_targets: int = 0
     tokens: int = 0
     positions: int = 0
@@ -79,9 +75,8 @@ class LogWindow:
         self, batch: StepBatch, losses: list[float], norm: float, seconds: float
     ) -> None:
         """Add one step, whose losses are means over its targets."""
-        before = self.losses or [0.0] * len(losses)
-        pairs = zip(before, losses, strict=True)
-        self.losses = [total + loss * batch.num_targets for total, loss in pairs]
+        means = torch.tensor(losses, dtype=torch.float64)
+        self.losses = self.losses + means * batch.num_targets
         self.num_targets += batch.num_targets
         self.tokens += batch.tokens
         self.positions += sum(one.inputs.numel() for one in batch.micro_batches)
@@ -90,9 +85,8 @@ class LogWindow:
 
     def add_expert_choices(self, model: MiniMindForCausalLM) -> None:
         """Add the experts chosen in the last forward pass; they are on the host."""
-        if counts := model.expert_load():
-            counts = torch.tensor(counts, dtype=torch.float64)
-            self.expert_choices = self.expert_choices + counts
+        counts = torch.tensor(model.expert_load(), dtype=torch.float64)
+        self.expert_choices = self.expert_choices + counts
 
 
 class Trainer(Evaluator):

@@ -28,50 +28,40 @@ _LONG_SECONDS = 7 * 24 * 3600.0
 def run(
     info: RankInfo, folder: RunFolder, store: Any, record: RankRecord, stop: StopRequest
 ) -> str:
-    """Train as the plan in `folder` says, from its checkpoint on; return the status.
-
-    Raises `MemoryError` with settings that need less memory.
-    """
+    """Train as the plan in `folder` says, from its checkpoint on; return the status."""
     plan = RunPlan.read(folder)
-    group, device = _join(info, plan.cfg, store, record)
-    record.update(phase="training")
-    with _advising(smaller_batch(plan.cfg)):
+    with _joined(info, plan.cfg, store, record) as (group, device):
         trainer = Trainer(plan, group, device, record, stop)
         with trainer.metrics, trainer.blaming_data():
             log_start(trainer)
             status = fit(trainer)
             trainer.log("event", event="end", status=status)
-    group.close()
     return status
 
 
 def measure(
     info: RankInfo, folder: RunFolder, store: Any, record: RankRecord, stop: StopRequest
 ) -> str:
-    """Evaluate the initial weights of a plan on all its documents, into `scores.json`.
-
-    Raises `MemoryError` with settings that need less memory.
-    """
+    """Evaluate the initial weights of a plan on all its documents, into `scores.json`."""
     plan = RunPlan.read(folder)
-    cfg = plan.cfg
-    group, device = _join(info, cfg, store, record)
-    lower = f"lower batch_size={cfg.batch_size} or max_seq_len={cfg.max_seq_len}"
-    with _advising(lower):
+    with _joined(info, plan.cfg, store, record) as (group, device):
         evaluator = Evaluator(plan, group, device, record)
-        rows = plan.corpus.validation_rows(cfg, plan.tokenizer.pad_id)
+        rows = plan.corpus.validation_rows(plan.cfg, plan.tokenizer.pad_id)
         assert rows is not None
-        record.update(phase="training")
         scores = {**evaluator.evaluate(rows), "documents": len(rows.documents)}
-    if info.rank == 0:
-        write_text(folder.root / "scores.json", json.dumps(scores))
-    group.close()
+        if info.rank == 0:
+            write_text(folder.root / "scores.json", json.dumps(scores))
     return "finished"
 
 
-def _join(
+@contextlib.contextmanager
+def _joined(
     info: RankInfo, cfg: ResolvedConfig, store: Any, record: RankRecord
-) -> tuple[Group, torch.device]:
-    """Take this rank's threads and device, and check that the other ranks answer."""
+) -> Iterator[tuple[Group, torch.device]]:
+    """Take this rank's threads and device, and meet the other ranks.
+
+    Raises `MemoryError` with settings that need less if the block runs out of memory.
+    """
     torch.set_num_threads(choose_threads(info.local_world_size, count_cores()))
     device = torch.device("cpu")
     if cfg.device == "cuda":
@@ -84,7 +74,14 @@ def _join(
     timeout = _LONG_SECONDS if watched else cfg.hang_timeout_seconds
     group = Group(info.rank, info.world_size, store, cfg.device, timeout)
     group.meet(device)
-    return group, device
+    record.update(phase="training")
+    try:
+        yield group, device
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory: {smaller_batch(cfg)}") from error
+    group.close()
 
 
 def log_start(trainer: Trainer) -> None:
@@ -105,24 +102,16 @@ def log_start(trainer: Trainer) -> None:
     )
 
 
-@contextlib.contextmanager
-def _advising(advice: str) -> Iterator[None]:
-    """Raise `MemoryError` with advice if memory runs out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(f"out of memory: {advice}") from error
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out; torch has an exception type for its own pool on
-    CUDA only, not for a CPU, the driver or cuBLAS."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        text in str(error) for text in (*texts, "ALLOC_FAILED")
+    """Return whether memory ran out. Only CUDA's pool has an exception type for it."""
+    texts = (
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "ALLOC_FAILED",
     )
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(text in str(error) for text in texts)
 
 
 def smaller_batch(cfg: ResolvedConfig) -> str:
@@ -136,5 +125,5 @@ def smaller_batch(cfg: ResolvedConfig) -> str:
     divisor = next(n for n in range(2, rows + 1) if rows % n == 0)
     return (
         f"set batch_size={rows // divisor} and accumulation_steps={steps * divisor}; the "
-        f"global batch stays {cfg.global_batch}, and this run can be resumed"
+        f"global batch stays {cfg.global_batch}"
     )
