@@ -3,60 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from ..data.demo import held_out_questions
 from ..model.generation import generate
 from ..model.loading import find_weights, load
 from .tables import Table
 
-_Source = str | os.PathLike[str]
 _BATCH = 64
-# An exact answer needs no more tokens than its own text, give or take a few.
-_SPARE_TOKENS = 4
-
-
-class Answer(NamedTuple):
-    """A model's answer to a held-out question; `right` if it is exactly the expected."""
-
-    source: str
-    kind: str
-    language: str
-    question: str
-    expected: str
-    given: str
-    right: bool
+_SPARE_TOKENS = 4  # an exact answer needs no more than its own text, give or take
+_Source = str | os.PathLike[str]
 
 
 class Examination(Table):
-    """Right answers by kind of question, one column per model; `answers` has them all."""
+    """Right answers by kind of question, one column a model.
 
-    def __init__(self, answers: list[Answer]) -> None:
+    `answers` has each: a row of `held_out_questions` with `model`, `given`, and `right`.
+    """
+
+    def __init__(self, answers: list[dict[str, Any]]) -> None:
         self.answers = answers
-        sources = list(dict.fromkeys(answer.source for answer in answers))
-        kinds = [*dict.fromkeys(answer.kind for answer in answers), None]
-        rows = []
-        for kind in kinds:
-            counts = [self.count(source, kind) for source in sources]
-            cells = [f"{right} of {n} ({right / n:.0%})" for right, n in counts]
-            rows.append([kind or "all", *cells])
-        super().__init__(
-            "Held-out questions answered exactly", ["kind", *sources], rows
-        )
-
-    def count(self, source: str, kind: str | None = None) -> tuple[int, int]:
-        """Return how many questions were answered right, and how many were asked.
-
-        `source` is the head of a column; without `kind` all its questions count.
-        """
-        found = [
-            answer.right
-            for answer in self.answers
-            if answer.source == source and kind in (None, answer.kind)
+        models = list(dict.fromkeys(answer["model"] for answer in answers))
+        kinds = [*dict.fromkeys(answer["kind"] for answer in answers), "all"]
+        rows = [
+            [kind, *(self._score(kind, model) for model in models)] for kind in kinds
         ]
-        return sum(found), len(found)
+        super().__init__("Held-out questions answered exactly", ["kind", *models], rows)
+
+    def _score(self, kind: str, model: str) -> str:
+        asked = [each for each in self.answers if each["model"] == model]
+        right = [each["right"] for each in asked if kind in (each["kind"], "all")]
+        return f"{sum(right)} of {len(right)} ({sum(right) / len(right):.0%})"
 
 
 def examine(
@@ -68,49 +46,35 @@ def examine(
 ) -> Examination:
     """Ask one or several models the held-out questions of the demo corpora, greedily.
 
-    At most `questions` of each kind in each language are asked; some kinds have only one
-    or two. An answer is right if it is the corpus's own, to the character. `source` and
-    `which` are what `load` takes. A model is asked in a chat; one that was only
-    pretrained (according to its run, or a file name that begins with "pretrain_", unless
-    `as_chat` is set) continues a drill instead: its title, the question, and the answer
-    up to the end of the line.
-
-    Raises `ValueError` without a question or a model, and what `load` raises.
+    At most `questions` of each kind in each language are asked; an answer is right if it
+    is the corpus's own, to the character. `source` and `which` are what `load` takes. A
+    model is asked in a chat; one that was only pretrained, unless `as_chat` is set,
+    continues a drill instead, up to the end of the line. Raises what `load` raises.
     """
-    if questions < 1:
-        raise ValueError(f"questions={questions}: 1 or more of each kind are expected")
     several = [source] if isinstance(source, str | os.PathLike) else source
-    if not (paths := list(dict.fromkeys(map(Path, several)))):
-        raise ValueError("there is no model to examine: name a run, or a list of runs")
-    heads = [path.name for path in paths]
-    if len(set(heads)) < len(heads):
-        heads = list(map(str, paths))
     asked = held_out_questions(questions)
     answers = []
-    for head, path in zip(heads, paths, strict=True):
+    for model in dict.fromkeys(map(os.fspath, several)):
         chat = as_chat
         if chat is None:
-            chat = find_weights(path, which).stage != "pretrain"
-        for row, given in zip(asked, _ask(load(path, which), asked, chat), strict=True):
-            question = row["kind"], row["language"], row["question"], row["answer"]
-            answers.append(Answer(head, *question, given, given == row["answer"]))
+            chat = find_weights(model, which).stage != "pretrain"
+        loaded = load(model, which)
+        for start in range(0, len(asked), _BATCH):
+            rows = asked[start : start + _BATCH]
+            for row, given in zip(rows, _ask(*loaded, rows, chat), strict=True):
+                right = given == row["answer"]
+                answers.append(row | {"model": model, "given": given, "right": right})
     return Examination(answers)
 
 
 def _ask(
-    loaded: tuple[Any, Any], rows: list[dict[str, str]], as_chat: bool
-) -> Iterator[str]:
-    model, tokenizer = loaded
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        answers = [row["answer"] for row in batch]
-        ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-        prompts: list[Any] = [row["prompt"] for row in batch]
-        if as_chat:
-            prompts = [[{"role": "user", "content": row["question"]}] for row in batch]
-        longest = max(map(len, ids)) + _SPARE_TOKENS
-        texts = generate(
-            model, tokenizer, prompts, max_new_tokens=longest, temperature=0
-        )
-        for text in texts:
-            yield (text if as_chat else text.split("\n")[0]).strip()
+    model: Any, tokenizer: Any, rows: list[dict[str, str]], chat: bool
+) -> list[str]:
+    texts = [row["answer"] for row in rows]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts: list[Any] = [row["prompt"] for row in rows]
+    if chat:
+        prompts = [[{"role": "user", "content": row["question"]}] for row in rows]
+    longest = max(map(len, ids)) + _SPARE_TOKENS
+    given = generate(model, tokenizer, prompts, max_new_tokens=longest, temperature=0)
+    return [(text if chat else text.split("\n")[0]).strip() for text in given]
