@@ -29,21 +29,16 @@ SMALL = "opacity:.65;font-size:85%"
 class View:
     """Show nothing, and call a function with the history when it has new rows.
 
-    `start` comes before the workers, with the total of steps until a row has it;
-    `update` about twice a second; `finish` once, with the run's status; `note` at any
-    time, with a message. None of them raises an Exception: `failures` holds each once.
+    `update` comes before the workers and about twice a second; `finish` once, with the
+    run's status; `note` at any time, with a message. None of them raises an Exception:
+    `failures` holds each once.
     """
 
     def __init__(self, callback: Callable[[History], object] | None = None) -> None:
         self._callback = callback
         self._last: Row | None = None
-        self.total_steps: int | None = None
         self.notes: list[str] = []
         self.failures: list[str] = []
-
-    def start(self, history: History, total_steps: int | None = None) -> None:
-        self.total_steps = total_steps
-        self.update(history)
 
     def update(self, history: History) -> None:
         self.attempt(self._update, history)
@@ -72,10 +67,10 @@ class View:
             logger.setLevel(level)
             logger.removeHandler(handler)
 
-    def attempt(self, action: Callable[..., object], *arguments: object) -> None:
+    def attempt(self, action: Callable[..., Any], *arguments: object) -> Any:
         """Call `action`; an error is printed the first time and never raised."""
         try:
-            action(*arguments)
+            return action(*arguments)
         except Exception as error:
             name = getattr(action, "__qualname__", "the view")
             text = f"{name} failed ({type(error).__name__}: {error})"
@@ -109,8 +104,8 @@ class TerminalView(View):
         if self._bar is None:
             style: Any = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True}
             self._bar = tqdm(leave=False, disable=None, **style)
-        line = progress_line(history, self.total_steps)
-        self._bar.n, self._bar.total = position(history, self.total_steps)
+        line = progress_line(history)
+        self._bar.n, self._bar.total = position(history)
         self._bar.set_description_str(line)
         logged = (row for row in history.rows[::-1] if row["kind"] in ("train", "eval"))
         newest = next(logged, None)
@@ -132,9 +127,8 @@ class TerminalView(View):
 class CellView(View):
     """Show progress and curve as one output of a cell, at the end one static chart.
 
-    The output is a display that is updated in place, so it needs neither JavaScript nor
-    widgets and works under papermill. While the run lasts it is HTML with the curve
-    inside; at the end it becomes a PNG with a line of text. Updates of a display do not
+    The output is a display that is updated in place: HTML while the run lasts, a PNG at
+    the end, without JavaScript or widgets, so it works under papermill. Updates do not
     reach the log of a Kaggle batch run, so there a plain line a minute goes to the
     stderr that the kernel was started with: `sys.stderr` is an output of the cell, but
     its `fileno()` is that stream.
@@ -145,13 +139,12 @@ class CellView(View):
         self._clock = clock
         self._display: Any = None
         self._seen: list[Row] | None = None
-        self._picture = ""
         self._next_update = self._next_log = clock()
         self._batch = current_session().batch
 
     def _note(self, text: str) -> None:
         if not self._seen:  # later notes come with the next update
-            self._show({"text/html": self._page(), "text/plain": text})
+            self._show({"text/html": self._notes(), "text/plain": text})
 
     def _update(self, history: History) -> None:
         now = self._clock()
@@ -160,8 +153,7 @@ class CellView(View):
         if history.rows:
             self._next_update = now + REDRAW_SECONDS
         self._seen = history.rows[-1:]
-        self.attempt(self._draw, history)
-        line = progress_line(history, self.total_steps)
+        line = progress_line(history)
         self._show({"text/html": self._page(history), "text/plain": line})
         if self._batch and now >= self._next_log:
             self._next_log = now + LOG_SECONDS
@@ -170,10 +162,8 @@ class CellView(View):
     def _finish(self, history: History, status: str) -> None:
         words = "\n".join([*self.notes, outcome(history, status)])
         title = f"{history.path.parent.name} ({STATUS_WORDS[status]})"
-        self._picture = ""
-        self.attempt(self._draw, history, title, 120)
-        picture = {"image/png": self._picture} if self._picture else {}
-        self._show({"text/plain": words} | picture)
+        picture = self.attempt(self._draw, history, title, 120)
+        self._show({"text/plain": words} | ({"image/png": picture} if picture else {}))
         if self._batch:
             self._log(words)
 
@@ -181,12 +171,13 @@ class CellView(View):
         with contextlib.suppress(OSError, ValueError):  # there may be no such stream
             os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
-    def _draw(self, history: History, title: str | None = None, dpi: int = 96) -> None:
+    def _draw(self, history: History, title: str | None = None, dpi: int = 96) -> str:
+        """Return the curve as a PNG in base64, "" before there is one."""
         from .charts import plot_history
 
-        if history.select("train") or history.select("eval"):
-            png = plot_history(history, title).png(dpi)
-            self._picture = base64.b64encode(png).decode()
+        if not (history.last("train") or history.last("eval")):
+            return ""
+        return base64.b64encode(plot_history(history, title).png(dpi)).decode()
 
     def _show(self, bundle: dict[str, str]) -> None:
         """Replace what the cell shows; the first time, show it."""
@@ -197,25 +188,27 @@ class CellView(View):
         else:
             self._display.update(bundle, raw=True)
 
-    def _page(self, history: History | None = None) -> str:
-        """Return a bar, figures, curve and notes, legible on light and dark pages."""
+    def _notes(self) -> str:
         notes = "<br>".join(map(html.escape, self.notes))
-        notes = f'<div style="{SMALL}">{notes}</div>'
-        if history is None:
-            return notes
-        step, total = position(history, self.total_steps)
+        return f'<div style="{SMALL}">{notes}</div>'
+
+    def _page(self, history: History) -> str:
+        """Return a bar, figures, curve and notes, legible on light and dark pages."""
+        step, total = position(history)
         cells = "".join(
             f'<div><div style="{SMALL}">{name}</div>{html.escape(text)}</div>'
-            for name, text in figures(history, self.total_steps).items()
+            for name, text in figures(history).items()
         )
-        source = f"data:image/png;base64,{self._picture}"
-        curve = f'<img alt="loss so far" style="max-width:100%" src="{source}">'
+        curve = ""
+        if picture := self.attempt(self._draw, history):
+            source = f"data:image/png;base64,{picture}"
+            curve = f'<img alt="loss so far" style="max-width:100%" src="{source}">'
         return (
             '<div style="max-width:800px;font-variant-numeric:tabular-nums">'
             f"<b>{html.escape(history.path.parent.name)}</b><br>"
             f'<progress style="width:100%" value="{step}" max="{total or 1}"></progress>'
             f'<div style="display:flex;flex-wrap:wrap;gap:4px 26px">{cells}</div></div>'
-            f"{curve if self._picture else ''}{notes}"
+            f"{curve}{self._notes()}"
         )
 
 
@@ -228,10 +221,8 @@ def choose_view(view: object = None) -> View:
     """
     if view is None or view is True:
         return TerminalView() if running_kernel() is None else CellView()
-    if view is False:
-        return View()
-    if callable(view):
-        return View(view)
+    if view is False or callable(view):
+        return View(view or None)
     raise TypeError(
         f"view={view!r} is a {type(view).__name__}; expected None (a live view), False "
         "(silent) or a function of the history."

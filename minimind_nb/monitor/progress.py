@@ -22,11 +22,11 @@ STATUS_WORDS = {
 }
 
 
-def position(history: History, planned: int | None = None) -> tuple[int, int | None]:
-    """Return the steps done and in all; `planned` is the total before a row has it."""
+def position(history: History) -> tuple[int, int | None]:
+    """Return the steps done and in all, None until a row has the total."""
     if not history.rows:
-        return 0, planned
-    return history.rows[-1]["step"], history.session[0].get("total_steps") or planned
+        return 0, None
+    return history.rows[-1]["step"], history.session[0].get("total_steps")
 
 
 def position_text(history: History) -> str:
@@ -46,20 +46,18 @@ def seconds_left(history: History) -> float | None:
     return (total - rows[-1]["step"]) * seconds / steps
 
 
-def figures(history: History, planned: int | None = None) -> dict[str, str]:
+def figures(history: History) -> dict[str, str]:
     """Return the figures of a running training, by name."""
-    step, total = position(history, planned)
+    step, total = position(history)
     share = f"/{total:,} ({step / total:.0%})" if total else ""
     shown = {"step": f"{step:,}{share}"}
     if (left := seconds_left(history)) is not None:
         shown["time left"] = duration(left)
-    train, validation = history.last("train"), history.last("eval")
+    train = history.last("train")
     if train:
-        shown |= {"loss": f"{train['loss']:.3f}"} | scores(train)
-    if validation:
-        text = loss_text(validation)
-        preferences = "reward_margin" in validation
-        shown["validation loss"] = text if preferences else f"{validation['loss']:.3f}"
+        shown["loss"] = loss_text(train)
+    if validation := history.last("eval"):
+        shown["validation"] = loss_text(validation)
     if train:
         shown["text tokens/s"] = f"{train['tokens_per_second']:,.0f}"
         if train["skipped_steps"]:
@@ -69,10 +67,9 @@ def figures(history: History, planned: int | None = None) -> dict[str, str]:
     return shown
 
 
-def progress_line(history: History, planned: int | None = None) -> str:
+def progress_line(history: History) -> str:
     """Return the figures as one plain line."""
-    shown = figures(history, planned).items()
-    return "  ".join(f"{name} {text}" for name, text in shown)
+    return "  ".join(f"{name} {text}" for name, text in figures(history).items())
 
 
 def outcome(history: History, status: str = "") -> str:
@@ -97,19 +94,14 @@ def failed_save(history: History) -> str:
     return ""
 
 
-def scores(row: Row) -> dict[str, str]:
-    """Return accuracy and margin of a row of preferences, else the perplexity."""
-    if "reward_margin" in row:
-        margin = f"{row['reward_margin']:.3g}"
-        return {"accuracy": f"{100 * row['accuracy']:.0f} %", "margin": margin}
-    loss = row["loss"]
-    return {"perplexity": f"{math.inf if loss > LARGEST_LOSS else math.exp(loss):,.4g}"}
-
-
 def loss_text(row: Row) -> str:
-    """Return a row's loss with its scores: "2.000 (perplexity 7.389)"."""
-    listed = ", ".join(f"{name} {text}" for name, text in scores(row).items())
-    return f"{row['loss']:.3f} ({listed})"
+    """Return a row's loss with what it means: "2.000 (perplexity 7.389)"."""
+    loss = row["loss"]
+    if "reward_margin" in row:
+        accuracy, margin = 100 * row["accuracy"], row["reward_margin"]
+        return f"{loss:.3f} (accuracy {accuracy:.0f} %, margin {margin:.3g})"
+    perplexity = math.inf if loss > LARGEST_LOSS else math.exp(loss)
+    return f"{loss:.3f} (perplexity {perplexity:,.4g})"
 
 
 def duration(seconds: float) -> str:

@@ -101,7 +101,6 @@ def _train(
     with shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
         if plan.complete:
-            shown.start(run.history)
             limit = plan.cfg.max_steps or math.inf
             further = "max_steps" if limit <= plan.total_steps else "epochs"
             logger.info(
@@ -127,7 +126,7 @@ def _run(
         shown.attempt(follower.report)
 
     follower = WandbFollower(history, plan.cfg)
-    shown.start(history, plan.total_steps)
+    shown.update(history)
     shown.attempt(follower.start)
     status = "failed"
     try:

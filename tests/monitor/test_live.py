@@ -67,7 +67,6 @@ def test_the_view_is_chosen_by_what_is_asked_for(monkeypatch):
 def test_a_callback_gets_the_history_when_it_has_new_rows(make_history, add_rows):
     history, got = make_history([3.0]), []
     view = View(lambda seen: got.append(len(seen.rows)))
-    view.start(history)
     view.update(history)
     add_rows(history, 2)
     view.update(history)
@@ -138,14 +137,14 @@ def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
 ):
     history, view = make_history(total=10), TerminalView()
     view.note("3 rows were left out")
-    view.start(history)
+    view.update(history)
     add_rows(history, 2)
     view.update(history)
     view.update(history)
     view.finish(history, "interrupted")
     assert capsys.readouterr().err.splitlines() == [
         "3 rows were left out",
-        "step 2/10 (20%)  time left 0:00:16  loss 3.000  perplexity 20.09  "
+        "step 2/10 (20%)  time left 0:00:16  loss 3.000 (perplexity 20.09)  "
         "text tokens/s 2,000",
         "stopped: interrupted · step 2 of 10 · loss 3.000 · 8,000 text tokens · "
         "0:00:04",
@@ -171,7 +170,7 @@ def test_a_terminal_with_a_screen_gets_a_bar(
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     history, view = make_history([5.0], total=10), TerminalView()
-    view.start(history)
+    view.update(history)
     add_rows(history, 2)
     view.update(history)
     view.finish(history, "finished")
@@ -186,7 +185,7 @@ def test_a_cell_has_one_output_that_ends_as_a_picture(make_history, add_rows, ce
     history = make_history(total=10)
     view.note("an <earlier> run")
     assert set(shown[-1]) == {"text/html", "text/plain"}
-    view.start(history, 10)
+    view.update(history)
     add_rows(history, 1, 2)
     clock.now += live.REDRAW_SECONDS
     view.update(history)
@@ -206,7 +205,7 @@ def test_a_cell_is_not_redrawn_without_need(make_history, add_rows, cell, monkey
     view, clock, shown = cell
     history, draws = make_history(), []
     monkeypatch.setattr(view, "_draw", lambda *_: draws.append(clock.now))
-    view.start(history)
+    view.update(history)
     for tick in range(40):
         clock.now = 100.0 + tick / 2
         if tick <= 20:
@@ -245,7 +244,7 @@ def test_a_cell_goes_on_without_pictures_when_drawing_fails(
     view, clock, shown = cell
     history = make_history([4.0], total=10)
     monkeypatch.setattr("minimind_nb.monitor.charts.plot_history", broken)
-    view.start(history)
+    view.update(history)
     for step in range(2, 10):
         clock.now += 10
         add_rows(history, step)
@@ -259,7 +258,6 @@ def test_a_cell_goes_on_without_pictures_when_drawing_fails(
 def test_a_run_without_rows_ends_as_text(tmp_path, cell):
     view, _, shown = cell
     history = History(tmp_path / "run" / "metrics.jsonl")
-    view.start(history)
     view.update(history)
     view.finish(history, "failed")
     assert shown[-1] == {"text/plain": "failed · step 0"}
@@ -268,7 +266,7 @@ def test_a_run_without_rows_ends_as_text(tmp_path, cell):
 def test_log_terminal_view_and_follower_load_no_heavy_library():
     code = (
         "import sys; from minimind_nb.monitor import live, metrics, wandb_follower\n"
-        "view = live.choose_view(None); view.start(metrics.History('none'))\n"
+        "view = live.choose_view(None); view.update(metrics.History('none'))\n"
         "heavy = {'torch', 'matplotlib', 'IPython', 'ipywidgets', 'numpy', 'wandb'}\n"
         "print(heavy & set(sys.modules))"
     )
@@ -282,7 +280,7 @@ from minimind_nb.monitor.live import choose_view
 from minimind_nb.monitor.metrics import History, MetricsLog
 
 view, history = choose_view(), History({path!r})
-view.start(history, 3)
+view.update(history)
 with MetricsLog({path!r}) as log:
     for step in (1, 2, 3):
         log.append(
