@@ -194,22 +194,17 @@ def test_a_wandb_that_hangs_keeps_nobody_waiting(fake, session, monkeypatch):
     began = time.monotonic()
     (message,) = session(0, 1)
     assert time.monotonic() - began < 60
-    assert message.startswith("wandb did not finish in time; the training is not")
+    assert message.startswith("wandb failed or did not finish in time; the training is")
 
 
-@pytest.mark.parametrize(
-    ("place", "code", "text"),
-    [
-        ("on_init", "raise KeyError('no luck')", "wandb failed (KeyError: 'no luck');"),
-        ("on_log", "raise OSError('no space')", "wandb failed (OSError: no space);"),
-        ("on_init", "os._exit(3)", "wandb ended with exit code 3; the training is not"),
-    ],
-)
+@pytest.mark.parametrize("place", ["on_init", "on_log"])
 @pytest.mark.fault("F113")
-def test_a_wandb_that_fails_is_reported_once(place, code, text, fake, session):
-    fake(**{place: code})
+def test_a_wandb_that_fails_is_reported_once(place, fake, session, tmp_path):
+    fake(**{place: "raise OSError('no space')"})
     messages = [one for one in session(0, 1, 2, 3) if "offline" not in one]
-    assert len(messages) == 1 and messages[0].startswith(text)
+    assert len(messages) == 1 and messages[0].startswith("wandb failed or did not")
+    log = tmp_path / "out" / "pretrain_64" / "wandb.log"
+    assert "OSError: no space" in log.read_text() and str(log) in messages[0]
 
 
 class DeafServer:
@@ -295,7 +290,7 @@ def test_a_server_that_does_not_answer_leaves_it_offline(
 ):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(wandb_follower, "INIT_SECONDS", 1.0)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     (message,) = session(0, 1, 2)
     assert server.connections
     assert message.startswith("wandb is offline (")
