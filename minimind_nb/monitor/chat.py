@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import functools
-import html
 import os
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 from ..data.conversations import ChatEncoder, Message, check_messages
@@ -17,9 +13,6 @@ from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load
 from ..session import current_session, running_kernel
-
-UPDATE_SECONDS = 0.25  # between two states of an answer in the widget
-SHORTENED = "[The chat outgrew the model: its oldest turns are left out.]\n"
 
 
 class Answer(str):
@@ -63,24 +56,15 @@ class Chat:
     def say(self, text: str) -> str:
         """Say something; the answer is printed as it is generated, and returned.
 
-        Raises `TypeError` if `text` is not a string, `ValueError` if it is empty or too
-        long.
+        Raises `ValueError` if `text` is empty, too long or not a string.
         """
-        answer = self._answer(text, functools.partial(print, end="", flush=True))
-        print()
-        return answer
-
-    def _answer(self, text: str, show: Callable[[str], None]) -> Answer:
-        """Add a turn; `show` gets the answer piece by piece."""
-        if not isinstance(text, str):
-            raise TypeError(f"expected a string to say, found {type(text).__name__}")
         messages = [*self.history, {"role": "user", "content": text}]
-        if fault := check_messages(messages):
-            raise ValueError(f"invalid message: {fault}")
+        if reason := check_messages(messages):
+            raise ValueError(f"invalid message: {reason}")
         ids, left_out = self._fit(messages)
         if left_out and not self._shortened:
             self._shortened = True
-            show(SHORTENED)
+            print("[The chat outgrew the model: its oldest turns are left out.]")
         settings = {**self._settings}
         if settings.get("seed") is not None:
             settings["seed"] += len(self.history) // 2
@@ -88,7 +72,8 @@ class Chat:
         with contextlib.suppress(KeyboardInterrupt):
             for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
                 answer += piece
-                show(piece)
+                print(piece, end="", flush=True)
+        print()
         if answer.strip():  # an empty turn is invalid in the next prompt
             self.history = [*messages, {"role": "assistant", "content": answer}]
         return Answer(answer)
@@ -116,51 +101,25 @@ class Chat:
         """Ask in the terminal and answer, until an empty line, Ctrl-D or Ctrl-C."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lets input() edit a line
-        while True:
-            try:
-                text = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if not text.strip():
-                return
-            try:
-                self.say(text)
-            except ValueError as error:
-                print(error)
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            while text := input("> ").strip():
+                self._try(text)
+        print()
 
     def panel(self) -> Any:
         """Return the chat as a widget: transcript, a line to write in, a button."""
         import ipywidgets as widgets
 
-        transcript = widgets.HTML()
+        transcript = widgets.Output()
         line = widgets.Text(placeholder="Say something", layout={"width": "80%"})
         button = widgets.Button(description="Send")
 
-        def draw(*last: Message) -> None:
-            turns = [*self.history, *last]
-            transcript.value = "".join(map(_show_turn, turns))
-
         def send() -> None:
-            text, line.value = line.value, ""
-            if not text.strip():
-                return
-            answer, due = "", 0.0
-
-            def show(piece: str) -> None:
-                nonlocal answer, due
-                answer += piece
-                if time.monotonic() >= due:
-                    asked: Message = {"role": "user", "content": text}
-                    draw(asked, {"role": "assistant", "content": answer})
-                    due = time.monotonic() + UPDATE_SECONDS
-
-            try:
-                self._answer(text, show)
-            except ValueError as error:
-                draw({"role": "", "content": str(error)})
-            else:
-                draw()
+            text, line.value = line.value.strip(), ""
+            if text:
+                with transcript:
+                    print(f"> {text}")
+                    self._try(text)
 
         def receive(_: object, content: dict[str, Any], __: object) -> None:
             if content.get("event") == "submit":  # the key Enter
@@ -168,8 +127,14 @@ class Chat:
 
         button.on_click(lambda _: send())
         line.on_msg(receive)
-        draw()
         return widgets.VBox([transcript, widgets.HBox([line, button])])
+
+    def _try(self, text: str) -> None:
+        """Say something; print why it is refused."""
+        try:
+            self.say(text)
+        except ValueError as error:
+            print(error)
 
     def __repr__(self) -> str:
         return f"Chat of {len(self.history)} messages"
@@ -225,10 +190,3 @@ def _is_interactive(kernel: Any) -> bool:
     # ends have their own ways for that.
     request = kernel.get_parent().get("content", {})
     return session.kind != "plain" or request.get("allow_stdin", True)
-
-
-def _show_turn(turn: Message) -> str:
-    return (
-        f'<div style="opacity:.65;font-size:85%">{turn["role"]}</div>'
-        f'<div style="white-space:pre-wrap">{html.escape(turn["content"])}</div>'
-    )

@@ -54,7 +54,7 @@ def examine(
     several = [source] if isinstance(source, str | os.PathLike) else source
     asked = held_out_questions(questions)
     answers = []
-    for model in dict.fromkeys(map(os.fspath, several)):
+    for model in dict.fromkeys(os.fspath(each) for each in several):
         chat = as_chat
         if chat is None:
             chat = find_weights(model, which).stage != "pretrain"

@@ -156,7 +156,8 @@ def _open_run(folder: Path, project: str, name: str) -> tuple[Any, str]:
         "dir": str(folder),
         "config": RunFolder(folder).read_config()["settings"],
     }
-    mode, reason = os.environ["WANDB_MODE"], ""
+    mode: Any = os.environ["WANDB_MODE"]
+    reason = ""
     if mode == "online":
         try:
             wandb.login(verify=False)  # raises without a key

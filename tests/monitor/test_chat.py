@@ -147,15 +147,11 @@ def test_a_message_that_is_too_long_alone_is_refused(pair):
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("", ValueError, "invalid message: message 1.*user's.*empty"),
-        (" \n", ValueError, "invalid message: message 1"),
-        (5, TypeError, "expected a string to say, found int"),
-    ],
+    ("text", "message"),
+    [("", "message 1.*user's.*empty"), (" \n", "message 1"), (5, "message 1.* 5")],
 )
-def test_what_is_nothing_to_say_is_refused(pair, text, error, message):
-    with pytest.raises(error, match=message):
+def test_what_is_nothing_to_say_is_refused(pair, text, message):
+    with pytest.raises(ValueError, match=f"invalid message: {message}"):
         chat(pair, text)
 
 
@@ -208,48 +204,27 @@ def test_where_nobody_can_write_a_text_is_asked_for(pair, monkeypatch):
         chat(pair)
 
 
-def test_the_widget_redraws_an_answer_a_few_times_a_second(pair, answers, monkeypatch):
-    clock, drawn = iter(range(100)), []
-    answers(*"abcdefghij")
-    transcript, line, button = parts(Chat(*pair).panel())
-    transcript.observe(lambda change: drawn.append(change.new), names="value")
-    # A piece a tenth of a second, but for what the clock counts after a drawing.
-    monkeypatch.setattr(chat_module.time, "monotonic", lambda: next(clock) / 10)
-    line.value = "six"
-    button.click()
-    shown = [text.removesuffix("</div>").split(">")[-1] for text in drawn]
-    assert shown == ["a", "abcd", "abcdefg", "abcdefghij"]
-
-
-def parts(panel: Any) -> tuple[Any, Any, Any]:
-    transcript, writing = panel.children
-    return transcript, *writing.children
-
-
-def test_the_widget_answers_what_is_sent_and_escapes_it(pair, answers):
-    answers("<i>", "&")
+def test_the_widget_answers_what_is_sent(pair, answers, capsys):
+    answers("fi", "ve")
     talk = Chat(*pair)
-    transcript, line, button = parts(talk.panel())
-    line.value = "<script>"
+    line, button = talk.panel().children[1].children
+    line.value = "six"
     button.click()
     assert line.value == ""
-    assert [one["content"] for one in talk.history] == ["<script>", "<i>&"]
-    assert "&lt;script&gt;" in transcript.value
-    assert "&lt;i&gt;&amp;" in transcript.value
-    assert "<script" not in transcript.value
     line._handle_custom_msg({"event": "submit"}, [])
     assert len(talk.history) == 2, "an empty line is not sent"
-    line.value = "six"
+    line.value = "one"
     line._handle_custom_msg({"event": "submit"}, [])
     assert len(talk.history) == 4
+    assert capsys.readouterr().out == "> six\nfive\n> one\nfive\n"
 
 
-def test_the_widget_shows_why_a_message_is_refused(pair):
+def test_the_widget_shows_why_a_message_is_refused(pair, capsys):
     talk = Chat(make_model(pair[1], max_position_embeddings=130), pair[1], **GREEDY)
-    transcript, line, button = parts(talk.panel())
+    line, button = talk.panel().children[1].children
     line.value = "one " * 200
     button.click()
-    assert "say less" in transcript.value
+    assert "say less" in capsys.readouterr().out
     assert talk.history == []
 
 
@@ -266,12 +241,13 @@ def run_cell(pair, tmp_path) -> Iterator[Any]:
 
     def run(code: str, allow_stdin: bool = False) -> list[dict]:
         outputs: list[dict] = []
+        quiet = ("status", "execute_input", "comm_open", "comm_msg")
 
         def keep(message: dict) -> None:
             last = outputs[-1] if outputs else {}
             if message["msg_type"] == "stream" and "name" in last:
                 last["text"] += message["content"]["text"]  # as notebooks keep it
-            elif message["msg_type"] not in ("status", "execute_input", "comm_open"):
+            elif message["msg_type"] not in quiet:
                 outputs.append(message["content"])
 
         client.execute_interactive(
@@ -302,3 +278,6 @@ def test_a_cell_shows_one_output_an_answer_and_a_widget_only_to_somebody(
     widget, value = run_cell("chat('.')", allow_stdin=True)
     assert "application/vnd.jupyter.widget-view+json" in widget["data"]
     assert value["data"]["text/plain"] == "Chat of 0 messages"
+    send = "line, button = talk.panel().children[1].children; line.value = 'six'"
+    (shown,) = run_cell(f"{send}; button.click()")
+    assert shown["text"] == "> six\nfive\n"
