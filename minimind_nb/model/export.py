@@ -154,7 +154,7 @@ def _write_folder(
     model: MiniMindForCausalLM, spec: TokenizerSpec, folder: Path, kind: str
 ) -> str:
     """Write a folder; open it with transformers, and compare token ids and logits."""
-    config = model.config
+    config: Any = model.config
     if kind == "minimind":
         fields = own_config_json(config)
         code = importlib.resources.files(__package__ or "") / "architecture.py"

@@ -1,4 +1,4 @@
-"""Trained weights found and loaded: runs, checkpoints, `.pth` files, saved folders."""
+"""Find and load trained weights: runs, checkpoints, `.pth` files, saved folders."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ _SOURCES = (
 )
 _WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")
 _CONFIG = "config.json"
-_TOKENIZERS = (
-    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model"
-).split()
+_TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt".split()
 
 
 def load(
@@ -44,17 +42,16 @@ def load(
 
     `source` is a run or its folder (`which` picks the "last" checkpoint or the "best"
     on validation), a checkpoint folder, a MiniMind `.pth`, or a folder that
-    `save_pretrained` wrote, of MiniMind's own kind or a Llama, Qwen3 or Qwen3-MoE. A
-    `.pth` does not record heads, top-k or theta: they come from the run beside it that
-    wrote it, else from MiniMind's defaults, which is printed, unless given in `shape`
-    (by `MiniMindConfig`'s names). `tokenizer` replaces the one saved with the weights
-    (for a lone `.pth` the shipped one); its entries must be the same. Nothing is
+    `save_pretrained` wrote, of MiniMind's own kind or a Llama, Qwen3 or Qwen3-MoE. What
+    a `.pth` does not record (heads, top-k, theta) comes from `shape`, by
+    `MiniMindConfig`'s names, from the run beside it that wrote it, or else from
+    MiniMind's defaults, which is printed. `tokenizer` replaces the one saved with the
+    weights (for a lone `.pth` the shipped one); its entries must be the same. Nothing is
     downloaded and no code from the source is run.
 
     Raises `FileNotFoundError` if there are no weights; `ValueError` if they do not fit,
-    hold a value that is not finite, were trained with another tokenizer's entries, or
-    are of a network that MiniMind cannot express; `NoGoodCheckpoint` if every
-    checkpoint of the run is damaged.
+    are not finite, were trained with another tokenizer, or are of a network that
+    MiniMind cannot express; `NoGoodCheckpoint` if every checkpoint is damaged.
     """
     found = find_weights(source, which, tokenizer, **shape)
     for note in found.notes:
@@ -66,10 +63,10 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class FoundWeights:
-    """Weights on disk: their file, the model's configuration, what else is recorded.
+    """Weights on disk, described: `source` is the place that was named.
 
     `stage` is None if nothing records it (the name of a `.pth` does). `notes` tell the
-    user what was assumed, `source` is what was named.
+    user what was assumed.
     """
 
     file: Path
@@ -80,10 +77,7 @@ class FoundWeights:
     source: str = ""
 
     def read(self) -> MiniMindForCausalLM:
-        """Read the weights, in the precision they are stored in.
-
-        Raises `ValueError` if they do not fit `config` or are not finite.
-        """
+        """Read the weights, in the precision they are stored in, or raise `ValueError`."""
         return build_model(self.config, read_tensors(self.file), str(self.file))
 
     def shape(self) -> dict[str, Any]:
@@ -108,7 +102,7 @@ def find_weights(
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
     found = _find(Path(source).expanduser(), which, tokenizer, shape)
-    own, notes = found.tokenizer, found.notes
+    own, notes, config = found.tokenizer, found.notes, found.config
     spec = read_tokenizer(own if tokenizer is None else tokenizer)
     if own and spec != own:
         theirs, ours = (
@@ -126,7 +120,6 @@ def find_weights(
             f"{source} comes without a tokenizer: using the shipped one. MiniMind's own "
             'weights need theirs: tokenizer="minimind/model"',
         )
-    config = found.config
     if spec.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
@@ -134,21 +127,18 @@ def find_weights(
         )
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
-    source = os.fspath(source)
-    return dataclasses.replace(found, tokenizer=spec, notes=notes, source=source)
+    return dataclasses.replace(
+        found, tokenizer=spec, notes=notes, source=os.fspath(source)
+    )
 
 
 def model_config(
     settings: Mapping[str, Any], tokenizer: TokenizerSpec
 ) -> MiniMindConfig:
     """Return the model's configuration for `TrainConfig`'s resolved settings."""
-    known = {n: settings[n] for n in SHAPE_FIELDS if settings[n] is not None}
-    return MiniMindConfig(
-        **known,
-        pad_token_id=tokenizer.pad_id,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
+    shape = {n: settings[n] for n in SHAPE_FIELDS if settings[n] is not None}
+    ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
+    return MiniMindConfig(**shape, **ids, eos_token_id=tokenizer.eos_id)
 
 
 def _find(
@@ -175,14 +165,13 @@ def _find(
     fields = run.read_config() if run.exists() else {}
     if "settings" not in fields:
         return _find_saved(path, fields)
-    found = run.best_checkpoint() if which == "best" else None
-    found = found or run.newest_good_checkpoint()
-    if found is None:
-        raise FileNotFoundError(
-            f"the run {path} has no checkpoint yet; it writes one every save_interval "
-            "steps and at its end"
-        )
-    return _find_checkpoint(found.folder, run, tokenizer)
+    best = run.best_checkpoint() if which == "best" else None
+    if found := best or run.newest_good_checkpoint():
+        return _find_checkpoint(found.folder, run, tokenizer)
+    raise FileNotFoundError(
+        f"the run {path} has no checkpoint yet; it writes one every save_interval "
+        "steps and at its end"
+    )
 
 
 def _find_checkpoint(folder: Path, run: RunFolder, tokenizer: Any) -> FoundWeights:
@@ -204,16 +193,16 @@ def _find_checkpoint(folder: Path, run: RunFolder, tokenizer: Any) -> FoundWeigh
 def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     """Describe a `.pth` by the run beside it that wrote it, else by its tensors."""
     tensors = read_pth(path, shapes_only=True)
-    held = infer_shape(tensors, str(path), **shape)
-    third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}
-    guessed = third if held["qk_norm"] else {}
-    config = read_config({"model_type": "minimind", **guessed, **held, **shape})
     stage, name = None, path.stem
     for known, prefix in WEIGHTS_NAMES.items():
         if path.stem.startswith(f"{prefix}_"):
             stage, name = known, known + path.stem.removeprefix(prefix)
     if found := _find_run_beside(RunFolder(path.parent / name), path, tensors, shape):
         return found
+    held = infer_shape(tensors, str(path), **shape)
+    third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}
+    guessed = third if held["qk_norm"] else {}
+    config = read_config({"model_type": "minimind", **guessed, **held, **shape})
     assumed = ["rope_theta", "rms_norm_eps"]
     if not config.qk_norm and "head_dim" not in shape:
         assumed.insert(0, "num_attention_heads")

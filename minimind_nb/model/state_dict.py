@@ -1,4 +1,4 @@
-"""Named tensors: read from a file, checked, loaded into a model."""
+"""Read named tensors from a file, check them, and load them into a model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .architecture import MiniMindConfig, MiniMindForCausalLM
 _SHOWN = 1000  # characters of torch's list of what does not fit
 _HEADS = 8
 _STACKED_AXES = 3  # experts, outputs, inputs
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = Mapping[str, torch.Tensor]
@@ -27,8 +28,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a `.safetensors` file or a `.pth`.
 
     Experts stacked in one tensor, as transformers holds them in memory, are split.
-    Raises `ValueError` for a file of something else, a damaged one, a tensor whose few
-    bytes claim to be gigabytes, and values that are not finite in float32.
+    Raises `ValueError` for a damaged file, a tensor whose few bytes claim to be
+    gigabytes, and values that are not finite in float32.
     """
     mapped = file.suffix == ".safetensors"
     try:
@@ -54,10 +55,10 @@ def _split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     split = {}
     for name, tensor in tensors.items():
         mlp, _, kind = name.partition(".experts.")
-        if kind not in ("gate_up_proj", "down_proj") or tensor.ndim != _STACKED_AXES:
+        if kind not in _STACKED or tensor.ndim != _STACKED_AXES:
             split[name] = tensor
             continue
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        parts = _STACKED[kind]
         for number, expert in enumerate(tensor):
             for part, weight in zip(parts, expert.chunk(len(parts)), strict=True):
                 split[f"{mlp}.experts.{number}.{part}.weight"] = weight
@@ -110,17 +111,16 @@ def build_model(
 ) -> MiniMindForCausalLM:
     """Return a model that holds the tensors themselves, in their precision.
 
-    Shapes are compared before memory is allocated, and without initialising weights.
-    Raises `ValueError` if they do not fit.
+    Raises `ValueError` if they do not fit, before a model of another size is built.
     """
     heads, width = config.num_attention_heads, config.head_dim
     held = infer_shape(tensors, source, num_attention_heads=heads, head_dim=width)
-    if wrong := [name for name in held if getattr(config, name) != held[name]]:
-        raise ValueError(
-            f"{source} holds {', '.join(f'{n}={held[n]!r}' for n in wrong)} and its "
-            f"configuration says {', '.join(repr(getattr(config, n)) for n in wrong)}: "
-            "they do not belong together"
-        )
+    for name, value in held.items():
+        if (said := getattr(config, name)) != value:
+            raise ValueError(
+                f"{source} holds {name}={value!r} and its configuration says {said!r}: "
+                "they do not belong together"
+            )
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     put_weights(model, tensors, source, assign=True)
@@ -133,8 +133,8 @@ def put_weights(
 ) -> None:
     """Load tensors by name, strictly; the tied `lm_head.weight` may be left out.
 
-    With `assign` they become the model's own instead of being copied into it. Raises
-    `ValueError` naming what is missing, unexpected or of another shape.
+    With `assign` they become the model's own instead of being copied. Raises `ValueError`
+    naming what is missing, unexpected or of another shape.
     """
     state = dict(tensors)
     if _EMBEDDING in state:
@@ -160,7 +160,7 @@ def infer_shape(
     head_dim: int = 0,
     **_: Any,
 ) -> dict[str, Any]:
-    """Return what the names and shapes of a MiniMind state dict say of its configuration.
+    """Return the configuration that follows from the names and shapes of tensors.
 
     The number of heads or their width, if known, replaces MiniMind's 8 heads. Raises
     `ValueError` for another model's state dict.
