@@ -154,9 +154,8 @@ class ChatEncoder:
         place of a conversation that the template does not take.
         """
         rendered: list[list[Segment] | Fault] = []
-        with limited(conversations) as start:
+        with limited(conversations):
             for number, messages in enumerate(conversations):
-                start(len(messages))
                 try:
                     first = context[number] if context else 0
                     rendered.append(self._template.render(messages, first))
@@ -174,8 +173,7 @@ class ChatEncoder:
         They are those that `encode` gives before that answer. Raises `Fault`, a
         `ValueError`, if the template does not take them.
         """
-        with limited([messages]) as start:
-            start(len(messages))
+        with limited([messages]):
             segments = self._template.render(messages, answered=False)
         return np.concatenate(self._encode_segments(segments))
 
