@@ -1,8 +1,6 @@
-"""The tokenizer as plain data, its sources, and as an object of transformers.
+"""The tokenizer as plain data, and as an object of transformers.
 
-`TokenizerSpec` travels to helper processes and into fingerprints; it is read from the
-vocabulary shipped with the package, a `tokenizer.json`, a Hugging Face folder or a
-tokenizer object. Only `load_tokenizer` imports transformers.
+Only `load_tokenizer` imports transformers.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -32,7 +29,6 @@ _WELL_KNOWN = {
 }
 _MODEL_MAX_LENGTH = 32_768
 _LISTED_TOKENS = 12
-_MOST_GROWTH = 1000
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,10 @@ class TokenizerSpec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 in hex over all that decides about ids and templates.
+        """sha256 in hex of all that decides about ids and templates.
 
-        Neither the layout of the JSON counts, nor the settings in it that are never
-        applied here; so a tokenizer keeps its fingerprint through save_pretrained.
+        It survives save_pretrained: neither the layout of the JSON counts, nor the
+        settings in it that are never applied here.
         """
         vocabulary = json.loads(self.json)
         for unused in ("truncation", "padding", "post_processor"):
@@ -103,11 +99,6 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     content = json.loads(data)
     if content.get("truncation") or content.get("padding"):  # never applied here
         data = json.dumps(content | {"truncation": None, "padding": None}).encode()
-    if (growth := _growth(content.get("normalizer"))) > _MOST_GROWTH:
-        raise ValueError(
-            f"the normalizer of {name} may make a text {growth:,} times as long, which "
-            "would take all memory: take another tokenizer"
-        )
     vocab = backend.get_vocab(with_added_tokens=True)
     special = _special_tokens(name, backend, described, vocab)
     template = described.get("chat_template")
@@ -151,14 +142,6 @@ def write_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False)
     verified.write_text(folder / "tokenizer.json", spec.json)
     verified.write_text(folder / "tokenizer_config.json", text + "\n")
-
-
-def _growth(normalizer: dict[str, Any] | None) -> int:
-    """Return how many times as long a normalizer can make a text by what it inserts."""
-    steps = (normalizer or {}).get("normalizers", [normalizer or {}])
-    longer = [len(step.get("content") or "") for step in steps if "pattern" in step]
-    nested = [_growth(step) for step in steps if "normalizers" in step]
-    return math.prod([max(1, length) for length in longer] + nested)
 
 
 def _settings(spec: TokenizerSpec) -> dict[str, Any]:
@@ -221,18 +204,13 @@ def _special_tokens(
         if not isinstance(token, str):
             candidates = [*known, found.get("eos_token")]
             token = next((each for each in candidates if each in vocab), None)
-        if token is None:
+        if token not in vocab:
+            wrong = f"names {token!r} as its {role}" if token else f"names no {role}"
             added = backend.get_added_tokens_decoder().values()
             listed = [one.content for one in added][:_LISTED_TOKENS]
             raise ValueError(
-                f"{name} has no known end token, of {len(added)} special tokens "
-                f"{listed}: put a tokenizer_config.json beside it that names one, "
-                '{"eos_token": "…"}'
-            )
-        if token not in vocab:
-            raise ValueError(
-                f"{name} names {token!r} as its {role}, but the vocabulary has no such "
-                f"entry: correct {role} in tokenizer_config.json"
+                f"{name} {wrong}, and its {len(added)} special tokens are {listed}: name "
+                f'one of them in tokenizer_config.json, {{"{role}": "…"}}'
             )
         found[role] = token
     return found
