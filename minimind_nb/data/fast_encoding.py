@@ -38,15 +38,12 @@ _LONG_RUN = re.compile(
     "|".join(f"(?<!{kind}){kind}{{{_LONGEST_RUN}}}" for kind in _CLASSES)
 )
 
-_PROBES = (
-    "",
-    "Hello world, it's a test: they'll say we've 3.14 and I'd don't.",
-    "  two blanks,\ttabs\t\t\r\n\r\n  lines \u3000\u00a0 blanks at the end   ",
-    "自然语言处理，是人工智能的一个方向。鄭國夫人挽歌詞；２０２６年１１月",
-    "naïve Straße e\u0301 Ελλάδα Россия עברית العربية हिन्दी ไทย 日本語 한국어",
-    "👩‍👩‍👧 🇨🇳 ½ ² Ⅳ ٣ 𝒳 𠀀 \u200b\ufeff\ufffd\x00\x1c\x1f\x7f\x85",
-    "for i in range(10):\n    print(f'{i:>4}')  # 注释\n\n\n\nend\n",
-)
+_PROBE = """\
+Hello world, it's a test: they'll say we've 3.14 and I'd don't.  two blanks,\ttabs\t\t\r
+\r
+  lines \u3000\u00a0 自然语言处理，是人工智能的一个方向。鄭國夫人挽歌詞；２０２６年１１月
+naïve Straße e\u0301 Ελλάδα Россия עברית العربية हिन्दी ไทย 日本語 한국어 👩‍👩‍👧 🇨🇳 ½ ² Ⅳ ٣ 𝒳 𠀀
+\u200b\ufeff\ufffd\x00\x1c\x1f\x7f\x85 for i in range(10):\n    print(f'{i:>4}')  # 注释\n\n\n"""
 
 
 class BulkEncoder:
@@ -54,12 +51,10 @@ class BulkEncoder:
 
     `backend` is "tiktoken" or, for a vocabulary that tiktoken cannot express,
     "tokenizers". Nothing is added to a text, truncated or padded. Ids come as one uint32
-    array per text (tiktoken's own buffer, not copied), ready for `np.concatenate`. Texts
-    must not hold lone surrogates.
+    array per text, ready for `np.concatenate`. Texts must not hold lone surrogates.
 
-    It runs on one thread; processes that share the cores have one each. 15 MB of Chinese
-    and English took 1/3.2 of the time of `encode_batch_fast` on two cores. Making an
-    encoder takes 0.1 s.
+    It runs on one thread. 15 MB of Chinese and English took 1/3.2 of the time of
+    `encode_batch_fast` on two cores. Making an encoder takes 0.1 s.
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
@@ -69,23 +64,19 @@ class BulkEncoder:
         self._ordinary.encode_special_tokens = True
         # As tokenizers writes it, so that no setting is missing.
         content = json.loads(self._ordinary.to_str())
-        added = content["added_tokens"]
-        self._added = frozenset(one["content"] for one in added)
         self._never_ordinary = frozenset(
-            one["content"] for one in added if not one["special"]
+            one["content"] for one in content["added_tokens"] if not one["special"]
         )
-        self._tiktoken: tiktoken.Encoding | None = None
-        if _can_be_ranks(content, self._ordinary):
-            self._tiktoken = _build_tiktoken(content)
-            if not self._probes_agree():
-                self._tiktoken = None
+        self._tiktoken = _build_tiktoken(content, self._ordinary)
+        if self._tiktoken and not self._agrees_on_probe():
+            self._tiktoken = None
         self.backend: Literal["tiktoken", "tokenizers"] = (
             "tiktoken" if self._tiktoken else "tokenizers"
         )
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Encode; special strings inside a text become special ids."""
-        return self._encode(texts, self._with_special, self._added)
+        return self._encode(texts, self._with_special, "all")
 
     def encode_ordinary(self, texts: Sequence[str]) -> list[Ids]:
         """Encode; special strings inside a text are ordinary text, and stay harmless.
@@ -96,7 +87,10 @@ class BulkEncoder:
         return self._encode(texts, self._ordinary, self._never_ordinary)
 
     def _encode(
-        self, texts: Sequence[str], tokenizer: Tokenizer, allowed: frozenset[str]
+        self,
+        texts: Sequence[str],
+        tokenizer: Tokenizer,
+        allowed: frozenset[str] | Literal["all"],
     ) -> list[Ids]:
         if self._tiktoken is None:
             return _encode_slowly(tokenizer, texts)
@@ -108,12 +102,12 @@ class BulkEncoder:
             for text in texts
         ]
 
-    def _probes_agree(self) -> bool:
-        added = sorted(self._added)
-        probes = [*_PROBES, "".join(added), " a ".join(["", *added, ""])]
-        slow = _encode_slowly(self._with_special, probes)
-        slow += _encode_slowly(self._ordinary, probes)
-        fast = self.encode(probes) + self.encode_ordinary(probes)
+    def _agrees_on_probe(self) -> bool:
+        added = self._ordinary.get_added_tokens_decoder().values()
+        probe = [_PROBE, " a ".join(["", *(one.content for one in added), ""])]
+        slow = _encode_slowly(self._with_special, probe)
+        slow += _encode_slowly(self._ordinary, probe)
+        fast = self.encode(probe) + self.encode_ordinary(probe)
         return all(map(np.array_equal, fast, slow))
 
 
@@ -122,29 +116,45 @@ def _encode_slowly(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
-def _can_be_ranks(content: dict[str, Any], ordinary: Tokenizer) -> bool:
-    """Return True if merging by rank must equal merging by the list of merges.
+def _build_tiktoken(
+    content: dict[str, Any], ordinary: Tokenizer
+) -> tiktoken.Encoding | None:
+    """Return a tokenizer's content as tiktoken's ranks, or None if ids could differ.
 
-    tiktoken merges any two neighbours that make an entry, lowest id first; the list
-    allows certain pairs, first come first. They agree if the entries are the bytes and
-    then one for each merge, in the order of the merges, and each entry, encoded alone,
-    comes out as itself. Added tokens that overlap are found differently.
+    tiktoken merges any two neighbours that make an entry, lowest id first; the list of
+    merges allows certain pairs, first come first. They agree if the entries are the bytes
+    and then one for each merge, in the order of the merges, and each entry, encoded
+    alone, comes out as itself. Added tokens that overlap are found differently.
     """
-    added = {one["content"] for one in content["added_tokens"]}
-    starts = {name[0] for name in added}
     vocab = content["model"]["vocab"]
-    letters = pre_tokenizers.ByteLevel.alphabet()
+    special = {one["content"]: one["id"] for one in content["added_tokens"]}
+    starts = {name[0] for name in special}
+    letters = set(pre_tokenizers.ByteLevel.alphabet())
     if (
         _settings(content) != _shipped_settings()
-        or any(starts & set(name[1:]) for name in added)
-        or not set(letters) <= vocab.keys()
+        or any(starts & set(name[1:]) for name in special)
+        or not letters <= vocab.keys()
     ):
-        return False
+        return None
     merged = ["".join(pair) for pair in content["model"]["merges"]]
-    entries = sorted(vocab.keys() - set(letters) - added, key=vocab.__getitem__)
-    return entries == merged and all(
+    entries = vocab.keys() - letters - special.keys()
+    if sorted(entries, key=vocab.__getitem__) != merged or not all(
         [token.value for token in ordinary.model.tokenize(entry)] == [entry]
         for entry in merged
+    ):
+        return None
+    # GPT-2's alphabet (Radford et al., 2019, and its released encoder): printable
+    # Latin-1 bytes are themselves, the rest follow from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = sorted(set(range(256)) - set(printable))
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(rest)}
+    ranks = {
+        bytes(byte_of[letter] for letter in entry): vocab[entry]
+        for entry in [*byte_of, *merged]
+    }
+    return tiktoken.Encoding(
+        "minimind_nb", pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special
     )
 
 
@@ -161,23 +171,3 @@ def _settings(content: dict[str, Any]) -> list[Any]:
 @functools.cache
 def _shipped_settings() -> list[Any]:
     return _settings(json.loads(read_tokenizer().json))
-
-
-def _build_tiktoken(content: dict[str, Any]) -> tiktoken.Encoding:
-    # GPT-2's alphabet (Radford et al., 2019, and its released encoder): printable
-    # Latin-1 bytes are themselves, the rest follow from U+0100 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = sorted(set(range(256)) - set(printable))
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(rest)}
-    vocab = content["model"]["vocab"]
-    merged = ["".join(pair) for pair in content["model"]["merges"]]
-    return tiktoken.Encoding(
-        "minimind_nb",
-        pat_str=_SPLIT,
-        mergeable_ranks={
-            bytes(byte_of[letter] for letter in entry): vocab[entry]
-            for entry in [*byte_of, *merged]
-        },
-        special_tokens={one["content"]: one["id"] for one in content["added_tokens"]},
-    )
