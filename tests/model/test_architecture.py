@@ -81,16 +81,12 @@ def test_model_equals_plain_implementation(
 
 @torch.no_grad()
 def test_eager_attention_equals_sdpa(tiny, ids):
-    model = tiny()
-    expected = model(ids).logits
+    expected = tiny()(ids).logits
     packed = torch.ones(24, 24, dtype=torch.bool).tril()[None, None]
-    model.config._attn_implementation = "eager"
+    model = tiny(flash_attn=False)
+    assert model.config._attn_implementation == "eager"
     assert difference(model(ids).logits, expected) <= 1e-5
     assert difference(model(ids, packed).logits, expected) <= 1e-5
-
-
-def test_flash_attn_false_selects_eager_attention():
-    assert MiniMindConfig(flash_attn=False)._attn_implementation == "eager"
 
 
 # --- loss
@@ -189,15 +185,6 @@ def test_training_makes_no_mask_tensor_and_no_cache(tiny, ids, monkeypatch):
     out = tiny()(ids)
     assert seen == [(None, True)] * 2
     assert out.past_key_values is None
-
-
-@torch.no_grad()
-def test_left_padding_does_not_change_logits(tiny, ids):
-    model = tiny()
-    short = ids[:1, :9]
-    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), short), 1)
-    mask = (torch.arange(14) >= 5).long()[None]
-    assert difference(model(padded, mask).logits[:, 5:], model(short).logits) <= 1e-5
 
 
 @torch.no_grad()
@@ -398,24 +385,13 @@ def test_half_precision_copy_keeps_rotary_angles_exact(tiny):
 def test_third_generation_config_json_is_understood():
     published = {
         "model_type": "minimind",
-        "architectures": ["MiniMindForCausalLM"],
         "hidden_size": 768,
-        "num_hidden_layers": 8,
         "use_moe": True,
-        "dropout": 0.0,
-        "vocab_size": 6400,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "flash_attn": True,
-        "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 96,
-        "hidden_act": "silu",
         "intermediate_size": 2432,
-        "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
         "inference_rope_scaling": False,
         "rope_scaling": None,
         "num_experts": 4,

@@ -98,17 +98,6 @@ def test_a_row_ends_at_its_first_end_token_and_the_loop_with_the_last_row(tiny):
     assert len(steps) == free[0].index(end) + 1
 
 
-def test_a_seed_touches_no_global_generator_and_needs_none(tiny):
-    settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 5.0}
-    settings |= {"eos_id": EOS, "seed": 2**64 - 1}
-    model = tiny()
-    first = continue_ids(model, ROWS, **settings)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert continue_ids(model, ROWS, **settings) == first
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored_also_when_a_loop_is_left(tiny, training):
     model = tiny(dropout=0.5).train(training)

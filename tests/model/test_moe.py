@@ -7,7 +7,6 @@ from torch.profiler import ProfilerActivity, profile
 from minimind_nb.model.architecture import (
     MiniMindConfig,
     MoEFeedForward,
-    MoEGate,
     balance_loss,
 )
 
@@ -21,17 +20,12 @@ def mixture(**fields) -> MoEFeedForward:
     return layer
 
 
-def test_balance_loss_per_sequence_at_literal_values():
+def test_balance_loss_at_literal_values():
     scores = torch.tensor([[[0.7, 0.3], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]])
     count = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     # First sequence: f = (2, 0), p = (0.8, 0.2); second: f = (1, 1), p = (0.4, 0.6).
     assert balance_loss(scores, count, True).item() == pytest.approx((1.6 + 1) / 2)
-
-
-def test_balance_loss_over_the_batch_at_literal_values():
-    scores = torch.tensor([[[0.7, 0.3], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]])
-    count = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
-    # f = (3, 1) · 2 / 4, p = (0.6, 0.4).
+    # Over the batch: f = (3, 1) · 2 / 4, p = (0.6, 0.4).
     assert balance_loss(scores, count, False).item() == pytest.approx(1.5 * 0.6 + 0.2)
 
 
@@ -137,11 +131,3 @@ def test_routing_uses_no_nonzero_and_no_index_put():
     slow = {"aten::nonzero", "aten::index_put_", "aten::_index_put_impl_"}
     assert not slow & calls.keys()
     assert calls.get("aten::_local_scalar_dense", 0) <= 1
-
-
-def test_gate_is_part_of_the_state_dict_as_one_matrix():
-    gate = mixture().gate
-    assert isinstance(gate, MoEGate)
-    assert {k: tuple(v.shape) for k, v in gate.state_dict().items()} == {
-        "weight": (4, 8)
-    }

@@ -39,27 +39,14 @@ def test_tensors_fit_the_configuration_they_were_made_with(fields):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers=2 and .* says 1000000000"),
-        (
-            {**MIXTURE, "n_routed_experts": 10**9},
-            "n_routed_experts=3 and .* says 1000000000",
-        ),
-        (
-            {**MIXTURE, "n_shared_experts": 10**9},
-            "n_shared_experts=1 and .* says 1000000000",
-        ),
-        (
-            {"hidden_size": 1 << 40, "head_dim": 4},
-            "hidden_size=32.* says 1099511627776",
-        ),
-    ],
+    ("name", "held"),
+    [("num_hidden_layers", 2), ("n_routed_experts", 3), ("n_shared_experts", 1)],
 )
-def test_a_configuration_that_claims_more_is_refused_before_it_is_built(fields, words):
-    _, tensors = make(**(MIXTURE if "use_moe" in fields else {}))
-    with pytest.raises(ValueError, match=words):
-        build_model(MiniMindConfig(**{**SHAPE, **fields}), tensors, "a.pth")
+def test_a_configuration_that_claims_more_is_refused_before_it_is_built(name, held):
+    _, tensors = make(**MIXTURE)
+    config = MiniMindConfig(**{**SHAPE, **MIXTURE, name: 10**9})
+    with pytest.raises(ValueError, match=f"{name}={held} and .* says 1000000000"):
+        build_model(config, tensors, "a.pth")
 
 
 def save(state: Any, path: Path) -> Path:
@@ -90,19 +77,6 @@ def test_missing_extra_and_misshapen_tensors_are_named():
     assert 'Missing key(s) in state_dict: "model.layers.1.' in text
     assert 'Unexpected key(s) in state_dict: "extra"' in text
     assert len(text) < 1200
-
-
-def test_a_head_of_its_own_is_refused():
-    config, tensors = make()
-    tensors["lm_head.weight"] = torch.zeros(64, 32)
-    with pytest.raises(ValueError, match="lm_head and embed_tokens differ in a.pth"):
-        build_model(config, tensors, "a.pth")
-
-
-def test_a_file_that_is_no_pickle_is_refused(tmp_path):
-    (tmp_path / "a.pth").write_text("text")
-    with pytest.raises(ValueError, match="a.pth is not a weights file: "):
-        read_pth(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
