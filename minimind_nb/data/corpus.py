@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,15 +26,16 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
         return "pretrain" if demo == "pretrain" else "sft"
     check_file(path)
     rows, tally = read_rows(next(iter_chunks(path)), lambda _: None)
-    keys = list(rows[0][1]) if rows else []
+    if not rows:
+        tally.raise_if_too_many(path)
+    keys = list(rows[0][1])
     if "conversations" in keys:
         return "sft"
     if "text" in keys:
         return "pretrain"
-    found = f"the keys {keys}" if rows else str(tally.problems[:1])
     raise DataError(
-        f"{path} has neither texts nor conversations, its first row {found}: expected is "
-        'one {"text": "…"} or {"conversations": […]} a line'
+        f"{path} has neither texts nor conversations, its first row the keys {keys}: "
+        'expected is one {"text": "…"} or {"conversations": […]} a line'
     )
 
 
@@ -86,18 +86,6 @@ class Corpus:
         if cfg.val_path:
             _check(cfg, cfg.val_path, corpus.val_truncated, 1.0)
         return corpus
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Return where the caches lie, as plain data for `reopen`."""
-        return [{"folder": str(one.folder), "facts": one.facts} for one in self.caches]
-
-    @classmethod
-    def reopen(
-        cls, description: Sequence[Mapping[str, Any]], cfg: ResolvedConfig
-    ) -> Corpus:
-        """Open caches that the process which described them has verified."""
-        caches = [TokenCache(Path(one["folder"]), one["facts"]) for one in description]
-        return cls(caches, cfg)
 
     def training_stream(
         self, cfg: ResolvedConfig, pad_id: int, **place: int

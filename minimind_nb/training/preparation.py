@@ -226,7 +226,7 @@ def describe_run(
         "settings": resolved.portable(),
         "explicit": sorted(explicit),
         "asked_batch": {name: explicit[name] for name in BATCH if name in explicit},
-        "caches": [Path(cache["folder"]).name for cache in corpus.describe()],
+        "caches": [cache.folder.name for cache in corpus.caches],
         "hashes": {
             "data": corpus.cache.facts["content"],
             "validation": corpus.val_cache.facts["content"],

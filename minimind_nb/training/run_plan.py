@@ -11,6 +11,7 @@ from typing import Any
 from ..config import ResolvedConfig, shorten_home
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
+from ..data.token_cache import TokenCache
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import count_cores
 from ..session import current_session
@@ -48,7 +49,7 @@ class RunPlan:
     @property
     def input_paths(self) -> list[Path]:
         """What the ranks read outside of the run folder."""
-        caches = [Path(cache["folder"]) for cache in self.corpus.describe()]
+        caches = [cache.folder for cache in self.corpus.caches]
         return [*caches, *([self.initial] if self.initial else [])]
 
     def write(self) -> None:
@@ -57,8 +58,8 @@ class RunPlan:
         write_tokenizer(self.tokenizer, self.folder.tokenizer)
         plan = {
             "caches": [
-                {**cache, "folder": shorten_home(cache["folder"])}
-                for cache in self.corpus.describe()
+                {"folder": shorten_home(str(cache.folder)), "facts": cache.facts}
+                for cache in self.corpus.caches
             ],
             "initial": shorten_home(self.initial and str(self.initial)),
             "checkpoint": self.checkpoint and self.checkpoint.name,
@@ -74,7 +75,7 @@ class RunPlan:
         plan, config = json.loads(folder.plan_file.read_bytes()), folder.read_config()
         cfg = ResolvedConfig(**config["settings"])
         caches = [
-            {**cache, "folder": Path(cache["folder"]).expanduser()}
+            TokenCache(Path(cache["folder"]).expanduser(), cache["facts"])
             for cache in plan["caches"]
         ]
         checkpoint = plan["checkpoint"]
@@ -82,7 +83,7 @@ class RunPlan:
             cfg=cfg,
             folder=folder,
             tokenizer=read_tokenizer(folder.tokenizer),
-            corpus=Corpus.reopen(caches, cfg),
+            corpus=Corpus(caches, cfg),
             config=config,
             initial=plan["initial"] and Path(plan["initial"]).expanduser(),
             checkpoint=checkpoint and folder.checkpoints / checkpoint,

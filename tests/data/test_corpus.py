@@ -10,6 +10,7 @@ from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import IGNORED
 from minimind_nb.data.corpus import Corpus, detect_format
 from minimind_nb.data.jsonl import DataError
+from minimind_nb.data.token_cache import TokenCache
 
 TEXTS = [f"document {n}" for n in range(200)]
 
@@ -60,10 +61,7 @@ def test_a_validation_file_replaces_the_held_out_part(prepare):
 def test_other_processes_open_the_same_documents(prepare):
     for wanted in ({"val_fraction": 0.2}, {"val_texts": ["x", "y"]}):
         corpus, cfg = prepare(TEXTS, **wanted)
-        description = json.loads(json.dumps(corpus.describe()))
-        again = Corpus.reopen(description, cfg)
-        assert again.cache.folder == corpus.cache.folder
-        assert again.val_cache.folder == corpus.val_cache.folder
+        again = Corpus([TokenCache(c.folder, c.facts) for c in corpus.caches], cfg)
         assert np.array_equal(again.documents, corpus.documents)
         assert np.array_equal(again.val_documents, corpus.val_documents)
         assert hashes_of(again) == hashes_of(corpus)
@@ -227,7 +225,7 @@ def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
     assert (corpus.truncated.cut, corpus.truncated.dropped) == (0, 1)
     assert corpus.training_stream(cfg, pad_id=0).tokens == 22 + 23
     longer = dataclasses.replace(cfg, max_seq_len=200)
-    assert Corpus.reopen(corpus.describe(), longer).truncated.dropped == 0
+    assert Corpus(corpus.caches, longer).truncated.dropped == 0
 
 
 def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare_rows):

@@ -419,7 +419,7 @@ def test_a_file_that_is_neither_text_nor_chats_is_refused(
     with pytest.raises(mm.DataError, match=text):
         mm.evaluate(run.root, file)
     file.write_text("nothing of JSON\n")
-    with pytest.raises(mm.DataError, match="neither texts nor conversations"):
+    with pytest.raises(mm.DataError, match=r"pairs\.jsonl:1:1: the line begins"):
         mm.evaluate(run.root, file)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: a run"):
         mm.evaluate(tmp_path / "nowhere", settings["data_path"])
