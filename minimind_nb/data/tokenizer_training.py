@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import zlib
@@ -11,8 +10,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from . import jsonl
-from .jsonl import Fault, Row
+from .conversations import check_conversation
+from .jsonl import Fault, Row, Tally, check_file, check_text_row, iter_chunks, read_rows
 from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -27,15 +26,14 @@ def train_tokenizer(
 ) -> Path:
     """Train a vocabulary on one or more JSONL files and return its folder, `out_dir`.
 
-    Rows hold `text`, or `conversations` of which the contents are read. The folder holds
-    `tokenizer.json` and `tokenizer_config.json`: all 256 bytes, GPT-2's split,
-    `<|endoftext|>` 0 (pad), `<|im_start|>` 1 (begin), `<|im_end|>` 2 (end), and the
-    package's ChatML template. The same rows in the same order give the same file.
+    Rows are those of pretraining or SFT. The folder holds `tokenizer.json` and
+    `tokenizer_config.json`: all 256 bytes, GPT-2's split, `<|endoftext|>` 0 (pad),
+    `<|im_start|>` 1 (begin), `<|im_end|>` 2 (end), and the package's ChatML template.
+    The same rows in the same order give the same file. 50 MB take half a minute.
 
     Of more than `max_bytes` of text a part of that size is read, chosen by the hash of
     each row's text. That bounds the memory: Chinese, in which whole clauses count as
-    words, took 82 bytes for each byte of text, so the default stays within 6 GB. The
-    files are read twice, first to check every row. 50 MB take half a minute.
+    words, took 82 bytes for each byte of text, so the default stays within 6 GB.
 
     Raises `FileNotFoundError` or `DataError` for the files and their rows,
     `FileExistsError` if `out_dir` has a vocabulary already, `ValueError` for a
@@ -49,7 +47,7 @@ def train_tokenizer(
             f"{out_dir} holds a tokenizer.json already: choose another out_dir"
         )
     for path in paths:
-        jsonl.check_file(path)
+        check_file(path)
     total = sum(len(text.encode()) for row in _read(paths) for text in row)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,9 +72,9 @@ def train_tokenizer(
 def _read(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
     """Yield the texts of each row; raise `DataError` behind a file with bad rows."""
     for path in paths:
-        tally = jsonl.Tally()
-        for chunk in jsonl.iter_chunks(path):
-            rows, counted = jsonl.read_rows(chunk, _check_row)
+        tally = Tally()
+        for chunk in iter_chunks(path):
+            rows, counted = read_rows(chunk, _check_row)
             tally.add(counted)
             yield from (_texts(row) for _, row in rows)
         tally.raise_if_too_many(path)
@@ -91,13 +89,9 @@ def _sample(rows: Iterator[list[str]], share: float) -> Iterator[str]:
 
 
 def _check_row(row: Row) -> Fault | None:
-    if "conversations" not in row:
-        return jsonl.check_text_row(row)
-    with contextlib.suppress(TypeError, KeyError):  # no list, objects or contents
-        if all(isinstance(text, str) for text in _texts(row)):
-            return None
-    reason = '"conversations" is not a list of {"role": "…", "content": "…"}'
-    return Fault("not_turns", reason, "conversations")
+    if "conversations" in row:
+        return check_conversation(row)
+    return check_text_row(row)
 
 
 def _texts(row: Row) -> list[str]:
