@@ -52,8 +52,8 @@ class Document(NamedTuple):
     answer_sizes: Sequence[int] = ()
 
 
-def documents_per_row(record_format: str) -> int:
-    """Return 2 for pairs, chosen and rejected, else 1."""
+def per_row(record_format: str) -> int:
+    """Return how many documents a row makes: 2 of pairs, chosen and rejected, else 1."""
     return 2 if record_format == "dpo" else 1
 
 

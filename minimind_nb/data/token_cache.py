@@ -28,13 +28,7 @@ from ..storage import verified
 from .conversations import IN_LOSS
 from .fast_encoding import BulkEncoder
 from .jsonl import Chunk, DataError, Tally, iter_chunks
-from .record_formats import (
-    VERSION,
-    Arrays,
-    documents_per_row,
-    encode_chunk,
-    token_type,
-)
+from .record_formats import VERSION, Arrays, encode_chunk, per_row, token_type
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -82,15 +76,13 @@ def names_before_version_3(
 class TokenCache:
     """Documents as token ids, memory-mapped.
 
-    `tokens` holds all ids, one document after the other (uint16; uint32 for
-    vocabularies over 65,536); document d is `tokens[offsets[d]:offsets[d + 1]]`.
-    `lines` are physical line numbers in the file, from 1; `sizes` UTF-8 bytes, of the
-    text or of the answers in the loss; `hashes` the rows' 64-bit hashes.
+    `tokens` (uint16, or uint32) has document d at `[offsets[d]:offsets[d + 1]]`. One a
+    document are `lines` (physical, from 1), `sizes` (UTF-8 bytes of the text, or of the
+    answers in the loss) and `hashes` (64-bit, of the row).
 
-    Chat formats also have `marks` (uint8, one a token: the loss mask and the turn
-    starts, bits as in `conversations`); `loss_tokens`, the number of tokens in the loss,
-    and `answers`, the number of answers that these belong to, both int64 a document;
-    `answer_sizes`, the UTF-8 bytes of each of these answers. None for plain text.
+    Chats also have `marks` (uint8 a token, bits as in `conversations`), and a document
+    `loss_tokens` and `answers`, the numbers of tokens and of answers in the loss, and
+    in `answer_sizes` the UTF-8 bytes of each of these. All are None for plain text.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -188,11 +180,7 @@ def _hash(*parts: object) -> str:
 
 
 def _build(
-    source: Source,
-    folder: Path,
-    processes: int,
-    content: str,
-    before: os.stat_result,
+    source: Source, folder: Path, processes: int, content: str, before: os.stat_result
 ) -> None:
     """Write the cache; `before` is the state of the file when `content` was taken."""
     path = Path(source.path)
@@ -227,10 +215,10 @@ def _build(
             raise DataError(f"{path} changed while it was read: start again afterwards")
         tally.raise_if_too_many(*policy)
         if tally.problems:
-            rows = (json.dumps(p._asdict(), ensure_ascii=False) for p in tally.problems)
-            text = "".join(f"{row}\n" for row in rows)
-            (aside / _REJECTED).write_text(text, encoding="utf-8")
-        full = facts["documents"] // documents_per_row(source.record_format)
+            with (aside / _REJECTED).open("w", encoding="utf-8") as file:
+                for row in tally.problems:
+                    file.write(f"{json.dumps(row._asdict(), ensure_ascii=False)}\n")
+        full = facts["documents"] // per_row(source.record_format)
         facts |= {
             "rows": tally.good,
             "bad_rows": dict(tally.kinds),
