@@ -41,10 +41,10 @@ def plan(cfg: TrainConfig) -> Facts:
     hardware = detect_hardware()
     cfg, tokenizer, initial = settle(cfg, hardware)
     corpus = open_corpus(cfg, tokenizer)
-    stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
+    stream = corpus.training_stream(cfg, 0)
     pairs = stream.reader.pairs
     steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
-    samples = min(stream.total_samples, steps * stream.global_batch)
+    samples = min(stream.total_samples, steps * cfg.global_batch)
     tokens = round(samples * stream.tokens / stream.rows)
     count = count_parameters(cfg.shape())
     active = f", {count['active']:,} active for a token" if cfg.use_moe else ""
@@ -54,7 +54,7 @@ def plan(cfg: TrainConfig) -> Facts:
     row = "pairs" if pairs else "rows"
     epoch = f"{stream.tokens:,} text tokens in {stream.rows:,} {row}"
     if not pairs:
-        epoch += f" of {stream.width} (fill {stream.fill:.3f})"
+        epoch += f" of {cfg.max_seq_len} (fill {stream.fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
     facts = {
@@ -64,7 +64,7 @@ def plan(cfg: TrainConfig) -> Facts:
         ("pairs" if pairs else "documents"): documents,
         "too long": "; ".join(describe_truncated(corpus, cfg)),
         "an epoch": epoch,
-        "global batch": f"{stream.global_batch:,} {row} = batch_size {cfg.batch_size} "
+        "global batch": f"{cfg.global_batch:,} {row} = batch_size {cfg.batch_size} "
         f"× accumulation_steps {cfg.accumulation_steps} × num_processes "
         f"{cfg.num_processes}",
         "steps": f"{steps:,} optimizer steps, about {tokens:,} text tokens",

@@ -119,16 +119,14 @@ class SampleReader:
                 np.copyto(targets[b, begin:end], ids[1:], where=in_loss)
                 documents[b, begin:end] = number
                 begin = end
-        batch = MicroBatch(
+        positions = np.flatnonzero(targets != IGNORED)
+        return MicroBatch(
             torch.from_numpy(inputs),
             torch.from_numpy(targets),
             torch.from_numpy(documents) if self.masked else None,
             samples=len(samples),
+            loss_positions=torch.from_numpy(positions) if chat else None,
         )
-        if not chat:
-            return batch
-        positions = (batch.targets.flatten() != IGNORED).nonzero().flatten()
-        return replace(batch, loss_positions=positions)
 
 
 class TrainingStream:
@@ -147,7 +145,6 @@ class TrainingStream:
         pad_id: int,
         *,
         rank: int = 0,
-        size: int = 1,
         samples: int = 0,
     ) -> None:
         self.cache = cache
@@ -155,65 +152,54 @@ class TrainingStream:
         self.cfg = cfg
         self.reader = SampleReader(cache, cfg, pad_id)
         self.rank = rank
-        self.size = size
         self.samples = samples
-        self.width = self.reader.width
-        self.batch_size = cfg.batch_size
-        self.global_batch = cfg.batch_size * cfg.accumulation_steps * size
         self.tokens = int(truncated.targets.sum())
         self._rows_of = functools.lru_cache(maxsize=2)(self.arrange)
         if cfg.stage == "pretrain":  # not worth a packing
-            self.rows = -(-self.tokens // self.width)
+            self.rows = -(-self.tokens // cfg.max_seq_len)
         else:
             self.rows = len(self._rows_of(0))
             self._loss_tokens = np.zeros(len(cache), np.int64)
             self._loss_tokens[truncated.documents] = truncated.loss_tokens
         self.total_samples = cfg.epochs * self.rows
-        self.total_steps = -(-self.total_samples // self.global_batch)
+        self.total_steps = -(-self.total_samples // cfg.global_batch)
 
     def arrange(self, epoch: int) -> PackedRows:
         """Return the samples of an epoch; a step may reach across its end."""
-        e, seed = self.truncated, self.cfg.seed
+        parts, cfg = self.truncated, self.cfg
         if self.reader.pairs:
-            return shuffle_rows(pair_up(e.pieces), seed, epoch)
-        split = self.cfg.stage == "pretrain"
-        rows = (e.documents, e.targets, self.width, seed, epoch)
-        return pack_epoch(*rows, split=split)
+            return shuffle_rows(pair_up(parts.pieces), cfg.seed, epoch)
+        rows = (parts.documents, parts.targets, cfg.max_seq_len, cfg.seed, epoch)
+        return pack_epoch(*rows, split=cfg.stage == "pretrain")
 
     @property
     def fill(self) -> float:
         """Share of the positions of an epoch's rows that hold text."""
-        return self.tokens / max(1, self.rows * self.width)
+        return self.tokens / max(1, self.rows * self.cfg.max_seq_len)
 
     def next_step(self) -> StepBatch:
         """Take the next global batch, and read this rank's samples of it."""
         begin = self.samples
-        end = min(begin + self.global_batch, self.total_samples)
+        end = min(begin + self.cfg.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
         micro_batches = [
             self.reader.read([self._row(n) for n in samples])
             for samples in self.shares(begin, end)
         ]
         self.samples = end
-        return StepBatch(micro_batches, end - begin, *self._count(begin, end))
+        pieces = [piece for n in range(begin, end) for piece in self._row(n)]
+        tokens = num_targets = sum(count for _, _, count in pieces)
+        if self.cfg.stage == "dpo":
+            num_targets = end - begin
+        elif self.cfg.stage == "sft":
+            num_targets = int(self._loss_tokens[[piece[0] for piece in pieces]].sum())
+        return StepBatch(micro_batches, end - begin, tokens, num_targets)
 
     def shares(self, begin: int, end: int) -> Iterator[range]:
         """Yield the samples of this rank's micro-batches in a step."""
-        stride = self.size * self.batch_size
-        for first in range(begin + self.rank * self.batch_size, end, stride):
-            yield range(first, min(first + self.batch_size, end))
-
-    def _count(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the text tokens and the targets of the loss in some samples."""
-        pieces = [piece for n in range(begin, end) for piece in self._row(n)]
-        tokens = sum(count for _, _, count in pieces)
-        if self.reader.pairs:
-            return tokens, end - begin
-        if self.cfg.stage == "pretrain":
-            return tokens, tokens
-        return tokens, int(
-            self._loss_tokens[[document for document, *_ in pieces]].sum()
-        )
+        count, processes = self.cfg.batch_size, self.cfg.num_processes
+        for first in range(begin + self.rank * count, end, processes * count):
+            yield range(first, min(first + count, end))
 
     def pieces(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each piece of a sample, and which of them are in the loss."""
@@ -265,7 +251,7 @@ class ValidationRows:
             self.rows = pair_up(truncated.pieces[kept])
         else:
             split, targets = cfg.stage == "pretrain", truncated.targets[kept]
-            self.rows = pack(self.documents, targets, self.reader.width, split)
+            self.rows = pack(self.documents, targets, cfg.max_seq_len, split)
 
     def __len__(self) -> int:
         return len(self.rows)

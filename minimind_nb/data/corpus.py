@@ -90,7 +90,7 @@ class Corpus:
     def training_stream(
         self, cfg: ResolvedConfig, pad_id: int, **place: int
     ) -> TrainingStream:
-        """Return the samples for the rank, size and samples that are done of `place`."""
+        """Return the samples for the `rank` of `place`, after those that are done."""
         return TrainingStream(self.cache, self.truncated, cfg, pad_id, **place)
 
     def validation_rows(

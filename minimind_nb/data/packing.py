@@ -6,6 +6,7 @@ tokens is n - 1 *targets*: each token but its first is predicted from those befo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,9 +24,8 @@ class PackedRows:
     """The pieces of documents that make up each row; all int64.
 
     A piece is (document, start, count): `count` targets of a document, of which the
-    first is predicted from the token at `start`, so a later piece repeats the
-    last token of the one before. `spans` [rows, 2] gives begin and end in `pieces` of
-    each row, `targets` [rows] how many targets it has.
+    first is predicted from the token at `start`. `spans` [rows, 2] gives begin and end
+    in `pieces` of each row, `targets` [rows] how many targets it has.
     """
 
     pieces: np.ndarray
@@ -47,26 +47,24 @@ def pack(
     """Fill rows of `width` targets with documents; only the last row may have room.
 
     `documents` are numbers in the wanted order, `targets` their numbers of targets (int64
-    both). A document longer than a row fills whole rows first. What remains is
-    packed best fit, longest first (the offline bin-packing heuristic, Johnson 1974):
-    the longest document that fits goes in, and if none fits, the longest left is split. Costs about 1 µs a piece; rows = ceil(sum of targets / width), so fill
-    is 1 but for the last row. Not covered: the order of the rows follows the lengths;
-    shuffle them.
+    both). A document longer than a row fills whole rows first. What remains is packed
+    best fit, longest first (Johnson 1974): the longest document that fits goes in, and if
+    none fits, the longest left is split. Costs about 1 µs a piece. Rows follow the
+    lengths; shuffle them.
 
-    Without `split` every document, none longer than a row, stays whole: a row may have
-    room left. How many rows there are follows from the lengths alone, whatever their
-    order.
+    Without `split` every document, none longer than a row, stays whole, and any row may
+    have room. The number of rows follows from the lengths alone, whatever their order.
     """
     assert split or targets.max(initial=0) <= width
     rows = targets // width
     number = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
     document = np.repeat(documents, rows)
-    whole = [document, number * width, np.full_like(document, width)]
+    whole = np.stack([document, number * width, np.full_like(document, width)], 1)
     left = targets % width
     rest = np.stack([documents, targets - left, left], 1)
     rest, ends = _best_fit(rest, width, split)
-    pieces = np.concatenate([np.stack(whole, 1), rest])
-    bounds = np.concatenate([np.arange(len(number) + 1), len(number) + ends])
+    pieces = np.concatenate([whole, rest])
+    bounds = np.concatenate([np.arange(len(whole) + 1), len(whole) + ends])
     cumulative = np.concatenate([[0], np.cumsum(pieces[:, 2])])
     spans = np.stack([bounds[:-1], bounds[1:]], 1)
     return PackedRows(pieces, spans, np.diff(cumulative[bounds]))
@@ -136,9 +134,8 @@ def shuffle_rows(rows: PackedRows, seed: int, epoch: int) -> PackedRows:
 def shuffled(n: int, *keys: int) -> np.ndarray:
     """Return a permutation of range(n), a function of n and the keys alone.
 
-    Sorts by splitmix64 (Steele, Lea and Flood 2014) of the position and the keys:
-    random generators may change their streams between versions, and a resumed run
-    must find the very same order.
+    Sorts by splitmix64 (Steele, Lea and Flood 2014) of position and keys: generators may
+    change their streams between versions, and a resumed run needs the same order.
     """
     state = np.zeros(1, np.uint64)
     for key in keys:
@@ -158,9 +155,8 @@ def split_by_hash(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.n
     """Return document numbers to train on and to hold out, each in the file's order.
 
     A document is held out when its 64-bit content hash falls below `fraction` of the
-    range, so equal texts stay on one side and the choice does not depend on order or
-    on other documents. Of two or more different texts each side gets one at
-    least; a single one is trained on.
+    range, so equal texts stay on one side, whatever their order and the other documents.
+    Of different texts each side gets one at least; a single one is trained on.
     """
     held_out = hashes < np.uint64(min(fraction, 1.0) * float(2**64 - 2**11))
     if fraction > 0 and len(hashes):
@@ -205,36 +201,33 @@ def truncate_documents(
     `documents`, lose the oldest turns of their prompt, the same in both, so that both
     fit and, if possible, begin with the user's turn; one turn of it stays at least.
     """
-    targets = cache.targets[documents]
-    starts, sizes = np.zeros_like(targets), np.array(cache.sizes[documents])
-    longest = int(targets.max(initial=0))
-    if cache.loss_tokens is None or cache.answers is None:
+    targets, sizes = cache.targets[documents], cache.sizes[documents]
+    starts, longest = np.zeros_like(targets), int(targets.max(initial=0))
+    if cache.loss_tokens is None or cache.answers is None or cache.answer_sizes is None:
         parts = (documents, starts, targets, targets, sizes)
         return TruncatedDocuments(*parts, cut=0, dropped=0, longest=longest)
-    loss_tokens = np.array(cache.loss_tokens[documents])
-    pairs = cache.facts["record_format"] == "dpo"
-    together = 2 if pairs else 1
+    loss_tokens = cache.loss_tokens[documents]
+    together = 2 if cache.facts["record_format"] == "dpo" else 1
     long = np.flatnonzero(targets.reshape(-1, together).max(1) > width)
     kept = np.ones(len(documents) // together, bool)
     first_answer = np.cumsum(cache.answers) - cache.answers
     for number in long.tolist():
-        if pairs:
-            pair = slice(2 * number, 2 * number + 2)
-            starts[pair] = _find_starts(cache, documents[pair], width)
-            kept[number] = starts[pair].all()
-        else:
-            found = _find_end(cache, documents[number], width, first_answer)
+        these = slice(together * number, together * (number + 1))
+        marks = [cache.marks_of(document) for document in documents[these].tolist()]
+        if together == 1:
+            answer_sizes = cache.answer_sizes[first_answer[documents[number]] :]
+            found = _find_end(marks[0], answer_sizes, width)
             targets[number], loss_tokens[number], sizes[number] = found
             kept[number] = loss_tokens[number] > 0
+        else:
+            starts[these] = _find_starts(marks, width)
+            kept[number] = starts[these].all()
     targets -= starts
     whole = np.repeat(kept, together)
+    parts = (documents, starts, targets, loss_tokens, sizes)
     dropped = len(kept) - int(kept.sum())
     return TruncatedDocuments(
-        documents[whole],
-        starts[whole],
-        targets[whole],
-        loss_tokens[whole],
-        sizes[whole],
+        *(each[whole] for each in parts),
         cut=len(long) - dropped,
         dropped=dropped,
         longest=longest,
@@ -242,28 +235,25 @@ def truncate_documents(
 
 
 def _find_end(
-    cache: TokenCache, document: int, width: int, first_answer: np.ndarray
+    marks: np.ndarray, answer_sizes: np.ndarray, width: int
 ) -> tuple[int, int, int]:
-    """Return the targets up to the last whole answer that fits, and the tokens in the loss
-    and the bytes of the answers up to there; zeros if none fits."""
-    assert cache.answer_sizes is not None
-    marks = cache.marks_of(document)
+    """Return the targets, the tokens in the loss and the bytes of answers up to the last
+    whole answer that fits; zeros if none does."""
     continued = np.append((marks[1:] & (IN_LOSS | TURN)) == IN_LOSS, False)
     ends = np.flatnonzero((marks & IN_LOSS > 0) & ~continued) + 1
     ends = ends[ends <= width + 1]
     if not len(ends):
         return 0, 0, 0
     loss_tokens = int(np.count_nonzero(marks[: ends[-1]] & IN_LOSS))
-    sizes = cache.answer_sizes[first_answer[document] :][: len(ends)]
-    return int(ends[-1]) - 1, loss_tokens, int(sizes.sum())
+    return int(ends[-1]) - 1, loss_tokens, int(answer_sizes[: len(ends)].sum())
 
 
-def _find_starts(cache: TokenCache, pair: np.ndarray, width: int) -> tuple[int, int]:
+def _find_starts(pair: Sequence[np.ndarray], width: int) -> tuple[int, int]:
     """Return where chosen and rejected start, at one turn; zeros if none fits."""
-    chosen, rejected = (cache.marks_of(document) for document in pair.tolist())
+    chosen, rejected = pair
     fitting = [
         (a, b)
-        for a, b in zip(*map(_find_prompt_turns, (chosen, rejected)), strict=False)
+        for a, b in zip(*map(_find_prompt_turns, pair), strict=False)
         if max(len(chosen) - a, len(rejected) - b) <= width + 1
     ]
     asking = [each for each in fitting if chosen[each[0]] & USER]

@@ -310,7 +310,7 @@ def count_steps(
     progress = Progress()
     if checkpoint:
         progress = Progress(**read_state(checkpoint.folder)["progress"])
-    stream = corpus.training_stream(cfg, 0, size=cfg.num_processes)
+    stream = corpus.training_stream(cfg, 0)
     left = max(0, stream.total_samples - progress.samples)
     total = progress.step + math.ceil(left / cfg.global_batch)
     return min(total, cfg.max_steps or total)

@@ -114,8 +114,7 @@ class Trainer(Evaluator):
             parts = self.model, self.optimizer, self.scaler
             self.progress = load_checkpoint(plan.checkpoint, *parts)
         self.gradients = FlatGradients(self.model, device, 2 + len(self.stage.metrics))
-        place = {"rank": group.rank, "size": group.size}
-        place["samples"] = self.progress.samples
+        place = {"rank": group.rank, "samples": self.progress.samples}
         self.stream = plan.corpus.training_stream(cfg, pad_id, **place)
         self.validation = plan.corpus.validation_rows(cfg, pad_id)
         self.prompts = []

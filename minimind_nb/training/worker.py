@@ -88,7 +88,7 @@ def log_start(trainer: Trainer) -> None:
     """Log the position and the horizon of a run that starts or is resumed."""
     at, stream, total = trainer.progress, trainer.stream, trainer.plan.total_steps
     trainer.record.update(step=at.step, total_steps=total)
-    samples_left = max(0, total - at.step) * stream.global_batch
+    samples_left = max(0, total - at.step) * trainer.cfg.global_batch
     trainer.log(
         "event",
         event="resume" if trainer.plan.checkpoint else "start",
@@ -96,7 +96,7 @@ def log_start(trainer: Trainer) -> None:
         total_steps=total,
         total_samples=min(stream.total_samples, at.samples + samples_left),
         num_processes=trainer.group.size,
-        global_batch=stream.global_batch,
+        global_batch=trainer.cfg.global_batch,
         cut=stream.truncated.cut,
         dropped=stream.truncated.dropped,
     )

@@ -114,12 +114,12 @@ def test_a_stream_is_as_the_configuration_says(prepare):
         epochs=3,
         batch_size=4,
         accumulation_steps=2,
+        num_processes=2,
         seed=7,
         document_mask=True,
     )
-    stream = corpus.training_stream(cfg, pad_id=0, rank=1, size=2, samples=16)
-    assert (stream.width, stream.cfg.seed, stream.samples) == (24, 7, 16)
-    assert (stream.rank, stream.size, stream.global_batch) == (1, 2, 16)
+    stream = corpus.training_stream(cfg, pad_id=0, rank=1, samples=16)
+    assert (stream.rank, stream.cfg, stream.samples) == (1, cfg, 16)
     assert stream.total_samples == 3 * stream.rows
     assert stream.tokens == corpus.cache.targets[corpus.documents].sum()
     first = stream.next_step().micro_batches[0]
