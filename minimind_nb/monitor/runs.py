@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +90,16 @@ class Run:
         if not samples:
             title = f"{self.folder.name} has no sampled answers; every validation makes"
             return Table(f"{title} some unless sample_tokens=0", [], [])
-        prompts = dict.fromkeys((row["number"], row["prompt"]) for row in samples)
-        answers: dict[int, dict[Any, str]] = {row["step"]: {} for row in samples}
+        prompts = dict.fromkeys(row["prompt"] for row in samples)
+        answers: dict[int, dict[str, str]] = {row["step"]: {} for row in samples}
         for row in samples:
-            answers[row["step"]][row["number"], row["prompt"]] = row["answer"]
+            answers[row["step"]][row["prompt"]] = row["answer"]
         steps = sorted(answers)
         gaps = max(1, min(most, len(steps)) - 1)
         shown = [steps[round(n * (len(steps) - 1) / gaps)] for n in range(gaps + 1)]
         return Table(
             f"How the answers of {self.folder.name} change",
-            ["step", *(shorten(prompt, PROMPT_WIDTH) for _, prompt in prompts)],
+            ["step", *(shorten(prompt, PROMPT_WIDTH) for prompt in prompts)],
             [
                 [f"{step:,}", *(answers[step].get(prompt, "") for prompt in prompts)]
                 for step in dict.fromkeys(shown)
@@ -123,8 +122,7 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
     """List the runs in a folder, the last changed first: `mm.runs("out")`.
 
     Losses are the last logged ones; the size is that of the run folder with all its
-    checkpoints. A run that cannot be read is listed with the reason. Raises
-    FileNotFoundError if there is no such folder.
+    checkpoints. Raises FileNotFoundError if there is no such folder.
     """
     root = Path(out_dir).expanduser()
     if not root.is_dir():
@@ -132,39 +130,26 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
             f"{root} is not a folder; expected the out_dir of training runs, for example "
             'mm.runs("out"). mm.train(cfg) makes it.'
         )
-    found = []
-    for folder in filter(Path.is_dir, root.glob("[!.]*")):
-        try:
-            cells = _list_run(folder)
-        except Exception as error:  # a damaged run must not hide the others
-            reason = f"{error}".replace(f"{folder}{os.sep}", "")
-            cells = ["", f"cannot be read: {reason}", "", "", ""]
-        if cells:
-            found.append((*_measure(folder), folder, cells))
-    found.sort(reverse=True)
+    folders = map(RunFolder, root.glob("[!.]*"))
+    found = [f for f in folders if f.plan_file.is_file() or f.metrics_file.is_file()]
+    measured = sorted(((*_measure(f.root), f.root) for f in found), reverse=True)
     rows = []
-    for changed, size, folder, cells in found:
+    for changed, size, folder in measured:
+        run = Run(folder)
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-        rows.append([folder.name, *cells, f"{size / 2**20:,.1f} MiB", when])
-    trained = [f for _, _, f, _ in found if RunFolder(f).checkpoint_folders()]
+        rows.append([folder.name, *_describe(run), f"{size / 2**20:,.1f} MiB", when])
+    trained = [f for _, _, f in measured if RunFolder(f).checkpoint_folders()]
     none = "" if found else ": none yet; mm.train(cfg) makes one"
     return Runs(f"Runs in {root}{none}", rows, [Run(folder) for folder in trained])
 
 
-def _list_run(folder: Path) -> list[str]:
-    """Return stage, status, step and losses; an empty list if this is not a run."""
-    files = RunFolder(folder)
-    config = files.read_config() if files.exists() else {}
-    if "settings" not in config and not files.metrics_file.exists():
-        return []
-    run = Run(folder)
-    losses = [(run.history.last(kind) or {}).get("loss") for kind in ("train", "eval")]
-    return [
-        str(config.get("settings", {}).get("stage", run.history.stage)),
-        STATUS_WORDS[run.status],
-        position_text(run.history),
-        *("" if loss is None else f"{loss:.3f}" for loss in losses),
-    ]
+def _describe(run: Run) -> list[str]:
+    """Return stage, status, step, and the last losses."""
+    history = run.history
+    last = (history.last(kind) for kind in ("train", "eval"))
+    losses = [f"{row['loss']:.3f}" if row else "" for row in last]
+    stage = history.stage if history.rows else ""
+    return [stage, STATUS_WORDS[run.status], position_text(history), *losses]
 
 
 def _measure(folder: Path) -> tuple[float, int]:
@@ -189,7 +174,7 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     """
     folder, config = run.folder, run.config
     path = shorten_home(str(folder))
-    settings = [(name, f"`{config['settings'][name]}`") for name in config["explicit"]]
+    settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
     facts = result_facts(run.history)
     if weights_file.is_file():
         facts["weights"] = f"`../{weights_file.name}`"
@@ -197,9 +182,6 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     following = "`mm.train(cfg)` resumes from the newest good checkpoint."
     if status == "finished":
         following = "To train longer, raise `epochs` or `max_steps` and train again."
-    samples = run.samples(most=2)
-    answers = [[html.escape(text, quote=False) for text in row] for row in samples.rows]
-    shown = f"## Answers\n\n{_markdown(answers, samples.columns)}\n\n"
     text = f"""# {folder.name}
 
 {STATUS_WORDS[status].capitalize()}, {time.strftime("%Y-%m-%d %H:%M")}.
@@ -207,9 +189,9 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
 
 ## Result
 
-{_markdown(facts.items())}
+{_markdown(facts)}
 
-{chart}{shown if answers else ""}## Settings
+{chart}## Settings
 
 {_markdown(settings)}
 
@@ -239,12 +221,6 @@ def result_facts(history: History) -> dict[str, str]:
             "peak memory (GiB, each process)": memory,
             "skipped steps": f"{train['skipped_steps']:,}",
         }
-        if layers := train.get("expert_load"):
-            shares = [100 * share for layer in layers for share in layer]
-            span = f"{min(shares):.1f} % to {max(shares):.1f} %"
-            even = f"even would be {100 / len(layers[0]):.1f} %"
-            facts["load of an expert"] = f"{span}, {even}"
-            facts["auxiliary loss"] = f"{train['aux_loss']:.4f}"
     if last := history.last("eval"):
         best = min(history.select("eval"), key=lambda row: row["loss"])
         facts["validation loss"] = loss_text(last)
@@ -254,24 +230,18 @@ def result_facts(history: History) -> dict[str, str]:
             ("kl", "KL divergence, estimated (nats per answer token)"),
         ):
             facts |= {name: f"{last[field]:.3f}"} if field in last else {}
-    start = next(iter(history.session), {})
-    if start.get("cut") or start.get("dropped"):
-        documents = "pairs" if history.stage == "dpo" else "conversations"
-        counts = f"{start['cut']:,} cut at a turn, {start['dropped']:,} dropped"
-        facts[f"over-long {documents}"] = counts
-    events = history.select("event")
-    resumes = [f"{row['step']:,}" for row in events if row["event"] == "resume"]
-    damaged = f"{history.damaged_lines:,}" if history.damaged_lines else ""
-    more = {
-        "resumed at step": ", ".join(resumes),
-        "save that failed": failed_save(history),
-        "damaged lines in metrics.jsonl": damaged,
-    }
-    return facts | {name: text for name, text in more.items() if text}
+    resumes = [row for row in history.select("event") if row["event"] == "resume"]
+    if resumes:
+        facts["resumed at step"] = ", ".join(f"{row['step']:,}" for row in resumes)
+    if failed := failed_save(history):
+        facts["save that failed"] = failed
+    return facts
 
 
-def _markdown(rows: Iterable[Iterable[str]], columns: Sequence[str] = ("", "")) -> str:
+def _markdown(facts: Mapping[str, str]) -> str:
     """Return a table; in Markdown a bar ends a cell, and a new line the row."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    cells = [[" ".join(t.split()).replace("|", "\\|") for t in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    lines = ["| | |", "| --- | --- |"]
+    for name, text in facts.items():
+        cell = " ".join(text.split()).replace("|", "\\|")
+        lines.append(f"| {name} | {cell} |")
+    return "\n".join(lines)
