@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ..storage import verified
 
@@ -39,11 +39,6 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
                 written.seek(-1, os.SEEK_END)
                 if written.read() != b"\n":
                     self._file.write(b"\n")
-
-    @classmethod
-    def silent(cls) -> Self:
-        """Return a log that keeps nothing, for ranks above 0."""
-        return cls(os.devnull)
 
     def append(self, kind: str, **fields: object) -> None:
         """Write one row. `kind` is "train", "eval", "sample" or "event".
@@ -98,10 +93,7 @@ class History:
             return source
         history = cls(find_metrics(source))
         if history.damaged_lines and not history.rows:
-            raise ValueError(
-                f"{history.path}: none of its {history.damaged_lines} lines is a metrics "
-                'row, a JSON object with "kind" and "step". Pass the folder of a run.'
-            )
+            raise ValueError(f"{history.path} has no metrics; pass the folder of a run")
         return history
 
     def refresh(self) -> None:
@@ -121,7 +113,7 @@ class History:
             if row is None:
                 self.damaged_lines += 1
                 continue
-            if _restarts(row):
+            if _starts_session(row):
                 self.rows = [old for old in self.rows if old["step"] <= row["step"]]
             self.rows.append(row)
 
@@ -141,8 +133,8 @@ class History:
     @property
     def session(self) -> list[Row]:
         """The rows since the newest start or resume; that row comes first."""
-        starts = [index for index, row in enumerate(self.rows) if _restarts(row)]
-        return self.rows[starts[-1] :] if starts else self.rows
+        starts = [at for at, row in enumerate(self.rows) if _starts_session(row)]
+        return self.rows[max(starts, default=0) :]
 
     @property
     def stage(self) -> str:
@@ -154,15 +146,9 @@ class History:
 
         There is a column for each name, empty if a row has no such value. Each entry of
         a list has its own: `peak_memory_gib_1` is that of the second process,
-        `expert_load_0_3` the share of the fourth expert in the first layer. Raises
-        ValueError if `path` is the metrics file.
+        `expert_load_0_3` the share of the fourth expert in the first layer.
         """
         file = Path(path)
-        if file.resolve() == self.path.resolve():
-            raise ValueError(
-                f"{file} holds the metrics themselves; choose another file, such as "
-                f"{file.with_suffix('.csv')}"
-            )
         kept = (row for row in self.rows if row["kind"] in ("train", "eval"))
         rows = [dict(flatten(row)) for row in kept]
         names = dict.fromkeys(["kind", "step", *(name for row in rows for name in row)])
@@ -176,9 +162,9 @@ class History:
 
     def __repr__(self) -> str:
         step = self.rows[-1]["step"] if self.rows else 0
-        damage = f", {self.damaged_lines} damaged lines" if self.damaged_lines else ""
         return (
-            f"History({str(self.path)!r}: {len(self.rows)} rows, step {step}{damage})"
+            f"History({str(self.path)!r}: {len(self.rows)} rows, step {step}, "
+            f"{self.damaged_lines} damaged lines)"
         )
 
 
@@ -209,7 +195,7 @@ def flatten(row: Row) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _restarts(row: Row) -> bool:
+def _starts_session(row: Row) -> bool:
     return row["kind"] == "event" and row.get("event") in ("start", "resume")
 
 
@@ -232,10 +218,8 @@ def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
         valid = isinstance(row["kind"], str) and isinstance(row["step"], int)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
-    if not valid:
-        return None
-    if row["kind"] == "sample":
-        return row
-    return {name: _restore(value) for name, value in row.items()}
+    if valid and row["kind"] != "sample":  # a sample's strings are texts
+        row = {name: _restore(value) for name, value in row.items()}
+    return row if valid else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,11 +119,10 @@ class Trainer(Evaluator):
         self.stream = plan.corpus.training_stream(cfg, pad_id, **place)
         self.validation = plan.corpus.validation_rows(cfg, pad_id)
         self.prompts = []
-        self.metrics = MetricsLog.silent()
+        self.metrics = MetricsLog(plan.folder.metrics_file if is_first else os.devnull)
         self.clock = SessionClock(plan.deadline if is_first else None)
         if is_first:
             self.prompts = choose_prompts(plan, self.stream, self.validation)
-            self.metrics = MetricsLog(plan.folder.metrics_file)
         self.window = LogWindow()
         self.failed_saves = 0
 
