@@ -1,7 +1,7 @@
 """Live views of a training run, for the parent process: a cell's picture or plain lines.
 
-A view only reads the history. It is called from the loop that watches the workers, so
-errors in it are caught and reported once.
+A view only reads the history. It is called from the loop that watches the workers by
+`attempt`, which catches its errors and reports each once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class View:
     """Show nothing, and call a function with the history when it has new rows.
 
     `update` comes before the workers and about twice a second; `finish` once, with the
-    run's status; `note` at any time, with a message. None of them raises an Exception:
-    `failures` holds each once.
+    run's status; `note` at any time, with a message.
     """
 
     def __init__(self, callback: Callable[[History], object] | None = None) -> None:
@@ -41,14 +40,15 @@ class View:
         self.failures: list[str] = []
 
     def update(self, history: History) -> None:
-        self.attempt(self._update, history)
+        if self._callback and history.rows and history.rows[-1] is not self._last:
+            self._last = history.rows[-1]
+            self._callback(history)
 
     def finish(self, history: History, status: str) -> None:
-        self.attempt(self._finish, history, status)
+        self.update(history)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-        self.attempt(self._note, text)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class View:
         logger = logging.getLogger("minimind_nb")
         level, propagate = logger.level, logger.propagate
         handler = logging.Handler()
-        handler.emit = lambda record: self.note(record.getMessage())
+        handler.emit = lambda record: self.attempt(self.note, record.getMessage())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
@@ -79,17 +79,6 @@ class View:
                 with contextlib.suppress(OSError, ValueError):  # stderr may be closed
                     print(f"{text}; the training is not affected", file=sys.stderr)
 
-    def _update(self, history: History) -> None:
-        if self._callback and history.rows and history.rows[-1] is not self._last:
-            self._last = history.rows[-1]
-            self._callback(history)
-
-    def _finish(self, history: History, status: str) -> None:
-        self._update(history)
-
-    def _note(self, text: str) -> None:
-        pass
-
 
 class TerminalView(View):
     """Show a progress bar if stderr is a terminal, else one line per logged row."""
@@ -98,7 +87,7 @@ class TerminalView(View):
         super().__init__()
         self._bar: Any = None
 
-    def _update(self, history: History) -> None:
+    def update(self, history: History) -> None:
         from tqdm import tqdm
 
         if self._bar is None:
@@ -111,14 +100,14 @@ class TerminalView(View):
         newest = next(logged, None)
         if self._bar.disable and newest is not self._last:
             self._last = newest
-            self._note(line)
+            self.note(line)
 
-    def _finish(self, history: History, status: str) -> None:
-        self._update(history)
+    def finish(self, history: History, status: str) -> None:
+        self.update(history)
         self._bar.close()
-        self._note(outcome(history, status))
+        self.note(outcome(history, status))
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         from tqdm import tqdm
 
         tqdm.write(text, file=sys.stderr)
@@ -142,11 +131,12 @@ class CellView(View):
         self._next_update = self._next_log = clock()
         self._batch = current_session().batch
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        super().note(text)
         if not self._seen:  # later notes come with the next update
             self._show({"text/html": self._notes(), "text/plain": text})
 
-    def _update(self, history: History) -> None:
+    def update(self, history: History) -> None:
         now = self._clock()
         if now < self._next_update or history.rows[-1:] == self._seen:
             return
@@ -159,7 +149,7 @@ class CellView(View):
             self._next_log = now + LOG_SECONDS
             self._log(line)
 
-    def _finish(self, history: History, status: str) -> None:
+    def finish(self, history: History, status: str) -> None:
         words = "\n".join([*self.notes, outcome(history, status)])
         title = f"{history.path.parent.name} ({STATUS_WORDS[status]})"
         picture = self.attempt(self._draw, history, title, 120)

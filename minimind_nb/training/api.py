@@ -107,7 +107,7 @@ def _train(
                 f"{run.folder} is finished; raise {further} to train longer, or start "
                 "over with resume=False"
             )
-            shown.finish(run.history, run.status)
+            shown.attempt(shown.finish, run.history, run.status)
         else:
             _run(plan, lock, run, shown, session)
         return str(run.folder)
@@ -122,11 +122,11 @@ def _run(
     def show() -> None:
         with contextlib.suppress(OSError):  # the metrics may be there at the next look
             history.refresh()
-        shown.update(history)
+        shown.attempt(shown.update, history)
         shown.attempt(follower.report)
 
     follower = WandbFollower(history, plan.cfg)
-    shown.update(history)
+    shown.attempt(shown.update, history)
     shown.attempt(follower.start)
     status = "failed"
     try:
@@ -137,7 +137,7 @@ def _run(
     finally:
         show()
         shown.attempt(follower.finish)
-        shown.finish(history, status)
+        shown.attempt(shown.finish, history, status)
         shown.attempt(save_chart, run)
         shown.attempt(write_summary, run, status, plan.weights_file)
 

@@ -85,9 +85,9 @@ def test_a_failing_view_never_reaches_the_training(make_history, add_rows, capsy
     view = View(broken)
     for step in range(2, 12):
         add_rows(history, step)
-        view.update(history)
+        view.attempt(view.update, history)
     assert len(calls) == 10
-    error = "View._update failed (ZeroDivisionError: no luck); the training"
+    error = "View.update failed (ZeroDivisionError: no luck); the training"
     assert capsys.readouterr().err.count(error) == 1
 
 
@@ -128,8 +128,9 @@ def test_an_interrupt_passes_through_a_view(make_history):
     def interrupted(_):
         raise KeyboardInterrupt
 
+    view = View(interrupted)
     with pytest.raises(KeyboardInterrupt):
-        View(interrupted).update(make_history([3.0]))
+        view.attempt(view.update, make_history([3.0]))
 
 
 def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
