@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import AutoLocator, EngFormatter, LogLocator, MaxNLocator
 
-from .metrics import History
+from .metrics import History, Row
 from .progress import LARGEST_LOSS, outcome
 
 # For each choice of x: the field of a row, its factor, and the label of the axis.
@@ -82,18 +82,23 @@ def plot_history(
     choices = y_choices(history)
     check_choices(x, y, choices, smoothing)
     figure, axes = blank_chart(x, y_label(y, history.stage))
+    weight = choose_smoothing(history, smoothing)
     if y == "expert_load":
-        _draw_experts(axes, history, x, smoothing)
+        _draw_experts(axes, history, x, weight)
     else:
-        _draw_run(axes, history, x, y, smoothing)
-    _mark_resumes(axes, history, x)
+        _draw_run(axes, history, x, y, weight)
+    resumes = [row for row in history.select("event") if row["event"] == "resume"]
+    for number, at in enumerate(read_x(resumes, x)):
+        style: Any = {"color": FAINT_INK, "alpha": 0.5, "lw": 1, "dashes": (2, 3)}
+        axes.axvline(at, label="" if number else "resumed", **style)
     if scale(axes, [history], x, log_x, log_y):
         if y == "loss" and "perplexity" in choices:
             _add_perplexity(axes)
-        # The lines of experts leave no corner free.
-        place = "outside right center" if y == "expert_load" else "best"
-        owner = figure if y == "expert_load" else axes
-        owner.legend(loc=place, labelcolor=INK, edgecolor="none")
+        style = {"labelcolor": INK, "edgecolor": "none"}
+        if y == "expert_load":  # its lines leave no corner of the axes free
+            figure.legend(loc="outside right center", **style)
+        else:
+            axes.legend(loc="best", **style)
     write_titles(axes, title or history.path.parent.name, outcome(history))
     return figure
 
@@ -140,35 +145,53 @@ def smooth(values: Iterable[float], weight: float) -> np.ndarray:
     return np.array(averages)
 
 
-def suggest_smoothing(rows: int) -> float:
-    """Return a weight that averages a sixtieth of the rows; 0 below 90 rows."""
+def choose_smoothing(history: History, asked: float | None = None) -> float:
+    """Return what is asked for, or a weight that averages a sixtieth of the rows."""
+    if asked is not None:
+        return asked
+    rows = len(history.select("train"))
     return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))
+
+
+def read_x(rows: list[Row], x: str) -> np.ndarray:
+    field, factor, _ = X_AXES[x]
+    return np.array([row[field] for row in rows]) * factor
 
 
 def read_curve(
     history: History, kind: str, x: str, y: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the points of one kind of row, NaN if a row has no such value."""
-    field, factor, _ = X_AXES[x]
     values = np.array(history.column(kind, "loss" if y == "perplexity" else y))
-    at = np.array(history.column(kind, field)) * factor
     if y == "perplexity":
         values = np.where(np.isfinite(values), _perplexity(values), values)
-    return at, values
+    return read_x(history.select(kind), x), values
 
 
-def _draw_run(
-    axes: Axes, history: History, x: str, y: str, smoothing: float | None
+def draw_smoothed(
+    axes: Axes, at: np.ndarray, values: np.ndarray, weight: float, **style: Any
 ) -> None:
+    """Draw a line, or a point if there is only one."""
+    marker = "o" if len(at) == 1 else None
+    axes.plot(at, smooth(values, weight), marker=marker, **style)
+
+
+def draw_validation(
+    axes: Axes, history: History, x: str, y: str, **style: Any
+) -> list[Any]:
+    at, values = read_curve(history, "eval", x, y)
+    every = max(1, math.ceil(len(at) / MARKERS))
+    return axes.plot(at, values, markevery=every, **style)
+
+
+def _draw_run(axes: Axes, history: History, x: str, y: str, weight: float) -> None:
     """Draw training behind validation, and marks for non-finite values."""
     at, values = read_curve(history, "train", x, y)
-    weight = suggest_smoothing(len(at)) if smoothing is None else smoothing
     if weight:
         axes.plot(at, values, color=TRAINING, lw=0.8, alpha=0.3)
     if len(at):
         label = f"training, smoothed {weight:.2g}" if weight else "training"
-        form = "o" if len(at) == 1 else "-"
-        axes.plot(at, smooth(values, weight), form, color=TRAINING, lw=1.8, label=label)
+        draw_smoothed(axes, at, values, weight, color=TRAINING, lw=1.8, label=label)
     lost = at[~np.isfinite(values)]
     if len(lost):
         top = axes.get_xaxis_transform()
@@ -180,41 +203,19 @@ def _draw_run(
         draw_validation(axes, history, x, y, label="validation", **style)
 
 
-def draw_validation(
-    axes: Axes, history: History, x: str, y: str, **style: Any
-) -> list[Any]:
-    at, values = read_curve(history, "eval", x, y)
-    every = max(1, math.ceil(len(at) / MARKERS))
-    return axes.plot(at, values, markevery=every, **style)
-
-
-def _draw_experts(
-    axes: Axes, history: History, x: str, smoothing: float | None
-) -> None:
+def _draw_experts(axes: Axes, history: History, x: str, weight: float) -> None:
     """Draw a line for each expert in front of the range over layers."""
-    field, factor, _ = X_AXES[x]
     rows = [row for row in history.select("train") if "expert_load" in row]
-    at = np.array([row[field] for row in rows]) * factor
+    at = read_x(rows, x)
     loads = np.array([row["expert_load"] for row in rows])  # [rows, layers, experts]
-    weight = suggest_smoothing(len(rows)) if smoothing is None else smoothing
     least, greatest = loads.min((1, 2)), loads.max((1, 2))
     axes.fill_between(at, least, greatest, color=GRID, label="range over layers")
     experts = loads.shape[2]
     colors = colormaps["viridis"](np.linspace(0, 0.9, experts))
-    form = "o" if len(at) == 1 else "-"
     for number, shares in enumerate(loads.mean(1).T):
         style: Any = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
-        axes.plot(at, smooth(shares, weight), form, **style)
+        draw_smoothed(axes, at, shares, weight, **style)
     axes.axhline(1 / experts, color=INK, lw=1, dashes=(4, 3), label="even share")
-
-
-def _mark_resumes(axes: Axes, history: History, x: str) -> None:
-    field, factor, _ = X_AXES[x]
-    resumes = [row for row in history.select("event") if row["event"] == "resume"]
-    for number, row in enumerate(resumes):
-        style = {"color": FAINT_INK, "alpha": 0.5, "lw": 1, "dashes": (2, 3)}
-        label = "" if number else "resumed"
-        axes.axvline(row[field] * factor, label=label, **style)
 
 
 def blank_chart(x: str, label: str, height: float = 4.6) -> tuple[Chart, Axes]:

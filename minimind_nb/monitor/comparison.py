@@ -54,9 +54,9 @@ def compare(
     handles = []
     for history, (color, marker) in zip(histories, STYLES, strict=False):
         at, values = charts.read_curve(history, "train", x, y)
-        weight = charts.suggest_smoothing(len(at)) if smoothing is None else smoothing
-        form = "." if len(at) == 1 else "-"
-        axes.plot(at, charts.smooth(values, weight), form, color=color, lw=1, alpha=0.6)
+        weight = charts.choose_smoothing(history, smoothing)
+        thin: Any = {"color": color, "lw": 1, "alpha": 0.6}
+        charts.draw_smoothed(axes, at, values, weight, **thin)
         style = {"color": color, "marker": marker, "ms": 6, "lw": 1.8}
         handles += charts.draw_validation(axes, history, x, y, **style)
     charts.scale(axes, histories, x, log_x, log_y)

@@ -12,8 +12,8 @@ from .charts import (
     X_AXES,
     Chart,
     check_choices,
+    choose_smoothing,
     plot_history,
-    suggest_smoothing,
     y_choices,
 )
 from .metrics import History
@@ -40,7 +40,7 @@ class Inspector:
             "x": widgets.ToggleButtons(options=list(X_AXES), value=x, style=narrow),
             "y": widgets.ToggleButtons(options=choices, value=y, style=narrow),
             "smoothing": widgets.FloatSlider(
-                value=suggest_smoothing(len(history.select("train"))),
+                value=choose_smoothing(history),
                 max=0.99,
                 step=0.01,
                 description="smoothing",

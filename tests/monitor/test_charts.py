@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind_nb.monitor.charts import Chart, plot_history, smooth, suggest_smoothing
+from minimind_nb.monitor.charts import Chart, choose_smoothing, plot_history, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -44,10 +44,12 @@ def test_smoothing_never_averages_past_what_is_not_finite():
     assert averages[3] == pytest.approx(1.0) and averages[5] == pytest.approx(7.0)
 
 
-def test_the_suggested_smoothing_grows_with_the_rows():
-    assert [suggest_smoothing(rows) for rows in (0, 89, 120, 600, 10**6)] == [
-        0.0, 0.0, 0.5, 0.9, 0.99
-    ]  # fmt: skip
+def test_the_smoothing_grows_with_the_rows_unless_it_is_set(make_history):
+    history = make_history()
+    for rows, weight in ((0, 0.0), (89, 0.0), (120, 0.5), (600, 0.9), (10**4, 0.99)):
+        history.rows = [{"kind": "train"}] * rows
+        assert choose_smoothing(history) == weight
+    assert choose_smoothing(history, 0.3) == 0.3
 
 
 def test_the_chart_shows_training_validation_and_perplexity(make_history):

@@ -83,7 +83,7 @@ def test_metrics_alone_are_enough_to_compare(make_run, make_history):
     figure = compare(history, history.path, history.path.parent.parent / "broken")
     assert legend(figure) == ["bare", "bare", "broken"]
     assert curves(figure)[:3] == [[6], [], [6]]
-    assert figure.axes[0].get_lines()[0].get_marker() == "."
+    assert figure.axes[0].get_lines()[0].get_marker() == "o"
 
 
 def test_each_choice_of_x_and_y_draws_its_own_column(make_run):
