@@ -54,7 +54,8 @@ def plan(cfg: TrainConfig) -> Facts:
     row = "pairs" if pairs else "rows"
     epoch = f"{stream.tokens:,} text tokens in {stream.rows:,} {row}"
     if not pairs:
-        epoch += f" of {cfg.max_seq_len} (fill {stream.fill:.3f})"
+        fill = stream.tokens / (stream.rows * cfg.max_seq_len)
+        epoch += f" of {cfg.max_seq_len} (fill {fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
     facts = {

@@ -68,10 +68,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of one step.
+    """This rank's micro-batches of one step, and counts of all ranks.
 
-    `samples`, `tokens` (of text, with or without a loss) and `num_targets` (of the loss:
-    tokens, or pairs) are those of all ranks.
+    `tokens` are those of text, with or without a loss; `num_targets` the tokens or pairs
+    that the loss is a mean over.
     """
 
     micro_batches: list[MicroBatch]
@@ -171,11 +171,6 @@ class TrainingStream:
             return shuffle_rows(pair_up(parts.pieces), cfg.seed, epoch)
         rows = (parts.documents, parts.targets, cfg.max_seq_len, cfg.seed, epoch)
         return pack_epoch(*rows, split=cfg.stage == "pretrain")
-
-    @property
-    def fill(self) -> float:
-        """Share of the positions of an epoch's rows that hold text."""
-        return self.tokens / max(1, self.rows * self.cfg.max_seq_len)
 
     def next_step(self) -> StepBatch:
         """Take the next global batch, and read this rank's samples of it."""

@@ -38,20 +38,12 @@ def check_conversation(
     If `answered`, the last turn must be the assistant's.
     """
     if key not in row:
-        return Fault(
-            f"missing_{key}", f'no "{key}" in the row, its keys: {_show(list(row))}'
-        )
-    if fault := check_messages(row[key]):
-        reason = f'in "{key}", {fault.reason}'
-        return Fault(fault.kind, reason, fault.mark or f'"{key}"')
-    roles = [message["role"] for message in row[key]]
-    if "assistant" not in roles:
-        reason = f'in "{key}", no turn is the assistant\'s: there is nothing to learn'
-        return Fault("no_answer", reason, f'"{key}"')
-    if answered and (last := roles[-1]) != "assistant":
-        reason = f"in \"{key}\", the last turn is the {last}'s, not the assistant's"
-        return Fault("no_last_answer", reason, f'"{last}"')
-    return None
+        keys = _show(list(row))
+        return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {keys}')
+    fault = check_messages(row[key]) or _check_answers(row[key], answered)
+    if fault is None:
+        return None
+    return Fault(fault.kind, f'in "{key}", {fault.reason}', fault.mark or f'"{key}"')
 
 
 def check_prompt(row: dict[str, Any]) -> Fault | None:
@@ -103,6 +95,17 @@ def count_shared(a: Sequence[Message], b: Sequence[Message]) -> int:
     return len(list(both))
 
 
+def _check_answers(messages: Sequence[Message], answered: bool) -> Fault | None:
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        reason = "no turn is the assistant's: there is nothing to learn"
+        return Fault("no_answer", reason)
+    if answered and (last := roles[-1]) != "assistant":
+        reason = f"the last turn is the {last}'s, not the assistant's"
+        return Fault("no_last_answer", reason, f'"{last}"')
+    return None
+
+
 def _check_message(message: Any, before: str | None) -> tuple[str, str] | None:
     """Return the kind of fault and what was found; None for a good message."""
     if not isinstance(message, dict):
@@ -135,8 +138,7 @@ class ChatEncoder:
     Template and messages are encoded together, as transformers does it, but cut where a
     turn or an answer begins or ends: there a prompt ends when answers are generated.
     Raises `ValueError` for a tokenizer without a template, `TimeoutError` for a template
-    that takes more than a second, or some for many turns. Not covered: descriptions of
-    tools, documents.
+    that takes too long. Not covered: descriptions of tools, documents.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
@@ -161,11 +163,9 @@ class ChatEncoder:
                     rendered.append(self._template.render(messages, first))
                 except Fault as fault:
                     rendered.append(fault)
-        good = [each for each in rendered if not isinstance(each, Fault)]
+        good = [one for one in rendered if not isinstance(one, Fault)]
         ids = iter(self._encode_segments(list(itertools.chain(*good))))
-        return [
-            each if isinstance(each, Fault) else _join(each, ids) for each in rendered
-        ]
+        return [one if isinstance(one, Fault) else _join(one, ids) for one in rendered]
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """Return the ids (uint32) of messages up to the assistant's next answer.
