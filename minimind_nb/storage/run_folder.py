@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import logging
 import math
@@ -86,15 +85,13 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """Return `config.json`: {"settings": …, "explicit": […], "hashes": {…}, …}.
 
-        Raises `FileNotFoundError` if it is missing, `ValueError` if it, or its
-        settings, are not an object of JSON.
+        Raises `FileNotFoundError`, or `ValueError` if it is not an object of JSON.
         """
         try:
             config = json.loads(self.config_file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config_file} is not JSON: {error}") from None
-        settings = config.get("settings", {}) if isinstance(config, dict) else None
-        if not isinstance(settings, dict):
+        if not isinstance(config, dict):
             raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")
         return config
 
@@ -124,11 +121,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[int]:
-        """Hold the folder for one writer. Raises `RunLocked` at once.
+        """Hold the folder for one writer, and yield the lock's descriptor.
 
-        Yields the descriptor. The kernel frees the lock when its holder, and all that
-        inherited the descriptor, have ended, for whatever reason. The folder may be
-        missing, or be moved meanwhile. Raises `OSError` if the lock is a link.
+        The kernel frees the lock when its holder, and all that inherited the descriptor,
+        have ended, for whatever reason. Raises `RunLocked`, or `OSError` for a link.
         """
         self.lock_file.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -169,8 +165,7 @@ class RunFolder:
         """Return the newest checkpoint that verifies, or None if none was written.
 
         With `repair` (for the holder of the lock) damaged ones newer than it are renamed
-        and half-written ones removed. Raises `NoGoodCheckpoint` if there are candidates
-        and none verifies: a run must not silently start over, nor the next time.
+        and half-written ones removed. Raises `NoGoodCheckpoint` if none verifies.
         """
         damaged: dict[Path, str] = {}
         found = self._first_good(self.checkpoint_folders(), damaged)
@@ -193,10 +188,7 @@ class RunFolder:
         return self._first_good(folders, {})
 
     def check(self, folder: Path) -> Checkpoint:
-        """Verify a checkpoint folder of this run.
-
-        Raises `DamagedFolder`, also if it is of another run.
-        """
+        """Verify a checkpoint. Raises `DamagedFolder`, also if it is of another run."""
         facts = verified.verify(folder)
         with contextlib.suppress(OSError, ValueError):
             own = self.read_config().get("run")
@@ -217,11 +209,7 @@ class RunFolder:
         return None
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Remove all checkpoints but the `keep` newest and the best one.
-
-        Reads the losses from the manifests without verifying the rest. A folder that
-        cannot be removed is named and left.
-        """
+        """Remove all checkpoints but the `keep` newest and the best one."""
         folders = self.checkpoint_folders()
         best = min(folders, key=_manifest_loss, default=None)
         for folder in folders[keep:]:
@@ -238,8 +226,7 @@ class RunFolder:
 
     def move_aside(self) -> Path:
         """Rename the run folder to `{name}.old{n}`; nothing is deleted."""
-        names = (f"{self.root.name}.old{n}" for n in itertools.count(1))
-        return self.root.rename(verified.first_free(self.root, names))
+        return verified.rename_aside(self.root, "old", 1)
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

@@ -13,15 +13,13 @@ import itertools
 import json
 import os
 import shutil
-import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _SEAL = ',"sha256":'
-_MAX_MANIFEST_BYTES = 1 << 24
 
 
 class DamagedFolder(Exception):
@@ -38,16 +36,22 @@ def beside(final: Path, needed: int = 0) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    if shutil.disk_usage(final.parent).free < needed:
-        raise _full_disk(final, needed)
-    aside.mkdir()
     try:
+        if shutil.disk_usage(final.parent).free < needed:
+            raise OSError(errno.ENOSPC, "too little is free")
+        aside.mkdir()
         yield aside
     except BaseException as error:
         if not is_full_disk(error):
             raise
         written = sum(path.stat().st_size for path in aside.rglob("*"))
-        raise _full_disk(final, max(needed, written)) from error
+        wanted = max(needed, written) / 2**20
+        free = shutil.disk_usage(final.parent).free / 2**20
+        text = (
+            f"the disk is full: {final.name} needs at least {wanted:.1f} MiB, and "
+            f"{free:.1f} MiB are free; make room there"
+        )
+        raise OSError(errno.ENOSPC, text, str(final)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -78,44 +82,36 @@ def rename_flushed(aside: Path, final: Path) -> None:
 def verify(folder: Path) -> dict[str, Any]:
     """Check every byte of a folder against its manifest and return the facts in it.
 
-    Files that the manifest does not name, such as a desktop's own, are ignored. Raises
-    `DamagedFolder` for the first difference found: a manifest that is missing, edited
-    or of another folder name; a file missing, unreadable, cut or changed.
+    Files that the manifest does not name, such as a desktop's own, are ignored, and links
+    are not followed. Raises `DamagedFolder` for the first difference found.
     """
     manifest = _read_manifest(folder)
     if manifest["name"] != folder.name:
         raise DamagedFolder(f"it was written as {manifest['name']}, so it was renamed")
     for name, listed in sorted(manifest["files"].items()):
+        file = folder / Path(name).name  # never one elsewhere
         try:
-            if Path(name).name != name:  # of a manifest that names files elsewhere
-                raise FileNotFoundError
-            size = _regular_size(folder / name)
-            if size != listed["size"]:
+            _check_plain(file)
+            if (size := file.stat().st_size) != listed["size"]:
                 raise DamagedFolder(f"{name} has {size} of {listed['size']} bytes")
-            if hash_file(folder / name) != listed["sha256"]:
+            if hash_file(file) != listed["sha256"]:
                 raise DamagedFolder(f"{name} has the wrong sha256")
-        except FileNotFoundError:
-            raise DamagedFolder(f"{name} is missing") from None
         except OSError as error:
             raise DamagedFolder(f"{name} cannot be read ({error})") from None
     return manifest["facts"]
 
 
 def set_aside(folder: Path, reason: str) -> Path:
-    """Rename a damaged folder to `{name}.corrupt` and return the new path.
-
-    A file `{name}.corrupt.txt` beside it keeps the reason. Nothing is deleted.
-    """
-    numbers = itertools.chain([""], itertools.count(2))
-    names = (f"{folder.name}.corrupt{number}" for number in numbers)
-    target = folder.rename(first_free(folder, names))
+    """Rename a damaged folder to `{name}.corrupt`, with the reason in a `.txt` beside."""
+    target = rename_aside(folder, "corrupt", 0)
     target.with_name(f"{target.name}.txt").write_text(f"{reason}\n", encoding="utf-8")
     return target
 
 
-def first_free(path: Path, names: Iterable[str]) -> Path:
-    """Return the first of the names beside `path` that does not exist."""
-    return next(p for p in map(path.with_name, names) if not p.exists())
+def rename_aside(path: Path, suffix: str, number: int) -> Path:
+    """Rename to `{name}.{suffix}{number}`, a 0 left out, or the next number free."""
+    names = (f"{path.name}.{suffix}{n or ''}" for n in itertools.count(number))
+    return path.rename(next(p for p in map(path.with_name, names) if not p.exists()))
 
 
 def remove_leftovers(parent: Path, name: str = "") -> None:
@@ -189,8 +185,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder; its seal proves that it has all its keys."""
     file = folder / MANIFEST
     try:
-        if _regular_size(file) > _MAX_MANIFEST_BYTES:
-            raise DamagedFolder(f"{MANIFEST} is too long to be one")
+        _check_plain(file)
         text = file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedFolder(f"{MANIFEST} cannot be read ({error})") from None
@@ -206,12 +201,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _regular_size(path: Path) -> int:
-    """Return the size of a file; raises `DamagedFolder` for a pipe, a link, a folder."""
-    state = path.lstat()
-    if not stat.S_ISREG(state.st_mode):
-        raise DamagedFolder(f"{path.name} is a link, or no file")
-    return state.st_size
+def _check_plain(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise DamagedFolder(f"{path.name} is missing, or a link, or no file")
 
 
 def _flush(path: Path) -> None:
@@ -221,12 +213,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _full_disk(final: Path, needed: int) -> OSError:
-    free = shutil.disk_usage(final.parent).free / 2**20
-    text = (
-        f"the disk is full: {final.name} needs at least {needed / 2**20:.1f} MiB, and "
-        f"{free:.1f} MiB are free; make room there"
-    )
-    return OSError(errno.ENOSPC, text, str(final))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import itertools
 import logging
 import math
 import time
@@ -259,8 +258,7 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
             initial = kept / plan.initial.absolute().relative_to(root)
             plan = replace(plan, initial=initial)
     if not plan.checkpoint and plan.weights_file.exists():
-        names = (f"{plan.weights_file.name}.old{n}" for n in itertools.count(1))
-        kept = plan.weights_file.rename(verified.first_free(plan.weights_file, names))
+        kept = verified.rename_aside(plan.weights_file, "old", 1)
         logger.info(f"{plan.weights_file} belongs to another run; kept as {kept.name}")
     for parent, name in (
         (folder.root, ""),

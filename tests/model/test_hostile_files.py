@@ -177,5 +177,5 @@ def test_a_manifest_that_names_files_elsewhere_proves_nothing(tmp_path: Path) ->
     }
     del listed["sha256"]
     manifest.write_text(verified._seal(verified.canonical_json(listed)))
-    with pytest.raises(verified.DamagedFolder, match="../secret is missing"):
+    with pytest.raises(verified.DamagedFolder, match="secret is missing"):
         verified.verify(tmp_path / "step")

@@ -217,7 +217,7 @@ def test_no_run_starts_over_if_no_checkpoint_is_good(repair, run):
         run.newest_good_checkpoint(repair)
     head, newest, older, advice = str(caught.value).split("\n")
     assert head == f"no checkpoint in {run.checkpoints} is intact:"
-    assert newest.startswith("  step_00000008: manifest.json cannot be read")
+    assert newest.startswith("  step_00000008: manifest.json is missing")
     assert older == "  step_00000004: model.safetensors has the wrong sha256"
     assert advice == (
         "Put a copy of one back, or start over with resume=False, which keeps this "

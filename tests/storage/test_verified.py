@@ -110,18 +110,15 @@ def test_the_folder_appears_only_when_the_block_has_ended(tmp_path):
 
 
 @pytest.mark.fault("F21")
-def test_an_error_in_the_block_leaves_nothing_and_goes_on(tmp_path):
-    with pytest.raises(RuntimeError, match="halt"):
+@pytest.mark.parametrize(
+    "error", [RuntimeError(), KeyboardInterrupt(), OSError(errno.EIO, "I/O error")]
+)
+def test_an_error_in_the_block_is_raised_and_leaves_nothing(error, tmp_path):
+    with pytest.raises(BaseException) as caught:
         with writing(tmp_path / "cache", {}) as aside:
             (aside / "a").write_bytes(b"x")
-            raise RuntimeError("halt")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_interrupt_in_the_block_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        with writing(tmp_path / "cache", {}):
-            raise KeyboardInterrupt
+            raise error
+    assert caught.value is error
     assert not list(tmp_path.iterdir())
 
 
@@ -206,11 +203,12 @@ def test_every_one_of_200_flipped_bits_is_found(folder):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda f: (f / MANIFEST).unlink(), "manifest.json cannot be read"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing"),
         (lambda f: (f / "state.json").unlink(), "state.json is missing"),
         (lambda f: (f / "weights.bin").rename(f / "w"), "weights.bin is missing"),
+        (lambda f: f.rename(f.with_name("elsewhere")), "manifest.json is missing"),
     ],
-    ids=["no manifest", "file gone", "file renamed"],
+    ids=["no manifest", "file gone", "file renamed", "no folder"],
 )
 def test_a_folder_with_other_files_is_found(edit, text, folder):
     edit(folder)
@@ -247,12 +245,6 @@ def test_a_file_that_cannot_be_read_is_found(folder, monkeypatch):
     )
 
 
-def test_a_folder_in_place_of_a_file_is_found(folder):
-    (folder / "state.json").unlink()
-    (folder / "state.json").mkdir()
-    assert "state.json is a link, or no file" in damage(folder)
-
-
 def test_leftovers_of_one_name_are_not_those_of_a_longer_one(tmp_path):
     for name in (".v1.7.tmp", ".v1.5.7.tmp", ".v1.5.pth.7.tmp"):
         (tmp_path / name).touch()
@@ -267,14 +259,16 @@ def test_leftovers_of_one_name_are_not_those_of_a_longer_one(tmp_path):
 
 @pytest.mark.fault("F64")
 @pytest.mark.parametrize("name", ["state.json", MANIFEST])
-@pytest.mark.parametrize("what", ["pipe", "endless"])
-def test_what_never_ends_is_not_read(name, what, folder):
+@pytest.mark.parametrize("what", ["pipe", "link", "folder"])
+def test_what_is_no_plain_file_is_not_read(name, what, folder):
     (folder / name).unlink()
     if what == "pipe":
         os.mkfifo(folder / name)
-    else:
+    elif what == "link":
         (folder / name).symlink_to("/dev/zero")
-    assert name in damage(folder)
+    else:
+        (folder / name).mkdir()
+    assert damage(folder) == f"{name} is missing, or a link, or no file"
 
 
 def test_a_manifest_that_is_no_text_is_found(folder):
@@ -286,10 +280,6 @@ def test_a_manifest_that_is_no_text_is_found(folder):
 def test_a_renamed_folder_is_found(folder):
     renamed = folder.rename(folder.with_name("step_00000008"))
     assert damage(renamed) == "it was written as step_00000004, so it was renamed"
-
-
-def test_a_folder_that_is_not_there_is_found(tmp_path):
-    assert "manifest.json cannot be read" in damage(tmp_path / "nowhere")
 
 
 @pytest.mark.fault("F36")
@@ -330,13 +320,6 @@ def test_a_full_disk_is_known_by_what_safetensors_says_of_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_disk_error_goes_on_as_it_is(tmp_path):
-    with pytest.raises(OSError, match="Input/output error"):
-        with writing(tmp_path / "cache", {}):
-            raise OSError(errno.EIO, "Input/output error")
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_error_after_the_rename_is_the_one_that_is_seen(tmp_path, monkeypatch):
     flush = verified._flush
 
@@ -363,7 +346,7 @@ def test_setting_aside_deletes_nothing_and_keeps_the_reason(folder):
     for _ in range(2):
         folder.mkdir()
         names.append(set_aside(folder, "empty").name)
-    assert names == ["step_00000004.corrupt2", "step_00000004.corrupt3"]
+    assert names == ["step_00000004.corrupt1", "step_00000004.corrupt2"]
     assert (first / "state.json").read_bytes() == b"broken"
     assert reason.read_text(encoding="utf-8") == "state.json has 6 of 11 bytes\n"
 
