@@ -87,9 +87,10 @@ def _name_runs(folders: list[Path]) -> list[str]:
     """
     paths = [folder.resolve() for folder in folders]
     common = os.path.commonpath([path.parent for path in paths])
-    configs = [_read_config(path) for path in paths]
-    settings: list[dict[str, Any]] = [config["settings"] for config in configs]
-    explicit = dict.fromkeys(name for config in configs for name in config["explicit"])
+    files = [RunFolder(path) for path in paths]
+    configs = [file.read_config() if file.exists() else {} for file in files]
+    settings: list[dict[str, Any]] = [one.get("settings", {}) for one in configs]
+    explicit = dict.fromkeys(n for one in configs for n in one.get("explicit", []))
     listed = [
         name
         for name in explicit
@@ -102,11 +103,3 @@ def _name_runs(folders: list[Path]) -> list[str]:
         end = f": {', '.join(parts)}" if parts else ""
         labels.append(f"{os.path.relpath(path, common)}{end}")
     return labels
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json; a curve needs the metrics only."""
-    try:
-        return {"settings": {}, "explicit": []} | RunFolder(folder).read_config()
-    except (OSError, ValueError, TypeError):
-        return {"settings": {}, "explicit": []}

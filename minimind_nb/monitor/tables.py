@@ -63,9 +63,7 @@ def shorten(text: str, width: int = WIDEST) -> str:
 
 def columns_of(text: str) -> int:
     """Return the columns a text takes in a terminal; a Chinese character takes two."""
-    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in text)
-    none = sum(unicodedata.category(one) in ("Mn", "Me", "Cf") for one in text)
-    return len(text) + wide - none
+    return sum(1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
 
 
 def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
