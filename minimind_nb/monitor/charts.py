@@ -42,6 +42,8 @@ TRAINING, VALIDATION = "#0072B2", "#D55E00"
 INK, FAINT_INK, GRID = "#222222", "#666666", "#E4E4E4"
 CHINESE = {"Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "PingFang SC"}
 
+# Below the axes, where it hides no curve.
+LEGEND: Any = {"loc": "outside lower left", "labelcolor": INK, "edgecolor": "none"}
 FEW_ROWS = 90  # below it smoothing hides more than it shows
 LEAST_RATIO = 12  # of an axis' ends for ticks at equal ratios
 MARKERS = 24  # on a validation curve; more would hide the line
@@ -94,11 +96,7 @@ def plot_history(
     if scale(axes, [history], x, log_x, log_y):
         if y == "loss" and "perplexity" in choices:
             _add_perplexity(axes)
-        style = {"labelcolor": INK, "edgecolor": "none"}
-        if y == "expert_load":  # its lines leave no corner of the axes free
-            figure.legend(loc="outside right center", **style)
-        else:
-            axes.legend(loc="best", **style)
+        figure.legend(ncols=4, **LEGEND)
     write_titles(axes, title or history.path.parent.name, outcome(history))
     return figure
 
@@ -168,30 +166,33 @@ def read_curve(
     return read_x(history.select(kind), x), values
 
 
-def draw_smoothed(
-    axes: Axes, at: np.ndarray, values: np.ndarray, weight: float, **style: Any
-) -> None:
-    """Draw a line, or a point if there is only one."""
-    marker = "o" if len(at) == 1 else None
-    axes.plot(at, smooth(values, weight), marker=marker, **style)
-
-
-def draw_validation(
-    axes: Axes, history: History, x: str, y: str, **style: Any
+def draw_curve(
+    axes: Axes,
+    history: History,
+    kind: str,
+    x: str,
+    y: str,
+    *,
+    weight: float = 0.0,
+    **style: Any,
 ) -> list[Any]:
-    at, values = read_curve(history, "eval", x, y)
-    every = max(1, math.ceil(len(at) / MARKERS))
-    return axes.plot(at, values, markevery=every, **style)
+    """Draw the smoothed rows of one kind; a single one is a point."""
+    at, values = read_curve(history, kind, x, y)
+    every = math.ceil(len(at) / MARKERS) or 1
+    style = ({"marker": "o"} if len(at) == 1 else {}) | style
+    return axes.plot(at, smooth(values, weight), markevery=every, **style)
 
 
 def _draw_run(axes: Axes, history: History, x: str, y: str, weight: float) -> None:
     """Draw training behind validation, and marks for non-finite values."""
-    at, values = read_curve(history, "train", x, y)
     if weight:
-        axes.plot(at, values, color=TRAINING, lw=0.8, alpha=0.3)
-    if len(at):
+        raw = {"color": TRAINING, "lw": 0.8, "alpha": 0.3}
+        draw_curve(axes, history, "train", x, y, **raw)
+    if history.last("train"):
         label = f"training, smoothed {weight:.2g}" if weight else "training"
-        draw_smoothed(axes, at, values, weight, color=TRAINING, lw=1.8, label=label)
+        line: Any = {"color": TRAINING, "lw": 1.8, "label": label}
+        draw_curve(axes, history, "train", x, y, weight=weight, **line)
+    at, values = read_curve(history, "train", x, y)
     lost = at[~np.isfinite(values)]
     if len(lost):
         top = axes.get_xaxis_transform()
@@ -199,8 +200,8 @@ def _draw_run(axes: Axes, history: History, x: str, y: str, weight: float) -> No
         label = f"{name} not finite ({len(lost)} rows)"
         axes.plot(lost, 0 * lost + 0.975, "x", color=INK, transform=top, label=label)
     if history.last("eval"):
-        style = {"color": VALIDATION, "marker": "o", "ms": 4, "lw": 1.2}
-        draw_validation(axes, history, x, y, label="validation", **style)
+        line = {"color": VALIDATION, "marker": "o", "ms": 4, "lw": 1.2}
+        draw_curve(axes, history, "eval", x, y, label="validation", **line)
 
 
 def _draw_experts(axes: Axes, history: History, x: str, weight: float) -> None:
@@ -212,9 +213,10 @@ def _draw_experts(axes: Axes, history: History, x: str, weight: float) -> None:
     axes.fill_between(at, least, greatest, color=GRID, label="range over layers")
     experts = loads.shape[2]
     colors = colormaps["viridis"](np.linspace(0, 0.9, experts))
+    form = "o" if len(at) == 1 else "-"
     for number, shares in enumerate(loads.mean(1).T):
         style: Any = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
-        draw_smoothed(axes, at, shares, weight, **style)
+        axes.plot(at, smooth(shares, weight), form, **style)
     axes.axhline(1 / experts, color=INK, lw=1, dashes=(4, 3), label="even share")
 
 

@@ -53,12 +53,11 @@ def compare(
     figure, axes = charts.blank_chart(x, label, height=4.8 + 0.21 * len(histories))
     handles = []
     for history, (color, marker) in zip(histories, STYLES, strict=False):
-        at, values = charts.read_curve(history, "train", x, y)
         weight = charts.choose_smoothing(history, smoothing)
         thin: Any = {"color": color, "lw": 1, "alpha": 0.6}
-        charts.draw_smoothed(axes, at, values, weight, **thin)
+        charts.draw_curve(axes, history, "train", x, y, weight=weight, **thin)
         style = {"color": color, "marker": marker, "ms": 6, "lw": 1.8}
-        handles += charts.draw_validation(axes, history, x, y, **style)
+        handles += charts.draw_curve(axes, history, "eval", x, y, **style)
     charts.scale(axes, histories, x, log_x, log_y)
     _add_legend(figure, handles, _name_runs([one.path.parent for one in histories]))
     subtitle = "with markers: validation · thin: training"
@@ -70,13 +69,11 @@ def compare(
 
 
 def _add_legend(figure: Chart, handles: list[Any], names: list[str]) -> None:
-    """Add one line a run below the axes, where it hides no curve."""
-    style: Any = {"fontsize": 9, "edgecolor": "none", "labelcolor": charts.INK}
-    labels = ["run"] * len(names)
-    legend = figure.legend(handles, labels, loc="outside lower left", **style)
+    """Add one line a run below the axes."""
+    # Named afterwards, since a name that begins with "_" would be left out.
+    legend = figure.legend(handles, "-" * len(names), fontsize=9, **charts.LEGEND)
     for label, name in zip(legend.get_texts(), names, strict=True):
         text, font = charts.legible(shorten(name, LEGEND_COLUMNS))
-        # Set afterwards, since a label that begins with "_" would be left out.
         label.set(text=text, parse_math=False, **font)
 
 
