@@ -135,20 +135,17 @@ class Exit(NamedTuple):
     reason: str = ""
 
 
-def collect_outcome(
-    folder: RunFolder, exits: list[Exit], logs: bool = True, less_memory: str = ""
-) -> str:
+def collect_outcome(folder: RunFolder, exits: list[Exit], less_memory: str = "") -> str:
     """Return how a run ended, or raise `TrainingFailed` for the root cause.
 
-    `logs` is whether the ranks have logs of their own; `less_memory` says what to do if
-    memory ran out.
+    `less_memory` says what to do if memory ran out.
     """
     records = read_records(folder, len(exits))
     statuses = {record.status for record in records}
     if len(statuses) == 1 and (status := statuses.pop()) in ENDINGS:
         return status
-    texts = [_read_log(folder.log_file(r.rank)) if logs else "" for r in records]
-    stacks = [_find_stack(text) for text in texts]
+    logs = [_read_log(folder.log_file(record.rank), record.pid) for record in records]
+    stacks = [_find_stack(log) for log in logs]
     rank = _root_cause(records, exits, stacks)
     cause, end = records[rank], exits[rank]
     parts = [_first_line(cause, end), cause.traceback.rstrip()]
@@ -160,7 +157,7 @@ def collect_outcome(
     if end.reason and any(stacks):
         nowhere = "  no line of Python: it is stopped, or in a native call"
         parts += [f"rank {n} was in:\n{s or nowhere}" for n, s in enumerate(stacks)]
-    if lines := texts[rank].splitlines()[-_LOG_LINES:]:
+    if lines := logs[rank].splitlines()[-_LOG_LINES:]:
         parts.append("\n  ".join([f"The end of {folder.log_file(rank)}:", *lines]))
     if not end.reason and cause.status == "running":
         parts.append(_HINTS.get(-(end.code or 0), ""))
@@ -213,10 +210,11 @@ def _find_stack(log: str) -> str:
     return "\n".join(lines[:_STACK_LINES]) if found else ""
 
 
-def _read_log(file: Path) -> str:
-    """Return what a rank printed in its last session."""
+def _read_log(file: Path, pid: int) -> str:
+    """Return what a process printed into its log; "" if it has none."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        log = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return text.rpartition(SESSION)[2]
+    _, found, text = log.rpartition(f"{SESSION}{pid},")
+    return text if found else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,7 @@ from torch.distributed.distributed_c10d import Store
 class Group:
     """The ranks that train together; one process is a group that sums nothing.
 
-    They meet in a file (then gloo uses the loopback interface) or in a store that they
-    have in common, so no port is ever taken.
+    They meet in a file or in a store that they have in common: no port is ever taken.
     """
 
     def __init__(
@@ -25,7 +23,6 @@ class Group:
         if size == 1:
             return
         if not isinstance(store, Store):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             store = dist.FileStore(store, size)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",

@@ -90,6 +90,8 @@ class Job:
     ) -> None:
         """Run the part of one rank in this process, and record how it ended."""
         record.update()
+        if info.local_world_size == info.world_size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         module, _, name = self.target.partition(":")
         try:
             run = getattr(importlib.import_module(module), name)
@@ -232,13 +234,7 @@ class HangWatch:
         return ""
 
 
-def _enter(
-    info: RankInfo,
-    job: Job,
-    store: str,
-    parent_pid: int,
-    _lock: connection.Connection | None,
-) -> None:
+def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) -> None:
     """Set up a worker process, in which signals are still blocked, and run its part."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent sends SIGTERM instead
     die_with_parent(parent_pid)

@@ -121,8 +121,6 @@ class TorchrunSession:
         info = self.info
         if info.local_world_size < info.world_size:
             self._check_files(job.paths)
-        else:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self._stop = StopRequest()
         record = RankRecord(job.folder.record_file(info.rank), info.rank)
         try:
@@ -137,7 +135,7 @@ class TorchrunSession:
                 return record.status
             self._wait_for_all("done")
         silent = Exit(None, time.time(), "it did not say how it ended")
-        return collect_outcome(job.folder, [silent] * info.world_size, logs=False)
+        return collect_outcome(job.folder, [silent] * info.world_size)
 
     def _check_files(self, paths: Sequence[str]) -> None:
         """Raise `FileNotFoundError` on every rank if some rank does not see a file."""

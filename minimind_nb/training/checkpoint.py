@@ -18,7 +18,6 @@ from ..model.architecture import MiniMindForCausalLM
 from ..model.state_dict import put_weights
 from ..storage import verified
 from ..storage.run_folder import OPTIMIZER, STATE, WEIGHTS
-from .optim import find_non_finite, moments, restore_moments
 from .run_plan import RunPlan
 
 
@@ -57,19 +56,24 @@ def save_checkpoint(
     step, target = progress.step, plan.folder.checkpoint_folder(progress.step)
     if not target.exists():
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        kept = moments(optimizer, model)
-        if name := find_non_finite(weights) or find_non_finite(kept):
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        tensors = weights | moments
+        if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
             raise FloatingPointError(
-                f"{name} is not finite after step {step}, so nothing was saved; "
-                "the checkpoint before is good. Lower learning_rate"
+                f"{bad[0]} is not finite after step {step}, so nothing was saved; the "
+                "checkpoint before is good. Lower learning_rate"
             )
         facts = {"step": step, "val_loss": progress.val_loss, "run": plan.config["run"]}
         position, scale = asdict(progress), scaler.state_dict()
         state = {"progress": position, "scaler": scale, "config": plan.config}
-        needed = sum(tensor.nbytes for tensor in (*weights.values(), *kept.values()))
+        needed = sum(tensor.nbytes for tensor in tensors.values())
         with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)
-            save_file(kept, aside / OPTIMIZER)
+            save_file(moments, aside / OPTIMIZER)
             text = json.dumps(state, indent=2, ensure_ascii=False)
             (aside / STATE).write_text(text, encoding="utf-8")
     try:
@@ -91,7 +95,10 @@ def load_checkpoint(
     Raises `ValueError` naming the tensors if it has another shape.
     """
     put_weights(model, load_file(folder / WEIGHTS), str(folder))
-    restore_moments(optimizer, model, load_file(folder / OPTIMIZER))
+    parameters = dict(model.named_parameters())
+    for place, value in load_file(folder / OPTIMIZER).items():
+        name, _, key = place.rpartition(".")
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
     state = read_state(folder)
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])

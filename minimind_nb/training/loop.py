@@ -58,7 +58,7 @@ def train_step(trainer: Trainer) -> str | None:
         losses = losses.share_of(batch, micro_batch.samples)
         trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
         trainer.gradients.add_losses(losses)
-        trainer.window.add_expert_choices(trainer.model)
+        trainer.window.expert_choices += torch.tensor(trainer.model.expert_load())
     trainer.gradients.add_stop_flags(trainer.stop_flags())
     trainer.group.sum(trainer.gradients.flat)  # gradients, losses and stop flags
     trainer.scaler.unscale_(trainer.optimizer)
@@ -93,14 +93,19 @@ def record_step(
     trainer: Trainer, batch: StepBatch, losses: list[float], norm: float, seconds: float
 ) -> None:
     """Advance the run by one step, which counts even if it was skipped."""
-    progress = trainer.progress
-    trainer.clock.add("step", seconds)
-    trainer.window.add(batch, losses, norm, seconds)
+    progress, window = trainer.progress, trainer.window
+    window.losses += torch.tensor(losses, dtype=torch.float64) * batch.num_targets
+    window.num_targets += batch.num_targets
+    window.tokens += batch.tokens
+    window.positions += sum(one.inputs.numel() for one in batch.micro_batches)
+    window.grad_norm = norm
+    window.seconds += seconds
     progress.step += 1
     progress.samples = trainer.stream.samples
     progress.tokens += batch.tokens
     progress.seconds += seconds
     progress.val_loss = None
+    trainer.clock.add("step", seconds)
     trainer.record.update(step=progress.step)
     if progress.skipped_in_a_row:
         record_skipped_step(trainer, batch, losses[0])

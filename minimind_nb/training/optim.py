@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -85,33 +84,3 @@ def learning_rate(step: int, total: int, cfg: ResolvedConfig) -> float:
     progress = (step - warmup) / max(1, total - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return lowest + (highest - lowest) * cosine
-
-
-def moments(
-    optimizer: torch.optim.Optimizer, model: nn.Module
-) -> dict[str, torch.Tensor]:
-    """Return AdamW's state by parameter: `{name}.exp_avg`, `.exp_avg_sq`, `.step`."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def find_non_finite(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the name of the first tensor with a non-finite value, or ""."""
-    found = (name for name, one in tensors.items() if not one.isfinite().all())
-    return next(found, "")
-
-
-def restore_moments(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-) -> None:
-    """Give each parameter the state that `moments` returned, on its device."""
-    parameters = dict(model.named_parameters())
-    for place, tensor in tensors.items():
-        name, _, key = place.rpartition(".")
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device)

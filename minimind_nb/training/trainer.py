@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,11 +13,9 @@ from typing import Any
 
 import torch
 
-from ..data.batches import StepBatch
 from ..launch.cancellation import StopRequest
 from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
-from ..model.architecture import MiniMindForCausalLM
 from ..monitor.metrics import MetricsLog
 from .checkpoint import Progress, load_checkpoint
 from .evaluation import Evaluator, choose_prompts, seed_of
@@ -28,31 +27,26 @@ _NAMED_LINES = 20
 
 
 class SessionClock:
-    """A deadline on the monotonic clock (None: no deadline).
+    """A deadline on the monotonic clock, if there is one.
 
     The run stops early enough for one more step, a validation and two saves, each as
     slow as the slowest so far.
     """
 
     def __init__(self, deadline: float | None) -> None:
-        self.deadline = deadline
+        self.deadline = math.inf if deadline is None else deadline
         self._slowest: dict[str, float] = {}
 
     def add(self, kind: str, seconds: float) -> None:
         """Record the duration of a "step", a "validation" or a "save"."""
         self._slowest[kind] = max(seconds, self._slowest.get(kind, 0.0))
 
-    def margin_seconds(self) -> float:
-        """Return the time that one more step, a validation and two saves may take."""
-        slowest = self._slowest.get
-        saves = 2 * slowest("save", _FIRST_SAVE)
-        return slowest("step", 0.0) + slowest("validation", 0.0) + saves
-
     def is_over(self) -> bool:
         """Return whether another step could miss the deadline."""
-        if self.deadline is None:
-            return False
-        return time.monotonic() + self.margin_seconds() > self.deadline
+        slowest = self._slowest.get
+        step, save = slowest("step", 0.0), slowest("save", _FIRST_SAVE)
+        margin = step + slowest("validation", 0.0) + 2 * save
+        return time.monotonic() + margin > self.deadline
 
 
 @dataclass
@@ -72,23 +66,6 @@ class LogWindow:
     grad_norm: float = 0.0
     seconds: float = 0.0
 
-    def add(
-        self, batch: StepBatch, losses: list[float], norm: float, seconds: float
-    ) -> None:
-        """Add one step, whose losses are means over its targets."""
-        means = torch.tensor(losses, dtype=torch.float64)
-        self.losses = self.losses + means * batch.num_targets
-        self.num_targets += batch.num_targets
-        self.tokens += batch.tokens
-        self.positions += sum(one.inputs.numel() for one in batch.micro_batches)
-        self.grad_norm = norm
-        self.seconds += seconds
-
-    def add_expert_choices(self, model: MiniMindForCausalLM) -> None:
-        """Add the experts chosen in the last forward pass; they are on the host."""
-        counts = torch.tensor(model.expert_load(), dtype=torch.float64)
-        self.expert_choices = self.expert_choices + counts
-
 
 class Trainer(Evaluator):
     """The parts of a run, restored from its checkpoint if there is one.
@@ -106,7 +83,7 @@ class Trainer(Evaluator):
         stop: StopRequest,
     ) -> None:
         super().__init__(plan, group, device, record)
-        cfg, pad_id, is_first = plan.cfg, plan.tokenizer.pad_id, group.rank == 0
+        cfg, pad_id = plan.cfg, plan.tokenizer.pad_id
         self.stop = stop
         self.optimizer = build_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
@@ -118,11 +95,12 @@ class Trainer(Evaluator):
         place = {"rank": group.rank, "samples": self.progress.samples}
         self.stream = plan.corpus.training_stream(cfg, pad_id, **place)
         self.validation = plan.corpus.validation_rows(cfg, pad_id)
+        is_first = group.rank == 0
         self.prompts = []
-        self.metrics = MetricsLog(plan.folder.metrics_file if is_first else os.devnull)
-        self.clock = SessionClock(plan.deadline if is_first else None)
         if is_first:
             self.prompts = choose_prompts(plan, self.stream, self.validation)
+        self.metrics = MetricsLog(plan.folder.metrics_file if is_first else os.devnull)
+        self.clock = SessionClock(plan.deadline if is_first else None)
         self.window = LogWindow()
         self.failed_saves = 0
 

@@ -1,6 +1,7 @@
 """Who failed first, and what is said about it."""
 
 import json
+import os
 import pickle
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minimind_nb.launch.outcome import (
+    SESSION,
     Exit,
     RankRecord,
     TrainingFailed,
@@ -142,13 +144,15 @@ def test_the_signal_says_what_to_do(tmp_path: Path, number: int, hint: str) -> N
 def test_the_end_of_the_log_is_shown(tmp_path: Path) -> None:
     write(tmp_path, 0)
     lines = [f"line {number}" for number in range(40)]
-    (tmp_path / "rank0.log").write_text("\n".join(lines))
+    log = tmp_path / "rank0.log"
+    log.write_text("\n".join([f"{SESSION}{os.getpid()}, now", *lines]))
     with pytest.raises(TrainingFailed) as failure:
         collect_outcome(RunFolder(tmp_path), ended(1))
     assert "line 39" in str(failure.value)
     assert "line 9\n" not in str(failure.value)
+    log.write_text("\n".join([f"{SESSION}1, before", *lines]))
     with pytest.raises(TrainingFailed) as failure:
-        collect_outcome(RunFolder(tmp_path), ended(1), logs=False)
+        collect_outcome(RunFolder(tmp_path), ended(1))
     assert "line 39" not in str(failure.value), "it is of an earlier start"
 
 
