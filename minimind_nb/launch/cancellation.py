@@ -18,8 +18,8 @@ class StopRequest:
     """A request to stop, set by a signal or by the session's clock, read between steps.
 
     Handlers only set a flag: an exception could interrupt any line, and a collective in
-    a handler could wait forever. `interrupts` counts SIGINT, whose repetition has a
-    meaning; others may well come twice (`timeout` also signals the process group).
+    a handler could wait forever. `interrupts` counts SIGINT, whose repetition means to
+    kill; others may well come twice (`timeout` also signals the process group).
     """
 
     def __init__(self) -> None:

@@ -62,8 +62,8 @@ class TrainingFailed(RuntimeError):
 class RankRecord:
     """The state of one rank, which it keeps in a file of the run folder.
 
-    `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` identify
-    processes as `lifetime.identify_process` does.
+    `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` are of
+    `lifetime.identify_process`.
     """
 
     file: Path
@@ -172,9 +172,8 @@ def collect_outcome(folder: RunFolder, exits: list[Exit], less_memory: str = "")
 def _root_cause(records: list[RankRecord], exits: list[Exit], stacks: list[str]) -> int:
     """Return the rank that failed or died first, not as a consequence of another.
 
-    Consequences are failing while waiting for the others, whose connection closed (a
-    killed process closes its connections before it is seen dead), and being ended by
-    the parent; of ranks that hung, the one that waited for the others is less to blame.
+    Consequences are failing or hanging while waiting for the others, whose connections
+    close long before they are seen dead, and being ended by the parent.
     """
 
     def consequences_and_time(rank: int) -> tuple[int, float]:

@@ -201,7 +201,7 @@ def is_decided(records: Sequence[RankRecord], exits: Mapping[int, Exit]) -> bool
 
 
 class HangWatch:
-    """Notices that no record of a running rank changes any more.
+    """Notices that the records of running ranks stay the same for too long.
 
     Counts time only while the parent looks: a machine may sleep.
     """

@@ -1,7 +1,6 @@
 """The content of a checkpoint, saved and restored.
 
-No random state is kept: every draw of a run is seeded from (seed, rank, step), so the
-step says it all, for any number of processes.
+No random state is kept: every draw of a run is seeded from (seed, rank, step).
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class Progress:
     """The position of a run: what changes from step to step, apart from tensors.
 
     `samples` and `tokens` are those of all ranks; `seconds` is training time over all
-    sessions, without validation and saving; `val_loss` is that of this very step, or
-    None.
+    sessions; `val_loss` is that of this very step, or None.
     """
 
     step: int = 0

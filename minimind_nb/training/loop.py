@@ -54,8 +54,8 @@ def train_step(trainer: Trainer) -> str | None:
     trainer.seed_dropout()
     trainer.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
-        losses = trainer.losses(trainer.complete(micro_batch))
-        losses = losses.share_of(batch, micro_batch.samples)
+        sums = trainer.losses(trainer.complete(micro_batch))
+        losses = sums.share_of(batch, micro_batch.samples)
         trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
         trainer.gradients.add_losses(losses)
         trainer.window.expert_choices += torch.tensor(trainer.model.expert_load())
@@ -71,13 +71,12 @@ def train_step(trainer: Trainer) -> str | None:
 def update_weights(trainer: Trainer, norm: float) -> None:
     """Clip and apply the gradients, or leave weights and moments alone.
 
-    A non-finite gradient needs a branch: `clip_grad_norm_` spreads one NaN to all, and
-    an update times 0 is still NaN. All ranks hold the same sum, so all take the same
-    branch.
+    All ranks hold the same sum, so all take the same branch. There is no way around it:
+    clipping spreads one NaN to all weights, and an update times 0 is still NaN.
     """
     cfg, progress = trainer.cfg, trainer.progress
+    rate = learning_rate(progress.step, trainer.plan.total_steps, cfg)
     for parameters in trainer.optimizer.param_groups:
-        rate = learning_rate(progress.step, trainer.plan.total_steps, cfg)
         parameters["lr"] = rate
     if math.isfinite(norm):
         trainer.gradients.clip(norm, cfg.grad_clip)
@@ -117,18 +116,12 @@ def record_skipped_step(trainer: Trainer, batch: StepBatch, loss: float) -> None
     Raises `FloatingPointError` after too many in a row, and if the run ends in two or
     more of them, or in nothing else.
     """
-    cfg, progress, in_a_row = (
-        trainer.cfg,
-        trainer.progress,
-        trainer.progress.skipped_in_a_row,
-    )
-    lines = trainer.stream.lines(
-        range(progress.samples - batch.samples, progress.samples)
-    )
+    cfg, progress = trainer.cfg, trainer.progress
     fp16, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()
+    lines = trainer.stream.lines(range(progress.samples)[-batch.samples :])
     found = {"loss": loss, "loss_scale": scale, "lines": lines}
     trainer.log("event", event="skipped_step", **found)
-    most = cfg.max_skipped_steps
+    in_a_row, most = progress.skipped_in_a_row, cfg.max_skipped_steps
     searching_scale = fp16 and math.isfinite(loss)
     if progress.step == trainer.plan.total_steps and not searching_scale:
         most = min(most, 2, progress.step)

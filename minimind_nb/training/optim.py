@@ -22,7 +22,7 @@ class FlatGradients:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, losses: int) -> None:
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = [*model.parameters()]
         count = sum(p.numel() for p in parameters)
         size = count + losses + len(STOP_REASONS)
         self._losses = losses
@@ -60,9 +60,8 @@ class FlatGradients:
 
 def build_optimizer(model: nn.Module, cfg: ResolvedConfig) -> torch.optim.AdamW:
     """Return AdamW, with weight decay on matrices (embeddings included) only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
