@@ -158,21 +158,18 @@ class MiniMindConfig(PreTrainedConfig):
         The third is known by `num_experts`, `moe_intermediate_size` or
         `router_aux_loss_coef`; what such a file leaves out gets its defaults.
         """
-        return super().from_dict(_from_third_generation(config_dict), **kwargs)
-
-
-def _from_third_generation(fields: dict[str, Any]) -> dict[str, Any]:
-    marks = {"num_experts", "moe_intermediate_size", "router_aux_loss_coef"}
-    if "qk_norm" in fields or not marks & fields.keys():
-        return fields
-    fields = THIRD_GENERATION | fields
-    width = math.ceil(fields["hidden_size"] * math.pi / 64) * 64
-    width = fields.get("intermediate_size") or width
-    expert_width = fields.pop("moe_intermediate_size", None) or width
-    fields["intermediate_size"] = expert_width if fields.get("use_moe") else width
-    fields["n_routed_experts"] = fields.pop("num_experts", 4)
-    fields["aux_loss_alpha"] = fields.pop("router_aux_loss_coef", 5e-4)
-    return fields | {"n_shared_experts": 0, "seq_aux": False, "qk_norm": True}
+        marks = {"num_experts", "moe_intermediate_size", "router_aux_loss_coef"}
+        if "qk_norm" in config_dict or not marks & config_dict.keys():
+            return super().from_dict(config_dict, **kwargs)
+        fields = THIRD_GENERATION | config_dict
+        width = math.ceil(fields["hidden_size"] * math.pi / 64) * 64
+        width = fields.get("intermediate_size") or width
+        expert_width = fields.pop("moe_intermediate_size", None) or width
+        fields["intermediate_size"] = expert_width if fields.get("use_moe") else width
+        fields["n_routed_experts"] = fields.pop("num_experts", 4)
+        fields["aux_loss_alpha"] = fields.pop("router_aux_loss_coef", 5e-4)
+        fields |= {"n_shared_experts": 0, "seq_aux": False, "qk_norm": True}
+        return super().from_dict(fields, **kwargs)
 
 
 class RMSNorm(nn.Module):
@@ -358,7 +355,7 @@ def balance_loss(scores_BTE: Tensor, count_BE: Tensor, seq_aux: bool) -> Tensor:
 
 
 class MoEGate(nn.Module):
-    """Chooses each token's K experts by softmax, in float32 whatever autocast says."""
+    """The router: each token's K experts by softmax, in float32 also under autocast."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()

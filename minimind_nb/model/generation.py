@@ -23,7 +23,6 @@ from ..data.conversations import ChatEncoder, Message, check_messages
 from ..data.tokenizer import read_tokenizer
 from .architecture import MiniMindForCausalLM
 
-_LEAST_TEMPERATURE = 1e-4  # a lower one divides logits beyond what float32 holds
 Prompt = str | Sequence[Message]
 
 
@@ -39,10 +38,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        warm = self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE
         for name, valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", warm, "0 (greedy), or 0.0001 or more"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, up to 1 (all tokens)"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),

@@ -172,7 +172,7 @@ def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
     Only known fields are read. Raises `ValueError` for another kind, for what MiniMind
     cannot express, and for a size, an epsilon or a YaRN value that is not positive.
     """
-    readers = {MiniMindConfig.model_type: _read_own}
+    readers = {"minimind": _read_own}
     readers |= {name: family.read for name, family in FAMILIES.items()}
     if (kind := str(fields.get("model_type"))) not in readers:
         raise ValueError(f"it holds a {kind!r} model; {', '.join(readers)} can be read")
