@@ -67,19 +67,14 @@ def test_long_documents_fill_rows_and_the_rest_is_packed_best_fit():
         [(2, 0, 2)],
     ]
     assert rows.targets.tolist() == [4, 4, 4, 4, 2]
-    assert len(rows) == 5
     assert split_documents(rows) == 2
-
-
-def test_where_none_fits_the_longest_document_left_is_split():
+    # If none fits, the longest document left is split.
     assert pieces(pack_lengths([3, 3, 3], width=4)) == [
         [(0, 0, 3), (1, 0, 1)],
         [(2, 0, 3), (1, 1, 1)],
         [(1, 2, 1)],
     ]
-
-
-def test_documents_of_equal_length_keep_their_order():
+    # Documents of equal length keep their order.
     assert pieces(pack_lengths([2, 2, 2, 2], width=4)) == [
         [(0, 0, 2), (1, 0, 2)],
         [(2, 0, 2), (3, 0, 2)],
@@ -96,32 +91,15 @@ def test_nothing_to_learn_makes_no_rows(targets):
 
 
 @given(lengths, widths)
-def test_every_target_is_there_exactly_once(targets, width):
+def test_rows_hold_every_target_once_and_one_at_most_has_room(targets, width):
     rows = pack_lengths(targets, width)
     assert covered(rows) == all_targets(targets)
-
-
-@given(lengths, widths)
-def test_rows_are_as_few_as_can_be_and_one_at_most_has_room(targets, width):
-    rows = pack_lengths(targets, width)
-    assert len(rows) == -(-sum(targets) // width)
     assert all(n == width for n in rows.targets[:-1].tolist())
-    assert all(0 < n <= width for n in rows.targets.tolist())
+    assert len(rows) == -(-sum(targets) // width)
     sums = [sum(count for _, _, count in row) for row in pieces(rows)]
     assert rows.targets.tolist() == sums
-
-
-@given(lengths, widths)
-def test_a_piece_that_goes_on_begins_where_the_one_before_ended(targets, width):
-    for _, own in itertools.groupby(
-        sorted(itertools.chain(*pieces(pack_lengths(targets, width)))),
-        key=lambda piece: piece[0],
-    ):
-        ends = 0
-        for _, start, count in own:
-            assert start == ends
-            assert count > 0
-            ends = start + count
+    assert all(0 < n <= width for n in sums)
+    assert (rows.pieces[:, 2] > 0).all()
 
 
 @given(lengths, widths)
@@ -240,17 +218,8 @@ def test_rows_of_an_epoch_do_not_follow_the_lengths():
     assert abs(first - second) < 0.5
 
 
-def test_document_numbers_stay_those_of_the_cache():
-    rows = pack_epoch(np.array([7, 3, 9]), np.array([2, 5, 4]), 4, seed=0, epoch=0)
-    assert covered(rows) == [
-        *((3, t) for t in range(5)),
-        *((7, t) for t in range(2)),
-        *((9, t) for t in range(4)),
-    ]
-
-
 def test_an_epoch_is_the_packed_rows_in_another_order():
-    numbers, targets = np.arange(6), np.array([5, 3, 2, 8, 0, 7])
+    numbers, targets = np.array([7, 3, 9, 4, 0, 8]), np.array([5, 3, 2, 8, 0, 7])
     first = shuffled(6, 9, 2, 0)
     packed = pack(numbers[first], targets[first], 4)
     order = shuffled(len(packed), 9, 2, 1)
@@ -297,15 +266,10 @@ def test_held_out_share_is_about_the_fraction():
         assert (np.diff(held_out) > 0).all() and (np.diff(kept) > 0).all()
 
 
-def test_equal_texts_stay_on_one_side():
+def test_equal_texts_stay_together_whatever_their_order_and_the_others():
     hashes = np.repeat(hashes_of(500), 3)
     kept, held_out = split_by_hash(hashes, 0.1)
-    assert len(held_out) > 0
-    assert not set(hashes[kept]) & set(hashes[held_out])
-
-
-def test_choice_does_not_depend_on_order_or_on_other_documents():
-    hashes = hashes_of(1000)
+    assert not set(hashes[kept]) & set(hashes[held_out]) and len(held_out)
     chosen = set(hashes[split_by_hash(hashes, 0.1)[1]])
     assert set(hashes[::-1][split_by_hash(hashes[::-1], 0.1)[1]]) == chosen
     some = hashes[:300]
@@ -327,12 +291,8 @@ def test_a_single_text_is_trained_on(values):
     assert len(held_out) == 0
 
 
-def test_fraction_zero_holds_out_none():
+def test_fraction_zero_and_no_documents_hold_out_none():
     kept, held_out = split_by_hash(np.array([0, 1, 2], np.uint64), 0.0)
-    assert kept.tolist() == [0, 1, 2]
-    assert held_out.tolist() == []
-
-
-def test_no_documents_split_into_none():
+    assert (kept.tolist(), held_out.tolist()) == ([0, 1, 2], [])
     kept, held_out = split_by_hash(np.zeros(0, np.uint64), 0.01)
     assert len(kept) == len(held_out) == 0
