@@ -151,7 +151,7 @@ def test_a_row_at_literal_points(make_cache):
     assert batch.documents.dtype == torch.int32
 
 
-def test_a_piece_that_goes_on_repeats_the_last_token_of_the_one_before(make_cache):
+def test_a_later_piece_repeats_the_last_token_of_the_one_before(make_cache):
     cache = make_cache(["abcdefg"])
     batch = read_all(cache, width=3, mask=False)
     assert batch.inputs.tolist() == [[1, 67, 68], [69, 70, 71], [72, 73, 0]]
@@ -237,28 +237,6 @@ def test_a_stream_at_its_end_gives_nothing(cache):
     steps(stream)
     with pytest.raises(AssertionError, match="the stream is at its end"):
         stream.next_step()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_resumed_stream_equals_the_uninterrupted_one(cache, size):
-    for rank in range(size):
-        whole = steps(make_stream(cache, size, rank=rank))
-        for done in range(len(whole)):
-            resumed = make_stream(cache, size, rank=rank, samples=24 * done)
-            left = steps(resumed)
-            assert len(left) == len(whole) - done
-            assert all(map(equal, left, whole[done:]))
-
-
-def test_targets_of_a_step_are_those_of_all_ranks(cache):
-    ranks = [steps(make_stream(cache, 3, rank=rank)) for rank in range(3)]
-    for together in zip(*ranks, strict=True):
-        found = sum(
-            int((batch.targets != IGNORED).sum())
-            for step in together
-            for batch in step.micro_batches
-        )
-        assert {step.num_targets for step in together} == {found}
 
 
 def test_lines_are_those_the_samples_come_from(make_cache):
@@ -353,16 +331,11 @@ def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
     lengths = [len(validation_rows(cache, 3, most)) for most in (3, 5, 6, 8, 9)]
     assert lengths == [1, 1, 2, 2, 3]
     assert validation_rows(cache, 3, 6).text_bytes == 4
-
-
-def test_a_document_above_what_is_left_of_the_cap_is_left_out(make_cache):
     cache = make_cache(["a" * 99, "ab", "b" * 30, "c"])  # 100, 3, 31 and 2 targets
     assert validation_rows(cache, 4, most=30).text_bytes == 2 + 1
     assert validation_rows(cache, 4, most=36).text_bytes == 2 + 30 + 1
     assert validation_rows(cache, 4, most=105).text_bytes == 99 + 2 + 1
-
-
-def test_where_all_are_above_the_cap_the_shortest_is_taken(make_cache):
+    # If all are above the cap, the shortest is taken.
     rows = validation_rows(make_cache(["abcdef", "abc", "abcd"]), width=2, most=1)
     assert (len(rows), rows.text_bytes) == (2, 3)
 
@@ -391,7 +364,7 @@ def answer(said: str) -> dict[str, str]:
 
 
 # With single bytes a user's turn of n bytes has n + 8 tokens, an assistant's n + 13 of
-# which the last n + 2 are learned from.
+# which the last n + 2 are in the loss.
 NEWLINE = 201
 ASKS = [1, 87, 85, 71, 84, NEWLINE, 67, 2, NEWLINE]
 ANSWERS = [1, 67, 85, 85, 75, 85, 86, 67, 80, 86, NEWLINE]
@@ -451,8 +424,8 @@ def test_answers_alone_are_targets_at_literal_points(open_chats):
     assert (step.samples, step.tokens, step.num_targets) == (1, 45, 7)
     assert batch.reference is None
     whole = [
-        (len(ids), np.flatnonzero(learned).tolist())
-        for ids, learned in stream.pieces(0)
+        (len(ids), np.flatnonzero(in_loss).tolist())
+        for ids, in_loss in stream.pieces(0)
     ]
     assert whole == [(24, [20, 21, 22, 23]), (23, [20, 21, 22])]
 
@@ -495,11 +468,11 @@ def test_answers_of_a_pair_may_lie_in_any_row_under_their_numbers(open_chats):
     (batch,) = stream.next_step().micro_batches
     assert batch.documents is not None
     order = [stream.pieces(sample) for sample in range(3)]
-    for number, (ids, learned) in enumerate(itertools.chain(*order)):
+    for number, (ids, in_loss) in enumerate(itertools.chain(*order)):
         at = batch.documents == number
         assert batch.inputs[at].tolist() == ids[:-1].tolist()
         targets = batch.targets[at]
-        assert targets[targets != IGNORED].tolist() == ids[learned].tolist()
+        assert targets[targets != IGNORED].tolist() == ids[in_loss].tolist()
     assert len(batch.inputs) == 4, "six answers in as few rows as hold them"
 
 
@@ -507,8 +480,8 @@ def test_only_what_follows_the_common_prompt_of_a_pair_is_a_target(open_chats):
     prompt = [user("a"), answer("bbb"), user("a")]
     pair = {"chosen": [*prompt, answer("c")], "rejected": [*prompt, answer("d")]}
     stream = make_stream(open_chats([pair], "dpo"), stage="dpo", max_seq_len=99)
-    learned = [ids[there].tolist() for ids, there in stream.pieces(0)]
-    assert learned == [[69, 2, NEWLINE], [70, 2, NEWLINE]]
+    in_loss = [ids[there].tolist() for ids, there in stream.pieces(0)]
+    assert in_loss == [[69, 2, NEWLINE], [70, 2, NEWLINE]]
 
 
 def test_an_over_long_pair_loses_the_same_oldest_turns_in_both(open_chats):
@@ -521,12 +494,13 @@ def test_an_over_long_pair_loses_the_same_oldest_turns_in_both(open_chats):
     assert (stream.truncated.cut, stream.truncated.dropped) == (1, 0)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_tokens_and_terms_are_those_of_all_ranks(chats, stage, size):
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_counts_of_a_step_are_those_of_all_ranks(chats, cache, stage, size):
+    given = {"stage": stage, "document_mask": True, "max_seq_len": 96, "epochs": 3}
     made = [
-        make_stream(chats[stage], size, rank=r, stage=stage, max_seq_len=96)
-        for r in range(size)
+        make_stream(chats.get(stage, cache), size, rank=rank, **given)
+        for rank in range(size)
     ]
     for together in zip(*map(steps, made), strict=True):
         batches = [batch for step in together for batch in step.micro_batches]
@@ -534,22 +508,21 @@ def test_tokens_and_terms_are_those_of_all_ranks(chats, stage, size):
         targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
         samples = sum(batch.samples for batch in batches)
         assert {(step.samples, step.tokens) for step in together} == {(samples, tokens)}
-        terms = targets if stage == "sft" else samples
-        assert {step.num_targets for step in together} == {terms}
+        counted = samples if stage == "dpo" else targets
+        assert {step.num_targets for step in together} == {counted}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_resumed_chats_equal_the_uninterrupted_ones(chats, stage, size):
-    given = {"stage": stage, "max_seq_len": 96, "epochs": 3}
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_resumed_stream_equals_the_uninterrupted_one(chats, cache, stage, size):
+    data, given = chats.get(stage, cache), {"stage": stage, "epochs": 3}
+    given["max_seq_len"] = WIDTH if stage == "pretrain" else 96
     for rank in range(size):
-        first = make_stream(chats[stage], size, rank=rank, **given)
+        first = make_stream(data, size, rank=rank, **given)
         assert first.rows % 24 != 0, "a step crosses the end of an epoch"
         whole = steps(first)
         for done in range(len(whole)):
-            resumed = make_stream(
-                chats[stage], size, rank=rank, samples=24 * done, **given
-            )
+            resumed = make_stream(data, size, rank=rank, samples=24 * done, **given)
             left = steps(resumed)
             assert len(left) == len(whole) - done
             assert all(map(equal, left, whole[done:]))
