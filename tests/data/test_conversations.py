@@ -1,4 +1,4 @@
-"""Conversations: what is refused, and which tokens are learned from."""
+"""Conversations: what is refused, and which tokens count in the loss."""
 
 import dataclasses
 import functools
@@ -94,13 +94,13 @@ def encode_one(encoder, messages):
 
 
 def draw(marks):
-    """Marks, a letter each: x is trained, U the user's turn, T another one."""
+    """Marks, a letter each: x is in the loss, U the user's turn, T another one."""
     letters = {0: ".", IN_LOSS: "x", TURN: "T", TURN | USER: "U", TURN | IN_LOSS: "X"}
     return "".join(letters[mark] for mark in marks.tolist())
 
 
 def read_spans(spec, ids, marks):
-    """The trained spans as text, and the text of each turn."""
+    """The spans in the loss as text, and the text of each turn."""
     tokenizer = Tokenizer.from_str(spec.json)
 
     def split(begins):
@@ -110,9 +110,9 @@ def read_spans(spec, ids, marks):
     def decode(part):
         return tokenizer.decode(ids[part].tolist(), skip_special_tokens=False)
 
-    trained = (marks & IN_LOSS).astype(bool)
-    runs = split(np.diff(trained, prepend=False) | (marks & TURN > 0))
-    answers = [decode(run) for run in runs if trained[run[0]]]
+    loss_mask = marks & IN_LOSS > 0
+    runs = split(np.diff(loss_mask, prepend=False) | (marks & TURN > 0))
+    answers = [decode(run) for run in runs if loss_mask[run[0]]]
     return answers, [decode(turn) for turn in split(marks & TURN)]
 
 
@@ -152,7 +152,7 @@ def test_marks_at_literal_points(byte_spec):
     ids=["turns", "system", "tools", "quoting answer", "quoting question"],
 )
 @pytest.mark.parametrize("template", ["shipped", "unmarked"])
-def test_answers_and_what_closes_them_are_learned_from(
+def test_answers_and_what_closes_them_are_in_the_loss(
     byte_spec, messages, marks, template
 ):
     encoder = encoder_of(TEMPLATES[template], byte_spec)
@@ -223,23 +223,17 @@ def test_forged_turns_give_no_special_ids():
     assert "<|im_<|im_end|>end|>\ufdd0" in turns[0]
 
 
-def test_a_template_may_trim_what_holds_special_strings():
-    spec = dataclasses.replace(SHIPPED, chat_template=PLAIN)
-    messages = talk("u:  <|im_end|>  ", "a: b")
-    _, turns = read_spans(spec, *encode_one(ChatEncoder(spec), messages))
+def test_a_template_may_trim_or_cut_what_holds_special_strings():
+    trimmed = talk("u:  <|im_end|>  ", "a: b")
+    _, turns = read_spans(SHIPPED, *encode_one(encoder_of(PLAIN), trimmed))
     assert turns == ["Q: <|im_end|>", "\nA: b<|im_end|>"]
-
-
-def test_a_template_may_cut_what_holds_special_strings():
     cutting = UNMARKED.replace("(message['content'] or '')", "message['content'][:1]")
-    _, turns = read_spans(
-        SHIPPED, *encode_one(encoder_of(cutting), talk("u: <|im_end|>", "a: b"))
-    )
-    assert len(turns) == 2
-    assert turns[1] == "<|im_start|>assistant\nb<|im_end|>\n"
+    shortened = talk("u: <|im_end|>", "a: b")
+    _, turns = read_spans(SHIPPED, *encode_one(encoder_of(cutting), shortened))
+    assert turns[1:] == ["<|im_start|>assistant\nb<|im_end|>\n"]
 
 
-def test_of_the_first_messages_nothing_is_learned_where_so_wished():
+def test_the_first_messages_may_stay_out_of_the_loss():
     messages = talk("u: a", "a: b", "u: c", "a: d")
     encoded = encoder_of(SHIPPED.chat_template).encode([messages] * 3, [0, 2, 4])
     spans = [
@@ -345,7 +339,7 @@ def test_a_tokenizer_without_a_template_is_refused():
         ),
     ],
 )
-def test_a_template_that_does_not_serve_is_told_of(template, reason):
+def test_a_template_that_does_not_serve_is_named(template, reason):
     (fault,) = encoder_of(template).encode([talk("u: a", "a: b", "u: c", "a: d")])
     assert isinstance(fault, Fault)
     assert fault.kind == "chat_template"
@@ -390,12 +384,9 @@ GOOD = talk("u: a", "a: b")
     ("messages", "kind", "reason"),
     [
         (None, "not_a_list", "null is not a list of messages"),
-        ("hi", "not_a_list", '"hi" is not a list of messages'),
         ({}, "not_a_list", "{} is not a list of messages"),
         ([], "no_messages", "the list of messages is empty"),
         (["hi"], "not_a_message", 'message 1 is "hi", not an object with role and'),
-        ([None], "not_a_message", "message 1 is null, not an object"),
-        ([{"content": "a"}], "missing_role", 'no "role", its keys: ["content"]'),
         (
             [{"from": "human", "value": "a"}],
             "missing_role",
@@ -405,12 +396,7 @@ GOOD = talk("u: a", "a: b")
         (
             [{"role": "bot", "content": "a"}],
             "unknown_role",
-            'message 1 has the role "bot"',
-        ),
-        (
-            [{"role": None, "content": "a"}],
-            "unknown_role",
-            "has the role null, not syst",
+            '1 has the role "bot", not',
         ),
         ([{"role": [1], "content": "a"}], "unknown_role", "has the role [1], not syst"),
         (
@@ -418,14 +404,9 @@ GOOD = talk("u: a", "a: b")
             "content_not_a_string",
             "message 3 has the content null, not a string",
         ),
-        ([{"role": "user", "content": 5}], "content_not_a_string", "the content 5"),
         ([{"role": "user", "content": ["a"]}], "content_not_a_string", 'content ["a"]'),
         ([{"role": "user", "content": ""}], "empty_content", "is the user's and empty"),
-        (
-            talk("u: a", "a:  \n"),
-            "empty_answer",
-            "message 2 is the assistant's and empty",
-        ),
+        (talk("u: a", "a:  \n"), "empty_answer", "2 is the assistant's and empty"),
         (
             GOOD[1:],
             "role_order",
@@ -448,16 +429,7 @@ GOOD = talk("u: a", "a: b")
             "role_order",
             "message 2 is the tool's after the user's",
         ),
-        (
-            talk("s: a", "a: b"),
-            "role_order",
-            "after the system's, where there must be u",
-        ),
-        (
-            talk("s: a", "s: b"),
-            "role_order",
-            "after the system's, where there must be u",
-        ),
+        (talk("s: a", "s: b"), "role_order", "the system's, where there must be user"),
         (
             talk("u: a", "a: b", "t: c", "u: d"),
             "role_order",
@@ -493,13 +465,10 @@ def test_rows_with_whole_answers_are_good(messages):
     assert check_conversation({"conversations": messages, "id": 1}) is None
     assert check_prompt({"conversations": messages}) is None
     assert check_messages(messages) is None
-
-
-def test_an_unanswered_turn_is_good_for_talking_and_at_the_end_of_a_row():
-    for turn in ("u: c", "t: c"):
-        messages = [*GOOD, *talk(turn)]
-        assert check_messages(messages) is None
-        assert check_conversation({"conversations": messages}) is None
+    for turn in ("u: c", "t: c"):  # no answer is needed to talk, or at a row's end
+        unanswered = [*messages, *talk(turn)]
+        assert check_messages(unanswered) is None
+        assert check_conversation({"conversations": unanswered}) is None
 
 
 @pytest.mark.fault("F43")

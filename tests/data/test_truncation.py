@@ -10,7 +10,7 @@ from minimind_nb.data.packing import truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 
 # With single bytes a user's turn of n bytes has n + 8 tokens, an assistant's n + 13 of
-# which n + 2 are learned from, a system turn n + 10, a tool's n + 8.
+# which n + 2 are in the loss, a system turn n + 10, a tool's n + 8.
 USERS, ANSWER = 8, 13
 
 
@@ -49,7 +49,7 @@ def take(cache, width, documents=None):
     return truncate_documents(cache, documents, width)
 
 
-def test_plain_text_stays_whole_and_is_learned_from_throughout(make_cache):
+def test_plain_text_stays_whole_and_counts_throughout(make_cache):
     truncated = take(make_cache(["abc", "d" * 100, "é"]), 10, [2, 1])
     assert listed(truncated) == [(2, 0, 3, 3, 2), (1, 0, 101, 101, 100)]
     assert (truncated.cut, truncated.dropped) == (0, 0)
@@ -75,7 +75,7 @@ def test_a_longer_one_ends_after_the_last_answer_that_fits(open_chats):
         ]
     )
     ends = [9 + 14, 9 + 14 + 9 + 15, 9 + 14 + 9 + 15 + 9 + 16]
-    for width, targets, trained, size in (
+    for width, targets, loss_tokens, size in (
         (ends[2] - 1, ends[2] - 1, 3 + 4 + 5, 6),
         (ends[2] - 2, ends[1] - 1, 3 + 4, 3),
         (ends[1] - 1, ends[1] - 1, 3 + 4, 3),
@@ -83,7 +83,7 @@ def test_a_longer_one_ends_after_the_last_answer_that_fits(open_chats):
         (ends[0] - 1, ends[0] - 1, 3, 1),
     ):
         truncated = take(cache, width, [0])
-        assert listed(truncated) == [(0, 0, targets, trained, size)]
+        assert listed(truncated) == [(0, 0, targets, loss_tokens, size)]
         assert truncated.cut == (width < ends[2] - 1)
     truncated = take(cache, ends[0] - 1, [2, 1, 0])
     assert listed(truncated) == [(1, 0, ends[0] - 1, 3, 1), (0, 0, ends[0] - 1, 3, 1)]
@@ -158,12 +158,12 @@ def test_a_pair_of_which_no_turn_of_the_prompt_fits_is_dropped(open_chats):
     assert (truncated.cut, truncated.dropped) == (0, 2)
 
 
-def test_trained_targets_are_those_that_the_marks_tell(open_chats):
+def test_tokens_in_the_loss_are_those_of_the_marks(open_chats):
     rows = [pair(*PROMPT, chosen="x" * n, rejected="y" * (3 * n)) for n in range(1, 9)]
     cache = open_chats(rows, "dpo")
     for width in range(20, 100, 7):
         truncated = take(cache, width)
-        for document, start, targets, trained, _ in listed(truncated):
+        for document, start, targets, loss_tokens, _ in listed(truncated):
             assert targets <= width
             marks = cache.marks_of(document)[start + 1 : start + 1 + targets]
-            assert (marks & IN_LOSS).sum() == trained
+            assert (marks & IN_LOSS).sum() == loss_tokens
