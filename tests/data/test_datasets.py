@@ -165,11 +165,11 @@ def test_pairs_are_six_tensors(open_chats):
         f"{part}_{way}" for way in ("chosen", "rejected") for part in "x y mask".split()
     ]
     assert list(rows[0]) == names
-    learned = [
+    in_loss = [
         rows[0][f"y_{way}"][rows[0][f"mask_{way}"] == 1].tolist()
         for way in ("chosen", "rejected")
     ]
-    assert learned == [[70, 70, 2, 201], [71, 2, 201]]
+    assert in_loss == [[70, 70, 2, 201], [71, 2, 201]]
     assert rows[0]["x_chosen"][:2].tolist() == [1, 87]
 
 

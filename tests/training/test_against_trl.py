@@ -154,6 +154,6 @@ def test_trl_reads_the_same_ids_from_the_same_pairs(
             ids = reader.cache.document(document).tolist()
             marks = reader.cache.marks_of(document)
             assert ids == row["prompt_ids"] + row[f"{answer}_ids"]
-            learned = (marks & IN_LOSS).tolist()
+            loss_mask = (marks & IN_LOSS).tolist()
             begin = len(row["prompt_ids"])
-            assert learned == [0] * begin + [1] * (len(ids) - begin)
+            assert loss_mask == [0] * begin + [1] * (len(ids) - begin)

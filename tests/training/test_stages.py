@@ -107,10 +107,10 @@ def test_the_loss_is_the_mean_over_all_answers_tokens(sft_settings: Settings) ->
         def counted(model, batch, cfg):
             found = objective(model, batch, cfg)
             there = batch.documents >= 0
-            learned = batch.targets != IGNORED
-            assert int(learned.sum()) < int(there.sum())
+            in_loss = batch.targets != IGNORED
+            assert int(in_loss.sum()) < int(there.sum())
             loss = float(found.loss.detach())
-            seen.append((loss, int(learned.sum()), int(there.sum())))
+            seen.append((loss, int(in_loss.sum()), int(there.sum())))
             return found
 
         trainer.stage = type(STAGES["sft"])(counted)
@@ -122,15 +122,15 @@ def test_the_loss_is_the_mean_over_all_answers_tokens(sft_settings: Settings) ->
     mean = sum(loss for loss, _, _ in seen) / sum(count for _, count, _ in seen)
     ((loss, tokens),) = metric_rows(folder, "train", "loss", "tokens")
     assert loss == pytest.approx(mean, rel=1e-6)
-    assert tokens == sum(there for _, _, there in seen), "text, whether learned or not"
+    assert tokens == sum(there for _, _, there in seen), "text, whether in the loss or not"
 
 
-def sum_by_hand(model: MiniMindForCausalLM, ids: np.ndarray, learned: np.ndarray):
-    """The sum of log-probabilities of the learned tokens of one text, and their number."""
+def sum_by_hand(model: MiniMindForCausalLM, ids: np.ndarray, loss_mask: np.ndarray):
+    """The sum of log-probabilities of the tokens in the loss of one text, and their number."""
     with torch.no_grad():
         logits = model(torch.from_numpy(ids[None, :-1].astype(np.int64))).logits[0]
     total, count = 0.0, 0
-    for t, (target, there) in enumerate(zip(ids[1:], learned[1:], strict=True)):
+    for t, (target, there) in enumerate(zip(ids[1:], loss_mask[1:], strict=True)):
         if there:
             weights = logits[t].double().exp()
             total += math.log(float(weights[int(target)] / weights.sum()))
@@ -145,9 +145,9 @@ def test_the_preference_loss_is_its_formula(pair_file: Path, open_rows) -> None:
     reader = reader_of(cache, "dpo")
     sums = []
     for piece in pieces:
-        learned = np.append(False, cache.loss_mask(*piece))
+        loss_mask = np.append(False, cache.loss_mask(*piece))
         ids = cache.piece(*piece)
-        policy, count = sum_by_hand(model, ids, learned)
+        policy, count = sum_by_hand(model, ids, loss_mask)
         sums.append((policy, policy + draw.normal(0, 3), count))
     beta, losses, margins, kl = 0.7, [], [], []
     for (pc, rc, nc), (pr, rr, nr) in zip(sums[::2], sums[1::2], strict=True):
