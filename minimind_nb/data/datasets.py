@@ -1,10 +1,8 @@
-"""Torch data sets over the token cache, one row of the file each.
+"""Torch data sets over the token cache, one row of the file each, as in MiniMind.
 
-Training does not use them (it packs); they serve to read data the way MiniMind's
-scripts do, and loops and trainers of one's own. All take a `path` ("demo" is the
-embedded corpus), a `tokenizer` (an object or a path, None the shipped one) and a
-`cache_dir` for the validated token cache (None for the session's own). They raise
-`FileNotFoundError`, or `DataError` naming the invalid lines.
+They serve other loops and trainers; ours packs. All take a `path` ("demo" is the embedded
+corpus), a `tokenizer` (an object or a path, None the shipped one) and a `cache_dir` (None
+for the session's own). They raise `FileNotFoundError`, or `DataError` naming the lines.
 """
 
 from __future__ import annotations
@@ -55,17 +53,14 @@ class _PaddedRows(_Rows):
         max_seq_len: int | None = None,
         cache_dir: PathLike | None = None,
     ) -> None:
-        max_seq_len = self._max_seq_len if max_seq_len is None else max_seq_len
-        if max_seq_len < 2:  # noqa: PLR2004 - an input and its target
-            raise ValueError(f"max_seq_len={max_seq_len} is too small, 2 is needed")
         super().__init__(path, tokenizer, cache_dir)
-        self.max_seq_len = max_seq_len
-        documents = np.arange(len(self.cache))
-        truncated = truncate_documents(self.cache, documents, max_seq_len - 1)
+        self.max_seq_len = max_seq_len or self._max_seq_len
+        documents, width = np.arange(len(self.cache)), self.max_seq_len - 1
+        truncated = truncate_documents(self.cache, documents, width)
         # A document without an excerpt is cut anywhere and has an empty loss mask.
         self._pieces = np.stack([documents, 0 * documents, self.cache.targets], 1)
         self._pieces[truncated.documents] = truncated.pieces
-        self._pieces[:, 2] = np.minimum(self._pieces[:, 2], max_seq_len - 1)
+        self._pieces[:, 2] = np.minimum(self._pieces[:, 2], width)
         self._has_loss = np.isin(documents, truncated.documents)
 
     def __getitem__(self, index: int) -> Any:
