@@ -147,11 +147,9 @@ class RunFolder:
 
     def is_locked(self) -> bool:
         """Return whether a living process holds the lock."""
-        try:
-            with self.lock_file.open("rb") as file:
-                return not _try_lock(file.fileno(), fcntl.LOCK_SH)
-        except OSError:
-            return False
+        with contextlib.suppress(OSError), self.lock_file.open("rb") as file:
+            return not _try_lock(file.fileno(), fcntl.LOCK_SH)
+        return False
 
     def checkpoint_folder(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` optimizer steps."""
@@ -211,9 +209,9 @@ class RunFolder:
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all checkpoints but the `keep` newest and the best one."""
         folders = self.checkpoint_folders()
-        best = min(folders, key=_manifest_loss, default=None)
+        best = min(folders, key=_manifest_loss, default=None)  # the newest of equals
         for folder in folders[keep:]:
-            if folder == best and _manifest_loss(folder) < math.inf:
+            if folder == best:
                 continue
             try:
                 shutil.rmtree(folder)
