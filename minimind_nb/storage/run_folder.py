@@ -47,6 +47,11 @@ class Checkpoint:
         """Optimizer steps made when it was written."""
         return self.facts["step"]
 
+    @property
+    def run(self) -> RunFolder:
+        """The run that it belongs to."""
+        return RunFolder(self.folder.parents[1])
+
 
 class RunFolder:
     """`{out_dir}/{run_name}/`: all files of a run."""

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -32,29 +31,25 @@ from ..monitor.runs import Run, save_chart, write_summary
 from ..monitor.tables import Facts
 from ..monitor.wandb_follower import WandbFollower, require_wandb
 from ..session import current_session
-from ..storage.run_folder import STATE, RunFolder
+from ..storage.run_folder import RunFolder
 from .machine import machine_defaults
 from .preparation import prepare
 from .run_plan import RunPlan, open_corpus
 from .worker import smaller_batch
 
 logger = logging.getLogger(__name__)
-_Callback = Callable[[History], object]
-# On two T4 over PCIe hangs were reported until peer-to-peer, or shared memory, was off.
-# A file store times out without a cause once in some 2,000 starts; a fresh one helps.
-_ENVIRONMENTS: dict[str, list[dict[str, str]]] = {
-    "cpu": [{}, {}],
-    "cuda": [
-        {},
-        {"NCCL_P2P_DISABLE": "1"},
-        {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
-    ],
+# What to change if ranks do not connect. On two T4 over PCIe hangs were reported until
+# peer-to-peer, or shared memory, was off. A file store times out without a cause once in
+# some 2,000 starts; a fresh one helps.
+_RETRIES: dict[str, list[dict[str, str]]] = {
+    "cpu": [{}],
+    "cuda": [{"NCCL_P2P_DISABLE": "1"}, {"NCCL_SHM_DISABLE": "1"}],
 }
 
 
 def train(
     cfg: TrainConfig | str | os.PathLike[str],
-    view: bool | _Callback | None = None,
+    view: bool | Callable[[History], object] | None = None,
     **settings: Any,
 ) -> Run:
     """Train in worker processes, show progress, and return the run when it ended.
@@ -68,10 +63,8 @@ def train(
 
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
     before anything is started, saying what to change; `TrainingFailed` if the run
-    failed, with the traceback of the rank that failed first.
-
-    Under torchrun its processes are the workers, and all of them make this call and get
-    the run; rank 0 shows it.
+    failed, with the traceback of the rank that failed first. Under torchrun all its
+    processes make this call and get the run; rank 0 shows it.
     """
     if isinstance(cfg, str | os.PathLike):
         cfg = TrainConfig(data_path=os.fspath(cfg), **settings)
@@ -92,7 +85,9 @@ def _on_first_rank(work: Callable[[TorchrunSession | None], Any]) -> Any:
 
 
 def _train(
-    cfg: TrainConfig, view: bool | _Callback | None, session: TorchrunSession | None
+    cfg: TrainConfig,
+    view: bool | Callable[[History], object] | None,
+    session: TorchrunSession | None,
 ) -> str:
     """Train, and return the run folder."""
     shown = choose_view(view)
@@ -100,16 +95,15 @@ def _train(
         require_wandb()
     with shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
-        if plan.complete:
-            limit = plan.cfg.max_steps or math.inf
-            further = "max_steps" if limit <= plan.total_steps else "epochs"
-            logger.info(
-                f"{run.folder} is finished; raise {further} to train longer, or start "
-                "over with resume=False"
-            )
-            shown.attempt(shown.finish, run.history, run.status)
-        else:
+        if not plan.complete:
             _run(plan, lock, run, shown, session)
+            return str(run.folder)
+        capped = plan.cfg.max_steps and plan.cfg.max_steps <= plan.total_steps
+        logger.info(
+            f"{run.folder} is finished; raise {'max_steps' if capped else 'epochs'} to "
+            "train longer, or start over with resume=False"
+        )
+        shown.attempt(shown.finish, run.history, run.status)
         return str(run.folder)
 
 
@@ -173,37 +167,30 @@ def _evaluate(
 ) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
-    shape = settings if Path(source).is_file() else {}
+    source = Path(source).expanduser()
+    shape = settings if source.is_file() else {}
     shape = {name: shape[name] for name in SHAPE_FIELDS if name in shape}
     weights = find_weights(source, which, settings.get("tokenizer"), **shape)
-    weights.read()
     stage = detect_format(data_path, weights.stage or "pretrain")
-    choices = {"out_dir": _home(weights.file), "eval_tokens": 1 << 62, **settings}
+    home = source.absolute().parent
+    out_dir = home if os.access(home, os.W_OK) else "out"
+    choices = {"out_dir": out_dir, "eval_tokens": 1 << 62, **settings}
     asked = TrainConfig(stage=stage, **choices)
-    root = current_session().cache_folder(asked.out_dir)
-    file = str(locate(data_path, root, stage))
+    caches = current_session().cache_folder(asked.out_dir)
+    file = str(locate(data_path, caches, stage))
     asked = replace(asked, data_path=file, val_path=file)
-    tokenizer = read_tokenizer(asked.tokenizer or weights.tokenizer)
     cfg = resolve(asked, **machine_defaults(asked), **weights.shape())
+    tokenizer = read_tokenizer(weights.tokenizer)
     corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)
-    config = {"settings": cfg.portable()}
     # Other machines see the cache, but not this one's temporary folder.
-    shared = root if session else None
+    shared = caches if session else None
     with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=shared) as folder:
-        plan = RunPlan(cfg, RunFolder(folder), tokenizer, corpus, config, weights.file)
+        config, place = {"settings": cfg.portable()}, RunFolder(folder)
+        plan = RunPlan(config, place, tokenizer, corpus, weights.file)
         plan.write()
         _launch("measure", plan, lambda: None, session)
-        scores = json.loads((Path(folder) / "scores.json").read_bytes())
+        scores = json.loads((place.root / "scores.json").read_bytes())
     return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
-
-
-def _home(weights: Path) -> str:
-    """Return the out_dir that holds a run or its weights file, for the token cache."""
-    above = 0
-    if weights.suffix == ".safetensors":
-        above = 3 if (weights.parent / STATE).exists() else 1
-    home = weights.absolute().parents[above]
-    return str(home) if os.access(home, os.W_OK) else "out"
 
 
 def _launch(
@@ -228,16 +215,12 @@ def _launch(
     )
     if session:
         return session.launch(job, on_poll)
-    environments = _ENVIRONMENTS[cfg.device]
-    jobs = [replace(job, environment={**job.environment, **e}) for e in environments]
-    for attempt, following in zip(jobs, environments[1:], strict=False):
+    for changes in _RETRIES[cfg.device]:
         try:
-            return run_processes(attempt, on_poll)
+            return run_processes(job, on_poll)
         except TrainingFailed as failure:
             if failure.phase != "meeting":
                 raise
-            changes = " ".join(f"{k}={v}" for k, v in following.items())
-            logger.warning(
-                f"the processes did not connect; retrying {changes}".rstrip()
-            )
-    return run_processes(jobs[-1], on_poll)
+            logger.warning(f"the processes did not connect; retrying {changes or ''}")
+        job = replace(job, environment={**job.environment, **changes})
+    return run_processes(job, on_poll)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +39,9 @@ def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
     """Return the weights that `init_from` names, or None for a random initialisation.
 
     "auto" is the newest finished run of the previous stage in out_dir, an unfinished one
-    with a warning if none is finished, else its weights file.
-
-    Raises `FileNotFoundError` if there are no weights, `ValueError` if several shapes
-    are there to choose from, a setting of the shape differs from the weights, the
-    tokenizer is not the one they were trained with, or a value is not finite.
+    with a warning if none is finished, else its weights file. The values are read by the
+    ranks. Raises `FileNotFoundError` if there are no weights, `ValueError` if several
+    shapes are there to choose from, or shape or tokenizer are others than the settings'.
     """
     source = cfg.init_from or STAGES[cfg.stage]["init_from"]
     if source == "none":
@@ -69,7 +65,6 @@ def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
             + "\nLeave these settings (and preset) out, since the shape comes with the "
             'weights; or set init_from to other weights, or to "none".'
         )
-    weights.read()
     return weights
 
 
@@ -99,36 +94,32 @@ def runs_of_stage(out_dir: str, stage: str) -> list[RunFolder]:
     return found
 
 
-def keep_reference(plan: RunPlan) -> RunPlan:
+def keep_reference(plan: RunPlan) -> None:
     """Copy the initial weights of a preference run, its reference, into its folder.
 
-    Returns the plan with the copy as initial weights, or without any for a random
-    initialisation, which the seed gives again. Raises `RuntimeError` if they are not
-    what the run started from.
+    The plan then has the copy as initial weights. A random initialisation needs none,
+    since the seed gives it again. Raises `RuntimeError` if the weights are not those
+    that the run started from.
     """
-    if plan.cfg.stage != "dpo":
-        return plan
-    digest = plan.config["hashes"]["initial"]
-    if not digest:
-        return replace(plan, initial=None)
-    for file in _possible_references(plan):
-        if file.is_file() and hash_file(file) == digest:
-            kept = plan.folder.root / f"reference{file.suffix}"
-            if file != kept:
-                shutil.copyfile(file, kept)
-            return replace(plan, initial=kept)
-    raise RuntimeError(
-        f"the initial weights ({plan.config['began_from']}) changed or are missing, and "
-        "the DPO reference is computed from them: restore them, or start over with "
-        "resume=False"
-    )
-
-
-def _possible_references(plan: RunPlan) -> Iterator[Path]:
-    """Yield the weights that the run keeps, and those that it started from."""
-    yield from filter(None, (plan.folder.reference_weights, plan.initial))
-    with contextlib.suppress(OSError, ValueError):
-        yield find_weights(plan.config["began_from"]).file
+    digest, began_from = plan.config["hashes"]["initial"], plan.config["began_from"]
+    if plan.cfg.stage != "dpo" or not digest:
+        return
+    for place in filter(
+        None, (plan.folder.reference_weights, plan.initial, began_from)
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            file = find_weights(place).file if isinstance(place, str) else place
+            if hash_file(file) == digest:
+                break
+    else:
+        raise RuntimeError(
+            f"the initial weights ({began_from}) changed or are missing, and the DPO "
+            "reference is computed from them: restore them, or start over with "
+            "resume=False"
+        )
+    plan.initial = plan.folder.root / f"reference{file.suffix}"
+    if file != plan.initial:
+        shutil.copyfile(file, plan.initial)
 
 
 def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
@@ -154,20 +145,14 @@ def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
             f"{', '.join(sorted(found)) or 'none'}). Train one first, name the weights "
             'with init_from="…", or set init_from="none" for a random initialisation'
         )
-    fits = [
-        run
-        for run, shape in runs.items()
-        if all(shape.get(name) == value for name, value in asked.items())
-    ]
+    fits = [run for run, settings in runs.items() if asked.items() <= settings.items()]
     fits = [run for run in fits if run.status() == "finished"] or fits
     if len({tuple(runs[run].get(name) for name in _FIXED) for run in fits}) != 1:
         places = [run.root for run in fits or runs] + ([] if fits else files)
+        listed = (f'\n  init_from="{place}"{_summarize(place)}' for place in places)
         raise ValueError(
             f"stage={cfg.stage!r} can start from several weights, or none of the shape in "
-            "the settings; choose one:\n  "
-            + "\n  ".join(
-                f'init_from="{place}"  ({_summarize(place)})' for place in places
-            )
+            f"the settings; choose one:{''.join(listed)}"
         )
     newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)
     if newest.status() != "finished":
@@ -180,8 +165,8 @@ def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
 
 def _summarize(place: Path) -> str:
     if place.is_file():
-        return "weights file"
+        return ""
     run = RunFolder(place)
     s = run.settings()
     experts = f", {s['n_routed_experts']} experts" if s["use_moe"] else ""
-    return f"{s['hidden_size']} × {s['num_hidden_layers']}{experts}, {run.status()}"
+    return f"  ({s['hidden_size']} × {s['num_hidden_layers']}{experts}, {run.status()})"

@@ -14,9 +14,8 @@ from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..launch.spawn import RankInfo
 from .run_plan import RunPlan
 
-_CHECKPOINT_BYTES = 12  # per parameter: an fp32 weight and two fp32 moments
-_WEIGHT_BYTES = 4
-_EXPORT_BYTES = 2
+# Per parameter: an fp32 weight and two fp32 moments, an fp32 weight, an fp16 one.
+_CHECKPOINT_BYTES, _WEIGHT_BYTES, _EXPORT_BYTES = 12, 4, 2
 _PROBE_BYTES = 1 << 16
 
 
@@ -49,9 +48,8 @@ def machine_defaults(
             f"num_processes={here} is too many for {limit} on {sys.platform}; use at "
             f"most {most}"
         )
-    capability = None
-    if device == "cuda":
-        capability = min(gpu.capability for gpu in hardware.gpus)
+    used = hardware.gpus if device == "cuda" else ()
+    capability = min((gpu.capability for gpu in used), default=None)
     dtype = choose_dtype(capability, hardware.cpu_native_bf16)
     return {
         "device": device,

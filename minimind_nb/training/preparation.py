@@ -9,10 +9,10 @@ import contextlib
 import importlib.metadata
 import logging
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ from .resuming import (
     BATCH,
     copy_run,
     find_checkpoint,
-    find_existing_run,
     keep_identity,
     reconcile_with_existing_run,
     recover,
@@ -78,35 +77,34 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     check_writable(folder.root.parent)
     with folder.lock() as lock:
         recover(folder)
-        run = find_existing_run(folder, cfg)
-        checkpoint = find_checkpoint(run, repair=run is folder) if run else None
-        resolved, tokenizer, initial = _resolve(cfg, machine, initial, run, checkpoint)
-        if run and run is not folder:
-            checkpoint = copy_run(run, folder)
+        checkpoint = find_checkpoint(folder, cfg, repair=True)
+        resolved, tokenizer, initial = _resolve(cfg, machine, initial, checkpoint)
+        if checkpoint and checkpoint.run.root != folder.root:
+            checkpoint = copy_run(checkpoint, folder)
         corpus = open_corpus(resolved, tokenizer)
         config = describe_run(cfg, resolved, tokenizer, corpus, initial)
-        if run:
-            resumed = checkpoint is not None
-            keep_identity(folder, config, cfg, resolved, resumed=resumed)
+        if checkpoint:
+            keep_identity(folder, config, cfg, resolved)
         done = checkpoint.step if checkpoint else 0
         total = count_steps(corpus, resolved, checkpoint)
-        left = current_session().seconds_left(
-            resolved.max_session_hours, time.monotonic() - began
-        )
+        hours, spent = resolved.max_session_hours, time.monotonic() - began
+        left = current_session().seconds_left(hours, spent)
         plan = RunPlan(
-            cfg=resolved,
+            config=config,
             folder=folder,
             tokenizer=tokenizer,
             corpus=corpus,
-            config=config,
             initial=initial.file if initial else None,
             checkpoint=checkpoint and checkpoint.folder,
             total_steps=total,
-            complete=bool(run) and folder.status() == "finished" and done >= total,
+            complete=bool(checkpoint)
+            and folder.status() == "finished"
+            and done >= total,
             deadline=None if left is None else time.monotonic() + left,
         )
         if not plan.complete:
-            plan = _begin(plan, done)
+            check_room(plan, total - done)
+            _begin(plan, done)
         yield plan, lock
 
 
@@ -120,15 +118,14 @@ def settle(
     """
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg, hardware)
-    run = find_existing_run(folder, cfg)
-    checkpoint = find_checkpoint(run) if run else None
-    return _resolve(cfg, machine, initial, run, checkpoint)
+    return _resolve(cfg, machine, initial, find_checkpoint(folder, cfg))
 
 
 def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     """Return the folder of the run that the settings mean.
 
-    The initial weights come along if only their shape told its name. Raises
+    If the shape comes with initial weights, it is the only run of the stage that fits
+    the settings; without one the weights tell its name, and come along. Raises
     `TypeError`, `ValueError` or `FileNotFoundError`.
     """
     if not isinstance(cfg, TrainConfig):
@@ -137,25 +134,20 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     for path in (cfg.data_path, cfg.val_path):
         if path and path != DEMO:
             check_file(path)
-    name, initial = _find_run_name(cfg), None
-    if name is None:
-        initial = find_initial_weights(cfg)
-        shape = initial.shape() if initial else {}
-        name = resolve(replace(cfg, data_path=cfg.data_path or DEMO), **shape).run_name
-    return RunFolder(Path(cfg.out_dir) / name), initial
-
-
-def _find_run_name(cfg: TrainConfig) -> str | None:
-    """Return the name of the run folder, or None if the initial weights decide it.
-
-    If the shape comes with initial weights, the only run of the stage that fits the
-    settings is meant. Raises `ValueError` if there are several.
-    """
-    if source := source_run(cfg):
-        return cfg.run_name or source.settings().get("run_name")
+    name, initial = cfg.run_name, None
     init_from = cfg.init_from or STAGES[cfg.stage]["init_from"]
-    if cfg.run_name or init_from == "none":
-        return fill_defaults(cfg.explicit())["run_name"]
+    if source := source_run(cfg):
+        name = name or source.settings().get("run_name")
+    elif not name and init_from != "none":
+        name = _find_run_name(cfg, init_from)
+        initial = None if name else find_initial_weights(cfg)
+    shape = initial.shape() if initial else {}
+    name = name or fill_defaults(cfg.explicit(), shape)["run_name"]
+    return RunFolder(Path(cfg.out_dir, name)), initial
+
+
+def _find_run_name(cfg: TrainConfig, init_from: str) -> str | None:
+    """Return the name of the only run of the stage that fits, or None without one."""
     wanted = asked_shape(cfg)
     if init_from != "auto":
         wanted["init_from"] = shorten_home(init_from)
@@ -163,7 +155,7 @@ def _find_run_name(cfg: TrainConfig) -> str | None:
         run.root.name
         for run in (runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume else [])
         if run.root.name == default_run_name(run.settings())
-        and all(run.settings().get(name) == value for name, value in wanted.items())
+        and wanted.items() <= run.settings().items()
     ]
     if len(fits) > 1:
         raise ValueError(
@@ -177,16 +169,12 @@ def _resolve(
     cfg: TrainConfig,
     machine: dict[str, Any],
     initial: FoundWeights | None,
-    run: RunFolder | None,
     checkpoint: Checkpoint | None,
 ) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
     """Return what `settle` returns; with a checkpoint a run needs no initial weights."""
-    if run:
+    if checkpoint:
+        run = checkpoint.run
         resolved = reconcile_with_existing_run(run, cfg, machine)
-        if not checkpoint:
-            if "init_from" in cfg.allow_change and cfg.init_from:
-                resolved = replace(resolved, init_from=cfg.init_from)
-            initial = find_initial_weights(replace(cfg, init_from=resolved.init_from))
         own = run.tokenizer if run.tokenizer.is_dir() else resolved.tokenizer
         tokenizer = read_tokenizer(cfg.tokenizer or own)
     else:
@@ -196,12 +184,10 @@ def _resolve(
                 'line, or use data_path="demo"'
             )
         initial = initial or find_initial_weights(cfg)
-        own = initial.tokenizer if initial else None
-        tokenizer = read_tokenizer(cfg.tokenizer or own)
+        tokenizer = read_tokenizer(cfg.tokenizer or (initial and initial.tokenizer))
         shape = initial.shape() if initial else {}
-        resolved = resolve(
-            cfg, **{"vocab_size": tokenizer.vocab_size, **machine, **shape}
-        )
+        found = {"vocab_size": tokenizer.vocab_size, **machine, **shape}
+        resolved = resolve(cfg, **found)
     if resolved.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={resolved.vocab_size} is too small for the tokenizer, which has "
@@ -238,34 +224,23 @@ def describe_run(
     }
 
 
-def _begin(plan: RunPlan, done: int) -> RunPlan:
+def _begin(plan: RunPlan, done: int) -> None:
     """Write down what the run starts with, and say what it is about to do.
 
     A run that must not be resumed, or a weights file of another run, is moved aside.
     """
-    cfg, folder = plan.cfg, plan.folder
-    if plan.initial and plan.initial.resolve() == plan.weights_file.resolve():
-        raise ValueError(
-            f"init_from={str(plan.initial)!r} is the file that this run would write its "
-            "own weights to; rename it, or choose another out_dir"
-        )
-    check_room(plan, plan.total_steps - done)
+    cfg, folder, weights = plan.cfg, plan.folder, plan.weights_file
     if folder.exists() and cfg.resume is False:
         kept = folder.move_aside()
         logger.info(f"the earlier run is kept as {kept}")
-        root = folder.root.absolute()
-        if plan.initial and plan.initial.absolute().is_relative_to(root):
-            initial = kept / plan.initial.absolute().relative_to(root)
-            plan = replace(plan, initial=initial)
-    if not plan.checkpoint and plan.weights_file.exists():
-        kept = verified.rename_aside(plan.weights_file, "old", 1)
-        logger.info(f"{plan.weights_file} belongs to another run; kept as {kept.name}")
-    for parent, name in (
-        (folder.root, ""),
-        (folder.root.parent, folder.root.name),
-        (folder.root.parent, cfg.weights_name),
-    ):
-        verified.remove_leftovers(parent, name)
+        _follow(plan, folder.root, kept)
+    if not plan.checkpoint and weights.exists():
+        kept = verified.rename_aside(weights, "old", 1)
+        logger.info(f"{weights} belongs to another run; kept as {kept.name}")
+        _follow(plan, weights, kept)
+    verified.remove_leftovers(folder.root)
+    for name in (folder.root.name, weights.name):
+        verified.remove_leftovers(folder.root.parent, name)
     check_writable(folder.checkpoints)
     if plan.checkpoint:
         _describe_horizon(plan, done)
@@ -274,27 +249,31 @@ def _begin(plan: RunPlan, done: int) -> RunPlan:
     cache = plan.corpus.cache
     if cache.rejected_file:
         target = folder.root / cache.rejected_file.name
-        verified.write_bytes(target, cache.rejected_file.read_bytes())
+        shutil.copyfile(cache.rejected_file, target)
         count = sum(cache.facts["bad_rows"].values())
         logger.info(f"{count:,} malformed rows are skipped; see {target}")
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
-    plan = keep_reference(plan)
+    keep_reference(plan)
     plan.write()
-    return plan
+
+
+def _follow(plan: RunPlan, old: Path, new: Path) -> None:
+    """Find the initial weights again after a file or folder was renamed."""
+    if plan.initial and plan.initial.resolve().is_relative_to(old.resolve()):
+        plan.initial = new / plan.initial.resolve().relative_to(old.resolve())
 
 
 def _describe_horizon(plan: RunPlan, done: int) -> None:
-    """Say from where to where the run is resumed."""
-    cfg, folder, total = plan.cfg, plan.folder, plan.total_steps
-    logger.info(f"{folder.root} is resumed from step {done:,} of {total:,}")
-    before = folder.read_config()["settings"]
-    longer = any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps"))
-    if longer and folder.status() == "finished" and done < total:
+    logger.info(
+        f"{plan.folder.root} is resumed from step {done:,} of {plan.total_steps:,}"
+    )
+    before = plan.folder.settings()
+    if any(before[name] != getattr(plan.cfg, name) for name in ("epochs", "max_steps")):
         logger.info(
-            f"the run was finished at step {done:,} with epochs={before['epochs']}; the "
-            "schedule is recomputed for the new total, which differs from a run planned "
-            "that long from the start"
+            f"epochs={before['epochs']} and max_steps={before['max_steps']} have changed: "
+            "the schedule is recomputed for the new total, which differs from a run "
+            "planned that long from the start"
         )
 
 

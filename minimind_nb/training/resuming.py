@@ -21,7 +21,6 @@ from ..config import (
     shorten_home,
 )
 from ..data.token_cache import names_before_version_3
-from ..launch.outcome import ENDINGS, RankRecord
 from ..launch.spawn import end_orphans
 from ..model.loading import find_weights
 from ..monitor.metrics import History
@@ -32,11 +31,11 @@ from .checkpoint import read_state
 logger = logging.getLogger(__name__)
 BATCH = ("global_batch", "batch_size", "accumulation_steps")
 """Settings that make up the global batch."""
-# Copied with a run, in addition to two checkpoints and the tokenizer.
+# Copied with a run, in addition to two checkpoints.
 _COPIED = (
-    *("config.json", "metrics.jsonl", "rejected.jsonl", "wandb.json"),
-    *("loss.png", "summary.md", "rank*.json", "rank*.log", "reference.*"),
-)
+    "config.json metrics.jsonl rejected.jsonl wandb.json loss.png summary.md rank*.json "
+    "rank*.log reference.* tokenizer/*"
+).split()
 _OF_THIS_CALL = ("out_dir", "resume", "allow_change", "max_session_hours")
 _SETTING_OF_HASH = {
     "data": "data_path",
@@ -78,45 +77,44 @@ def recover(folder: RunFolder) -> None:
         )
 
 
-def find_existing_run(folder: RunFolder, cfg: TrainConfig) -> RunFolder | None:
-    """Return the run to resume: in its folder, or one that is to be copied there.
+def find_checkpoint(
+    folder: RunFolder, cfg: TrainConfig, repair: bool = False
+) -> Checkpoint | None:
+    """Return the checkpoint to resume from: the run's, or that of a run to copy.
 
-    Raises `FileExistsError` if another run is in the way.
+    `repair` is for the holder of the lock. A run that saved nothing has nothing to lose,
+    and starts over. Raises `FileExistsError` if another run is in the way, and
+    `NoGoodCheckpoint` if one was saved and is missing or damaged.
     """
     source = source_run(cfg)
-    if source and not folder.exists():
-        return source
-    if source and source.root.resolve() != folder.root.resolve():
-        own, theirs = _last_step(folder), _last_step(source)
+    run = folder if folder.exists() else source
+    if source and run is folder and source.root.resolve() != folder.root.resolve():
+        own, theirs = (
+            [checkpoint.name for checkpoint in run.checkpoint_folders()[:1]]
+            for run in (folder, source)
+        )
         if own < theirs:
             raise FileExistsError(
-                f"{folder.root} exists already and is at step {own}, {source.root} at "
-                f"step {theirs}; choose another run_name, or move that folder away"
+                f"{folder.root} exists already and is at {own[0] if own else 'step 0'}, "
+                f"{source.root} at {theirs[0]}; choose another run_name, or move that "
+                "folder away"
             )
         logger.info(f"{folder.root} was copied before and is resumed")
-    return folder if cfg.resume is not False and folder.exists() else None
-
-
-def find_checkpoint(run: RunFolder, repair: bool = False) -> Checkpoint | None:
-    """Return the newest good checkpoint, or None if none was ever written.
-
-    `repair` is for the holder of the lock. Raises `NoGoodCheckpoint` if the run records
-    one: a run must not silently start over.
-    """
-    if found := run.newest_good_checkpoint(repair):
+    if run is None or cfg.resume is False:
+        return None
+    if found := run.newest_good_checkpoint(repair and run is folder):
         return found
     events = History(run.metrics_file).select("event")
     saved = [row["step"] for row in events if row.get("event") == "save"]
-    record = RankRecord.read(run.record_file(0))  # if the metrics are lost too
-    if not saved and record and record.status in ENDINGS and record.step:
-        saved = [record.step]
-    if not saved:
-        return None
-    raise NoGoodCheckpoint(
-        f"{run.root} records a checkpoint at step {saved[-1]}, which is missing in "
-        f"{run.checkpoints}. Restore it, or start over with resume=False, which keeps "
-        "this folder under another name."
-    )
+    if saved:
+        raise NoGoodCheckpoint(
+            f"{run.root} records a checkpoint at step {saved[-1]}, which is missing in "
+            f"{run.checkpoints}. Restore it, or start over with resume=False, which keeps "
+            "this folder under another name."
+        )
+    if run is source:
+        raise NoGoodCheckpoint(f"{run.root} has no checkpoint to resume from")
+    return None
 
 
 def reconcile_with_existing_run(
@@ -128,15 +126,16 @@ def reconcile_with_existing_run(
     precision are this machine's. Raises `RuntimeError` with every difference that
     neither CHANGEABLE_ON_RESUME nor `allow_change` admits, and the ways out.
     """
-    run, config = read_settings(folder), folder.read_config()
-    asked = _asked(cfg, run)
+    config = read_config(folder)
+    run, asked = config["settings"], _asked(cfg, config["settings"])
     values = run | {**machine}
-    if "dtype" in config.get("explicit", ()) and values["device"] == run["device"]:
+    if "dtype" in config["explicit"] and values["device"] == run["device"]:
         values["dtype"] = run["dtype"]
-    values |= {k: v for k, v in asked.items() if k not in BATCH}
+    values |= {name: value for name, value in asked.items() if name not in BATCH}
     values |= {name: getattr(cfg, name) for name in _OF_THIS_CALL}
-    values |= {"init_from": run["init_from"], "run_name": folder.root.name}
-    values |= _split_batch(asked_batch(config), run, values, asked)
+    values["init_from"] = run["init_from"]
+    values["run_name"] = cfg.run_name or folder.root.name
+    values |= _split_batch(config["asked_batch"], run, values, asked)
     for name in ("device", "dtype"):
         if run[name] != values[name]:
             logger.info(
@@ -156,21 +155,26 @@ def reconcile_with_existing_run(
     return ResolvedConfig(**values)
 
 
-def read_settings(folder: RunFolder) -> dict[str, Any]:
-    """Return all settings of a run, those that its state did not know included.
+def read_config(folder: RunFolder) -> dict[str, Any]:
+    """Return config.json with what earlier states did not record.
 
-    Raises `ValueError` if they are incomplete.
+    Raises `ValueError` if it is incomplete.
     """
     config = folder.read_config()
     known = ResolvedConfig.__dataclass_fields__
-    run = {k: v for k, v in config.get("settings", {}).items() if k in known}
     try:
-        if not isinstance(config.get("hashes"), dict):
-            raise TypeError("hashes are missing")
-        if "global_batch" not in run:  # earlier states did not record it
-            steps = run["accumulation_steps"] * run["num_processes"]
-            run["global_batch"] = run["batch_size"] * steps
-        return {**vars(ResolvedConfig(**(STAGES[run["stage"]] | run)))}
+        recorded = {k: v for k, v in config["settings"].items() if k in known}
+        run = STAGES[recorded["stage"]] | recorded
+        steps = run["accumulation_steps"] * run["num_processes"]
+        run.setdefault("global_batch", run["batch_size"] * steps)
+        asked = run | {"accumulation_steps": config.get("accumulation_asked")}
+        return {
+            "began_from": None,
+            "asked_batch": {n: asked[n] for n in BATCH if n in config["explicit"]},
+            **config,
+            "hashes": {"initial": None, **config["hashes"]},
+            "settings": {**vars(ResolvedConfig(**run))},
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder.config_file} is incomplete or invalid ({error}); restore the file, "
@@ -183,53 +187,36 @@ def keep_identity(
     config: dict[str, Any],
     cfg: TrainConfig,
     resolved: ResolvedConfig,
-    resumed: bool,
 ) -> None:
-    """Keep the identity of an existing run in its new `config`.
+    """Keep the identity of a resumed run in its new `config`.
 
-    `resumed` is False if it has no checkpoint and starts from initial weights again.
     Raises `RuntimeError` if data, tokenizer or named initial weights have other content.
     """
-    before = folder.read_config()
-    then, now = dict(before["hashes"]), dict(config["hashes"])
-    began = (before["settings"].get("init_from"), before.get("began_from"))
-    if shorten_home(cfg.init_from) not in (None, "auto", "none", *began):
-        now["initial"] = verified.hash_file(find_weights(str(cfg.init_from)).file)
-    elif not resumed:
-        now["initial"] = None
-    data = resolved.data_path
-    files = {"data": data, "validation": resolved.val_path or data}
+    before = read_config(folder)
+    then, now = before["hashes"], config["hashes"]
+    now["initial"] = then["initial"]
+    same = (shorten_home(before["settings"]["init_from"]), "auto", "none")
+    if cfg.init_from and shorten_home(cfg.init_from) not in same:
+        now["initial"] = verified.hash_file(find_weights(cfg.init_from).file)
+    files = {"data": resolved.data_path, "validation": resolved.val_path}
     for key, file in files.items():
         # Earlier states wrote the name of a token cache.
-        if str(then.get(key)).startswith("tokens-") and Path(file).is_file():
+        if file and Path(file).is_file() and then[key].startswith("tokens-"):
             how = (cfg.stage, str(now["tokenizer"]), resolved.on_bad_line)
             if then[key] in names_before_version_3(file, *how):
                 then[key] = now[key]
-    changed = [k for k, v in now.items() if v is not None and then.get(k) != v]
-    if "data" in changed and not resolved.val_path:
-        changed = [key for key in changed if key != "validation"]  # a part of the data
     differences = {
-        name: f"content of {name}: {_short(then.get(key))} in the run, "
-        f"{_short(now[key])} now"
+        name: f"content of {name}: {then[key]!s:.12} in the run, {now[key]!s:.12} now"
         for key, name in _SETTING_OF_HASH.items()
-        if key in changed and name not in cfg.allow_change
+        if then[key] != now[key] and name not in cfg.allow_change
     }
+    if not resolved.val_path:  # a part of the data
+        differences.pop("val_path", None)
     if differences:
         raise _other_run(folder, differences)
+    now["initial"] = then["initial"]
     config["run"] = before.get("run", config["run"])
-    config["asked_batch"] = asked_batch(before)
-    if resumed:
-        config["began_from"] = before.get("began_from")
-        config["hashes"]["initial"] = before["hashes"].get("initial")
-
-
-def asked_batch(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the settings of the batch that were explicit when a run was started."""
-    if "asked_batch" in config:
-        return config["asked_batch"]
-    settings = config.get("settings", {})
-    old = {**settings, "accumulation_steps": config.get("accumulation_asked")}
-    return {name: old[name] for name in config.get("explicit", ()) if name in BATCH}
+    config |= {name: before[name] for name in ("asked_batch", "began_from")}
 
 
 def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,7 +228,7 @@ def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
         asked |= {
             key: value
             for key, value in table.get(name or "", {}).items()
-            if name != run.get(kind) or key in CHANGEABLE_ON_RESUME.difference(BATCH)
+            if name != run[kind] or key in CHANGEABLE_ON_RESUME.difference(BATCH)
         }
     return asked | cfg.explicit()
 
@@ -260,7 +247,8 @@ def _split_batch(
     batch = {name: asked[name] for name in BATCH if name in asked}
     total, processes = run["global_batch"], values["num_processes"]
     now = {name: batch.get(name, values[name]) for name in BATCH[1:]}
-    if batch != asked_then and batch.keys() >= {*BATCH[1:]}:
+    changed = batch.keys() if batch != asked_then else set()
+    if changed >= {*BATCH[1:]}:
         total = now["batch_size"] * now["accumulation_steps"] * processes
     total = batch.get("global_batch", total)
     if total % processes:
@@ -268,11 +256,9 @@ def _split_batch(
             f"global_batch={total} cannot be split among num_processes={processes}; "
             "choose a number of processes that divides it"
         )
-    only_steps = batch.keys() - {"global_batch"} == {"accumulation_steps"}
-    split = resolve_batch(
-        {**now, "num_processes": processes, "global_batch": total},
-        ["accumulation_steps"] if only_steps and batch != asked_then else [],
-    )
+    given = () if "batch_size" in changed else changed & {"accumulation_steps"}
+    found = {"num_processes": processes, "global_batch": total}
+    split = resolve_batch(now | found, given)
     if processes != run["num_processes"]:
         dropout = ", and dropout draws other numbers" if values["dropout"] else ""
         logger.info(
@@ -284,20 +270,13 @@ def _split_batch(
     return split
 
 
-def _short(digest: object) -> str:
-    """Return the first digits of a hash, after the name of its kind."""
-    kind, dash, digits = str(digest).rpartition("-")
-    return f"{kind}{dash}{digits[:12]}"
-
-
 def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeError:
-    shape = set(SHAPE_FIELDS) - set(TRAINING_SHAPE_FIELDS)
     options = [
         'run_name="…"            a new run beside it',
         "resume=False            a new run in its place; the old folder is kept under "
         "another name",
     ]
-    if shape.isdisjoint(differences):
+    if {*SHAPE_FIELDS}.difference(TRAINING_SHAPE_FIELDS).isdisjoint(differences):
         quoted = ", ".join(f'"{name}"' for name in differences)
         options.append(f"allow_change=[{quoted}]  resume with the new values")
     return RuntimeError(
@@ -308,38 +287,30 @@ def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeErro
     )
 
 
-def copy_run(source: RunFolder, folder: RunFolder) -> Checkpoint:
-    """Copy a run, whole or not at all, with its newest and its best checkpoint.
+def copy_run(checkpoint: Checkpoint, folder: RunFolder) -> Checkpoint:
+    """Copy the run of a checkpoint, with this and its best one, whole or not at all.
 
-    Returns the newest. The source is only read, and may be read-only. No link is
-    followed. Raises `NoGoodCheckpoint` if there is none, `ValueError` for a folder that
-    is a link.
+    The source is only read, and may be read-only. Returns the copy of the checkpoint.
+    Raises `ValueError` for a link that leads out of the run.
     """
-    for path in (source.checkpoints, source.tokenizer):
-        if path.is_symlink():
+    source = checkpoint.run
+    best = source.best_checkpoint() or checkpoint
+    steps = {f"checkpoints/{one.folder.name}/*" for one in (checkpoint, best)}
+    found = (file for name in (*_COPIED, *steps) for file in source.root.glob(name))
+    files = [file for file in found if file.is_file()]
+    for file in files:
+        if not file.resolve().is_relative_to(source.root.resolve()):
             raise ValueError(
-                f"{path} is a link, and links in a run that is copied are not followed; "
-                "put the folder itself there"
+                f"{file} is behind a link that leads out of the run; put the file itself "
+                "there"
             )
-    newest, best = source.newest_good_checkpoint(), source.best_checkpoint()
-    if not newest:
-        raise NoGoodCheckpoint(f"{source.root} has no checkpoint to resume from")
-    parts = {source.tokenizer, newest.folder, (best or newest).folder}
-    files = [file for name in _COPIED for file in source.root.glob(name)]
-    files += [f for part in parts if not part.is_symlink() for f in part.glob("*")]
-    files = [file for file in files if file.is_file() and not file.is_symlink()]
-    needed = sum(file.stat().st_size for file in files)
-    with verified.beside(folder.root, needed) as aside:
+    with verified.beside(folder.root, sum(f.stat().st_size for f in files)) as aside:
         for file in files:
             target = aside / file.relative_to(source.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        verified.verify(RunFolder(aside).checkpoint_folder(newest.step))
+        copied = checkpoint.folder.relative_to(source.root)
+        verified.verify(aside / copied)
         aside.rename(folder.root)
     logger.info(f"copied {source.root} to {folder.root}")
-    return Checkpoint(folder.checkpoint_folder(newest.step), newest.facts)
-
-
-def _last_step(folder: RunFolder) -> int:
-    newest = folder.newest_good_checkpoint()
-    return newest.step if newest else 0
+    return Checkpoint(folder.root / copied, checkpoint.facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..storage import verified
 from ..storage.run_folder import RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunPlan:
     """A run that can start; the ranks read it from the run folder.
 
@@ -30,16 +31,20 @@ class RunPlan:
     all processes of a machine share.
     """
 
-    cfg: ResolvedConfig
+    config: dict[str, Any]
     folder: RunFolder
     tokenizer: TokenizerSpec
     corpus: Corpus
-    config: dict[str, Any]
     initial: Path | None = None
     checkpoint: Path | None = None
     total_steps: int = 0
     complete: bool = False
     deadline: float | None = None
+
+    @cached_property
+    def cfg(self) -> ResolvedConfig:
+        """The settings in `config`."""
+        return ResolvedConfig(**self.config["settings"])
 
     @property
     def weights_file(self) -> Path:
@@ -50,7 +55,7 @@ class RunPlan:
     def input_paths(self) -> list[Path]:
         """What the ranks read outside of the run folder."""
         caches = [cache.folder for cache in self.corpus.caches]
-        return [*caches, *([self.initial] if self.initial else [])]
+        return [*caches, *filter(None, [self.initial])]
 
     def write(self) -> None:
         """Write config.json, the tokenizer, and the rest of the plan to plan.json."""
@@ -73,18 +78,16 @@ class RunPlan:
     def read(cls, folder: RunFolder) -> RunPlan:
         """Read the plan that the preparing process wrote."""
         plan, config = json.loads(folder.plan_file.read_bytes()), folder.read_config()
-        cfg = ResolvedConfig(**config["settings"])
         caches = [
             TokenCache(Path(cache["folder"]).expanduser(), cache["facts"])
             for cache in plan["caches"]
         ]
         checkpoint = plan["checkpoint"]
         return cls(
-            cfg=cfg,
+            config=config,
             folder=folder,
             tokenizer=read_tokenizer(folder.tokenizer),
-            corpus=Corpus(caches, cfg),
-            config=config,
+            corpus=Corpus(caches, ResolvedConfig(**config["settings"])),
             initial=plan["initial"] and Path(plan["initial"]).expanduser(),
             checkpoint=checkpoint and folder.checkpoints / checkpoint,
             total_steps=plan["total_steps"],

@@ -235,10 +235,9 @@ def test_only_ranks_that_did_not_meet_are_started_once_more(
 
 
 def test_gpus_that_do_not_meet_are_tried_without_p2p_and_then_without_shm() -> None:
-    assert api._ENVIRONMENTS["cuda"] == [
-        {},
+    assert api._RETRIES["cuda"] == [
         {"NCCL_P2P_DISABLE": "1"},
-        {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+        {"NCCL_SHM_DISABLE": "1"},
     ]
 
 

@@ -328,7 +328,7 @@ def test_several_weights_files_are_listed(
     for name in ("pretrain_32.pth", "pretrain_64_moe.pth"):
         shutil.copy(weights_file, out_dir / name)
     text = refusal(ValueError, sft)
-    assert f'init_from="{out_dir}/pretrain_32.pth"  (weights file)' in text
+    assert f'init_from="{out_dir}/pretrain_32.pth"' in text
     assert "pretrain_64_moe.pth" in text
 
 
@@ -389,8 +389,10 @@ def test_weights_that_are_not_finite_name_the_tensor(
     file = tmp_path / "bad.pth"
     torch.save(state, file)
     named = {"init_from": str(file), "num_attention_heads": 4}
-    text = refusal(ValueError, {**sft, **named})
-    assert text == f"{file} holds values that are not finite, in model.norm.weight"
+    with pytest.raises(ValueError) as caught:
+        train_here({**sft, **named})
+    told = f"{file} holds values that are not finite, in model.norm.weight"
+    assert str(caught.value) == told
 
 
 def test_a_damaged_weights_file_is_refused(
@@ -507,6 +509,16 @@ def test_a_new_run_may_begin_from_the_one_it_replaces(
     assert (out_dir / "pretrain_32.old1").is_dir()
 
 
+def test_a_new_run_may_begin_from_the_weights_file_it_replaces(
+    pretrained: tuple[Path, Settings], tmp_path: Path, weights_file: Path
+) -> None:
+    file = tmp_path / "pretrain_32.pth"
+    shutil.copy(weights_file, file)
+    settings = {**pretrained[1], "out_dir": str(tmp_path), "init_from": str(file)}
+    assert train_here(settings)[0] == "finished"
+    assert (tmp_path / "pretrain_32.pth.old1").read_bytes() == weights_file.read_bytes()
+
+
 def test_the_record_of_what_a_run_began_from_stays(
     sft: Settings, out_dir: Path
 ) -> None:
@@ -608,14 +620,13 @@ def test_of_several_runs_of_a_stage_one_must_be_named(
         settle(TrainConfig(**sft))
 
 
-def test_a_run_that_saved_nothing_may_start_from_other_weights(
-    sft: Settings, out_dir: Path, weights_file: Path
+def test_a_run_that_saved_nothing_starts_over_with_other_settings(
+    sft: Settings, weights_file: Path
 ) -> None:
     begin(sft)
     shape = {"num_attention_heads": 4, "rope_theta": 1e5}
-    other = {**sft, **shape, "init_from": str(weights_file)}
-    with pytest.raises(RuntimeError, match="content of init_from"):
-        begin(other)
-    plan, _ = begin({**other, "allow_change": ("init_from",)})
+    other = {"init_from": str(weights_file), "learning_rate": 1e-2, "batch_size": 2}
+    plan, _ = begin({**sft, **shape, **other})
     assert plan.initial == weights_file
     assert plan.config["began_from"] == str(weights_file)
+    assert (plan.cfg.learning_rate, plan.cfg.batch_size) == (1e-2, 2)

@@ -122,7 +122,9 @@ def test_the_loss_is_the_mean_over_all_answers_tokens(sft_settings: Settings) ->
     mean = sum(loss for loss, _, _ in seen) / sum(count for _, count, _ in seen)
     ((loss, tokens),) = metric_rows(folder, "train", "loss", "tokens")
     assert loss == pytest.approx(mean, rel=1e-6)
-    assert tokens == sum(there for _, _, there in seen), "text, whether in the loss or not"
+    assert tokens == sum(there for _, _, there in seen), (
+        "text, whether in the loss or not"
+    )
 
 
 def sum_by_hand(model: MiniMindForCausalLM, ids: np.ndarray, loss_mask: np.ndarray):
