@@ -28,9 +28,8 @@ class Chat:
     `say` adds a turn; `history` holds the messages ({"role", "content"}) of the
     answered turns after the system turn, if any; `clear` starts over; `converse` reads
     from the terminal; `panel` is a widget. `settings` are those of `generate`, with at
-    most 256 new tokens by default; with a `seed` the n-th answer is drawn from
-    `seed` + n, so the first equals that of `generate`. An interrupt ends the answer,
-    not the chat, and keeps the text so far.
+    most 256 new tokens by default. An interrupt ends the answer, not the chat, and keeps
+    the text so far.
 
     When the history outgrows the model's positions, the prompt leaves out the oldest
     turns (but not the system turn), with one message; `history` keeps them.
@@ -65,12 +64,10 @@ class Chat:
         if left_out and not self._shortened:
             self._shortened = True
             print("[The chat outgrew the model: its oldest turns are left out.]")
-        settings = {**self._settings}
-        if settings.get("seed") is not None:
-            settings["seed"] += len(self.history) // 2
         answer = ""
+        pieces = stream_ids(self._model, self._tokenizer, ids, **self._settings)
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
+            for piece in pieces:
                 answer += piece
                 print(piece, end="", flush=True)
         print()

@@ -21,7 +21,7 @@ from .progress import (
     outcome,
     position_text,
 )
-from .tables import Table, shorten
+from .tables import Table
 
 if TYPE_CHECKING:
     from .charts import Chart
@@ -30,7 +30,6 @@ COLUMNS = [
     *("name", "stage", "status", "step", "loss", "validation loss"),
     *("size", "last change"),
 ]
-PROMPT_WIDTH = 40  # columns of a prompt that heads a column
 
 
 class Run:
@@ -91,17 +90,15 @@ class Run:
             title = f"{self.folder.name} has no sampled answers; every validation makes"
             return Table(f"{title} some unless sample_tokens=0", [], [])
         prompts = dict.fromkeys(row["prompt"] for row in samples)
-        answers: dict[int, dict[str, str]] = {row["step"]: {} for row in samples}
-        for row in samples:
-            answers[row["step"]][row["prompt"]] = row["answer"]
-        steps = sorted(answers)
+        answers = {(row["step"], row["prompt"]): row["answer"] for row in samples}
+        steps = sorted({row["step"] for row in samples})
         gaps = max(1, min(most, len(steps)) - 1)
         shown = [steps[round(n * (len(steps) - 1) / gaps)] for n in range(gaps + 1)]
         return Table(
             f"How the answers of {self.folder.name} change",
-            ["step", *(shorten(prompt, PROMPT_WIDTH) for prompt in prompts)],
+            ["step", *prompts],
             [
-                [f"{step:,}", *(answers[step].get(prompt, "") for prompt in prompts)]
+                [f"{step:,}", *(answers.get((step, prompt), "") for prompt in prompts)]
                 for step in dict.fromkeys(shown)
             ],
         )
