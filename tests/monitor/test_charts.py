@@ -164,11 +164,6 @@ def test_odd_histories_draw_without_a_warning(make_history, losses):
     plot_history(history, y="perplexity", log_x=True, log_y=True).png(30)
 
 
-def test_a_history_without_rows_says_so(make_history):
-    texts = plot_history(make_history()).axes[0].texts
-    assert texts[0].get_text() == "no rows yet"
-
-
 def test_log_axes_leave_out_step_zero(make_history):
     history = make_history([4.0, 3.0], [(0, 5.0), (2, 3.0)])
     axes = plot_history(history, log_x=True, log_y=True).axes[0]

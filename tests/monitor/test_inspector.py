@@ -47,8 +47,3 @@ def test_what_can_be_looked_at_is_what_the_run_has(inspector, preferences, mixtu
     assert inspector.controls["y"].options == ("loss", "perplexity")
     assert options(preferences) == ("loss", "reward_margin", "accuracy", "kl")
     assert options(mixture) == ("loss", "perplexity", "expert_load")
-
-
-def test_the_curve_of_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl; expected"):
-        inspect(tmp_path)
