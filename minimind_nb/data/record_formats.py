@@ -6,6 +6,7 @@ cache's key.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from .conversations import (
 )
 from .fast_encoding import BulkEncoder
 from .jsonl import Chunk, Fault, Row, Tally, check_text_row, read_rows
+from .tokenizer import TokenizerSpec
 
 VERSION = 3
 
@@ -62,14 +64,17 @@ def token_type(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+_encoder = functools.lru_cache(maxsize=1)(BulkEncoder)
+
+
 def encode_chunk(
-    record_format: str, encoder: BulkEncoder, chunk: Chunk
+    record_format: str, tokenizer: TokenizerSpec, chunk: Chunk
 ) -> tuple[Arrays, Tally]:
     """Return the arrays of a chunk, by the name of their file, and its rows counted.
 
     `token_cache.TokenCache` says what they hold; `offsets` are the documents' ends.
     """
-    vocab_size = encoder.spec.vocab_size
+    encoder, vocab_size = _encoder(tokenizer), tokenizer.vocab_size
     rows, tally = read_rows(chunk, CHECKS[record_format])
     if record_format == "pretrain":
         documents = _encode_texts(rows, encoder)

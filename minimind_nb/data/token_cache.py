@@ -26,16 +26,15 @@ import numpy.typing as npt
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
 from .conversations import IN_LOSS
-from .fast_encoding import BulkEncoder
-from .jsonl import Chunk, DataError, Tally, iter_chunks
+from .jsonl import DataError, Tally, iter_chunks
 from .record_formats import VERSION, Arrays, encode_chunk, per_row, token_type
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
 _CACHE_SHARE = 0.9  # of the bytes of a JSONL file; 0.68 of texts, 0.89 of chats
 _GZIP_RATIO = 3
-# Below this a pool of helpers costs more than it saves: two start in 0.9 s of processor
-# time, and one process alone tokenises 16 MB in 2.1 s.
+# Below this helpers cost more than they save: two start in 0.9 s of processor time, and
+# one process alone tokenises 16 MB in 2.1 s.
 _ALONE_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
 _REJECTED = "rejected.jsonl"
@@ -169,12 +168,6 @@ def open_cache(source: Source, root: Path, processes: int = 1) -> TokenCache:
         return TokenCache(folder, verified.verify(folder))
 
 
-def estimate_bytes(file: Path) -> int:
-    """Return about how much room the token cache of a JSONL file takes."""
-    unpacked = _GZIP_RATIO if file.suffix == ".gz" else 1
-    return int(file.stat().st_size * unpacked * _CACHE_SHARE)
-
-
 def _hash(*parts: object) -> str:
     return hashlib.sha256(verified.canonical_json(parts).encode()).hexdigest()
 
@@ -184,14 +177,15 @@ def _build(
 ) -> None:
     """Write the cache; `before` is the state of the file when `content` was taken."""
     path = Path(source.path)
-    if before.st_size < _ALONE_BYTES and path.suffix != ".gz":
+    unpacked = before.st_size * (_GZIP_RATIO if path.suffix == ".gz" else 1)
+    if unpacked < _ALONE_BYTES:
         processes = 1
     policy = (path, source.on_bad_line, source.max_bad_fraction)
     tally = Tally()
     facts: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0}
     next_log = time.monotonic() + _LOG_SECONDS
     with (
-        verified.writing(folder, facts, estimate_bytes(path)) as aside,
+        verified.writing(folder, facts, int(unpacked * _CACHE_SHARE)) as aside,
         contextlib.closing(_encode(source, processes)) as parts,
     ):
         (aside / "offsets").write_bytes(bytes(8))  # the first document begins at 0
@@ -235,7 +229,7 @@ def _encode(
 ) -> Generator[tuple[Arrays, Tally], None, None]:
     """Encode a file in this process or in helpers; the chunks come in order."""
     chunks = iter_chunks(source.path, CHUNK_BYTES)
-    encode = functools.partial(_encode_chunk, source)
+    encode = functools.partial(encode_chunk, source.record_format, source.tokenizer)
     if processes == 1:
         yield from map(encode, chunks)
         return
@@ -259,10 +253,3 @@ def _encode(
                 "a helper process that tokenises was killed, perhaps because the machine "
                 "ran out of memory: close other programs, and start again"
             ) from error
-
-
-def _encode_chunk(source: Source, chunk: Chunk) -> tuple[Arrays, Tally]:
-    return encode_chunk(source.record_format, _encoder(source.tokenizer), chunk)
-
-
-_encoder = functools.lru_cache(maxsize=1)(BulkEncoder)

@@ -8,7 +8,6 @@ import pytest
 
 from minimind_nb.config import STAGES
 from minimind_nb.data.conversations import IN_LOSS
-from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.jsonl import Chunk
 from minimind_nb.data.record_formats import CHECKS, encode_chunk
 
@@ -19,7 +18,7 @@ PAD, BEGIN, END = 0, 1, 2
 def encode(name, rows, spec):
     """The arrays of some rows, their documents' ids and marks, and the rows counted."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    arrays, tally = encode_chunk(name, BulkEncoder(spec), Chunk(1, data))
+    arrays, tally = encode_chunk(name, spec, Chunk(1, data))
     ends = arrays["offsets"]
     ids = [each.tolist() for each in np.split(arrays["tokens"], ends)[:-1]]
     marks = np.split(arrays["marks"], ends)[:-1] if "marks" in arrays else []
