@@ -25,10 +25,7 @@ from .tokenizer import TokenizerSpec
 Message = dict[str, str]
 
 ESCAPE = "\ufdd0"
-"""Begins, in a message, what stands for a special string or for this character.
-
-It is a Unicode noncharacter: for internal use, in no text.
-"""
+"""Begins what stands in a message for a special string; a noncharacter, in no text."""
 
 _FIRST_STAND_IN = 0xF0000  # private use, plane 15
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -121,9 +118,8 @@ class ChatTemplate:
                 for n in answering
             ]
         if len(answers) != len(answering) or not all(0 < a < b for a, b in answers):
-            raise _refusal(
-                f"it shows {len(answers)} of {len(answering)}, or empty ones"
-            )
+            found = f"it shows {len(answers)} of {len(answering)}, or empty ones"
+            raise _refusal(found)
         in_loss = {
             start: end
             for (start, end), number in zip(answers, answering, strict=True)

@@ -20,6 +20,7 @@ from .tokenizer import TokenizerSpec
 IN_LOSS, TURN, USER = 1, 2, 4
 """Bits of a token's mark: it is in the loss; a turn begins here; it is the user's."""
 
+_ROLES = ("system", "user", "assistant", "tool")
 _FOLLOWERS = {
     None: ("system", "user"),
     "system": ("user",),
@@ -27,7 +28,6 @@ _FOLLOWERS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_conversation(
