@@ -96,20 +96,14 @@ def test_a_configuration_that_is_not_there_or_no_json_is_named(run):
         run.read_config()
 
 
-def test_a_run_that_never_began_is_new(run):
+def test_the_status_is_rank_0s_own_word(run):
     assert run.status() == "new"
     run.write_config({})
     run.record_file(0).write_text('{"sta', encoding="utf-8")
     assert run.status() == "new"
-
-
-@pytest.mark.parametrize(
-    "status", ["finished", "time_budget", "interrupted", "terminated", "failed"]
-)
-def test_the_status_is_rank_0s_own_word(status, run):
-    run.write_config({})
-    run.record_file(0).write_text(json.dumps({"status": status}), encoding="utf-8")
-    assert run.status() == status
+    for status in ("finished", "time_budget", "interrupted", "terminated", "failed"):
+        run.record_file(0).write_text(json.dumps({"status": status}), encoding="utf-8")
+        assert run.status() == status
 
 
 def test_a_run_without_a_last_word_runs_while_its_lock_is_held(run):
@@ -159,10 +153,6 @@ def test_the_lock_is_free_after_an_error(run):
     assert not run.is_locked()
 
 
-def test_a_folder_without_a_lock_file_is_not_locked(run):
-    assert not run.is_locked()
-
-
 def test_checkpoints_are_listed_newest_first_and_nothing_else(run):
     assert run.checkpoint_folders() == []
     for step in (4, 12, 8):
@@ -186,23 +176,20 @@ def test_the_newest_good_checkpoint_carries_its_facts(run):
     assert found.facts == {"step": 8, "val_loss": 1.5}
 
 
+@pytest.mark.fault("F20")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, caplog):
     save(run, 4)
     spoil(save(run, 8))
+    leftover = run.checkpoints / ".step_00000020.1.tmp"
+    leftover.mkdir()
     found = run.newest_good_checkpoint()
     assert found is not None and found.step == 4
     said = caplog.text
     assert f"Checkpoint {run.checkpoint_folder(8)} is not used: " in said
     assert "model.safetensors has the wrong sha256" in said
-    assert steps(run) == [8, 4], "a reader changes nothing"
-
-
-def test_repairing_sets_a_damaged_checkpoint_aside(run):
-    save(run, 4)
-    spoil(save(run, 8))
-    found = run.newest_good_checkpoint(repair=True)
-    assert found is not None and found.step == 4
-    assert steps(run) == [4]
+    assert steps(run) == [8, 4] and leftover.exists(), "a reader changes nothing"
+    assert run.newest_good_checkpoint(repair=True) == found
+    assert steps(run) == [4] and not leftover.exists()
     aside = run.checkpoints / "step_00000008.corrupt"
     assert (aside / "model.safetensors").read_bytes() == b"spoiled.."
     assert "sha256" in aside.with_name(f"{aside.name}.txt").read_text(encoding="utf-8")
@@ -238,27 +225,23 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(run):
 
 
 def test_without_losses_the_newest_checkpoint_is_the_best(run):
-    save(run, 4)
-    save(run, 8)
+    folders = save(run, 4), save(run, 8)
     best = run.best_checkpoint()
     assert best is not None and best.step == 8
-    spoil(run.checkpoint_folder(4))
-    spoil(run.checkpoint_folder(8))
+    for folder in folders:
+        spoil(folder)
     assert run.best_checkpoint() is None
 
 
-def test_pruning_keeps_the_newest_and_the_best(run):
-    for step, loss in ((4, 2.0), (8, 1.0), (12, 3.0), (16, 2.5), (20, 2.6)):
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [([2.0, 1.0, 3.0, 2.5, 2.6], [5, 4, 2]), ([None, None, None], [3, 2])],
+)
+def test_pruning_keeps_the_newest_and_the_best(losses, kept, run):
+    for step, loss in enumerate(losses, 1):
         save(run, step, loss)
     run.prune_checkpoints(2)
-    assert steps(run) == [20, 16, 8]
-
-
-def test_pruning_without_losses_keeps_the_newest_only(run):
-    for step in (4, 8, 12):
-        save(run, step)
-    run.prune_checkpoints(2)
-    assert steps(run) == [12, 8]
+    assert steps(run) == kept
 
 
 @pytest.mark.parametrize("loss", [math.nan, "nan", "none", None, [1.0]])
@@ -298,13 +281,3 @@ def test_moving_aside_keeps_every_earlier_run(run):
     assert not run.root.exists()
     kept = [RunFolder(run.root.with_name(name)).read_config() for name in names]
     assert kept == [{"number": 0}, {"number": 1}, {"number": 2}]
-
-
-@pytest.mark.fault("F20")
-def test_what_a_killed_save_left_is_removed_by_the_holder_of_the_lock(run):
-    leftover = run.checkpoints / ".step_00000020.1.tmp"
-    leftover.mkdir(parents=True)
-    run.newest_good_checkpoint()
-    assert leftover.exists()
-    run.newest_good_checkpoint(repair=True)
-    assert not leftover.exists()

@@ -72,13 +72,6 @@ def test_a_written_folder_is_whole_and_gives_back_its_facts(folder):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_facts_are_taken_as_they_are_when_the_block_ends(tmp_path):
-    facts = {"documents": 0}
-    with writing(tmp_path / "deep" / "cache", facts):
-        facts["documents"] = 7
-    assert verify(tmp_path / "deep" / "cache") == {"documents": 7}
-
-
 def test_the_manifest_is_canonical_json_sealed_by_its_own_sha256(folder):
     text = (folder / MANIFEST).read_text(encoding="utf-8")
     manifest = json.loads(text)
@@ -101,12 +94,13 @@ def test_canonical_json_has_one_spelling_for_one_value():
     assert canonical_json({"b": [1, 2.5], "a": "中"}) == '{"a":"中","b":[1,2.5]}'
 
 
-def test_the_folder_appears_only_when_the_block_has_ended(tmp_path):
-    final = tmp_path / "cache"
-    with writing(final, {}) as aside:
+def test_the_folder_appears_with_its_facts_when_the_block_has_ended(tmp_path):
+    final, facts = tmp_path / "deep" / "cache", {"documents": 0}
+    with writing(final, facts) as aside:
         assert aside.name.startswith(".")
         assert not final.exists()
-    assert final.is_dir()
+        facts["documents"] = 7
+    assert verify(final) == {"documents": 7}
 
 
 @pytest.mark.fault("F21")
@@ -204,11 +198,12 @@ def test_every_one_of_200_flipped_bits_is_found(folder):
     ("edit", "text"),
     [
         (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff"), "manifest.json cannot be read"),
         (lambda f: (f / "state.json").unlink(), "state.json is missing"),
         (lambda f: (f / "weights.bin").rename(f / "w"), "weights.bin is missing"),
         (lambda f: f.rename(f.with_name("elsewhere")), "manifest.json is missing"),
     ],
-    ids=["no manifest", "file gone", "file renamed", "no folder"],
+    ids=["no manifest", "no text", "file gone", "file renamed", "no folder"],
 )
 def test_a_folder_with_other_files_is_found(edit, text, folder):
     edit(folder)
@@ -269,11 +264,6 @@ def test_what_is_no_plain_file_is_not_read(name, what, folder):
     else:
         (folder / name).mkdir()
     assert damage(folder) == f"{name} is missing, or a link, or no file"
-
-
-def test_a_manifest_that_is_no_text_is_found(folder):
-    (folder / MANIFEST).write_bytes(b"\xff\xfe")
-    assert "manifest.json cannot be read" in damage(folder)
 
 
 @pytest.mark.fault("F24")
