@@ -78,14 +78,13 @@ def generate(
     that does not fit the model or has no chat template, and a prompt that leaves no room
     for `max_new_tokens`.
     """
-    new_tokens = Sampling(**settings).max_new_tokens
     one = isinstance(prompts, str | Mapping)
     batch: list[Any] = [prompts] if one else list(prompts)
     if not one and batch and isinstance(batch[0], Mapping):
         one, batch = True, [batch]
     if not batch:
         return []
-    rows = _encode(model, tokenizer, batch, new_tokens)
+    rows = _encode(model, tokenizer, batch, Sampling(**settings))
     eos_id: Any = tokenizer.eos_token_id
     new = continue_ids(model, rows, eos_id=eos_id, **settings)
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
@@ -103,8 +102,7 @@ def stream(
     Prompt, `settings`, errors and the text as a whole are those of `generate`. No piece
     ends within a character.
     """
-    most = Sampling(**settings).max_new_tokens
-    (row,) = _encode(model, tokenizer, [prompt], most)
+    (row,) = _encode(model, tokenizer, [prompt], Sampling(**settings))
     return stream_ids(model, tokenizer, row, **settings)
 
 
@@ -146,7 +144,7 @@ def _encode(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[Prompt],
-    max_new_tokens: int,
+    sampling: Sampling,
 ) -> list[list[int]]:
     check_tokenizer(model, tokenizer)
     encoder = None
@@ -167,10 +165,10 @@ def _encode(
         encoder = encoder or ChatEncoder(read_tokenizer(tokenizer))
         rows.append(encoder.prompt(prompt).tolist())
     longest, room = max(map(len, rows)), model.config.max_position_embeddings
-    if longest + max_new_tokens > room:
+    if longest + sampling.max_new_tokens > room:
         raise ValueError(
             f"the longest prompt has {longest} tokens and max_new_tokens is "
-            f"{max_new_tokens}; the model has {room} positions: shorten the prompt or "
+            f"{sampling.max_new_tokens}; the model has {room} positions: shorten the prompt or "
             f"use max_new_tokens={max(1, room - longest)}"
         )
     return rows
