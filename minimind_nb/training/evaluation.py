@@ -48,18 +48,13 @@ class Evaluator:
         self.group = group
         self.device = device
         self.record = record
+        dtype, reduced = getattr(torch, plan.cfg.dtype), plan.cfg.dtype != "float32"
+        self.autocast = torch.autocast(device.type, dtype, enabled=reduced)
         self.model = new_model(plan) if plan.checkpoint else initial_model(plan)
         nn.Module.to(self.model, device)
         if plan.cfg.stage == "dpo":
             self.reference = initial_model(plan).eval().requires_grad_(False)
             nn.Module.to(self.reference, device)
-
-    @property
-    def autocast(self) -> torch.autocast:
-        """The precision of the run's matrix products."""
-        dtype = getattr(torch, self.cfg.dtype)
-        enabled = self.cfg.dtype != "float32"
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
 
     def complete(self, batch: MicroBatch, known: Tensor | None = None) -> MicroBatch:
         """Return a batch on the device, with the reference model's sums if it needs them.

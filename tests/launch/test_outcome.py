@@ -42,22 +42,6 @@ def test_the_error_survives_a_process_pool() -> None:
     assert (str(failed), failed.rank, failed.phase) == ("it broke", 1, "training")
 
 
-@pytest.mark.fault("F02")
-def test_a_process_that_dies_slowly_is_the_root_of_a_closed_connection(
-    tmp_path: Path,
-) -> None:
-    """Killed, it closes its connections long before it is seen dead."""
-    write(tmp_path, 0, step=8)
-    lost = 'File "minimind_nb/launch/process_group.py", line 48, in sum\nRuntimeError'
-    failed = write(tmp_path, 1, step=8, status="failed", error="x", traceback=lost)
-    late = [Exit(-9, failed.time + 1.0), Exit(1, failed.time + 1.0)]
-    with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 8"):
-        collect_outcome(RunFolder(tmp_path), late)
-    write(tmp_path, 0, step=8, status="failed", error="mine", traceback="ValueError")
-    with pytest.raises(TrainingFailed, match="rank 0 failed at step 8 of 12: mine"):
-        collect_outcome(RunFolder(tmp_path), late)
-
-
 def test_exit_code_0_without_a_word_is_a_failure(tmp_path: Path) -> None:
     write(tmp_path, 0, step=12, status="finished")
     write(tmp_path, 1, step=5)
@@ -101,24 +85,38 @@ def test_of_two_errors_the_earlier_is_the_root_and_both_are_shown(
     assert "rank 0 failed too: ValueError: error of rank 0" in text
 
 
-def test_a_silent_death_goes_before_the_broken_connection_it_causes(
-    tmp_path: Path,
+KILLED = "rank 0 was killed by SIGKILL at step 8"
+LOST = 'File "minimind_nb/launch/process_group.py", line 48, in sum'
+
+
+@pytest.mark.fault("F02")
+@pytest.mark.parametrize(
+    ("exit_0", "seconds_after", "where", "text"),
+    [
+        pytest.param(Exit(-9, 0), -0.1, "", KILLED, id="it died first"),
+        pytest.param(Exit(-9, 0), 1.0, LOST, KILLED, id="its death was seen late"),
+        pytest.param(
+            Exit(-9, 0, "another rank failed"), -9.0, "", "rank 1 failed", id="ended"
+        ),
+    ],
+)
+def test_of_a_silent_death_and_an_error_the_cause_is_told_from_the_consequence(
+    tmp_path: Path, exit_0: Exit, seconds_after: float, where: str, text: str
 ) -> None:
-    write(tmp_path, 0, step=5)
-    survivor = write(tmp_path, 1, step=5)
-    survivor.fail(RuntimeError("Connection closed by peer"))
-    exits = ended(-signal.SIGKILL, 1, time=survivor.time - 0.1)
-    with pytest.raises(TrainingFailed, match="rank 0 was killed by SIGKILL at step 5"):
+    """Killed, a process closes its connections long before it is seen dead."""
+    write(tmp_path, 0, step=8)
+    failed = write(tmp_path, 1, step=8, status="failed", error="x", traceback=where)
+    exits = [exit_0._replace(time=failed.time + seconds_after), Exit(1, failed.time)]
+    with pytest.raises(TrainingFailed, match=text):
         collect_outcome(RunFolder(tmp_path), exits)
 
 
-def test_a_rank_that_the_parent_ended_is_not_the_root(tmp_path: Path) -> None:
-    write(tmp_path, 0, step=5)
-    late = write(tmp_path, 1, step=5)
-    late.fail(ValueError("late"))
-    exits = [Exit(-9, late.time - 9, "another rank failed"), Exit(1, late.time)]
-    with pytest.raises(TrainingFailed, match="rank 1 failed at step 5"):
-        collect_outcome(RunFolder(tmp_path), exits)
+@pytest.mark.fault("F02")
+def test_an_error_goes_before_the_closed_connection_it_causes(tmp_path: Path) -> None:
+    write(tmp_path, 1, step=8, status="failed", error="x", traceback=LOST)
+    write(tmp_path, 0, step=8, status="failed", error="mine", traceback="ValueError")
+    with pytest.raises(TrainingFailed, match="rank 0 failed at step 8 of 12: mine"):
+        collect_outcome(RunFolder(tmp_path), ended(1, 1))
 
 
 @pytest.mark.parametrize(

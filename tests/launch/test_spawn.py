@@ -159,24 +159,6 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("F105")
-def test_an_interrupt_of_the_parent_reaches_the_ranks(tmp_path: Path) -> None:
-    sent: list[int] = []
-
-    def interrupt() -> None:
-        record = RankRecord.read(tmp_path / "rank0.json")
-        if record and record.step >= 2 and not sent:
-            sent.append(record.step)
-            os.kill(os.getpid(), signal.SIGINT)
-        elif sent:
-            until.touch()
-
-    until = tmp_path / "until"
-    job = make_job(tmp_path, 1, until=str(until))
-    assert run_processes(job, interrupt) == "interrupted"
-    assert sent
-
-
-@pytest.mark.fault("F105")
 def test_a_signal_that_comes_before_anybody_listens_is_heard_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,16 +181,23 @@ def test_a_signal_that_comes_before_anybody_listens_is_heard_later(
     assert found and (found.status, found.step) == ("terminated", 1)
 
 
-@pytest.mark.fault("F116")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_comes_twice_is_one_wish(
-    number: signal.Signals, tmp_path: Path
+@pytest.mark.fault("F105", "F116")
+@pytest.mark.parametrize(
+    ("number", "times", "status"),
+    [
+        (signal.SIGINT, 1, "interrupted"),
+        (signal.SIGTERM, 2, "terminated"),
+        (signal.SIGHUP, 2, "terminated"),
+    ],
+)
+def test_a_signal_of_the_parent_stops_the_ranks_once(
+    number: signal.Signals, times: int, status: str, tmp_path: Path
 ) -> None:
     sent: list[int] = []
 
     def send() -> None:
         record = RankRecord.read(tmp_path / "rank0.json")
-        if record and record.step >= 2 and len(sent) < 2:
+        if record and record.step >= 2 and len(sent) < times:
             sent.append(record.step)
             os.kill(os.getpid(), number)
         elif sent:
@@ -217,8 +206,8 @@ def test_a_signal_that_comes_twice_is_one_wish(
     until = tmp_path / "until"
     before = signal.getsignal(number)
     job = make_job(tmp_path, 1, until=str(until))
-    assert run_processes(job, send) == "terminated"
-    assert len(sent) == 2
+    assert run_processes(job, send) == status
+    assert len(sent) == times
     assert signal.getsignal(number) == before
 
 
