@@ -8,14 +8,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from .charts import (
-    X_AXES,
-    Chart,
-    check_choices,
-    choose_smoothing,
-    plot_history,
-    y_choices,
-)
+from . import charts
 from .metrics import History
 from .progress import outcome
 
@@ -25,22 +18,22 @@ class Inspector:
 
     Every change draws the picture again in the kernel, with the rows that a running
     training has added. A saved notebook also holds the picture as it was when the cell
-    showed it.
-
-    Attributes: `history`; `controls`, the widgets by name (`smoothing`, `log_x`,
-    `log_y`, `x`, `y`); `image`, whose `value` is the PNG; `panel`, which holds all.
+    showed it. `controls` are the widgets by name (`smoothing`, `log_x`, `log_y`, `x`,
+    `y`), `image` is the PNG, and `panel` holds all.
     """
 
     def __init__(self, history: History, y: str, x: str) -> None:
         self.history = history
-        choices = y_choices(history)
-        check_choices(x, y, choices, None)
+        choices = charts.y_choices(history)
+        charts.check_choices(x, y, choices, None)
         narrow = {"button_width": "auto"}
         self.controls: dict[str, Any] = {
-            "x": widgets.ToggleButtons(options=list(X_AXES), value=x, style=narrow),
+            "x": widgets.ToggleButtons(
+                options=list(charts.X_AXES), value=x, style=narrow
+            ),
             "y": widgets.ToggleButtons(options=choices, value=y, style=narrow),
             "smoothing": widgets.FloatSlider(
-                value=choose_smoothing(history),
+                value=charts.choose_smoothing(history),
                 max=0.99,
                 step=0.01,
                 description="smoothing",
@@ -61,10 +54,10 @@ class Inspector:
         self.history.refresh()
         self.image.value = self.figure().png()
 
-    def figure(self) -> Chart:
+    def figure(self) -> charts.Chart:
         """Return the chart with the current choices, to save or to change."""
         choices = {name: control.value for name, control in self.controls.items()}
-        return plot_history(self.history, **choices)
+        return charts.plot_history(self.history, **choices)
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
         """Return the widgets, and a PNG and a line of text for other viewers."""

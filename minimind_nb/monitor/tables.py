@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 WIDEST = 60  # columns of a terminal that a cell of a table may take
@@ -48,7 +48,7 @@ class Facts(dict[str, Any]):
         return _align(self.title, self._rows())
 
     def _repr_html_(self) -> str:
-        return _page(self.title, self._rows())
+        return _page(self.title, self._rows(), ())
 
 
 def shorten(text: str, width: int = WIDEST) -> str:
@@ -77,14 +77,10 @@ def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _page(
-    title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ()
-) -> str:
+def _page(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     """Return the rows as HTML."""
-    lines = "".join(_line("td", row) for row in rows)
-    return f"<b>{html.escape(title)}</b><table>{_line('th', columns)}{lines}</table>"
-
-
-def _line(tag: str, cells: Sequence[str]) -> str:
-    shown = (f"<{tag} style='{STYLE}'>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{''.join(shown)}</tr>" if cells else ""
+    page = f"<b>{html.escape(title)}</b><table>"
+    for tag, row in [("th", columns), *(("td", row) for row in rows)]:
+        cells = (f"<{tag} style='{STYLE}'>{html.escape(text)}</{tag}>" for text in row)
+        page += f"<tr>{''.join(cells)}</tr>"
+    return f"{page}</table>"

@@ -33,7 +33,7 @@ def test_what_a_page_shows_is_escaped():
 def test_a_table_without_rows_is_its_title():
     table = Table("Runs in out: none", ["name"], [])
     assert repr(table) == "Runs in out: none"
-    assert table._repr_html_() == "<b>Runs in out: none</b><table></table>"
+    assert table._repr_html_() == "<b>Runs in out: none</b><table><tr></tr></table>"
 
 
 def test_facts_are_a_dictionary_that_shows_itself():
