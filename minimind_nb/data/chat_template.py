@@ -52,6 +52,7 @@ class ChatTemplate:
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
+        from jinja2 import Environment, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not spec.chat_template:
@@ -59,11 +60,14 @@ class ChatTemplate:
                 "the tokenizer has no chat template: put one beside its tokenizer.json "
                 "as chat_template.jinja, or set tokenizer.chat_template"
             )
-        if "**" in spec.chat_template:  # can take all memory in one call into C
-            raise ValueError(
-                "the tokenizer's chat template computes a power, which no conversation "
-                "needs: give the tokenizer another template"
-            )
+        with contextlib.suppress(TemplateSyntaxError):  # which rendering reports
+            tokens = Environment().lex(spec.chat_template)
+            # A power can take all memory in one call into C.
+            if any(token[1:] == ("operator", "**") for token in tokens):
+                raise ValueError(
+                    "the tokenizer's chat template computes a power, which no "
+                    "conversation needs: give the tokenizer another template"
+                )
         self._marks_answers = bool(_MARK.search(spec.chat_template))
         self._render_template: Any = functools.partial(
             render_jinja_template,

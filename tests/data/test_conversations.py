@@ -346,6 +346,12 @@ def test_a_template_that_does_not_serve_is_named(template, reason):
     assert re.search(reason, fault.reason)
 
 
+def test_a_template_may_write_two_stars_and_compute_no_power():
+    encoder_of("**Tools** {{ '**' }}" + UNMARKED)
+    with pytest.raises(ValueError, match="computes a power"):
+        encoder_of(UNMARKED + "{{ 9 ** 9 }}")
+
+
 @pytest.mark.fault("F64")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(chat_template, "_SECONDS", 0.05)
