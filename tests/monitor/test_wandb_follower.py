@@ -1,6 +1,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import multiprocessing
 import os
 import socket
@@ -272,12 +273,7 @@ def test_a_training_leaves_an_offline_run_and_asks_no_network(server, tmp_path, 
     }
     run = mm.train(TrainConfig(**settings))
     shown = capsys.readouterr().err
-    assert (
-        shown.count(
-            "wandb is offline (No API key configured. Use `wandb login` to log in.); later: wandb sync "
-        )
-        == 1
-    )
+    assert len(re.findall(r"wandb is offline \(.*\); later: wandb sync ", shown)) == 1
     history, rows = run.history, logged(run.folder)
     sent = [(int(row["_step"]), float(row["train/loss"])) for row in rows[1:]]
     assert sent == [(row["step"], row["loss"]) for row in history.select("train")]
