@@ -1,9 +1,9 @@
 import importlib
 import importlib.util
 import json
-import re
 import multiprocessing
 import os
+import re
 import socket
 import struct
 import threading
