@@ -42,7 +42,7 @@ def plan(cfg: TrainConfig) -> Facts:
     cfg, tokenizer, initial = settle(cfg, hardware)
     corpus = open_corpus(cfg, tokenizer)
     stream = corpus.training_stream(cfg, 0)
-    pairs = stream.reader.pairs
+    pairs = cfg.stage == "dpo"
     steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
     samples = min(stream.total_samples, steps * cfg.global_batch)
     tokens = round(samples * stream.tokens / stream.rows)
@@ -149,7 +149,7 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     shown = []
     for sample in range(min(rows, stream.rows)):
         pieces = [text(*piece) for piece in stream.pieces(sample)]
-        if stream.reader.pairs:
+        if resolved.stage == "dpo":
             pieces = ["chosen: ", pieces[0], "\nrejected: ", pieces[1]]
         shown.append("".join(pieces))
     return shown

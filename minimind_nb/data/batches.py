@@ -80,23 +80,22 @@ class StepBatch:
     num_targets: int
 
 
+@dataclass(frozen=True)
 class SampleReader:
     """Turns samples, each a list of pieces of documents, into micro-batches."""
 
-    def __init__(self, cache: TokenCache, cfg: ResolvedConfig, pad_id: int) -> None:
-        self.cache = cache
-        self.width = cfg.max_seq_len
-        self.pad_id = pad_id
-        self.pairs = cfg.stage == "dpo"
-        self.masked = cfg.document_mask
+    cache: TokenCache
+    cfg: ResolvedConfig
+    pad_id: int
 
     def read(self, samples: Sequence[list[Piece]]) -> MicroBatch:
         """Return the micro-batch of some samples, padded if they do not fill it.
 
         The answers of pairs are packed into as few rows as hold them.
         """
-        rows, width = [list(enumerate(sample)) for sample in samples], self.width
-        if self.pairs:
+        rows = [list(enumerate(sample)) for sample in samples]
+        width = self.cfg.max_seq_len
+        if self.cfg.stage == "dpo":
             pieces = list(enumerate(itertools.chain(*samples)))
             counts = np.array([count for _, (_, _, count) in pieces], np.int64)
             packed = pack(np.arange(len(pieces)), counts, width, split=False)
@@ -123,7 +122,7 @@ class SampleReader:
         return MicroBatch(
             torch.from_numpy(inputs),
             torch.from_numpy(targets),
-            torch.from_numpy(documents) if self.masked else None,
+            torch.from_numpy(documents) if self.cfg.document_mask else None,
             samples=len(samples),
             loss_positions=torch.from_numpy(positions) if chat else None,
         )
@@ -167,7 +166,7 @@ class TrainingStream:
     def arrange(self, epoch: int) -> PackedRows:
         """Return the samples of an epoch; a step may reach across its end."""
         parts, cfg = self.truncated, self.cfg
-        if self.reader.pairs:
+        if cfg.stage == "dpo":
             return shuffle_rows(pair_up(parts.pieces), cfg.seed, epoch)
         rows = (parts.documents, parts.targets, cfg.max_seq_len, cfg.seed, epoch)
         return pack_epoch(*rows, split=cfg.stage == "pretrain")
@@ -231,7 +230,7 @@ class ValidationRows:
         self.cache = cache
         self.references: dict[int, torch.Tensor | None] = {}
         self.reader = SampleReader(cache, cfg, pad_id)
-        together = 2 if self.reader.pairs else 1
+        together = 2 if cfg.stage == "dpo" else 1
         targets = truncated.targets.reshape(-1, together).sum(1)
         left = max(cfg.eval_tokens, int(targets.min()))
         taken = np.zeros(len(targets), bool)
@@ -242,7 +241,7 @@ class ValidationRows:
         kept = np.repeat(taken, together)
         self.documents = truncated.documents[kept]
         self.text_bytes = int(truncated.text_bytes[kept].sum())
-        if self.reader.pairs:
+        if cfg.stage == "dpo":
             self.rows = pair_up(truncated.pieces[kept])
         else:
             split, targets = cfg.stage == "pretrain", truncated.targets[kept]
