@@ -108,7 +108,7 @@ def input_runs(stage: str | None = None, run_name: str | None = None) -> list[Pa
     Those that `resume=False` has set aside are left out.
     """
     inputs = current_session().inputs
-    return _runs_below(inputs, stage, run_name) if inputs else []
+    return runs_below(inputs, stage, run_name) if inputs else []
 
 
 def find_inputs(cfg: TrainConfig) -> TrainConfig:
@@ -124,25 +124,29 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
     out_dir, before = Path(cfg.out_dir), STAGE_BEFORE.get(cfg.stage)
     names = [name for name in PATH_FIELDS if name != "out_dir"]
     found = {name: find_input(getattr(cfg, name)) for name in names}
-    resumes = _runs_below(out_dir, cfg.stage, cfg.run_name) and cfg.resume is not False
+    resumes = runs_below(out_dir, cfg.stage, cfg.run_name) and cfg.resume is not False
     if cfg.resume == "auto" and not resumes:
         runs = input_runs(cfg.stage, cfg.run_name)
         found["resume"] = _only(runs, 'resume="auto"') or "auto"
     resumes = resumes or found["resume"] != cfg.resume
     if before and cfg.init_from in (None, "auto") and not resumes:
-        if not _runs_below(out_dir, before):
+        if not runs_below(out_dir, before):
             earlier = _only(input_runs(before), 'init_from="auto"')
             found["init_from"] = earlier or cfg.init_from
     return dataclasses.replace(cfg, **found)
 
 
-def _runs_below(
-    root: Path, stage: str | None, run_name: str | None = None
+def runs_below(
+    root: Path,
+    stage: str | None,
+    run_name: str | None = None,
+    pattern: str = "**/config.json",
 ) -> list[Path]:
+    """List the run folders with checkpoints below `root`, but those set aside."""
     found = []
-    for file in sorted(root.rglob("config.json")):
+    for file in sorted(root.glob(pattern)):
         run = RunFolder(file.parent)
-        if not run.checkpoints.is_dir() or run.is_aside():
+        if not run.checkpoint_folders() or run.is_aside():
             continue
         with contextlib.suppress(ValueError):
             fits = stage in (None, run.settings().get("stage"))

@@ -81,7 +81,7 @@ def mount(tmp_path, monkeypatch):
 
 def leave_run(out_dir, stage, name):
     run = out_dir / name
-    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"settings": {"stage": stage}}))
     return run
 

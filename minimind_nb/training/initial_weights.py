@@ -22,6 +22,7 @@ from ..config import (
 from ..model.architecture import MiniMindForCausalLM
 from ..model.loading import FoundWeights, find_weights, model_config
 from ..model.state_dict import put_weights, read_tensors
+from ..session import runs_below
 from ..storage.run_folder import RunFolder
 from ..storage.verified import hash_file
 from .run_plan import RunPlan
@@ -83,15 +84,9 @@ def new_model(plan: RunPlan) -> MiniMindForCausalLM:
 
 
 def runs_of_stage(out_dir: str, stage: str) -> list[RunFolder]:
-    """Return the runs of a stage in out_dir that have a checkpoint and a config.json."""
-    found = []
-    for file in sorted(Path(out_dir).glob("*/config.json")):
-        folder = RunFolder(file.parent)
-        with contextlib.suppress(ValueError):
-            fits = folder.settings().get("stage") == stage and not folder.is_aside()
-            if fits and folder.checkpoint_folders():
-                found.append(folder)
-    return found
+    """Return the runs of a stage in out_dir that have a checkpoint."""
+    found = runs_below(Path(out_dir), stage, pattern="*/config.json")
+    return [RunFolder(root) for root in found]
 
 
 def keep_reference(plan: RunPlan) -> None:

@@ -22,9 +22,9 @@ _PROBE_BYTES = 1 << 16
 def machine_defaults(
     cfg: TrainConfig, hardware: Hardware | None = None
 ) -> dict[str, Any]:
-    """Return device, num_processes and dtype for this machine.
+    """Return device, num_processes and dtype: explicit ones, or those of this machine.
 
-    Explicit settings are kept. Raises `ValueError` for those that cannot work here.
+    Raises `ValueError` for those that cannot work here.
     """
     hardware = hardware or detect_hardware()
     gpus, cores = len(hardware.gpus), hardware.cpu_cores

@@ -67,9 +67,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     """Plan a run, tokenise, and write config.json and plan.json.
 
     Yields the plan and the descriptor of the run folder's lock, which is held while the
-    block runs. Raises `ValueError`, `TypeError` or `FileNotFoundError` for settings and
-    data, `OSError` for a folder that cannot be written or a disk too small, `RunLocked`,
-    `NoGoodCheckpoint`, and `RuntimeError` if the existing run is a different one.
+    block runs. Raises what `train` raises before anything is started.
     """
     began = time.monotonic()
     folder, initial = locate_run(cfg)
@@ -113,8 +111,7 @@ def settle(
 ) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
     """Return the resolved settings, the tokenizer and the initial weights of a run.
 
-    Reads what `train` would read before it tokenises, and changes nothing. Raises what
-    `train` raises for it.
+    Reads what `train` reads before it tokenises, and changes nothing.
     """
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg, hardware)
@@ -125,8 +122,7 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     """Return the folder of the run that the settings mean.
 
     If the shape comes with initial weights, it is the only run of the stage that fits
-    the settings; without one the weights tell its name, and come along. Raises
-    `TypeError`, `ValueError` or `FileNotFoundError`.
+    the settings; without one the weights decide its name, and come along.
     """
     if not isinstance(cfg, TrainConfig):
         found = type(cfg).__name__
@@ -225,10 +221,7 @@ def describe_run(
 
 
 def _begin(plan: RunPlan, done: int) -> None:
-    """Write down what the run starts with, and say what it is about to do.
-
-    A run that must not be resumed, or a weights file of another run, is moved aside.
-    """
+    """Move aside what is not resumed, and write down what the run starts with."""
     cfg, folder, weights = plan.cfg, plan.folder, plan.weights_file
     if folder.exists() and cfg.resume is False:
         kept = folder.move_aside()
@@ -280,10 +273,8 @@ def _describe_horizon(plan: RunPlan, done: int) -> None:
 def count_steps(
     corpus: Corpus, cfg: ResolvedConfig, checkpoint: Checkpoint | None = None
 ) -> int:
-    """Return the horizon: the steps made, and those that the samples left will make.
-
-    The steps made may have had another global batch. `max_steps` caps the sum.
-    """
+    """Return the horizon: the steps made, maybe of another global batch, and those that
+    the samples left will make, at most `max_steps` in all."""
     progress = Progress()
     if checkpoint:
         progress = Progress(**read_state(checkpoint.folder)["progress"])

@@ -46,10 +46,7 @@ _SETTING_OF_HASH = {
 
 
 def source_run(cfg: TrainConfig) -> RunFolder | None:
-    """Return the run whose path `resume` is, or None if it is not a path.
-
-    Raises `ValueError` or `FileNotFoundError` if no run is there.
-    """
+    """Return the run whose path `resume` is, or None if it is not a path."""
     if not isinstance(cfg.resume, str) or cfg.resume == "auto":
         return None
     source = RunFolder(cfg.resume)
@@ -82,9 +79,8 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from: the run's, or that of a run to copy.
 
-    `repair` is for the holder of the lock. A run that saved nothing has nothing to lose,
-    and starts over. Raises `FileExistsError` if another run is in the way, and
-    `NoGoodCheckpoint` if one was saved and is missing or damaged.
+    `repair` is for the holder of the lock. A run that saved nothing starts over. Raises
+    `FileExistsError` if another run is in the way, `NoGoodCheckpoint` if all are lost.
     """
     source = source_run(cfg)
     run = folder if folder.exists() else source
@@ -123,8 +119,8 @@ def reconcile_with_existing_run(
     """Return the settings with which a run is resumed, or explain why they differ.
 
     A setting that is not explicit keeps the run's value; device, number of processes and
-    precision are this machine's. Raises `RuntimeError` with every difference that
-    neither CHANGEABLE_ON_RESUME nor `allow_change` admits, and the ways out.
+    precision are this machine's. Raises `RuntimeError` with all differences that are not
+    allowed, and the ways out.
     """
     config = read_config(folder)
     run, asked = config["settings"], _asked(cfg, config["settings"])
@@ -156,10 +152,7 @@ def reconcile_with_existing_run(
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """Return config.json with what earlier states did not record.
-
-    Raises `ValueError` if it is incomplete.
-    """
+    """Return config.json with what earlier states did not record."""
     config = folder.read_config()
     known = ResolvedConfig.__dataclass_fields__
     try:
