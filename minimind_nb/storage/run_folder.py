@@ -90,13 +90,14 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """Return `config.json`: {"settings": …, "explicit": […], "hashes": {…}, …}.
 
-        Raises `FileNotFoundError`, or `ValueError` if it is not an object of JSON.
+        Raises `FileNotFoundError`, or `ValueError` if it, or its settings, are no object.
         """
         try:
             config = json.loads(self.config_file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{self.config_file} is not JSON: {error}") from None
-        if not isinstance(config, dict):
+        settings = config.get("settings", {}) if isinstance(config, dict) else None
+        if not isinstance(settings, dict):
             raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")
         return config
 

@@ -591,7 +591,7 @@ def test_a_new_run_replaces_no_weights(sft: Settings, out_dir: Path) -> None:
     assert (out_dir / "trial.pth").is_file()
 
 
-@pytest.mark.parametrize("text", ["[]", "{"])
+@pytest.mark.parametrize("text", ["[]", "{", '{"settings": [1]}'])
 def test_an_odd_folder_beside_the_runs_is_passed_over(
     text: str, sft: Settings, out_dir: Path
 ) -> None:
