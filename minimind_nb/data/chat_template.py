@@ -61,9 +61,13 @@ class ChatTemplate:
                 "as chat_template.jinja, or set tokenizer.chat_template"
             )
         with contextlib.suppress(TemplateSyntaxError):  # which rendering reports
-            tokens = Environment().lex(spec.chat_template)
-            # A power can take all memory in one call into C.
-            if any(token[1:] == ("operator", "**") for token in tokens):
+            lexed = Environment().lex(spec.chat_template)
+            tokens = [token[1:] for token in lexed if token[1] != "whitespace"]
+            # A power can take all memory in one call into C. `f(**more)` is none.
+            if any(
+                token == ("operator", "**") and before not in "(,"
+                for (_, before), token in itertools.pairwise(tokens)
+            ):
                 raise ValueError(
                     "the tokenizer's chat template computes a power, which no "
                     "conversation needs: give the tokenizer another template"

@@ -347,9 +347,12 @@ def test_a_template_that_does_not_serve_is_named(template, reason):
 
 
 def test_a_template_may_write_two_stars_and_compute_no_power():
-    encoder_of("**Tools** {{ '**' }}" + UNMARKED)
-    with pytest.raises(ValueError, match="computes a power"):
-        encoder_of(UNMARKED + "{{ 9 ** 9 }}")
+    calls = "{% macro f() %}{{ kwargs }}{% endmacro %}{{ f(**{}) }}{{ f(a=1, ** {}) }}"
+    for harmless in ("**Tools** {{ '**' }}", "({{ x }}**", calls):
+        encoder_of(harmless + UNMARKED)
+    for power in ("{{ 9 ** 9 }}", "{{ (9)**9 }}", "{{ f(x[0] ** 9, **x) }}"):
+        with pytest.raises(ValueError, match="computes a power"):
+            encoder_of(UNMARKED + power)
 
 
 @pytest.mark.fault("F64")
