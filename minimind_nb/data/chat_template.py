@@ -1,7 +1,7 @@
-"""Render conversations with a chat template, and find their turns and answers.
+"""Encode conversations with a tokenizer's chat template, and a mark for each token.
 
 Begin and end of a turn or an answer are read off what the template does, never searched
-for in what was said.
+for in what was said. That stays ordinary text: none can forge a turn, or move a mark.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .conversations import IN_LOSS, TURN, USER, Message
+from .fast_encoding import BulkEncoder
 from .jsonl import Fault
 from .tokenizer import TokenizerSpec
 
-Message = dict[str, str]
-
-ESCAPE = "\ufdd0"
-"""Begins what stands in a message for a special string; a noncharacter, in no text."""
-
-_FIRST_STAND_IN = 0xF0000  # private use, plane 15
+# What stands in a message for a special string: a noncharacter, which is in no text, and
+# a character of private use.
+_ESCAPE, _FIRST_STAND_IN = "\ufdd0", 0xF0000
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A template is a program from a stranger. Two messages take 0.2 ms of processor time.
 _SECONDS = 1.0
@@ -35,24 +36,26 @@ _MORE_SECONDS = 0.02  # times the square of a conversation's messages
 _BYTES = 1 << 27
 _BYTES_A_CHARACTER = 32
 
-Segment = tuple[str, str | None, bool]
-"""A part of a rendered conversation: text, role, and whether it is in the loss.
+Chat = tuple[Sequence[Message], int]
+"""A conversation, and how many of its first messages stay out of the loss."""
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Ids (uint32) and marks (uint8) of a conversation."""
+_Segment = tuple[str, int, int]  # text, the mark of its first token, and of all
 
-Special strings in messages are escaped. The role is that of the turn which begins here,
-None inside a turn. What closes an answer is in the loss with it.
-"""
 
+class ChatEncoder:
+    """Encodes conversations with a tokenizer's chat template.
 
-class ChatTemplate:
-    """The chat template of a tokenizer.
+    Template and messages are encoded together, as transformers does it, but cut where a
+    turn or an answer begins or ends: there a prompt ends when answers are generated.
+    Answers are what the template marks by `{% generation %}`; without that, what it adds
+    to the prompt. What closes an answer is in the loss with it.
 
-    Answers are what it marks by `{% generation %}`; without that, what it adds to the
-    prompt. Raises `ValueError` for a tokenizer without a template, or with one that
-    could take all memory.
+    Raises `ValueError` for a tokenizer without a template, `TimeoutError` for a template
+    that takes too long. Not covered: descriptions of tools, documents.
     """
 
-    def __init__(self, spec: TokenizerSpec) -> None:
-        from jinja2 import Environment, TemplateSyntaxError
+    def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not spec.chat_template:
@@ -60,18 +63,8 @@ class ChatTemplate:
                 "the tokenizer has no chat template: put one beside its tokenizer.json "
                 "as chat_template.jinja, or set tokenizer.chat_template"
             )
-        with contextlib.suppress(TemplateSyntaxError):  # which rendering reports
-            lexed = Environment().lex(spec.chat_template)
-            tokens = [token[1:] for token in lexed if token[1] != "whitespace"]
-            # A power can take all memory in one call into C. `f(**more)` is none.
-            if any(
-                token == ("operator", "**") and before not in "(,"
-                for (_, before), token in itertools.pairwise(tokens)
-            ):
-                raise ValueError(
-                    "the tokenizer's chat template computes a power, which no "
-                    "conversation needs: give the tokenizer another template"
-                )
+        _refuse_powers(spec.chat_template)
+        self._encoder = encoder or BulkEncoder(spec)
         self._marks_answers = bool(_MARK.search(spec.chat_template))
         self._render_template: Any = functools.partial(
             render_jinja_template,
@@ -84,40 +77,74 @@ class ChatTemplate:
         added = json.loads(spec.json)["added_tokens"]
         special = [one["content"] for one in added if one["special"]]
         special.sort(key=len, reverse=True)  # a longer one goes before its beginning
-        self.special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
+        self._special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
         self._stand_ins = [
-            (each, ESCAPE + chr(_FIRST_STAND_IN + n))
-            for n, each in enumerate([ESCAPE, *special])
+            (each, _ESCAPE + chr(_FIRST_STAND_IN + n))
+            for n, each in enumerate([_ESCAPE, *special])
         ]
 
-    def escape(self, content: str) -> str:
-        """Return a message's content with nothing in it that could be a special string."""
+    def encode(
+        self, chats: Sequence[Chat], answered: bool = True
+    ) -> list[Encoded | Fault]:
+        """Encode conversations that were checked; a `Fault` if the template fails.
+
+        Unless `answered`, they are prompts, and end where an answer begins.
+        """
+        rendered: list[list[_Segment] | Fault] = []
+        with _limited([messages for messages, _ in chats]):
+            for messages, context in chats:
+                try:
+                    rendered.append(self._render(messages, context, answered))
+                except Fault as fault:
+                    rendered.append(fault)
+        good = [one for one in rendered if not isinstance(one, Fault)]
+        ids = iter(self._encode_texts([text for one in good for text, _, _ in one]))
+        return [one if isinstance(one, Fault) else _join(one, ids) for one in rendered]
+
+    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+        """Return the ids (uint32) of messages up to the assistant's next answer.
+
+        They are those that `encode` gives before that answer. Raises `Fault`, a
+        `ValueError`, if the template does not take them.
+        """
+        (encoded,) = self.encode([(messages, 0)], answered=False)
+        if isinstance(encoded, Fault):
+            raise encoded
+        return encoded[0]
+
+    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
+        encoded = self._encoder.encode(texts)
+        for number, text in enumerate(texts):
+            if _ESCAPE in text:
+                parts = self._special.split(text)  # every second one is special
+                ids = self._encoder.encode(parts)
+                said = [self._unescape(part) for part in parts[::2]]
+                ids[::2] = self._encoder.encode_ordinary(said)
+                encoded[number] = np.concatenate(ids)
+        return encoded
+
+    def _escape(self, content: str) -> str:
         for each, stand_in in self._stand_ins:
             content = content.replace(each, stand_in)
         return content
 
-    def unescape(self, text: str) -> str:
-        """Return what was said, of an escaped text."""
+    def _unescape(self, text: str) -> str:
         for each, stand_in in reversed(self._stand_ins):
             text = text.replace(stand_in, each)
         return text
 
-    def render(
-        self, messages: Sequence[Message], context: int = 0, answered: bool = True
-    ) -> list[Segment]:
-        """Render a conversation, or a prompt, which ends where an answer begins.
-
-        The answers among the first `context` messages are not in the loss. Raises
-        `Fault` if the template fails, or does not show where the answers are.
-        """
+    def _render(
+        self, messages: Sequence[Message], context: int, answered: bool
+    ) -> list[_Segment]:
+        """Render a conversation, cut where its turns and answers begin and end."""
         messages = [
-            {"role": one["role"], "content": self.escape(one["content"])}
+            {"role": one["role"], "content": self._escape(one["content"])}
             for one in messages
         ]
         roles = [one["role"] for one in messages]
         answering = [n for n, role in enumerate(roles) if role == "assistant"]
         roles += [] if answered else ["assistant"]
-        text, answers = self._render(messages, not answered, self._marks_answers)
+        text, answers = self._apply(messages, not answered, self._marks_answers)
         turns = self._find_turns(messages, text, roles)
         if not self._marks_answers:
             ends = [*turns[1:], len(text)]
@@ -133,13 +160,16 @@ class ChatTemplate:
             for (start, end), number in zip(answers, answering, strict=True)
             if number >= context
         }
-        role_at = dict(zip(turns, roles, strict=True))
-        segments: list[Segment] = []
+        first = {
+            turn: TURN | USER * (role == "user")
+            for turn, role in zip(turns, roles, strict=True)
+        }
+        segments: list[_Segment] = []
         end = 0
         cuts = sorted({0, len(text), *turns, *in_loss, *in_loss.values()})
         for a, b in itertools.pairwise(cuts):
             end = in_loss.get(a, end)
-            segments.append((text[a:b], role_at.get(a), a < end))
+            segments.append((text[a:b], first.get(a, 0), IN_LOSS * (a < end)))
         return segments
 
     def _find_turns(
@@ -158,19 +188,19 @@ class ChatTemplate:
         Alone they may be written in another way, without a thought, say: then it is
         after as many special strings, and the lines after these that both have.
         """
-        alone, _ = self._render(first, prompt)
+        alone, _ = self._apply(first, prompt)
         if text.startswith(alone):
             return len(alone)
-        found = list(self.special.finditer(alone))
-        same = list(self.special.finditer(text))[: len(found)]
+        found = list(self._special.finditer(alone))
+        same = list(self._special.finditer(text))[: len(found)]
         if not found or [one[0] for one in found] != [one[0] for one in same]:
             raise _refusal("it writes messages in another way when others follow")
         rest, end = alone[found[-1].end() :], same[-1].end()
         shared = os.path.commonprefix([rest, text[end:]])
         return end + (len(rest) if shared == rest else shared.rfind("\n") + 1)
 
-    def _render(
-        self, messages: list[Message], prompt: bool = False, answers: bool = False
+    def _apply(
+        self, messages: list[Message], prompt: bool, answers: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and if asked for, begin and end of the marked answers."""
         try:
@@ -189,8 +219,33 @@ class ChatTemplate:
         return texts[0], spans[0] if answers else []
 
 
+def _join(segments: list[_Segment], ids: Iterator[np.ndarray]) -> Encoded:
+    """Return the ids of the segments, which come next, in one array, and their marks."""
+    parts, marks = [], []
+    for (_, first, mark), part in zip(segments, ids, strict=False):
+        parts.append(part)
+        marks.append(np.full(len(part), mark, np.uint8))
+        marks[-1][:1] |= first
+    return np.concatenate(parts), np.concatenate(marks)
+
+
+def _refuse_powers(template: str) -> None:
+    """Raise `ValueError` for a power: it can take all memory in one call into C."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    with contextlib.suppress(TemplateSyntaxError):  # which rendering reports
+        lexed = Environment().lex(template)
+        tokens = [token[1:] for token in lexed if token[1] != "whitespace"]
+        for (_, before), token in itertools.pairwise(tokens):
+            if token == ("operator", "**") and before not in "(,":  # not f(**more)
+                raise ValueError(
+                    "the tokenizer's chat template computes a power, which no "
+                    "conversation needs: give the tokenizer another template"
+                )
+
+
 @contextlib.contextmanager
-def limited(conversations: Sequence[Sequence[Message]]) -> Iterator[None]:
+def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
     """Limit the time and memory of rendering conversations, on the main thread.
 
     Other threads receive no signals. Time grows with the square of the messages, since a
@@ -207,8 +262,7 @@ def limited(conversations: Sequence[Sequence[Message]]) -> Iterator[None]:
         )
 
     seconds = _SECONDS + _MORE_SECONDS * sum(len(one) ** 2 for one in conversations)
-    messages = itertools.chain(*conversations)
-    size = sum(len(text) for message in messages for text in message.values())
+    size = sum(len(one["content"]) for one in itertools.chain(*conversations))
     statm = Path("/proc/self/statm")
     limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGVTALRM, stop)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from .chat_template import Chat, ChatEncoder
 from .conversations import (
     IN_LOSS,
-    ChatEncoder,
-    Message,
     check_conversation,
     check_pair,
     check_prompt,
@@ -39,8 +39,6 @@ CHECKS = {
 """Checks of a row by record format: the stages, and "rlaif" for other programs."""
 
 Arrays = dict[str, np.ndarray]
-Chat = tuple[list[Message], int]
-"""A conversation, and how many of its first messages stay out of the loss."""
 
 
 class Document(NamedTuple):
@@ -141,12 +139,8 @@ def _encode_chats(
     A row that the chat template refuses is counted as a bad one in `tally`.
     """
     chats = [_chats(row, record_format) for _, row in rows]
-    encoded = iter(
-        ChatEncoder(encoder.spec, encoder).encode(
-            [messages for row in chats for messages, _ in row],
-            [context for row in chats for _, context in row],
-        )
-    )
+    chat_encoder = ChatEncoder(encoder.spec, encoder)
+    encoded = iter(chat_encoder.encode(list(itertools.chain(*chats))))
     documents = []
     for (line, row), conversations in zip(rows, chats, strict=True):
         said = [list(one.values()) for chat, _ in conversations for one in chat]

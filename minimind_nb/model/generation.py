@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..data.conversations import ChatEncoder, Message, check_messages
+from ..data.chat_template import ChatEncoder
+from ..data.conversations import Message, check_messages
 from ..data.tokenizer import read_tokenizer
 from .architecture import MiniMindForCausalLM
 

@@ -8,7 +8,8 @@ import os
 import sys
 from typing import Any
 
-from ..data.conversations import ChatEncoder, Message, check_messages
+from ..data.chat_template import ChatEncoder
+from ..data.conversations import Message, check_messages
 from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load

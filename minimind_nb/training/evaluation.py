@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import IGNORED, MicroBatch, TrainingStream, ValidationRows
-from ..data.conversations import IN_LOSS, TURN, ChatEncoder
+from ..data.chat_template import ChatEncoder
+from ..data.conversations import IN_LOSS, TURN
 from ..data.fast_encoding import BulkEncoder
 from ..data.tokenizer import TokenizerSpec, load_tokenizer
 from ..launch.outcome import RankRecord

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from minimind_nb.data import chat_template
+from minimind_nb.data.chat_template import ChatEncoder
 from minimind_nb.data.conversations import (
     IN_LOSS,
     TURN,
     USER,
-    ChatEncoder,
     check_conversation,
     check_messages,
     check_pair,
@@ -88,7 +88,7 @@ def encoder_of(template, spec=SHIPPED):
 
 
 def encode_one(encoder, messages):
-    (encoded,) = encoder.encode([messages])
+    (encoded,) = encoder.encode([(messages, 0)])
     assert not isinstance(encoded, Fault), encoded.reason
     return encoded
 
@@ -235,7 +235,9 @@ def test_a_template_may_trim_or_cut_what_holds_special_strings():
 
 def test_the_first_messages_may_stay_out_of_the_loss():
     messages = talk("u: a", "a: b", "u: c", "a: d")
-    encoded = encoder_of(SHIPPED.chat_template).encode([messages] * 3, [0, 2, 4])
+    encoded = encoder_of(SHIPPED.chat_template).encode(
+        [(messages, n) for n in (0, 2, 4)]
+    )
     spans = [
         read_spans(SHIPPED, *one)[0] for one in encoded if not isinstance(one, Fault)
     ]
@@ -340,7 +342,7 @@ def test_a_tokenizer_without_a_template_is_refused():
     ],
 )
 def test_a_template_that_does_not_serve_is_named(template, reason):
-    (fault,) = encoder_of(template).encode([talk("u: a", "a: b", "u: c", "a: d")])
+    (fault,) = encoder_of(template).encode([(talk("u: a", "a: b", "u: c", "a: d"), 0)])
     assert isinstance(fault, Fault)
     assert fault.kind == "chat_template"
     assert re.search(reason, fault.reason)
@@ -361,11 +363,18 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}"
     encoder = encoder_of(loop + "{% endfor %}{% endfor %}")
     before = signal.getsignal(signal.SIGVTALRM)
-    for use in (encoder.prompt, lambda messages: encoder.encode([messages] * 9)):
+    for use in (encoder.prompt, lambda messages: encoder.encode([(messages, 0)] * 9)):
         with pytest.raises(TimeoutError, match="template timed out: give"):
             use(GOOD)
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_other_keys_of_a_message_are_ignored():
+    more = [{**message, "weight": 0.5} for message in GOOD]
+    encoder = encoder_of(UNMARKED)
+    both = (encode_one(encoder, messages) for messages in (more, GOOD))
+    assert all(map(np.array_equal, *both))
 
 
 def test_templates_serve_on_other_threads_too():
@@ -379,7 +388,8 @@ def test_a_conversation_that_the_template_refuses_stands_among_others():
     encoder = encoder_of(template + UNMARKED)
     good = talk("u: a", "a: b")
     bad = talk("u: a", "a: b", "u: c", "a: d")
-    kinds = [isinstance(one, Fault) for one in encoder.encode([good, bad, good])]
+    encoded = encoder.encode([(good, 0), (bad, 0), (good, 0)])
+    kinds = [isinstance(one, Fault) for one in encoded]
     assert kinds == [False, True, False]
     with pytest.raises(ValueError, match="chat template fails: long"):
         encoder.prompt(bad[:3])

@@ -7,7 +7,7 @@ import torch
 from support.small_models import make_model, make_tokenizer, teach
 from transformers import PreTrainedTokenizerFast
 
-from minimind_nb.data.conversations import ChatEncoder
+from minimind_nb.data.chat_template import ChatEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model import generation
 from minimind_nb.model.architecture import MiniMindForCausalLM

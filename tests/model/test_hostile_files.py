@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minimind_nb.data import chat_template
-from minimind_nb.data.conversations import ChatEncoder
+from minimind_nb.data.chat_template import ChatEncoder
 from minimind_nb.data.jsonl import Fault
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
@@ -161,7 +161,7 @@ def test_a_chat_template_does_no_harm(
         json.dumps({"chat_template": template})
     )
     with contextlib.suppress(ValueError, TimeoutError):
-        (said,) = ChatEncoder(read_tokenizer("t")).encode([CONVERSATION])
+        (said,) = ChatEncoder(read_tokenizer("t")).encode([(CONVERSATION, 0)])
         assert isinstance(said, Fault)
 
 

@@ -25,7 +25,8 @@ from support.runs import (
 )
 
 import minimind_nb as mm
-from minimind_nb.data.conversations import IN_LOSS, ChatEncoder
+from minimind_nb.data.chat_template import ChatEncoder
+from minimind_nb.data.conversations import IN_LOSS
 from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.launch import spawn
@@ -358,7 +359,7 @@ def test_the_answers_of_chats_are_measured_as_by_hand(
     chats = [json.loads(line)["conversations"] for line in chat_file.open()]
     encoder = ChatEncoder(read_tokenizer())
     texts = []
-    for ids, marks in encoder.encode(chats):  # pyright: ignore[reportGeneralTypeIssues]
+    for ids, marks in encoder.encode([(chat, 0) for chat in chats]):  # pyright: ignore[reportGeneralTypeIssues]
         texts.append((ids.tolist(), [bool(mark & IN_LOSS) for mark in marks]))
     size = sum(
         len(message["content"].encode())
