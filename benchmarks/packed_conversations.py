@@ -11,6 +11,7 @@ loss and gradients, and the ratios of text tokens a second (medians over the rou
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from minimind_nb.config import ResolvedConfig, TrainConfig, resolve
-from minimind_nb.data.batches import MicroBatch, SampleReader
+from minimind_nb.data.batches import MicroBatch, read_samples
 from minimind_nb.data.packing import pack, truncate_documents
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
@@ -50,18 +51,15 @@ def main() -> None:
         cache = open_cache(Source(options.file, "sft", spec), Path(folder))
         width = options.max_seq_len
         found = truncate_documents(cache, np.arange(len(cache)), width)
-        documents = found.documents[: options.conversations]
-        lengths = found.targets[: options.conversations]
-        tokens = int(lengths.sum())
-        reader = SampleReader(cache, cfg, spec.pad_id)
-        rows = pack(documents, lengths, width, split=False)
-        alone = [[(d, 0, n)] for d, n in np.stack([documents, lengths], 1).tolist()]
+        pieces = found.pieces[: options.conversations]
+        tokens = int(pieces[:, 2].sum())
+        read = functools.partial(read_samples, cache, cfg, spec.pad_id)
+        rows = pack(pieces, width, split=False)
+        alone = [[(d, start, n)] for d, start, n in pieces.tolist()]
         ways = {
-            "packed": [reader.read([rows.row(n)]) for n in range(len(rows))],
-            "padded": [
-                reader.read(alone[n : n + 16]) for n in range(0, len(alone), 16)
-            ],
-            "one at a time": [trimmed(reader.read([one])) for one in alone],
+            "packed": [read([rows.row(n)]) for n in range(len(rows))],
+            "padded": [read(alone[n : n + 16]) for n in range(0, len(alone), 16)],
+            "one at a time": [trimmed(read([one])) for one in alone],
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         results = {}
@@ -71,7 +69,7 @@ def main() -> None:
                 results[name] = run(model, batches, cfg)
                 seconds[name].append(time.perf_counter() - began)
     speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    print(f"{len(documents)} conversations, {tokens:,} text tokens, {options.preset}")
+    print(f"{len(pieces)} conversations, {tokens:,} text tokens, {options.preset}")
     print(f"fill packed {tokens / (len(rows) * width):.3f}, "
           f"padded {tokens / (len(alone) * width):.3f}")  # fmt: skip
     loss, gradient = results["packed"]

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from minimind_nb.data import token_cache
 from minimind_nb.data.fast_encoding import BulkEncoder
-from minimind_nb.data.packing import pack_epoch
+from minimind_nb.data.packing import arrange_epoch
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.hardware import count_cores
 
@@ -94,7 +94,8 @@ def compare_memory(file: Path) -> None:
 
 
 def show_packing(targets: np.ndarray) -> None:
-    rows = pack_epoch(np.arange(len(targets)), targets, WIDTH, seed=42, epoch=0)
+    pieces = np.stack([np.arange(len(targets)), 0 * targets, targets], 1)
+    rows = arrange_epoch(pieces, "pretrain", WIDTH, seed=42, epoch=0)
     ends = np.cumsum(targets)
     cut = ((ends - targets) // WIDTH < (ends - 1) // WIDTH).sum()
     fill = rows.targets.sum() / (len(rows) * WIDTH)

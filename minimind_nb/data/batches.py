@@ -16,20 +16,11 @@ import numpy as np
 import torch
 
 from ..config import ResolvedConfig
-from .packing import (
-    PackedRows,
-    TruncatedDocuments,
-    pack,
-    pack_epoch,
-    pair_up,
-    shuffle_rows,
-)
+from .packing import Piece, TruncatedDocuments, arrange_epoch, make_rows, pack
 from .token_cache import TokenCache
 
 IGNORED = -100
 """The target of a position without a loss."""
-
-Piece = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -80,52 +71,45 @@ class StepBatch:
     num_targets: int
 
 
-@dataclass(frozen=True)
-class SampleReader:
-    """Turns samples, each a list of pieces of documents, into micro-batches."""
+def read_samples(
+    cache: TokenCache, cfg: ResolvedConfig, pad_id: int, samples: Sequence[list[Piece]]
+) -> MicroBatch:
+    """Return the micro-batch of some samples, padded if they do not fill it.
 
-    cache: TokenCache
-    cfg: ResolvedConfig
-    pad_id: int
-
-    def read(self, samples: Sequence[list[Piece]]) -> MicroBatch:
-        """Return the micro-batch of some samples, padded if they do not fill it.
-
-        The answers of pairs are packed into as few rows as hold them.
-        """
-        rows = [list(enumerate(sample)) for sample in samples]
-        width = self.cfg.max_seq_len
-        if self.cfg.stage == "dpo":
-            pieces = list(enumerate(itertools.chain(*samples)))
-            counts = np.array([count for _, (_, _, count) in pieces], np.int64)
-            packed = pack(np.arange(len(pieces)), counts, width, split=False)
-            rows = [
-                [pieces[number] for number, _, _ in packed.row(row)]
-                for row in range(len(packed))
-            ]
-            width = int(packed.targets.max())
-        chat = self.cache.marks is not None
-        inputs = np.full((len(rows), width), self.pad_id, np.int64)
-        targets = np.full((len(rows), width), IGNORED, np.int64)
-        documents = np.full((len(rows), width), -1, np.int32)
-        for b, row in enumerate(rows):
-            begin = 0
-            for number, piece in row:
-                ids = self.cache.piece(*piece)
-                end = begin + len(ids) - 1
-                inputs[b, begin:end] = ids[:-1]
-                in_loss = self.cache.loss_mask(*piece) if chat else True
-                np.copyto(targets[b, begin:end], ids[1:], where=in_loss)
-                documents[b, begin:end] = number
-                begin = end
-        positions = np.flatnonzero(targets != IGNORED)
-        return MicroBatch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(targets),
-            torch.from_numpy(documents) if self.cfg.document_mask else None,
-            samples=len(samples),
-            loss_positions=torch.from_numpy(positions) if chat else None,
-        )
+    The answers of pairs are packed into as few rows as hold them.
+    """
+    rows, width = [list(enumerate(sample)) for sample in samples], cfg.max_seq_len
+    if cfg.stage == "dpo":
+        pieces = list(enumerate(itertools.chain(*samples)))
+        numbered = [(number, 0, count) for number, (_, _, count) in pieces]
+        packed = pack(np.array(numbered, np.int64), width, split=False)
+        rows = [
+            [pieces[number] for number, _, _ in packed.row(row)]
+            for row in range(len(packed))
+        ]
+        width = int(packed.targets.max())
+    chat = cache.marks is not None
+    inputs = np.full((len(rows), width), pad_id, np.int64)
+    targets = np.full((len(rows), width), IGNORED, np.int64)
+    documents = np.full((len(rows), width), -1, np.int32)
+    for b, row in enumerate(rows):
+        begin = 0
+        for number, piece in row:
+            ids = cache.piece(*piece)
+            end = begin + len(ids) - 1
+            inputs[b, begin:end] = ids[:-1]
+            in_loss = cache.loss_mask(*piece) if chat else True
+            np.copyto(targets[b, begin:end], ids[1:], where=in_loss)
+            documents[b, begin:end] = number
+            begin = end
+    positions = np.flatnonzero(targets != IGNORED)
+    return MicroBatch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        torch.from_numpy(documents) if cfg.document_mask else None,
+        samples=len(samples),
+        loss_positions=torch.from_numpy(positions) if chat else None,
+    )
 
 
 class TrainingStream:
@@ -149,27 +133,23 @@ class TrainingStream:
         self.cache = cache
         self.truncated = truncated
         self.cfg = cfg
-        self.reader = SampleReader(cache, cfg, pad_id)
+        self._read = functools.partial(read_samples, cache, cfg, pad_id)
         self.rank = rank
         self.samples = samples
-        self.tokens = int(truncated.targets.sum())
-        self._rows_of = functools.lru_cache(maxsize=2)(self.arrange)
+        parts = (truncated.pieces, cfg.stage, cfg.max_seq_len)
+        self.tokens = int(truncated.pieces[:, 2].sum())
+        # A step may reach across the end of an epoch.
+        self.arrange = functools.lru_cache(maxsize=2)(
+            functools.partial(arrange_epoch, *parts, cfg.seed)
+        )
         if cfg.stage == "pretrain":  # not worth a packing
             self.rows = -(-self.tokens // cfg.max_seq_len)
         else:
-            self.rows = len(self._rows_of(0))
+            self.rows = len(self.arrange(0))
             self._loss_tokens = np.zeros(len(cache), np.int64)
             self._loss_tokens[truncated.documents] = truncated.loss_tokens
         self.total_samples = cfg.epochs * self.rows
         self.total_steps = -(-self.total_samples // cfg.global_batch)
-
-    def arrange(self, epoch: int) -> PackedRows:
-        """Return the samples of an epoch; a step may reach across its end."""
-        parts, cfg = self.truncated, self.cfg
-        if cfg.stage == "dpo":
-            return shuffle_rows(pair_up(parts.pieces), cfg.seed, epoch)
-        rows = (parts.documents, parts.targets, cfg.max_seq_len, cfg.seed, epoch)
-        return pack_epoch(*rows, split=cfg.stage == "pretrain")
 
     def next_step(self) -> StepBatch:
         """Take the next global batch, and read this rank's samples of it."""
@@ -177,7 +157,7 @@ class TrainingStream:
         end = min(begin + self.cfg.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
         micro_batches = [
-            self.reader.read([self._row(n) for n in samples])
+            self._read([self._row(n) for n in samples])
             for samples in self.shares(begin, end)
         ]
         self.samples = end
@@ -209,7 +189,7 @@ class TrainingStream:
 
     def _row(self, sample: int) -> list[Piece]:
         epoch, row = divmod(sample, self.rows)
-        return self._rows_of(epoch).row(row)
+        return self.arrange(epoch).row(row)
 
 
 class ValidationRows:
@@ -229,9 +209,9 @@ class ValidationRows:
     ) -> None:
         self.cache = cache
         self.references: dict[int, torch.Tensor | None] = {}
-        self.reader = SampleReader(cache, cfg, pad_id)
+        self._read = functools.partial(read_samples, cache, cfg, pad_id)
         together = 2 if cfg.stage == "dpo" else 1
-        targets = truncated.targets.reshape(-1, together).sum(1)
+        targets = truncated.pieces[:, 2].reshape(-1, together).sum(1)
         left = max(cfg.eval_tokens, int(targets.min()))
         taken = np.zeros(len(targets), bool)
         for index, count in enumerate(targets.tolist()):
@@ -241,11 +221,7 @@ class ValidationRows:
         kept = np.repeat(taken, together)
         self.documents = truncated.documents[kept]
         self.text_bytes = int(truncated.text_bytes[kept].sum())
-        if cfg.stage == "dpo":
-            self.rows = pair_up(truncated.pieces[kept])
-        else:
-            split, targets = cfg.stage == "pretrain", truncated.targets[kept]
-            self.rows = pack(self.documents, targets, cfg.max_seq_len, split)
+        self.rows = make_rows(truncated.pieces[kept], cfg.stage, cfg.max_seq_len)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -257,4 +233,4 @@ class ValidationRows:
         mine = range(rank, len(self.rows), size)
         for begin in range(0, len(mine), batch_size):
             numbers = mine[begin : begin + batch_size]
-            yield self.reader.read([self.rows.row(number) for number in numbers])
+            yield self._read([self.rows.row(number) for number in numbers])

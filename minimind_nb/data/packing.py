@@ -7,12 +7,14 @@ tokens is n - 1 *targets*: each token but its first is predicted from those befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from .conversations import IN_LOSS, TURN, USER
 from .token_cache import TokenCache
+
+Piece = tuple[int, int, int]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -25,49 +27,49 @@ class PackedRows:
 
     A piece is (document, start, count): `count` targets of a document, of which the
     first is predicted from the token at `start`. `spans` [rows, 2] gives begin and end
-    in `pieces` of each row, `targets` [rows] how many targets it has.
+    in `pieces` [n, 3] of each row.
     """
 
     pieces: np.ndarray
     spans: np.ndarray
-    targets: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.spans)
 
-    def row(self, number: int) -> list[tuple[int, int, int]]:
-        """Return the pieces of one row, as (document, start, count)."""
+    @property
+    def targets(self) -> np.ndarray:
+        """The number of targets of each row."""
+        return np.diff(np.append(0, np.cumsum(self.pieces[:, 2]))[self.spans])[:, 0]
+
+    def row(self, number: int) -> list[Piece]:
+        """Return the pieces of one row."""
         begin, end = self.spans[number]
         return [(d, start, n) for d, start, n in self.pieces[begin:end].tolist()]
 
 
-def pack(
-    documents: np.ndarray, targets: np.ndarray, width: int, split: bool = True
-) -> PackedRows:
-    """Fill rows of `width` targets with documents; only the last row may have room.
+def pack(pieces: np.ndarray, width: int, split: bool = True) -> PackedRows:
+    """Fill rows of `width` targets with pieces [n, 3]; only the last row may have room.
 
-    `documents` are numbers in the wanted order, `targets` their numbers of targets (int64
-    both). A document longer than a row fills whole rows first. What remains is packed
-    best fit, longest first (Johnson 1974): the longest document that fits goes in, and if
-    none fits, the longest left is split. Costs about 1 µs a piece. Rows follow the
-    lengths; shuffle them.
+    A piece longer than a row fills whole rows first. What remains is packed best fit,
+    longest first (Johnson 1974): the longest piece that fits goes in, and if none fits,
+    the longest left is split. Costs about 1 µs a piece. Rows follow the lengths; shuffle
+    them.
 
-    Without `split` every document, none longer than a row, stays whole, and any row may
+    Without `split` every piece, none longer than a row, stays whole, and any row may
     have room. The number of rows follows from the lengths alone, whatever their order.
     """
+    documents, starts, targets = pieces.T
     assert split or targets.max(initial=0) <= width
-    rows = targets // width
-    number = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-    document = np.repeat(documents, rows)
-    whole = np.stack([document, number * width, np.full_like(document, width)], 1)
-    left = targets % width
-    rest = np.stack([documents, targets - left, left], 1)
+    rows, left = np.divmod(targets, width)
+    whole = np.repeat(pieces, rows, axis=0)
+    number = np.arange(len(whole)) - np.repeat(np.cumsum(rows) - rows, rows)
+    whole[:, 1] += number * width
+    whole[:, 2] = width
+    rest = np.stack([documents, starts + targets - left, left], 1)
     rest, ends = _best_fit(rest, width, split)
-    pieces = np.concatenate([whole, rest])
     bounds = np.concatenate([np.arange(len(whole) + 1), len(whole) + ends])
-    cumulative = np.concatenate([[0], np.cumsum(pieces[:, 2])])
     spans = np.stack([bounds[:-1], bounds[1:]], 1)
-    return PackedRows(pieces, spans, np.diff(cumulative[bounds]))
+    return PackedRows(np.concatenate([whole, rest]), spans)
 
 
 def _best_fit(
@@ -80,7 +82,7 @@ def _best_fit(
     # Bit n is set if a piece of n targets is left: the longest that fits is then one
     # shift of a 512-bit integer away.
     left = sum(1 << count for count in range(1, width) if buckets[count])
-    pieces: list[tuple[int, int, int]] = []
+    pieces: list[Piece] = []
     ends: list[int] = []
     while left:
         room = width
@@ -102,33 +104,23 @@ def _best_fit(
     return np.array(pieces, np.int64).reshape(-1, 3), np.array(ends, np.int64)
 
 
-def pack_epoch(
-    documents: np.ndarray,
-    targets: np.ndarray,
-    width: int,
-    seed: int,
-    epoch: int,
-    *,
-    split: bool = True,
+def make_rows(pieces: np.ndarray, stage: str, width: int) -> PackedRows:
+    """Return the samples of a stage: two neighbours each, or rows; only texts are split."""
+    if stage == "dpo":
+        ends = np.arange(0, len(pieces) + 1, 2)
+        return PackedRows(pieces, np.stack([ends[:-1], ends[1:]], 1))
+    return pack(pieces, width, split=stage == "pretrain")
+
+
+def arrange_epoch(
+    pieces: np.ndarray, stage: str, width: int, seed: int, epoch: int
 ) -> PackedRows:
-    """Return the rows of one epoch: shuffled documents, packed, and the rows shuffled."""
-    order = shuffled(len(documents), seed, epoch, 0)
-    return shuffle_rows(
-        pack(documents[order], targets[order], width, split), seed, epoch
-    )
-
-
-def pair_up(pieces: np.ndarray) -> PackedRows:
-    """Return one row for every two pieces [2n, 3], in their order."""
-    ends = np.arange(0, len(pieces) + 1, 2)
-    targets = pieces[:, 2].reshape(-1, 2).sum(1)
-    return PackedRows(pieces, np.stack([ends[:-1], ends[1:]], 1), targets)
-
-
-def shuffle_rows(rows: PackedRows, seed: int, epoch: int) -> PackedRows:
-    """Return the same rows in the order of an epoch."""
+    """Return the samples of one epoch: shuffled pieces, packed, and the rows shuffled."""
+    if stage != "dpo":
+        pieces = pieces[shuffled(len(pieces), seed, epoch, 0)]
+    rows = make_rows(pieces, stage, width)
     order = shuffled(len(rows), seed, epoch, 1)
-    return replace(rows, spans=rows.spans[order], targets=rows.targets[order])
+    return PackedRows(rows.pieces, rows.spans[order])
 
 
 def shuffled(n: int, *keys: int) -> np.ndarray:
@@ -168,17 +160,14 @@ def split_by_hash(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class TruncatedDocuments:
-    """The parts of documents that are used; arrays are int64, one entry a document.
+    """The parts of documents that are used, `pieces` [n, 3]; arrays are int64.
 
-    A part is (document, start, targets): `targets` predicted tokens, the first from the
-    token at `start`. Of them `loss_tokens` are in the loss, and spell `text_bytes` bytes
-    of UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left,
-    and are not among `documents`; the longest had `longest` targets before.
+    Of a piece's targets `loss_tokens` are in the loss, and spell `text_bytes` bytes of
+    UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left,
+    and are not among the pieces; the longest had `longest` targets before.
     """
 
-    documents: np.ndarray
-    starts: np.ndarray
-    targets: np.ndarray
+    pieces: np.ndarray
     loss_tokens: np.ndarray
     text_bytes: np.ndarray
     cut: int
@@ -186,9 +175,9 @@ class TruncatedDocuments:
     longest: int
 
     @property
-    def pieces(self) -> np.ndarray:
-        """The parts as rows hold them, [documents, 3]."""
-        return np.stack([self.documents, self.starts, self.targets], 1)
+    def documents(self) -> np.ndarray:
+        """The numbers of the documents in the cache."""
+        return self.pieces[:, 0]
 
 
 def truncate_documents(
@@ -204,8 +193,10 @@ def truncate_documents(
     targets, sizes = cache.targets[documents], cache.sizes[documents]
     starts, longest = np.zeros_like(targets), int(targets.max(initial=0))
     if cache.loss_tokens is None or cache.answers is None or cache.answer_sizes is None:
-        parts = (documents, starts, targets, targets, sizes)
-        return TruncatedDocuments(*parts, cut=0, dropped=0, longest=longest)
+        pieces = np.stack([documents, starts, targets], 1)
+        return TruncatedDocuments(
+            pieces, targets, sizes, cut=0, dropped=0, longest=longest
+        )
     loss_tokens = cache.loss_tokens[documents]
     together = 2 if cache.facts["record_format"] == "dpo" else 1
     long = np.flatnonzero(targets.reshape(-1, together).max(1) > width)
@@ -222,12 +213,12 @@ def truncate_documents(
         else:
             starts[these] = _find_starts(marks, width)
             kept[number] = starts[these].all()
-    targets -= starts
-    whole = np.repeat(kept, together)
-    parts = (documents, starts, targets, loss_tokens, sizes)
-    dropped = len(kept) - int(kept.sum())
+    whole, dropped = np.repeat(kept, together), int((~kept).sum())
+    pieces = np.stack([documents, starts, targets - starts], 1)
     return TruncatedDocuments(
-        *(each[whole] for each in parts),
+        pieces[whole],
+        loss_tokens[whole],
+        sizes[whole],
         cut=len(long) - dropped,
         dropped=dropped,
         longest=longest,

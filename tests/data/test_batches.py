@@ -17,10 +17,10 @@ from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import (
     IGNORED,
     MicroBatch,
-    SampleReader,
     StepBatch,
     TrainingStream,
     ValidationRows,
+    read_samples,
 )
 from minimind_nb.data.packing import TruncatedDocuments, pack, truncate_documents
 from minimind_nb.data.token_cache import Source, TokenCache, open_cache
@@ -85,10 +85,9 @@ def make_stream(
 
 def read_all(cache: TokenCache, width: int, mask: bool) -> MicroBatch:
     """All documents packed in their order, as one micro-batch."""
-    rows = pack(np.arange(len(cache)), cache.targets, width)
+    rows = pack(truncated_of(cache).pieces, width)
     cfg = resolve(TrainConfig(max_seq_len=width, document_mask=mask))
-    reader = SampleReader(cache, cfg, PAD)
-    return reader.read([rows.row(n) for n in range(len(rows))])
+    return read_samples(cache, cfg, PAD, [rows.row(n) for n in range(len(rows))])
 
 
 def steps(stream: TrainingStream) -> list[StepBatch]:
@@ -537,10 +536,7 @@ def test_each_excerpt_is_read_once_an_epoch_in_another_order(chats, stage):
     for epoch in range(2):
         rows = stream.arrange(epoch)
         found = list(itertools.chain(*(rows.row(n) for n in range(len(rows)))))
-        pieces = zip(
-            truncated.documents, truncated.starts, truncated.targets, strict=True
-        )
-        expected = sorted(pieces)
+        expected = sorted(map(tuple, truncated.pieces.tolist()))
         if stage == "sft":
             expected = [(d, 0, n) for d, _, n in expected]
         assert sorted(found) == expected

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ from hypothesis import strategies as st
 
 from minimind_nb.data.packing import (
     PackedRows,
+    arrange_epoch,
+    make_rows,
     pack,
-    pack_epoch,
-    pair_up,
-    shuffle_rows,
     shuffled,
     split_by_hash,
 )
@@ -22,8 +22,14 @@ lengths = st.lists(st.integers(0, 40), max_size=30)
 widths = st.integers(1, 12)
 
 
+def whole(targets: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Documents of some lengths, whole."""
+    counts = np.array(targets, np.int64)
+    return np.stack([np.arange(len(counts)), 0 * counts, counts], 1)
+
+
 def pack_lengths(targets: list[int], width: int) -> PackedRows:
-    return pack(np.arange(len(targets)), np.array(targets, np.int64), width)
+    return pack(whole(targets), width)
 
 
 def pieces(rows: PackedRows) -> list[list[tuple[int, int, int]]]:
@@ -86,8 +92,7 @@ def test_nothing_to_learn_makes_no_rows(targets):
     rows = pack_lengths(targets, width=8)
     assert len(rows) == 0
     assert len(rows.pieces) == 0
-    numbers, none = np.arange(len(targets)), np.zeros(len(targets), np.int64)
-    assert len(pack_epoch(numbers, none, 8, seed=1, epoch=1)) == 0
+    assert len(arrange_epoch(whole(targets), "pretrain", 8, seed=1, epoch=1)) == 0
 
 
 @given(lengths, widths)
@@ -116,9 +121,7 @@ short_lengths = st.lists(st.integers(0, 9), max_size=30)
 
 
 def pack_whole(targets: list[int], width: int) -> PackedRows:
-    return pack(
-        np.arange(len(targets)), np.array(targets, np.int64), width, split=False
-    )
+    return pack(whole(targets), width, split=False)
 
 
 def test_without_splitting_the_longest_that_fits_goes_in_and_room_is_left():
@@ -152,8 +155,7 @@ def test_without_splitting_every_document_lies_whole_in_one_row(targets, width):
 def test_without_splitting_rows_are_as_many_in_any_order(targets, width, random):
     count = len(pack_whole(targets, width))
     for epoch in range(2):
-        numbers, sizes = np.arange(len(targets)), np.array(targets, np.int64)
-        rows = pack_epoch(numbers, sizes, width, 1, epoch, split=False)
+        rows = arrange_epoch(whole(targets), "sft", width, 1, epoch)
         assert len(rows) == count
     random.shuffle(targets)
     assert len(pack_whole(targets, width)) == count
@@ -161,17 +163,17 @@ def test_without_splitting_rows_are_as_many_in_any_order(targets, width, random)
 
 def test_two_neighbours_make_a_pair():
     four = np.array([[4, 0, 7], [5, 0, 3], [0, 2, 6], [1, 2, 8]], np.int64)
-    rows = pair_up(four)
+    rows = make_rows(four, "dpo", 9)
     assert pieces(rows) == [[(4, 0, 7), (5, 0, 3)], [(0, 2, 6), (1, 2, 8)]]
     assert rows.targets.tolist() == [10, 14]
-    assert len(pair_up(four[:0])) == 0
+    assert len(make_rows(four[:0], "dpo", 9)) == 0
 
 
 @given(st.integers(0, 40), st.integers(0, 3), st.integers(0, 3))
 def test_shuffled_pairs_stay_together(count, seed, epoch):
     numbers = np.arange(2 * count, dtype=np.int64)
-    paired = pair_up(np.stack([numbers, numbers % 3, numbers + 1], 1))
-    rows = shuffle_rows(paired, seed, epoch)
+    paired = np.stack([numbers, numbers % 3, numbers + 1], 1)
+    rows = arrange_epoch(paired, "dpo", 99, seed, epoch)
     found = [[document for document, _, _ in row] for row in pieces(rows)]
     order = shuffled(count, seed, epoch, 1)
     assert found == [[2 * n, 2 * n + 1] for n in order]
@@ -183,7 +185,7 @@ def test_hardly_a_document_is_split_that_fits_in_a_row():
     # 8,540 by plain concatenation.
     draw = np.random.default_rng(0).lognormal(np.log(162), 1.13, 20_000)
     targets = np.minimum(draw, 512).astype(np.int64)
-    rows = pack_epoch(np.arange(20_000), targets, 512, seed=42, epoch=0)
+    rows = arrange_epoch(whole(targets), "pretrain", 512, seed=42, epoch=0)
     assert rows.targets.sum() == targets.sum() > 0.999 * 512 * len(rows)
     assert split_documents(rows) < 200
     assert split_by_concatenation(targets, 512) > 8000
@@ -191,17 +193,16 @@ def test_hardly_a_document_is_split_that_fits_in_a_row():
 
 @given(lengths, widths, st.integers(0, 5), st.integers(0, 5))
 def test_an_epoch_holds_every_target_exactly_once(targets, width, seed, epoch):
-    numbers = np.arange(len(targets))
-    rows = pack_epoch(numbers, np.array(targets, np.int64), width, seed, epoch)
+    rows = arrange_epoch(whole(targets), "pretrain", width, seed, epoch)
     assert covered(rows) == all_targets(targets)
     assert (rows.targets < width).sum() <= 1
 
 
 def test_epochs_and_seeds_order_differently_and_repeat_exactly():
-    numbers, targets = np.arange(200), np.arange(200) % 17
+    documents = whole(np.arange(200) % 17)
 
     def order(seed: int, epoch: int) -> list[list[tuple[int, int, int]]]:
-        return pieces(pack_epoch(numbers, targets, 16, seed, epoch))
+        return pieces(arrange_epoch(documents, "pretrain", 16, seed, epoch))
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -210,8 +211,7 @@ def test_epochs_and_seeds_order_differently_and_repeat_exactly():
 
 
 def test_rows_of_an_epoch_do_not_follow_the_lengths():
-    targets = np.arange(2000) % 64
-    rows = pack_epoch(np.arange(2000), targets, 64, seed=3, epoch=0)
+    rows = arrange_epoch(whole(np.arange(2000) % 64), "pretrain", 64, seed=3, epoch=0)
     pieces_in_row = np.diff(rows.spans).ravel()
     half = len(rows) // 2
     first, second = pieces_in_row[:half].mean(), pieces_in_row[half:].mean()
@@ -219,11 +219,11 @@ def test_rows_of_an_epoch_do_not_follow_the_lengths():
 
 
 def test_an_epoch_is_the_packed_rows_in_another_order():
-    numbers, targets = np.array([7, 3, 9, 4, 0, 8]), np.array([5, 3, 2, 8, 0, 7])
-    first = shuffled(6, 9, 2, 0)
-    packed = pack(numbers[first], targets[first], 4)
+    documents = whole([5, 3, 2, 8, 0, 7])
+    documents[:, 0] = [7, 3, 9, 4, 0, 8]
+    packed = pack(documents[shuffled(6, 9, 2, 0)], 4)
     order = shuffled(len(packed), 9, 2, 1)
-    rows = pack_epoch(numbers, targets, 4, seed=9, epoch=2)
+    rows = arrange_epoch(documents, "pretrain", 4, seed=9, epoch=2)
     assert sorted(order) != list(order)
     assert pieces(rows) == [pieces(packed)[i] for i in order]
     assert rows.targets.tolist() == packed.targets[order].tolist()

@@ -33,13 +33,7 @@ def open_chats(tmp_path, byte_spec):
 
 
 def listed(truncated):
-    arrays = (
-        truncated.documents,
-        truncated.starts,
-        truncated.targets,
-        truncated.loss_tokens,
-        truncated.text_bytes,
-    )
+    arrays = (*truncated.pieces.T, truncated.loss_tokens, truncated.text_bytes)
     assert {each.dtype for each in arrays} == {np.dtype(np.int64)}
     return [tuple(row) for row in np.stack(arrays, 1).tolist()]
 
@@ -140,7 +134,7 @@ def test_a_pair_begins_elsewhere_where_no_question_fits(open_chats):
     cache = open_chats([pair(*prompt, chosen="f", rejected="gg")], "dpo")
     whole = 9 + 14 + 58 + 14 + 9 + ANSWER + 2
     truncated = take(cache, whole - 1 - 9 - 14 - 1)
-    assert truncated.starts.tolist() == [9 + 14 + 58] * 2
+    assert truncated.pieces[:, 1].tolist() == [9 + 14 + 58] * 2
     assert cache.marks_of(0)[9 + 14 + 58] & USER == 0
 
 

@@ -12,10 +12,10 @@ import torch
 
 import minimind_nb as mm
 from minimind_nb.config import TrainConfig, resolve
-from minimind_nb.data.batches import Piece, SampleReader
+from minimind_nb.data.batches import MicroBatch, read_samples
 from minimind_nb.data.conversations import IN_LOSS
-from minimind_nb.data.packing import pair_up, truncate_documents
-from minimind_nb.data.token_cache import Source, open_cache
+from minimind_nb.data.packing import Piece, make_rows, truncate_documents
+from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.training.stages import preference_loss, with_reference
 
@@ -73,21 +73,24 @@ def models() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> SampleReader:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
     folder = tmp_path_factory.mktemp("pairs")
     file = folder / "pairs.jsonl"
     rows = (json.dumps(pair, ensure_ascii=False) for pair in PAIRS)
     file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    spec = read_tokenizer()
-    cache = open_cache(Source(str(file), "dpo", spec), folder / "cache")
+    source = Source(str(file), "dpo", read_tokenizer())
+    return open_cache(source, folder / "cache")
+
+
+def read(cache: TokenCache, samples: list[list[Piece]]) -> MicroBatch:
     cfg = resolve(TrainConfig(stage="dpo", data_path="demo", max_seq_len=WIDTH))
-    return SampleReader(cache, cfg, spec.pad_id)
+    return read_samples(cache, cfg, read_tokenizer().pad_id, samples)
 
 
-def our_samples(reader: SampleReader) -> list[list[Piece]]:
+def our_samples(cache: TokenCache) -> list[list[Piece]]:
     """All pairs."""
-    e = truncate_documents(reader.cache, np.arange(2 * len(PAIRS)), WIDTH)
-    rows = pair_up(e.pieces)
+    truncated = truncate_documents(cache, np.arange(2 * len(PAIRS)), WIDTH)
+    rows = make_rows(truncated.pieces, "dpo", WIDTH)
     return [rows.row(number) for number in range(len(rows))]
 
 
@@ -112,18 +115,18 @@ def their_trainer(model: Any, reference: Any, folder: Path, beta: float) -> Any:
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_losses_gradient_and_margin_of_pairs_are_those_of_trl(
-    models: tuple[Any, Any], reader: SampleReader, tmp_path: Path, beta: float
+    models: tuple[Any, Any], cache: TokenCache, tmp_path: Path, beta: float
 ) -> None:
     ours, reference = models
     trainer = their_trainer(ours, reference, tmp_path, beta)
     theirs, rows = trainer.model.eval(), list(trainer.train_dataset)
-    samples = our_samples(reader)
+    samples = our_samples(cache)
     cfg = resolve(TrainConfig(stage="dpo", dpo_beta=beta))
     for sample, row in zip(samples, rows, strict=True):
         with torch.no_grad():
             loss = float(
                 preference_loss(
-                    ours, with_reference(reader.read([sample]), reference), cfg
+                    ours, with_reference(read(cache, [sample]), reference), cfg
                 ).loss
             )
             expected = float(trainer.compute_loss(theirs, trainer.data_collator([row])))
@@ -131,7 +134,7 @@ def test_losses_gradient_and_margin_of_pairs_are_those_of_trl(
         assert loss == pytest.approx(expected, abs=1e-5)
 
     ours.zero_grad()
-    losses = preference_loss(ours, with_reference(reader.read(samples), reference), cfg)
+    losses = preference_loss(ours, with_reference(read(cache, samples), reference), cfg)
     mean = losses.loss / len(PAIRS)
     mean.backward()
     their_mean = trainer.compute_loss(theirs, trainer.data_collator(rows))
@@ -146,13 +149,13 @@ def test_losses_gradient_and_margin_of_pairs_are_those_of_trl(
 
 
 def test_trl_reads_the_same_ids_from_the_same_pairs(
-    models: tuple[Any, Any], reader: SampleReader, tmp_path: Path
+    models: tuple[Any, Any], cache: TokenCache, tmp_path: Path
 ) -> None:
     trainer = their_trainer(*models, tmp_path, 0.1)
     for number, row in enumerate(trainer.train_dataset):
         for document, answer in enumerate(("chosen", "rejected"), 2 * number):
-            ids = reader.cache.document(document).tolist()
-            marks = reader.cache.marks_of(document)
+            ids = cache.document(document).tolist()
+            marks = cache.marks_of(document)
             assert ids == row["prompt_ids"] + row[f"{answer}_ids"]
             loss_mask = (marks & IN_LOSS).tolist()
             begin = len(row["prompt_ids"])

@@ -11,8 +11,8 @@ import torch
 from support.runs import Settings, metric_rows, train_here
 
 from minimind_nb.config import TrainConfig, resolve
-from minimind_nb.data.batches import IGNORED, MicroBatch, SampleReader
-from minimind_nb.data.packing import TruncatedDocuments, pack, truncate_documents
+from minimind_nb.data.batches import IGNORED, MicroBatch, read_samples
+from minimind_nb.data.packing import Piece, TruncatedDocuments, pack, truncate_documents
 from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
@@ -37,14 +37,15 @@ def open_rows(tmp_path: Path):
     return open_rows
 
 
-def reader_of(cache: TokenCache, stage: str, width: int = 64) -> SampleReader:
+def read(
+    cache: TokenCache, samples: list[list[Piece]], stage: str = "sft", width: int = 64
+) -> MicroBatch:
     cfg = resolve(TrainConfig(stage=stage, max_seq_len=width))
-    return SampleReader(cache, cfg, pad_id=0)
+    return read_samples(cache, cfg, 0, samples)
 
 
-def pieces_of(truncated: TruncatedDocuments) -> list[tuple[int, int, int]]:
-    columns = truncated.documents, truncated.starts, truncated.targets
-    return [(d, start, n) for d, start, n in np.stack(columns, 1).tolist()]
+def pieces_of(truncated: TruncatedDocuments) -> list[Piece]:
+    return [(d, start, n) for d, start, n in truncated.pieces.tolist()]
 
 
 def loss_and_gradient(
@@ -69,9 +70,8 @@ def assert_same(a: tuple[float, torch.Tensor], b: tuple[float, torch.Tensor]) ->
 def test_conversations_packed_equal_one_at_a_time(chat_file: Path, open_rows) -> None:
     model = tiny_model()
     cache, truncated = open_rows(chat_file, "sft")
-    reader, pieces = reader_of(cache, "sft"), pieces_of(truncated)
-    rows = pack(truncated.documents, truncated.targets, 64, split=False)
-    packed = reader.read([rows.row(number) for number in range(len(rows))])
+    pieces, rows = pieces_of(truncated), pack(truncated.pieces, 64, split=False)
+    packed = read(cache, [rows.row(number) for number in range(len(rows))])
     assert len(packed.inputs) < 0.8 * len(pieces), "several share a row"
     alone = []
     for piece in pieces:
@@ -92,7 +92,7 @@ def test_the_loss_of_answers_is_independent_of_padding(
     cache, truncated = open_rows(chat_file, "sft")
     pieces = [[piece] for piece in pieces_of(truncated)[:9]]
     tight, wide = (
-        loss_and_gradient(model, [reader_of(cache, "sft", width).read(pieces)])
+        loss_and_gradient(model, [read(cache, pieces, width=width)])
         for width in (64, 200)
     )
     assert_same(tight, wide)
@@ -144,7 +144,6 @@ def test_the_preference_loss_is_its_formula(pair_file: Path, open_rows) -> None:
     model, draw = tiny_model(), np.random.default_rng(0)
     cache, truncated = open_rows(pair_file, "dpo")
     pieces = pieces_of(truncated)[:12]
-    reader = reader_of(cache, "dpo")
     sums = []
     for piece in pieces:
         loss_mask = np.append(False, cache.loss_mask(*piece))
@@ -157,7 +156,7 @@ def test_the_preference_loss_is_its_formula(pair_file: Path, open_rows) -> None:
         losses.append(math.log(1 + math.exp(-margin)))
         margins.append(margin)
         kl.append((rc - pc + rr - pr) / (nc + nr))
-    batch = reader.read([pieces[n : n + 2] for n in range(0, 12, 2)])
+    batch = read(cache, [pieces[n : n + 2] for n in range(0, 12, 2)], "dpo")
     batch = replace(batch, reference=torch.tensor([r for _, r, _ in sums]))
     cfg = resolve(TrainConfig(stage="dpo", data_path="demo", dpo_beta=beta))
     found = preference_loss(model, batch, cfg)
