@@ -98,7 +98,7 @@ def show_packing(targets: np.ndarray) -> None:
     rows = arrange_epoch(pieces, "pretrain", WIDTH, seed=42, epoch=0)
     ends = np.cumsum(targets)
     cut = ((ends - targets) // WIDTH < (ends - 1) // WIDTH).sum()
-    fill = rows.targets.sum() / (len(rows) * WIDTH)
+    fill = rows.pieces[:, 2].sum() / (len(rows) * WIDTH)
     print(f"fill {fill:.4f} at {WIDTH}: {len(targets)} documents, {len(rows)} rows")
     split = (np.unique(rows.pieces[:, 0], return_counts=True)[1] > 1).sum()
     print(f"split {split}, by plain concatenation {cut}")

@@ -1,8 +1,7 @@
-"""The resumable iterator: which samples each rank takes in which step.
+"""The resumable stream: which samples each rank takes in which step.
 
-Its whole state is one number, the samples consumed so far by all ranks together, so it
-means the same for any number of processes. A sample is a packed row, or a pair of
-answers if preferences are trained on.
+Its whole state is one number, the samples consumed so far by all ranks together. A
+sample is a packed row, or a pair of answers if preferences are trained on.
 """
 
 from __future__ import annotations
@@ -30,12 +29,11 @@ class MicroBatch:
     `inputs` and `targets`, both [B, T] int64, are aligned: `targets[b, t]` is the token
     after `inputs[b, t]`, or `IGNORED`. `documents` [B, T] int32 numbers the pieces in a
     row (-1 is padding), or is None if documents may see each other. `loss_positions` [N]
-    int64 are the indices into the flattened rows that have a target, or None if nearly
-    all have one.
+    int64 are the indices into the flattened rows that have a target, or None for texts.
 
-    If samples are pairs, pair p is the documents 2p (chosen) and 2p + 1 (rejected),
-    packed into the rows in any order; `reference` [2 · samples] float32 holds their sums
-    of log-probabilities under the reference model, once they are known.
+    Pair p is the documents 2p (chosen) and 2p + 1 (rejected), in any of the rows;
+    `reference` [2 · samples] float32 holds their sums of log-probabilities under the
+    reference model, once they are known.
     """
 
     inputs: torch.Tensor
@@ -74,10 +72,7 @@ class StepBatch:
 def read_samples(
     cache: TokenCache, cfg: ResolvedConfig, pad_id: int, samples: Sequence[list[Piece]]
 ) -> MicroBatch:
-    """Return the micro-batch of some samples, padded if they do not fill it.
-
-    The answers of pairs are packed into as few rows as hold them.
-    """
+    """Return the micro-batch of some samples; pairs are packed into the fewest rows."""
     rows, width = [list(enumerate(sample)) for sample in samples], cfg.max_seq_len
     if cfg.stage == "dpo":
         pieces = list(enumerate(itertools.chain(*samples)))
@@ -87,8 +82,7 @@ def read_samples(
             [pieces[number] for number, _, _ in packed.row(row)]
             for row in range(len(packed))
         ]
-        width = int(packed.targets.max())
-    chat = cache.marks is not None
+        width = max(sum(count for _, (_, _, count) in row) for row in rows)
     inputs = np.full((len(rows), width), pad_id, np.int64)
     targets = np.full((len(rows), width), IGNORED, np.int64)
     documents = np.full((len(rows), width), -1, np.int32)
@@ -98,17 +92,17 @@ def read_samples(
             ids = cache.piece(*piece)
             end = begin + len(ids) - 1
             inputs[b, begin:end] = ids[:-1]
-            in_loss = cache.loss_mask(*piece) if chat else True
+            in_loss = cache.loss_mask(*piece)
             np.copyto(targets[b, begin:end], ids[1:], where=in_loss)
             documents[b, begin:end] = number
             begin = end
-    positions = np.flatnonzero(targets != IGNORED)
+    positions = torch.from_numpy(np.flatnonzero(targets != IGNORED))
     return MicroBatch(
         torch.from_numpy(inputs),
         torch.from_numpy(targets),
         torch.from_numpy(documents) if cfg.document_mask else None,
         samples=len(samples),
-        loss_positions=torch.from_numpy(positions) if chat else None,
+        loss_positions=None if cache.marks is None else positions,
     )
 
 
@@ -193,11 +187,11 @@ class TrainingStream:
 
 
 class ValidationRows:
-    """The held-out samples, packed once into rows; their order means nothing.
+    """The held-out samples, packed once; their order means nothing.
 
-    Whole documents are taken in the file's order, except those with more tokens than
-    remain of `eval_tokens`; if all have more, the shortest is taken. Pairs are taken
-    whole. `references` keeps what the reference model says of each micro-batch.
+    Whole documents or pairs are taken in the file's order, except those with more tokens
+    than remain of `eval_tokens`; if all have more, the shortest is taken. `references`
+    keeps what the reference model says of each micro-batch.
     """
 
     def __init__(
@@ -222,9 +216,6 @@ class ValidationRows:
         self.documents = truncated.documents[kept]
         self.text_bytes = int(truncated.text_bytes[kept].sum())
         self.rows = make_rows(truncated.pieces[kept], cfg.stage, cfg.max_seq_len)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def micro_batches(
         self, batch_size: int, rank: int, size: int

@@ -1,7 +1,6 @@
 """Documents become rows of one width: held-out split, truncation, packing and order.
 
-Pure functions of lengths, marks, hashes and seeds; no token is read here. A document of n
-tokens is n - 1 *targets*: each token but its first is predicted from those before it.
+A document of n tokens is n - 1 *targets*: each token but its first is predicted.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from .conversations import IN_LOSS, TURN, USER
 from .token_cache import TokenCache
 
 Piece = tuple[int, int, int]
+"""(document, start, count): `count` targets, the first after the token at `start`."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -23,23 +23,13 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The pieces of documents that make up each row; all int64.
-
-    A piece is (document, start, count): `count` targets of a document, of which the
-    first is predicted from the token at `start`. `spans` [rows, 2] gives begin and end
-    in `pieces` [n, 3] of each row.
-    """
+    """`spans` [rows, 2] gives begin and end in `pieces` [n, 3] of each row; int64."""
 
     pieces: np.ndarray
     spans: np.ndarray
 
     def __len__(self) -> int:
         return len(self.spans)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The number of targets of each row."""
-        return np.diff(np.append(0, np.cumsum(self.pieces[:, 2]))[self.spans])[:, 0]
 
     def row(self, number: int) -> list[Piece]:
         """Return the pieces of one row."""
@@ -75,7 +65,7 @@ def pack(pieces: np.ndarray, width: int, split: bool = True) -> PackedRows:
 def _best_fit(
     rest: np.ndarray, width: int, split: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack pieces shorter than a row; return them, and the end of each row in them."""
+    """Return pieces shorter than a row, packed, and the end of each row in them."""
     buckets: list[list[tuple[int, int]]] = [[] for _ in range(width)]
     for document, start, count in rest[::-1].tolist():
         buckets[count].append((document, start))
@@ -126,8 +116,8 @@ def arrange_epoch(
 def shuffled(n: int, *keys: int) -> np.ndarray:
     """Return a permutation of range(n), a function of n and the keys alone.
 
-    Sorts by splitmix64 (Steele, Lea and Flood 2014) of position and keys: generators may
-    change their streams between versions, and a resumed run needs the same order.
+    Sorts by splitmix64 (Steele, Lea and Flood 2014) of position and keys, since numpy's
+    generators may change their streams between versions.
     """
     state = np.zeros(1, np.uint64)
     for key in keys:
@@ -146,9 +136,9 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def split_by_hash(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return document numbers to train on and to hold out, each in the file's order.
 
-    A document is held out when its 64-bit content hash falls below `fraction` of the
-    range, so equal texts stay on one side, whatever their order and the other documents.
-    Of different texts each side gets one at least; a single one is trained on.
+    A document is held out when its content hash falls below `fraction` of the range, so
+    equal texts stay on one side. Of different texts each side gets one at least; a
+    single one is trained on.
     """
     held_out = hashes < np.uint64(min(fraction, 1.0) * float(2**64 - 2**11))
     if fraction > 0 and len(hashes):
@@ -160,11 +150,11 @@ def split_by_hash(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class TruncatedDocuments:
-    """The parts of documents that are used, `pieces` [n, 3]; arrays are int64.
+    """The `pieces` [n, 3] of documents that are used; arrays are int64.
 
-    Of a piece's targets `loss_tokens` are in the loss, and spell `text_bytes` bytes of
-    UTF-8. `cut` documents (or pairs) lost turns; `dropped` have no whole answer left,
-    and are not among the pieces; the longest had `longest` targets before.
+    Of their targets `loss_tokens` [n] are in the loss, and spell `text_bytes` [n] of
+    UTF-8. `cut` documents or pairs lost turns, `dropped` have no whole answer left and no
+    piece. The longest had `longest` targets.
     """
 
     pieces: np.ndarray
@@ -228,8 +218,7 @@ def truncate_documents(
 def _find_end(
     marks: np.ndarray, answer_sizes: np.ndarray, width: int
 ) -> tuple[int, int, int]:
-    """Return the targets, the tokens in the loss and the bytes of answers up to the last
-    whole answer that fits; zeros if none does."""
+    """Return targets, tokens in the loss and bytes of answers that fit whole."""
     continued = np.append((marks[1:] & (IN_LOSS | TURN)) == IN_LOSS, False)
     ends = np.flatnonzero((marks & IN_LOSS > 0) & ~continued) + 1
     ends = ends[ends <= width + 1]
@@ -242,16 +231,14 @@ def _find_end(
 def _find_starts(pair: Sequence[np.ndarray], width: int) -> tuple[int, int]:
     """Return where chosen and rejected start, at one turn; zeros if none fits."""
     chosen, rejected = pair
+    turns = []
+    for marks in pair:  # of the prompt, but the first
+        answer = int(np.argmax(marks & IN_LOSS > 0))
+        turns.append(np.flatnonzero(marks[: answer + 1] & TURN)[1:-1].tolist())
     fitting = [
         (a, b)
-        for a, b in zip(*map(_find_prompt_turns, pair), strict=False)
+        for a, b in zip(*turns, strict=False)
         if max(len(chosen) - a, len(rejected) - b) <= width + 1
     ]
     asking = [each for each in fitting if chosen[each[0]] & USER]
     return (asking or fitting or [(0, 0)])[0]
-
-
-def _find_prompt_turns(marks: np.ndarray) -> list[int]:
-    """Return the begins of the turns before the first answer in the loss, but the first."""
-    answer = int(np.argmax(marks & IN_LOSS > 0))
-    return np.flatnonzero(marks[: answer + 1] & TURN)[1:-1].tolist()

@@ -327,7 +327,7 @@ def test_validation_takes_each_document_once(make_cache):
 
 def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
     cache = make_cache(["ab", "cd", "ef"])  # 3 targets each
-    lengths = [len(validation_rows(cache, 3, most)) for most in (3, 5, 6, 8, 9)]
+    lengths = [len(validation_rows(cache, 3, most).rows) for most in (3, 5, 6, 8, 9)]
     assert lengths == [1, 1, 2, 2, 3]
     assert validation_rows(cache, 3, 6).text_bytes == 4
     cache = make_cache(["a" * 99, "ab", "b" * 30, "c"])  # 100, 3, 31 and 2 targets
@@ -336,7 +336,7 @@ def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
     assert validation_rows(cache, 4, most=105).text_bytes == 99 + 2 + 1
     # If all are above the cap, the shortest is taken.
     rows = validation_rows(make_cache(["abcdef", "abc", "abcd"]), width=2, most=1)
-    assert (len(rows), rows.text_bytes) == (2, 3)
+    assert (len(rows.rows), rows.text_bytes) == (2, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -552,7 +552,7 @@ def test_validation_takes_pairs_whole_and_counts_bytes_of_answers(open_chats):
     cache = open_chats(pairs, "dpo")  # 23 + 22, 25 + 22 and 27 + 22 targets
     cfg = resolve(TrainConfig(stage="dpo", max_seq_len=64, eval_tokens=95))
     rows = ValidationRows(cache, truncated_of(cache, 64), cfg, PAD)
-    assert len(rows) == 2
+    assert len(rows.rows) == 2
     assert rows.documents.tolist() == [0, 1, 2, 3]
     assert rows.text_bytes == 2 + 1 + 4 + 1
     batches = [b for r in range(2) for b in rows.micro_batches(4, rank=r, size=2)]

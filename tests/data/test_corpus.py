@@ -213,7 +213,7 @@ def test_both_answers_of_a_pair_are_on_the_same_side(prepare_rows):
         assert (documents[1::2] == documents[::2] + 1).all()
     rows = corpus.validation_rows(cfg, pad_id=0)
     assert rows is not None
-    assert len(rows) == len(corpus.val_documents) // 2
+    assert len(rows.rows) == len(corpus.val_documents) // 2
 
 
 def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
