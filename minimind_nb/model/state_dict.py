@@ -17,8 +17,6 @@ from .architecture import MiniMindConfig, MiniMindForCausalLM
 
 _SHOWN = 1000  # characters of torch's list of what does not fit
 _HEADS = 8
-_STACKED_AXES = 3  # experts, outputs, inputs
-_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = Mapping[str, torch.Tensor]
@@ -27,13 +25,15 @@ Tensors = Mapping[str, torch.Tensor]
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a `.safetensors` file or a `.pth`.
 
-    Experts stacked in one tensor, as transformers holds them in memory, are split.
     Raises `ValueError` for a damaged file, a tensor whose few bytes claim to be
     gigabytes, and values that are not finite in float32.
     """
-    mapped = file.suffix == ".safetensors"
     try:
-        tensors = load_file(file) if mapped else read_pth(file)
+        if file.suffix == ".safetensors":
+            # A mapped file that is overwritten later would end this process.
+            tensors = {name: t.clone() for name, t in load_file(file).items()}
+        else:
+            tensors = read_pth(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); copy it again") from None
     for name, tensor in tensors.items():
@@ -46,23 +46,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             )
         if not tensor.to(torch.float32).isfinite().all():
             raise ValueError(f"{file} holds values that are not finite, in {name}")
-    if mapped:  # a mapped file that is overwritten later would end this process
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    return _split_experts(tensors)
-
-
-def _split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    split = {}
-    for name, tensor in tensors.items():
-        mlp, _, kind = name.partition(".experts.")
-        if kind not in _STACKED or tensor.ndim != _STACKED_AXES:
-            split[name] = tensor
-            continue
-        parts = _STACKED[kind]
-        for number, expert in enumerate(tensor):
-            for part, weight in zip(parts, expert.chunk(len(parts)), strict=True):
-                split[f"{mlp}.experts.{number}.{part}.weight"] = weight
-    return split
+    return tensors
 
 
 def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
