@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -18,18 +19,12 @@ from ..storage import verified
 from ..storage.run_folder import STATE, WEIGHTS, RunFolder
 from .architecture import THIRD_GENERATION, MiniMindConfig, MiniMindForCausalLM
 from .hf_formats import read_config
-from .state_dict import Tensors, build_model, infer_shape, read_pth, read_tensors
+from .state_dict import infer_shape, put_weights, read_pth, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SOURCES = (
-    "a run folder, a checkpoint folder, a .pth file or a folder by save_pretrained(…, "
-    'max_shard_size="99GB") of a MiniMind, Llama, Qwen3 or Qwen3-MoE'
-)
 _WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")
-_CONFIG = "config.json"
-_TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt".split()
 
 
 def load(
@@ -63,10 +58,9 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class FoundWeights:
-    """Weights on disk, described: `source` is the place that was named.
+    """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it.
 
-    `stage` is None if nothing records it (the name of a `.pth` does). `notes` tell the
-    user what was assumed.
+    `notes` tell the user what was assumed, `source` is the place that was named.
     """
 
     file: Path
@@ -77,8 +71,23 @@ class FoundWeights:
     source: str = ""
 
     def read(self) -> MiniMindForCausalLM:
-        """Read the weights, in the precision they are stored in, or raise `ValueError`."""
-        return build_model(self.config, read_tensors(self.file), str(self.file))
+        """Return a model that holds the tensors of the file, in their precision.
+
+        Raises `ValueError` if they do not fit, before a model of another size is built.
+        """
+        tensors, source = read_tensors(self.file), str(self.file)
+        shape = infer_shape(tensors, source, **self.config.to_dict())
+        for name, held in shape.items():
+            if (said := getattr(self.config, name)) != held:
+                raise ValueError(
+                    f"{source} holds {name}={held!r} and its configuration says {said!r}: "
+                    "they do not belong together"
+                )
+        with torch.device("meta"):
+            model = MiniMindForCausalLM(self.config)
+        put_weights(model, tensors, source, assign=True)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
 
     def shape(self) -> dict[str, Any]:
         """Return the configuration by `TrainConfig`'s names."""
@@ -92,10 +101,7 @@ def find_weights(
     tokenizer: Any = None,
     **shape: Any,
 ) -> FoundWeights:
-    """Find and describe the weights that `load` would read, without reading them.
-
-    Raises what `load` raises, except for what is wrong with the values of the tensors.
-    """
+    """Find the weights that `load` would read. Raises as it does, values not yet read."""
     if which not in ("last", "best"):
         raise ValueError(f'which={which!r}: "last" or "best" is expected')
     shape = {name: value for name, value in shape.items() if value is not None}
@@ -144,8 +150,7 @@ def model_config(
 def _find(
     path: Path, which: str, tokenizer: Any, shape: dict[str, Any]
 ) -> FoundWeights:
-    beside = [path.parent / name for name in (_CONFIG, STATE)]
-    if path.name in _WEIGHTS_FILES and any(map(Path.is_file, beside)):
+    if path.name in _WEIGHTS_FILES:
         path = path.parent
     if path.is_file():
         return _find_pth(path, shape)
@@ -160,30 +165,31 @@ def _find(
             verified.verify(path)
         except verified.DamagedFolder as damage:
             raise ValueError(f"the checkpoint {path} is damaged: {damage}") from None
-        return _find_checkpoint(path, RunFolder(path.parents[1]), tokenizer)
+        return _find_checkpoint(path, tokenizer)
     run = RunFolder(path)
     fields = run.read_config() if run.exists() else {}
     if "settings" not in fields:
         return _find_saved(path, fields)
     best = run.best_checkpoint() if which == "best" else None
     if found := best or run.newest_good_checkpoint():
-        return _find_checkpoint(found.folder, run, tokenizer)
+        return _find_checkpoint(found.folder, tokenizer)
     raise FileNotFoundError(
         f"the run {path} has no checkpoint yet; it writes one every save_interval "
         "steps and at its end"
     )
 
 
-def _find_checkpoint(folder: Path, run: RunFolder, tokenizer: Any) -> FoundWeights:
+def _find_checkpoint(folder: Path, tokenizer: Any) -> FoundWeights:
     """Describe a checkpoint; `tokenizer` is used if its run's is missing."""
     recorded = json.loads((folder / STATE).read_bytes())["config"]
-    own = run.tokenizer if tokenizer is None or run.tokenizer.exists() else tokenizer
-    spec = read_tokenizer(own)
+    own = RunFolder(folder.parents[1]).tokenizer
+    given = tokenizer is not None and not own.exists()
+    spec = read_tokenizer(tokenizer if given else own)
     trained_with = recorded.get("hashes", {}).get("tokenizer")
     if trained_with not in (None, spec.fingerprint):
         raise ValueError(
-            f"the tokenizer {own if own is run.tokenizer else 'given'} is not the one "
-            f"that {folder} was trained with: restore that one, or pass it explicitly"
+            f"the tokenizer {'given' if given else own} is not the one that {folder} was "
+            "trained with: restore that one, or pass it explicitly"
         )
     settings = recorded["settings"]
     config = model_config(settings, spec)
@@ -197,8 +203,14 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     for known, prefix in WEIGHTS_NAMES.items():
         if path.stem.startswith(f"{prefix}_"):
             stage, name = known, known + path.stem.removeprefix(prefix)
-    if found := _find_run_beside(RunFolder(path.parent / name), path, tensors, shape):
-        return found
+    run = RunFolder(path.parent / name)
+    settings = run.settings() if run.exists() and run.tokenizer.exists() else {}
+    if {"stage", *SHAPE_FIELDS} <= settings.keys():
+        spec = read_tokenizer(run.tokenizer)
+        config = model_config(settings, spec)
+        certain = infer_shape(tensors, str(path), **config.to_dict()) | dict(shape)
+        if all(getattr(config, n) == value for n, value in certain.items()):
+            return FoundWeights(path, config, spec, settings["stage"])
     held = infer_shape(tensors, str(path), **shape)
     third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}
     guessed = third if held["qk_norm"] else {}
@@ -216,32 +228,19 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     return FoundWeights(path, config, stage=stage, notes=(note,) if values else ())
 
 
-def _find_run_beside(
-    run: RunFolder, path: Path, tensors: Tensors, shape: Mapping[str, Any]
-) -> FoundWeights | None:
-    """Describe a `.pth` by the run that wrote it; None if it does not fit."""
-    settings = run.settings() if run.exists() and run.tokenizer.exists() else {}
-    if not {"stage", *SHAPE_FIELDS} <= settings.keys():
-        return None
-    spec = read_tokenizer(run.tokenizer)
-    config = model_config(settings, spec)
-    heads = {n: getattr(config, n) for n in ("num_attention_heads", "head_dim")}
-    certain = infer_shape(tensors, str(path), **heads) | dict(shape)
-    if any(getattr(config, name) != value for name, value in certain.items()):
-        return None
-    return FoundWeights(path, config, spec, settings["stage"])
-
-
 def _find_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
     """Describe weights with a `config.json` of transformers."""
     files = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
     if not fields or not files:
-        lacking = f"holds no {_CONFIG if files else 'weights in one file'}"
-        problem = lacking if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {problem}: {_SOURCES} is expected")
+        lacking = f"holds no {'config.json' if files else 'weights in one file'}"
+        raise FileNotFoundError(
+            f"{path} {lacking if path.exists() else 'does not exist'}: expected is a run "
+            "folder, a checkpoint folder, a .pth file or a folder by save_pretrained(…, "
+            'max_shard_size="99GB") of a MiniMind, Llama, Qwen3 or Qwen3-MoE'
+        )
     try:
         config = read_config(fields)
     except ValueError as error:
-        raise ValueError(f"{path / _CONFIG}: {error}") from None
-    own = any((path / name).exists() for name in _TOKENIZERS)
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    own = any(path.glob("tokenizer*.*"))
     return FoundWeights(files[0], config, read_tokenizer(path) if own else None)

@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..storage.verified import write_bytes
-from .architecture import MiniMindConfig, MiniMindForCausalLM
+from .architecture import MiniMindForCausalLM
 
 _SHOWN = 1000  # characters of torch's list of what does not fit
-_HEADS = 8
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = Mapping[str, torch.Tensor]
@@ -90,28 +89,6 @@ def write_pth(tensors: Tensors, file: Path, dtype: torch.dtype = torch.float16) 
     write_bytes(file, buffer.getvalue())
 
 
-def build_model(
-    config: MiniMindConfig, tensors: Tensors, source: str
-) -> MiniMindForCausalLM:
-    """Return a model that holds the tensors themselves, in their precision.
-
-    Raises `ValueError` if they do not fit, before a model of another size is built.
-    """
-    heads, width = config.num_attention_heads, config.head_dim
-    held = infer_shape(tensors, source, num_attention_heads=heads, head_dim=width)
-    for name, value in held.items():
-        if (said := getattr(config, name)) != value:
-            raise ValueError(
-                f"{source} holds {name}={value!r} and its configuration says {said!r}: "
-                "they do not belong together"
-            )
-    with torch.device("meta"):
-        model = MiniMindForCausalLM(config)
-    put_weights(model, tensors, source, assign=True)
-    model.lm_head.weight = model.model.embed_tokens.weight
-    return model
-
-
 def put_weights(
     model: MiniMindForCausalLM, tensors: Tensors, source: str, *, assign: bool = False
 ) -> None:
@@ -140,15 +117,11 @@ def infer_shape(
     tensors: Tensors,
     source: str,
     *,
-    num_attention_heads: int = 0,
+    num_attention_heads: int = 8,
     head_dim: int = 0,
     **_: Any,
 ) -> dict[str, Any]:
-    """Return the configuration that follows from the names and shapes of tensors.
-
-    The number of heads or their width, if known, replaces MiniMind's 8 heads. Raises
-    `ValueError` for another model's state dict.
-    """
+    """Return the configuration that names, shapes, and one of both about heads, give."""
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     qk_norm = f"{attention}.q_norm.weight" in tensors
     use_moe = f"{mlp}.gate.weight" in tensors
@@ -164,8 +137,8 @@ def infer_shape(
         raise ValueError(
             f"{source} holds no MiniMind state dict ({error!r}) but {[*tensors][:3]}"
         ) from None
-    head_dim = head_dim or max(1, queries // (num_attention_heads or _HEADS))
-    if queries % head_dim or keys % head_dim or not keys:
+    head_dim = head_dim or max(1, queries // num_attention_heads)
+    if queries % head_dim or keys % head_dim:
         raise ValueError(
             f"q_proj and k_proj in {source} have {queries} and {keys} rows, not a multiple "
             f"of the head width {head_dim}: set num_attention_heads or head_dim"
@@ -188,7 +161,6 @@ def infer_shape(
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """Return how many different numbers follow a prefix among the names."""
     return len(
         {n.removeprefix(prefix).split(".")[0] for n in tensors if n.startswith(prefix)}
     )

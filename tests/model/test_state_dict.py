@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
+from minimind_nb.model.loading import FoundWeights
 from minimind_nb.model.state_dict import (
-    build_model,
     infer_shape,
     put_weights,
     read_pth,
@@ -29,9 +29,9 @@ def make(**fields: Any) -> tuple[MiniMindConfig, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     "fields", [{}, {"qk_norm": True, "rms_norm_eps": 1e-6}, MIXTURE]
 )
-def test_tensors_fit_the_configuration_they_were_made_with(fields):
+def test_tensors_fit_the_configuration_they_were_made_with(fields, tmp_path):
     config, tensors = make(**fields)
-    model = build_model(config, tensors, "a.pth")
+    model = FoundWeights(save(tensors, tmp_path / "a.pth"), config).read()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(model.state_dict()[n], t) for n, t in tensors.items())
     inferred = infer_shape(tensors, "a.pth")
@@ -42,11 +42,13 @@ def test_tensors_fit_the_configuration_they_were_made_with(fields):
     ("name", "held"),
     [("num_hidden_layers", 2), ("n_routed_experts", 3), ("n_shared_experts", 1)],
 )
-def test_a_configuration_that_claims_more_is_refused_before_it_is_built(name, held):
-    _, tensors = make(**MIXTURE)
+def test_a_configuration_that_claims_more_is_refused_before_it_is_built(
+    name, held, tmp_path
+):
+    file = save(make(**MIXTURE)[1], tmp_path / "a.pth")
     config = MiniMindConfig(**{**SHAPE, **MIXTURE, name: 10**9})
     with pytest.raises(ValueError, match=f"{name}={held} and .* says 1000000000"):
-        build_model(config, tensors, "a.pth")
+        FoundWeights(file, config).read()
 
 
 def save(state: Any, path: Path) -> Path:
