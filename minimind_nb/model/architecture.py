@@ -104,8 +104,6 @@ class MiniMindConfig(PreTrainedConfig):
     def __init__(self, **fields: Any) -> None:
         rope_scaling = fields.pop("rope_scaling", None)
         rope_scaling = fields.pop("rope_parameters", None) or rope_scaling
-        if not fields.pop("flash_attn", True):
-            fields.setdefault("attn_implementation", "eager")
         shape = {name: fields.pop(name, DEFAULTS[name]) for name in DEFAULTS}
         super().__init__(**BASE_DEFAULTS | fields)
         # Later: transformers would refuse heads that are wider than their share.
@@ -237,7 +235,7 @@ FAST_GQA_CAPABILITY = 8
 
 
 def lacks_fast_gqa(device: torch.device) -> bool:
-    """Whether grouped keys must be expanded to all heads before SDPA."""
+    """Return whether grouped keys must be expanded to all heads before SDPA."""
     if device.type != "cuda":
         return False
     return torch.cuda.get_device_properties(device).major < FAST_GQA_CAPABILITY
@@ -248,21 +246,6 @@ class EqualHeads:
     num_key_value_groups, transformers neither repeats them nor sets `enable_gqa`."""
 
     is_causal = True
-
-
-def eager_attention(
-    layer: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Llama's attention by plain products, for boolean masks too (True may look)."""
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.where(attention_mask, 0.0, lowest)
-    return eager_attention_forward(layer, query, key, value, attention_mask, **kwargs)
 
 
 class Attention(nn.Module):
@@ -308,7 +291,7 @@ class Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, position)
 
         implementation = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get(implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get(implementation, eager_attention_forward)
         layer: Any = self
         paged = "cache" in kwargs  # continuous batching, which expects the few heads
         if implementation == "sdpa" and not paged and lacks_fast_gqa(x_BTD.device):
@@ -513,7 +496,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
             "position_ids": position_ids,
         }
         known = {name: arguments[name] for name in arguments if name in MASK_ARGUMENTS}
-        kwargs["attention_mask"] = create_causal_mask(**known)
+        mask = create_causal_mask(**known)
+        eager = self.config._attn_implementation == "eager"
+        if eager and mask is not None and mask.dtype == torch.bool:
+            # It is added to the scores; True may look.
+            mask = torch.where(mask, 0.0, torch.finfo(x_BTD.dtype).min)
+        kwargs["attention_mask"] = mask
         kwargs["past_key_values"] = past_key_values
         kwargs["cache_position"] = cache_position
         position_BT = cache_position[None] if position_ids is None else position_ids

@@ -149,7 +149,7 @@ def _read_own(fields: Mapping[str, Any]) -> MiniMindConfig:
     known = {
         *DEFAULTS,
         *("pad_token_id", "bos_token_id", "eos_token_id"),
-        *("rope_scaling", "rope_parameters", "flash_attn"),
+        *("rope_scaling", "rope_parameters"),
         *("num_experts", "moe_intermediate_size", "router_aux_loss_coef"),
     }
     return MiniMindConfig.from_dict({n: fields[n] for n in fields if n in known})

@@ -83,8 +83,7 @@ def test_model_equals_plain_implementation(
 def test_eager_attention_equals_sdpa(tiny, ids):
     expected = tiny()(ids).logits
     packed = torch.ones(24, 24, dtype=torch.bool).tril()[None, None]
-    model = tiny(flash_attn=False)
-    assert model.config._attn_implementation == "eager"
+    model = tiny(attn_implementation="eager")
     assert difference(model(ids).logits, expected) <= 1e-5
     assert difference(model(ids, packed).logits, expected) <= 1e-5
 

@@ -15,7 +15,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {"use_moe": True},
     "qk_norm": {"qk_norm": True, "rms_norm_eps": 1e-6},
-    "eager": {"flash_attn": False},
+    "eager": {"attn_implementation": "eager"},
 }
 EOS, PAD = 2, 0
 GREEDY: dict[str, Any] = {"eos_id": EOS, "temperature": 0}
