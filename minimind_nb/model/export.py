@@ -28,7 +28,7 @@ from ..data.tokenizer import (
 from ..storage.run_folder import WEIGHTS
 from ..storage.verified import beside, rename_flushed
 from .architecture import MiniMindConfig, MiniMindForCausalLM
-from .hf_formats import FAMILIES, OWN_CODE, own_config_json
+from .hf_formats import FAMILIES
 from .loading import find_weights
 from .state_dict import read_pth, write_pth
 
@@ -154,9 +154,15 @@ def _write_folder(
     """Write a folder; open it with transformers, and compare token ids and logits."""
     config: Any = model.config
     if kind == "minimind":
-        fields = own_config_json(config)
         code = importlib.resources.files(__package__ or "") / "architecture.py"
-        (folder / f"{OWN_CODE}.py").write_bytes(code.read_bytes())
+        (folder / "modeling_minimind.py").write_bytes(code.read_bytes())
+        code_of = {
+            "AutoConfig": "modeling_minimind.MiniMindConfig",
+            "AutoModel": "modeling_minimind.MiniMindModel",
+            "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
+        }
+        named = {"architectures": ["MiniMindForCausalLM"], "auto_map": code_of}
+        fields = config.to_diff_dict() | named
     else:
         fields = FAMILIES[kind].config_json(config)
     fields["dtype"] = str(model.dtype).removeprefix("torch.")

@@ -11,31 +11,29 @@ from typing import Any
 
 from .architecture import BASE_DEFAULTS, DEFAULTS, YARN_DEFAULTS, MiniMindConfig
 
-OWN_CODE = "modeling_minimind"
-"""The module, in a folder of our own kind, that holds the network."""
-
 _SHIPPED_THETA = 10_000.0
 _LARGEST = 1 << 31
+# In a MiniMind config.json, of either generation.
+_OWN_FIELDS = {
+    *DEFAULTS,
+    *"pad_token_id bos_token_id eos_token_id rope_scaling rope_parameters".split(),
+    *"num_experts moe_intermediate_size router_aux_loss_coef".split(),
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """Networks of one kind, as transformers knows them.
-
-    `ours` are the fields of `MiniMindConfig` that all of them share, `names` the fields
-    of `config.json` for the others, `optional` those that it may lack, and `fixed` its
-    fields for what MiniMind does not have.
-    """
+    """Networks of one kind, as transformers knows them."""
 
     model_type: str
     architecture: str
-    ours: Mapping[str, Any]
-    names: Mapping[str, str]
-    fixed: Mapping[str, Any]
-    optional: tuple[str, ...] = ()
+    ours: Mapping[str, Any]  # fields of MiniMindConfig that all of them share
+    names: Mapping[str, str]  # other fields of MiniMindConfig, and those of config.json
+    fixed: Mapping[str, Any]  # fields of config.json that MiniMind does not have
+    optional: tuple[str, ...] = ()  # of the names, those that may be missing
 
     def unsupported(self, config: MiniMindConfig) -> list[str]:
-        """Return what of a network it cannot hold, as `name=value`; [] if it holds it."""
+        """List what of a network it cannot hold, as `name=value`."""
         wrong = [n for n, value in self.ours.items() if getattr(config, n) != value]
         uneven = config.hidden_size % config.num_attention_heads
         if self.model_type == "llama" and uneven:
@@ -57,10 +55,7 @@ class Family:
         }
 
     def read(self, fields: Mapping[str, Any]) -> MiniMindConfig:
-        """Return the configuration that a `config.json` describes.
-
-        Raises `ValueError` naming what MiniMind does not have, or what is missing.
-        """
+        """Return the configuration that a `config.json` describes, or raise `ValueError`."""
         given = {n: value for n, value in fields.items() if value is not None}
         given.setdefault("num_experts", given.get("num_local_experts"))
         shared = given.keys() & self.fixed.keys()
@@ -84,7 +79,7 @@ class Family:
 def _read_rope(
     fields: Mapping[str, Any], rope: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return `MiniMindConfig`'s fields for RoPE, or None for another scaling."""
+    """Return `MiniMindConfig`'s fields for RoPE, or None for a scaling it does not have."""
     theta = rope.get("rope_theta", fields.get("rope_theta", _SHIPPED_THETA))
     kind = rope.get("rope_type", rope.get("type", "default"))
     own = ("rope_type", "type", "rope_theta")
@@ -144,40 +139,20 @@ FAMILIES = {
 """By `model_type`, the most widely read first."""
 
 
-def _read_own(fields: Mapping[str, Any]) -> MiniMindConfig:
-    """Return the configuration of a MiniMind `config.json`, of either generation."""
-    known = {
-        *DEFAULTS,
-        *("pad_token_id", "bos_token_id", "eos_token_id"),
-        *("rope_scaling", "rope_parameters"),
-        *("num_experts", "moe_intermediate_size", "router_aux_loss_coef"),
-    }
-    return MiniMindConfig.from_dict({n: fields[n] for n in fields if n in known})
-
-
-def own_config_json(config: MiniMindConfig) -> dict[str, Any]:
-    """Return a `config.json` that points transformers to the code in the same folder."""
-    code = {
-        "AutoConfig": f"{OWN_CODE}.MiniMindConfig",
-        "AutoModel": f"{OWN_CODE}.MiniMindModel",
-        "AutoModelForCausalLM": f"{OWN_CODE}.MiniMindForCausalLM",
-    }
-    named = {"architectures": ["MiniMindForCausalLM"], "auto_map": code}
-    return config.to_diff_dict() | named
-
-
 def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
-    """Return the configuration that a `config.json` of any known kind describes.
+    """Return the configuration that a `config.json` describes; reads only known fields.
 
-    Only known fields are read. Raises `ValueError` for another kind, for what MiniMind
-    cannot express, and for a size, an epsilon or a YaRN value that is not positive.
+    Raises `ValueError` for another kind, and for what MiniMind cannot express.
     """
-    readers = {"minimind": _read_own}
-    readers |= {name: family.read for name, family in FAMILIES.items()}
-    if (kind := str(fields.get("model_type"))) not in readers:
-        raise ValueError(f"it holds a {kind!r} model; {', '.join(readers)} can be read")
+    kind, known = str(fields.get("model_type")), ("minimind", *FAMILIES)
+    if kind not in known:
+        raise ValueError(f"it holds a {kind!r} model; {', '.join(known)} can be read")
     try:
-        config = readers[kind](fields)
+        if kind == "minimind":
+            own = {n: value for n, value in fields.items() if n in _OWN_FIELDS}
+            config = MiniMindConfig.from_dict(own)
+        else:
+            config = FAMILIES[kind].read(fields)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"it describes no model: {error}") from None
     names = (*_DENSE, "rope_theta", "n_routed_experts", "num_experts_per_tok")
