@@ -173,8 +173,7 @@ class MiniMindConfig(PreTrainedConfig):
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, with statistics in float32.
 
-    Written out: on a CPU it takes 0.78 of the time of `F.rms_norm` (forward and
-    backward at [8, 512, 512], one thread), and a compiler fuses either.
+    Written out, it takes 0.78 of the time of `F.rms_norm` on a CPU.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -189,12 +188,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: Any, device: torch.device | None = None) -> Tensor:
-    """Radians a position adds to each pair of a head's numbers: float32 [F].
+    """Return the radians a position adds to each pair of a head: float32 [F].
 
-    YaRN leaves the pairs that turn more than `beta_fast` times within the original
-    length alone, divides by `factor` those that turn less than `beta_slow` times,
-    and blends linearly between. Computed by each forward: as a buffer it would be
-    garbage after `from_pretrained` and rounded by `.half()`.
+    YaRN keeps the pairs that turn more than `beta_fast` times within the original
+    length, divides by `factor` those that turn less than `beta_slow` times, and blends
+    between. As a buffer it would be garbage after `from_pretrained`, and rounded by
+    `.half()`.
     """
     width, theta = config.head_dim, config.rope_theta
     exponent_F = torch.arange(0, width, 2, device=device).float() / width
@@ -215,7 +214,7 @@ def rotary_frequencies(config: Any, device: torch.device | None = None) -> Tenso
 
 
 def rotary_tables(config: Any, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for :func:`rotate`: float32 [B, 1, T, F], equal for all heads."""
+    """Return cosine and sine for `rotate`: float32 [B, 1, T, F]."""
     frequency_F = rotary_frequencies(config, position_BT.device)
     angle_B1TF = position_BT[:, None, :, None].float() * frequency_F
     yarn = config.rope_parameters
@@ -279,7 +278,6 @@ class Attention(nn.Module):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D]; `kwargs` are passed to the attention function."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         query_BTHC = self.q_norm(self.q_proj(x_BTD).view(heads))
         key_BTGC = self.k_norm(self.k_proj(x_BTD).view(heads))
@@ -322,12 +320,11 @@ class FeedForward(nn.Module):
 
 
 def balance_loss(scores_BTE: Tensor, count_BE: Tensor, seq_aux: bool) -> Tensor:
-    """Σ_i f_i·p_i, smallest when the experts share the tokens evenly.
+    """Return Σ_i f_i·p_i, smallest when the experts share the tokens evenly.
 
-    `p_i` is an expert's mean probability, `f_i` its tokens over those of an even
-    split. With `seq_aux` (second generation) both are taken within a sequence and the
-    sequences averaged: 1 when even. Without (third generation) both are taken over the
-    batch and the K choices of a token add up: K when even.
+    `p_i` is an expert's mean probability, `f_i` its tokens over those of an even split:
+    within each sequence and averaged with `seq_aux` (second generation, 1 when even),
+    else over the batch, where a token's K choices add up (third, K when even).
     """
     B, T, E = scores_BTE.shape
     if seq_aux:
@@ -350,10 +347,7 @@ class MoEGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Experts [B, T, K], their weights, tokens an expert [B, E], auxiliary loss.
-
-        The loss is multiplied by `aux_loss_alpha`, and 0 outside training.
-        """
+        """Return experts [B, T, K], their weights, tokens an expert [B, E], loss."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.weight.float()).softmax(-1)
             weight_BTK, expert_BTK = scores_BTE.topk(self.top_k, dim=-1, sorted=False)
@@ -368,10 +362,7 @@ class MoEGate(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Routed experts, each on its own contiguous rows, plus shared ones on all.
-
-    `expert_load` holds how many tokens each routed expert got in the last forward.
-    """
+    """Routed experts, each on its own contiguous rows, plus shared ones on all."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -382,17 +373,14 @@ class MoEFeedForward(nn.Module):
         self.expert_load = [0] * routed
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D] and the layer's auxiliary loss.
-
-        The host waits for the device once, to read the load. An expert without tokens
-        runs on an empty slice, so that it gets zero gradients instead of none.
-        """
+        """Return [B, T, D] and the layer's auxiliary loss."""
         expert_BTK, weight_BTK, count_BE, aux_loss = self.gate(x_BTD)
-        self.expert_load = count_BE.sum(0).long().tolist()
+        self.expert_load = count_BE.sum(0).long().tolist()  # the host waits here
         order = expert_BTK.flatten().argsort(stable=True)
         place = torch.arange(len(order), device=order.device)
         back = torch.empty_like(order).scatter_(0, order, place)
         rows = x_BTD.flatten(0, 1).index_select(0, order // expert_BTK.shape[-1])
+        # An expert without tokens gets zero gradients, not none, from its empty slice.
         parts = zip(self.experts, rows.split(self.expert_load), strict=True)
         rows = torch.cat([expert(part) for expert, part in parts])
         out_BTKD = rows.index_select(0, back).view(*expert_BTK.shape, -1)
@@ -416,7 +404,7 @@ class MiniMindBlock(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], **kwargs: Any
     ) -> tuple[Tensor, Tensor | float]:
-        """The stream [B, T, D] after this block, its auxiliary loss (0 if dense)."""
+        """Return the stream [B, T, D] and this layer's auxiliary loss (0 if dense)."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, **kwargs)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoEFeedForward):
@@ -444,7 +432,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class MiniMindModelOutput(MoeModelOutputWithPast):
-    """The output of transformers' mixtures, and the auxiliary loss."""
+    """Also holds the auxiliary loss, summed over the layers."""
 
     aux_loss: Any = None
 
@@ -473,10 +461,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> MiniMindModelOutput:
-        """Hidden states [B, T, D], the cache, and the auxiliary loss over all layers.
-
-        Arguments as for `MiniMindForCausalLM.forward`.
-        """
+        """Return hidden states [B, T, D]; arguments as for `MiniMindForCausalLM`."""
         x_BTD = self.dropout(self.embed_tokens(input_ids))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

@@ -116,7 +116,7 @@ def export(
 
 
 def _choose_format(config: MiniMindConfig, format: str | None) -> str:
-    """Return the format asked for, or the most portable one, if it holds the network."""
+    """Return the format asked for, else the most portable; `ValueError` if unfit."""
     missing = {name: family.unsupported(config) for name, family in FAMILIES.items()}
     fits = [*(name for name in missing if not missing[name]), "minimind"]
     if format is None:
@@ -138,7 +138,7 @@ def _choose_format(config: MiniMindConfig, format: str | None) -> str:
 
 
 def _cast(model: MiniMindForCausalLM, dtype: str | torch.dtype | None) -> str:
-    """Convert a model in place to the precision to store, and return its name."""
+    """Convert a model in place; return the name of its precision."""
     name = str(dtype or model.dtype).removeprefix("torch.")
     if name not in _PRECISIONS:
         raise ValueError(f"dtype={name!r} is invalid: use {', '.join(_PRECISIONS)}")
@@ -151,7 +151,7 @@ def _cast(model: MiniMindForCausalLM, dtype: str | torch.dtype | None) -> str:
 def _write_folder(
     model: MiniMindForCausalLM, spec: TokenizerSpec, folder: Path, kind: str
 ) -> str:
-    """Write a folder; open it with transformers, and compare token ids and logits."""
+    """Write a folder and compare what transformers reads in it, token ids and logits."""
     config: Any = model.config
     if kind == "minimind":
         code = importlib.resources.files(__package__ or "") / "architecture.py"
@@ -233,7 +233,6 @@ def _write_gguf(
 
 
 def _check_convertible(spec: TokenizerSpec) -> None:
-    """Raise `ValueError` if llama.cpp would split differently, or without the extra."""
     vocabulary = json.loads(spec.json)
     split = vocabulary.get("pre_tokenizer") or {}
     plain = split.get("type") == "ByteLevel" and split.get("use_regex", True)
@@ -251,7 +250,7 @@ def _check_convertible(spec: TokenizerSpec) -> None:
 
 
 def _compare_logits(ours: MiniMindForCausalLM, theirs: Any) -> str:
-    """Compare two models' logits in float32. Raises `RuntimeError` if they differ."""
+    """Compare two models' logits in float32; raise `RuntimeError` if they differ."""
     nn.Module.float(ours).eval()
     theirs.eval()
     ids = torch.arange(min(_TOKENS, ours.config.max_position_embeddings))[None]

@@ -1,7 +1,6 @@
 """Continue prompts and answer conversations, at once or token by token.
 
-The loop is our own instead of `model.generate`: it can stop between two tokens without a
-thread, and draws from its own generator.
+A loop of our own, unlike `model.generate`, can stop between two tokens without a thread.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def stream_ids(
     row: Sequence[int],
     **settings: Any,
 ) -> Iterator[str]:
-    """Yield what `stream` does for a prompt that is encoded and known to leave room."""
+    """Yield what `stream` does for a prompt that is already encoded."""
     ids: list[int] = []
     shown = text = ""
     eos_id: Any = tokenizer.eos_token_id
@@ -182,10 +181,7 @@ def continue_ids(
     eos_id: int,
     **settings: Any,
 ) -> list[list[int]]:
-    """Return the new ids of each row of ids, without the end token.
-
-    The rows are one batch. `settings` are those of `generate`.
-    """
+    """Return the new ids of each row of a batch, without the end token."""
     steps = decode(model, rows, eos_id=eos_id, sampling=Sampling(**settings))
     found = [list(row) for row in zip(*steps, strict=True)]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in found]
@@ -201,10 +197,8 @@ def decode(
 ) -> Generator[list[int]]:
     """Yield one new token a row and step, until each row has had its end token.
 
-    A row's tokens after its end mean nothing. Rows are padded in front, which the model
-    does not see, and the static cache is allocated for all positions at once. On a CPU
-    this takes 1.03 of the time of `model.generate` for one row, 1.02 for eight. The host
-    waits for the device once a step. The model's mode is restored.
+    A row's tokens after its end mean nothing. The host waits for the device once a step.
+    On a CPU this takes 1.03 of the time of `model.generate` for one row, 1.02 for eight.
     """
     device, was_training = model.device, model.training
     generator = None

@@ -71,10 +71,7 @@ class FoundWeights:
     source: str = ""
 
     def read(self) -> MiniMindForCausalLM:
-        """Return a model that holds the tensors of the file, in their precision.
-
-        Raises `ValueError` if they do not fit, before a model of another size is built.
-        """
+        """Return the model in its stored precision, or raise `ValueError`."""
         tensors, source = read_tensors(self.file), str(self.file)
         shape = infer_shape(tensors, source, **self.config.to_dict())
         for name, held in shape.items():
@@ -83,7 +80,7 @@ class FoundWeights:
                     f"{source} holds {name}={held!r} and its configuration says {said!r}: "
                     "they do not belong together"
                 )
-        with torch.device("meta"):
+        with torch.device("meta"):  # no larger than the tensors that are held
             model = MiniMindForCausalLM(self.config)
         put_weights(model, tensors, source, assign=True)
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -229,7 +226,7 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
 
 
 def _find_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
-    """Describe weights with a `config.json` of transformers."""
+    """Describe weights with a `config.json` of transformers' kind."""
     files = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
     if not fields or not files:
         lacking = f"holds no {'config.json' if files else 'weights in one file'}"

@@ -17,7 +17,7 @@ from .architecture import MiniMindForCausalLM
 
 _SHOWN = 1000  # characters of torch's list of what does not fit
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -51,8 +51,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """Return a bare state dict, without DDP's and torch.compile's prefixes.
 
-    Loaded with `weights_only=True`, so a pickle that would run code is refused. With
-    `shapes_only` the values are left on the disk. Raises `ValueError`.
+    With `shapes_only` the values stay on the disk. Raises `ValueError`, also for a pickle
+    that would run code.
     """
     try:
         lazy = shapes_only and zipfile.is_zipfile(path)
@@ -80,10 +80,7 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
 
 
 def write_pth(tensors: Tensors, file: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a bare state dict, by default in fp16, as MiniMind's scripts read it.
-
-    The file is complete or missing. Raises `OSError`, also for a full disk.
-    """
+    """Write a bare state dict at once, or raise `OSError`, also for a full disk."""
     buffer = io.BytesIO()  # torch turns a full disk into a plain RuntimeError
     torch.save({n: t.detach().to("cpu", dtype) for n, t in tensors.items()}, buffer)
     write_bytes(file, buffer.getvalue())
@@ -92,14 +89,13 @@ def write_pth(tensors: Tensors, file: Path, dtype: torch.dtype = torch.float16) 
 def put_weights(
     model: MiniMindForCausalLM, tensors: Tensors, source: str, *, assign: bool = False
 ) -> None:
-    """Load tensors by name, strictly; the tied `lm_head.weight` may be left out.
+    """Copy (or `assign`) tensors into a model by name; the tied head may be left out.
 
-    With `assign` they become the model's own instead of being copied. Raises `ValueError`
-    naming what is missing, unexpected or of another shape.
+    Raises `ValueError` naming what is missing, unexpected or of another shape.
     """
     state = dict(tensors)
     if _EMBEDDING in state:
-        head = state.setdefault(_HEAD, state[_EMBEDDING])
+        head = state.setdefault("lm_head.weight", state[_EMBEDDING])
         if not torch.equal(head, state[_EMBEDDING]):
             raise ValueError(
                 f"lm_head and embed_tokens differ in {source}: MiniMind ties them"
