@@ -119,7 +119,7 @@ class ChatEncoder:
                 parts = self._special.split(text)  # every second one is special
                 ids = self._encoder.encode(parts)
                 said = [self._unescape(part) for part in parts[::2]]
-                ids[::2] = self._encoder.encode_ordinary(said)
+                ids[::2] = self._encoder.encode(said, ordinary=True)
                 encoded[number] = np.concatenate(ids)
         return encoded
 

@@ -78,7 +78,7 @@ def test_ids_equal_those_of_tokenizers(batch: list[str]):
     assert [ids.tolist() for ids in FAST.encode(batch)] == [
         slow_ids(text) for text in batch
     ]
-    assert [ids.tolist() for ids in FAST.encode_ordinary(batch)] == [
+    assert [ids.tolist() for ids in FAST.encode(batch, ordinary=True)] == [
         slow_ids(text, ordinary=True) for text in batch
     ]
 
@@ -108,7 +108,7 @@ def test_every_character_is_split_alike():
 def test_special_strings_become_ids_or_stay_text():
     text = "a<|im_end|>\n<|im_start|>user"
     (special,) = FAST.encode([text])
-    (ordinary,) = FAST.encode_ordinary([text])
+    (ordinary,) = FAST.encode([text], ordinary=True)
     assert special.tolist().count(2) == 1
     assert special.tolist().count(1) == 1
     assert ordinary.min() > 2
@@ -136,10 +136,10 @@ def test_a_million_equal_characters_pass(run: str, times: int):
 def test_long_text_with_short_blanks_stays_with_tiktoken():
     encoder = BulkEncoder(SHIPPED)
     text = "word  \n" * 30_000
-    del encoder._with_special
+    del encoder._tokenizer
     with pytest.raises(AttributeError):
         encoder.encode([" " * 200_000])
-    encoder._with_special = SLOW
+    encoder._tokenizer = SLOW
     (ids,) = encoder.encode([text])
     assert ids.tolist() == slow_ids(text)
 
@@ -149,7 +149,7 @@ def test_added_tokens_that_are_not_special_keep_their_ids_always():
     tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
     encoder = BulkEncoder(read_tokenizer(tokenizer))
     assert encoder.backend == "tiktoken"
-    (ids,) = encoder.encode_ordinary(["<think><|im_end|>"])
+    (ids,) = encoder.encode(["<think><|im_end|>"], ordinary=True)
     assert ids[0] == tokenizer.token_to_id("<think>")
     assert 2 not in ids
 
@@ -247,7 +247,7 @@ def test_vocabulary_of_words_goes_to_tokenizers():
     encoder = BulkEncoder(read_tokenizer(tokenizer))
     assert encoder.backend == "tokenizers"
     assert [ids.tolist() for ids in encoder.encode(["low</s>", "x"])] == [[1, 0], [2]]
-    assert encoder.encode_ordinary(["low"])[0].dtype == np.uint32
+    assert encoder.encode(["low"], ordinary=True)[0].dtype == np.uint32
 
 
 def test_differing_probe_decides_for_tokenizers(monkeypatch: pytest.MonkeyPatch):
