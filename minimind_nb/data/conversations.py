@@ -27,10 +27,7 @@ _FOLLOWERS = {
 def check_conversation(
     row: dict[str, Any], key: str = "conversations", answered: bool = False
 ) -> Fault | None:
-    """Check `{"conversations": [{"role", "content"}, …]}` with at least one answer.
-
-    If `answered`, the last turn must be the assistant's.
-    """
+    """Check `{"conversations": […]}`: it has an answer, or ends with one if `answered`."""
     if key not in row:
         keys = _show(list(row))
         return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {keys}')
@@ -46,11 +43,6 @@ def check_conversation(
     if fault is None:
         return None
     return Fault(fault.kind, f'in "{key}", {fault.reason}', fault.mark or f'"{key}"')
-
-
-def check_prompt(row: dict[str, Any]) -> Fault | None:
-    """Check a conversation whose last turn, the assistant's, is the answer held back."""
-    return check_conversation(row, answered=True)
 
 
 def check_pair(row: dict[str, Any]) -> Fault | None:

@@ -20,7 +20,6 @@ from .conversations import (
     IN_LOSS,
     check_conversation,
     check_pair,
-    check_prompt,
     count_shared,
     plain,
 )
@@ -33,7 +32,7 @@ VERSION = 3
 CHECKS = {
     "pretrain": check_text_row,
     "sft": check_conversation,
-    "rlaif": check_prompt,
+    "rlaif": functools.partial(check_conversation, answered=True),
     "dpo": check_pair,
 }
 """Checks of a row by record format: the stages, and "rlaif" for other programs."""

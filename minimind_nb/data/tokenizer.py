@@ -1,7 +1,4 @@
-"""The tokenizer as plain data, and as an object of transformers.
-
-Only `load_tokenizer` imports transformers.
-"""
+"""The tokenizer as plain data, and as an object of transformers."""
 
 from __future__ import annotations
 
@@ -35,8 +32,7 @@ _LISTED_TOKENS = 12
 class TokenizerSpec:
     """A tokenizer as plain data: picklable, comparable, independent of transformers.
 
-    `json` is the text of a `tokenizer.json`. `vocab_size` is the number of ids that a
-    model needs: the highest id, added tokens included, plus one.
+    `json` is the text of a `tokenizer.json`, `vocab_size` the highest id plus one.
     """
 
     json: str
@@ -53,8 +49,7 @@ class TokenizerSpec:
     def fingerprint(self) -> str:
         """sha256 in hex of all that decides about ids and templates.
 
-        It survives save_pretrained: neither the layout of the JSON counts, nor the
-        settings in it that are never applied here.
+        The layout of the JSON and settings that are never applied here do not count.
         """
         vocabulary = json.loads(self.json)
         for unused in ("truncation", "padding", "post_processor"):
@@ -123,8 +118,7 @@ def load_tokenizer(source: Any = None) -> PreTrainedTokenizerFast:
     """Read a tokenizer as `read_tokenizer` does, into an object of transformers.
 
     It has the chat template and the special tokens, and adds none of them to a text by
-    itself: whoever builds documents adds begin and end. A post-processor that would add
-    some is therefore left out.
+    itself: a post-processor that would is left out.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -156,14 +150,12 @@ def _settings(spec: TokenizerSpec) -> dict[str, Any]:
 
 
 def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes of a `tokenizer.json`, and the settings in the files beside it."""
+    """Return a `tokenizer.json`, and the settings in the files beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        held = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
         raise FileNotFoundError(
-            f"no tokenizer at {path}{f' (it holds {held[:9]})' if held else ''}: give a "
-            "tokenizer.json, a folder with one (save_pretrained writes it), or None for "
-            "the vocabulary of this package"
+            f"no tokenizer at {path}: give a tokenizer.json, a folder with one "
+            "(save_pretrained writes it), or None for the vocabulary of this package"
         )
     described: dict[str, Any] = {}
     if file.name == "tokenizer.json":

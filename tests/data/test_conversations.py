@@ -21,11 +21,12 @@ from minimind_nb.data.conversations import (
     check_conversation,
     check_messages,
     check_pair,
-    check_prompt,
 )
 from minimind_nb.data.jsonl import Fault
+from minimind_nb.data.record_formats import CHECKS
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 
+check_prompt = CHECKS["rlaif"]
 SHIPPED = read_tokenizer()
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 UNMARKED = re.sub(r"\{%- (end)?generation %\}", "", SHIPPED.chat_template or "")

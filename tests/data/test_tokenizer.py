@@ -163,11 +163,11 @@ def test_object_of_tokenizers_is_read():
 
 
 def test_missing_tokenizer_says_what_may_be_given(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"at gpt2: give a tokenizer\.json"):
-        read_tokenizer("gpt2")
     (tmp_path / "tokenizer.model").write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"it holds \['tokenizer\.model'\]\)"):
-        read_tokenizer(tmp_path)
+    for source in ("gpt2", tmp_path):
+        text = f"no tokenizer at {source}: give a tokenizer.json,"
+        with pytest.raises(FileNotFoundError, match=text):
+            read_tokenizer(source)
 
 
 @pytest.mark.parametrize("content", [b'{"model": 3}', b"\xff\xfe{"])
