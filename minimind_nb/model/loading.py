@@ -231,9 +231,9 @@ def _find_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:
     if not fields or not files:
         lacking = f"holds no {'config.json' if files else 'weights in one file'}"
         raise FileNotFoundError(
-            f"{path} {lacking if path.exists() else 'does not exist'}: expected is a run "
-            "folder, a checkpoint folder, a .pth file or a folder by save_pretrained(…, "
-            'max_shard_size="99GB") of a MiniMind, Llama, Qwen3 or Qwen3-MoE'
+            f"{path} {lacking if path.exists() else 'does not exist'}: a run folder, a "
+            "checkpoint folder, a .pth file or a folder by save_pretrained(…, "
+            'max_shard_size="99GB") of a MiniMind, Llama, Qwen3 or Qwen3-MoE is expected'
         )
     try:
         config = read_config(fields)

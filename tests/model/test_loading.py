@@ -385,7 +385,7 @@ def test_a_place_without_weights_is_named(name, tmp_path):
     (tmp_path / "saved" / "config.json").write_text('{"model_type": "minimind"}')
     with pytest.raises(
         FileNotFoundError,
-        match="(weights in one file|exist): expected is a run folder, a ch",
+        match="(weights in one file|exist): a run folder, a ch",
     ):
         load(tmp_path / name)
 
