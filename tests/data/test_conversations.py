@@ -26,7 +26,6 @@ from minimind_nb.data.jsonl import Fault
 from minimind_nb.data.record_formats import CHECKS
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 
-check_prompt = CHECKS["rlaif"]
 SHIPPED = read_tokenizer()
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 UNMARKED = re.sub(r"\{%- (end)?generation %\}", "", SHIPPED.chat_template or "")
@@ -133,10 +132,7 @@ def test_marks_at_literal_points(byte_spec):
             talk("u: a", "a: b", "u: c", "a: de"),
             "U........T..........xxxU........T..........xxxx",
         ),
-        (
-            talk("s: a", "u: b", "a: c"),
-            "T..........U........T..........xxx",
-        ),
+        (talk("s: a", "u: b", "a: c"), "T..........U........T..........xxx"),
         (
             talk("u: a", "a: b", "t: c", "t: d", "a: e"),
             "U........T..........xxxT........T........T..........xxx",
@@ -145,10 +141,7 @@ def test_marks_at_literal_points(byte_spec):
             talk("u: a", "a: <|im_start|>assistant\nb"),
             f"U........T..........{'x' * (12 + 10 + 1 + 2)}",
         ),
-        (
-            talk("u: <|im_end|>", "a: b"),
-            f"U.....{'.' * 10}..T..........xxx",
-        ),
+        (talk("u: <|im_end|>", "a: b"), f"U.....{'.' * 10}..T..........xxx"),
     ],
     ids=["turns", "system", "tools", "quoting answer", "quoting question"],
 )
@@ -397,6 +390,9 @@ def test_a_conversation_that_the_template_refuses_stands_among_others():
 
 
 GOOD = talk("u: a", "a: b")
+USERS, OTHER = GOOD[0], talk("u: c", "a: d")
+UNANSWERED = [*GOOD, *OTHER[:1]]
+PAIR = {"chosen": GOOD, "rejected": GOOD}
 
 
 @pytest.mark.fault("F43")
@@ -407,42 +403,22 @@ GOOD = talk("u: a", "a: b")
         ({}, "not_a_list", "{} is not a list of messages"),
         ([], "no_messages", "the list of messages is empty"),
         (["hi"], "not_a_message", 'message 1 is "hi", not an object with role and'),
-        (
-            [{"from": "human", "value": "a"}],
-            "missing_role",
-            'message 1 has no "role", its keys: ["from", "value"]',
-        ),
+        ([{"from": "gpt", "value": "a"}], "missing_role", 'keys: ["from", "value"]'),
         ([{"role": "user"}], "missing_content", 'no "content", its keys: ["role"]'),
-        (
-            [{"role": "bot", "content": "a"}],
-            "unknown_role",
-            '1 has the role "bot", not',
-        ),
+        ([{"role": "bot", "content": "a"}], "unknown_role", 'has the role "bot", not'),
         ([{"role": [1], "content": "a"}], "unknown_role", "has the role [1], not syst"),
+        ([USERS | {"content": None}], "content_not_a_string", "null, not a string"),
         (
-            [*GOOD, {"role": "user", "content": None}],
+            [USERS | {"content": ["a"]}],
             "content_not_a_string",
-            "message 3 has the content null, not a string",
+            '1 has the content ["a"]',
         ),
-        ([{"role": "user", "content": ["a"]}], "content_not_a_string", 'content ["a"]'),
-        ([{"role": "user", "content": ""}], "empty_content", "is the user's and empty"),
+        ([USERS | {"content": ""}], "empty_content", "is the user's and empty"),
         (talk("u: a", "a:  \n"), "empty_answer", "2 is the assistant's and empty"),
-        (
-            GOOD[1:],
-            "role_order",
-            "is the assistant's at the beginning, where there must",
-        ),
+        (GOOD[1:], "role_order", "assistant's at the beginning, where there must"),
         (talk("t: a"), "role_order", "must be system or user"),
-        (
-            [*GOOD, *talk("s: c")],
-            "role_order",
-            "message 3 is the system's after the ass",
-        ),
-        (
-            talk("u: a", "u: b"),
-            "role_order",
-            "after the user's, where there must be assi",
-        ),
+        ([*GOOD, *talk("s: c")], "role_order", "message 3 is the system's after the"),
+        (talk("u: a", "u: b"), "role_order", "user's, where there must be assistant"),
         (talk("u: a", "a: b", "a: c"), "role_order", "must be user or tool"),
         (
             talk("u: a", "t: b"),
@@ -450,11 +426,7 @@ GOOD = talk("u: a", "a: b")
             "message 2 is the tool's after the user's",
         ),
         (talk("s: a", "s: b"), "role_order", "the system's, where there must be user"),
-        (
-            talk("u: a", "a: b", "t: c", "u: d"),
-            "role_order",
-            "must be tool or assistant",
-        ),
+        (talk("u: a", "a: b", "t: c", "u: d"), "role_order", "be tool or assistant"),
     ],
 )
 def test_malformed_messages_are_refused_in_plain_words(messages, kind, reason):
@@ -464,7 +436,7 @@ def test_malformed_messages_are_refused_in_plain_words(messages, kind, reason):
     assert fault.reason.startswith('in "conversations", ')
     assert reason in str(check_messages(messages))
     for check, row in (
-        (check_prompt, {"conversations": messages}),
+        (CHECKS["rlaif"], {"conversations": messages}),
         (check_pair, {"chosen": messages, "rejected": GOOD}),
         (check_pair, {"chosen": GOOD, "rejected": messages}),
     ):
@@ -483,7 +455,7 @@ def test_malformed_messages_are_refused_in_plain_words(messages, kind, reason):
 )
 def test_rows_with_whole_answers_are_good(messages):
     assert check_conversation({"conversations": messages, "id": 1}) is None
-    assert check_prompt({"conversations": messages}) is None
+    assert CHECKS["rlaif"]({"conversations": messages}) is None
     assert check_messages(messages) is None
     for turn in ("u: c", "t: c"):  # no answer is needed to talk, or at a row's end
         unanswered = [*messages, *talk(turn)]
@@ -493,58 +465,28 @@ def test_rows_with_whole_answers_are_good(messages):
 
 @pytest.mark.fault("F43")
 @pytest.mark.parametrize(
-    ("check", "row", "kind", "reason"),
+    ("row", "kind", "reason"),
     [
-        (
-            check_conversation,
-            {"text": "a"},
-            "missing_conversations",
-            'no "conversations" in the row, its keys: ["text"]',
-        ),
-        (
-            check_conversation,
-            {"conversations": GOOD[:1]},
-            "no_answer",
-            "no turn is the assistant's: there is nothing to learn",
-        ),
-        (
-            check_prompt,
-            {"conversations": [*GOOD, *talk("u: c")]},
-            "no_last_answer",
-            "the last turn is the user's, not the assistant's",
-        ),
-        (check_pair, {"rejected": GOOD}, "missing_chosen", 'no "chosen" in the row'),
-        (check_pair, {"chosen": GOOD}, "missing_rejected", 'its keys: ["chosen"]'),
-        (
-            check_pair,
-            {"chosen": GOOD, "rejected": [*GOOD, *talk("u: c")]},
-            "no_last_answer",
-            'in "rejected", the last turn is the user\'s',
-        ),
-        (
-            check_pair,
-            {"chosen": GOOD, "rejected": GOOD},
-            "no_difference",
-            "one is the other",
-        ),
-        (
-            check_pair,
-            {"chosen": GOOD, "rejected": talk("u: c", "a: d")},
-            "no_common_prompt",
-            "have no prompt in common",
-        ),
-        (
-            check_pair,
-            {"chosen": [*GOOD, *talk("u: c", "a: d")], "rejected": GOOD},
-            "no_difference",
-            "or its beginning",
-        ),
+        ({"text": GOOD}, "missing_conversations", 'in the row, its keys: ["text"]'),
+        ({"conversations": GOOD[:1]}, "no_answer", "there is nothing to learn"),
+        ({"rejected": GOOD}, "missing_chosen", 'no "chosen" in the row'),
+        ({"chosen": GOOD}, "missing_rejected", 'its keys: ["chosen"]'),
+        (PAIR | {"rejected": UNANSWERED}, "no_last_answer", 'in "rejected", the last'),
+        (PAIR, "no_difference", "one is the other"),
+        (PAIR | {"rejected": OTHER}, "no_common_prompt", "have no prompt in common"),
+        (PAIR | {"chosen": [*GOOD, *OTHER]}, "no_difference", "or its beginning"),
     ],
 )
-def test_rows_that_teach_nothing_are_refused(check, row, kind, reason):
-    fault = check(row)
+def test_rows_that_teach_nothing_are_refused(row, kind, reason):
+    fault = (check_pair if PAIR.keys() & row else check_conversation)(row)
     assert fault is not None
     assert (fault.kind, reason in fault.reason) == (kind, True), fault.reason
+
+
+def test_a_prompt_row_ends_with_the_answer_that_is_held_back():
+    fault = CHECKS["rlaif"]({"conversations": UNANSWERED})
+    assert fault is not None and fault.kind == "no_last_answer"
+    assert "the last turn is the user's, not the assistant's" in fault.reason
 
 
 def test_pairs_differ_after_a_common_prompt():

@@ -16,11 +16,7 @@ from tokenizers import (
     processors,
 )
 
-from minimind_nb.data.tokenizer import (
-    load_tokenizer,
-    read_tokenizer,
-    write_tokenizer,
-)
+from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer, write_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -109,8 +109,7 @@ LENGTHS = (11, 9, 14, 9, 14, 9)
 
 
 @pytest.mark.parametrize(
-    ("spare", "lost"),
-    [(0, 0), (-1, 1), (-11, 1), (-12, 5), (-20, 5), (-57, 5)],
+    ("spare", "lost"), [(0, 0), (-1, 1), (-11, 1), (-12, 5), (-20, 5), (-57, 5)]
 )
 def test_a_pair_loses_its_oldest_turns_and_begins_with_a_question(
     open_chats, spare, lost
