@@ -110,8 +110,8 @@ class TrainingStream:
     """All samples of a resolved configuration, epoch after epoch, cut into steps.
 
     A step takes the next global batch, across an epoch's end too; the last takes what
-    is left. Within a step, micro-batch m of rank r takes the samples from
-    (m · size + r) · batch_size on, so a rank may get fewer samples, or none.
+    is left. Micro-batch m of rank r takes its samples from (m · size + r) · batch_size
+    on, so a rank may get fewer, or none.
     """
 
     def __init__(
@@ -221,7 +221,6 @@ class ValidationRows:
         self, batch_size: int, rank: int, size: int
     ) -> Iterator[MicroBatch]:
         """Yield this rank's share of the samples, `batch_size` at a time."""
-        mine = range(rank, len(self.rows), size)
+        mine = [self.rows.row(n) for n in range(rank, len(self.rows), size)]
         for begin in range(0, len(mine), batch_size):
-            numbers = mine[begin : begin + batch_size]
-            yield self._read([self.rows.row(number) for number in numbers])
+            yield self._read(mine[begin : begin + batch_size])

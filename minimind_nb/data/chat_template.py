@@ -86,7 +86,7 @@ class ChatEncoder:
     def encode(
         self, chats: Sequence[Chat], answered: bool = True
     ) -> list[Encoded | Fault]:
-        """Encode conversations that were checked; a `Fault` if the template fails.
+        """Encode checked conversations; a `Fault` stands for one that the template fails.
 
         Unless `answered`, they are prompts, and end where an answer begins.
         """
@@ -104,8 +104,7 @@ class ChatEncoder:
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """Return the ids (uint32) of messages up to the assistant's next answer.
 
-        They are those that `encode` gives before that answer. Raises `Fault`, a
-        `ValueError`, if the template does not take them.
+        They are those that `encode` gives before it. Raises `Fault`, a `ValueError`.
         """
         (encoded,) = self.encode([(messages, 0)], answered=False)
         if isinstance(encoded, Fault):
@@ -220,7 +219,7 @@ class ChatEncoder:
 
 
 def _join(segments: list[_Segment], ids: Iterator[np.ndarray]) -> Encoded:
-    """Return the ids of the segments, which come next, in one array, and their marks."""
+    """Join the segments, whose ids come next."""
     parts, marks = [], []
     for (_, first, mark), part in zip(segments, ids, strict=False):
         parts.append(part)
@@ -246,14 +245,12 @@ def _refuse_powers(template: str) -> None:
 
 @contextlib.contextmanager
 def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
-    """Limit the time and memory of rendering conversations, on the main thread.
+    """Limit time and, on Linux, memory: raise `TimeoutError` or `MemoryError`.
 
-    Other threads receive no signals. Time grows with the square of the messages, since a
-    template without marks is rendered once for each. Raises `TimeoutError`, or
-    `MemoryError` on Linux.
+    A template without marks is rendered once a message, so time grows with its square.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # other threads receive no signals
         return
 
     def stop(*_: object) -> None:

@@ -42,11 +42,10 @@ def pack(pieces: np.ndarray, width: int, split: bool = True) -> PackedRows:
 
     A piece longer than a row fills whole rows first. What remains is packed best fit,
     longest first (Johnson 1974): the longest piece that fits goes in, and if none fits,
-    the longest left is split. Costs about 1 µs a piece. Rows follow the lengths; shuffle
-    them.
+    the longest left is split. Costs about 1 µs a piece. Rows follow the lengths.
 
-    Without `split` every piece, none longer than a row, stays whole, and any row may
-    have room. The number of rows follows from the lengths alone, whatever their order.
+    Without `split` pieces stay whole, none may be longer than a row, and any row may have
+    room. The number of rows follows from the lengths alone, whatever their order.
     """
     documents, starts, targets = pieces.T
     assert split or targets.max(initial=0) <= width
