@@ -47,3 +47,18 @@ def make_cache(tmp_path_factory, byte_spec, write_rows):
         return open_cache(Source(str(file), "pretrain", spec), folder / "cache")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def open_chats(tmp_path_factory, byte_spec):
+    """A function that makes a token cache of conversations, or of pairs."""
+
+    def open_chats(rows, record_format="sft"):
+        if record_format != "dpo":
+            rows = [{"conversations": row} for row in rows]
+        folder = tmp_path_factory.mktemp("chats")
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_cache(Source(str(file), record_format, byte_spec), folder)
+
+    return open_chats

@@ -1,7 +1,6 @@
 """Every rank takes its rows of the same samples, wherever the stream is resumed."""
 
 import itertools
-import json
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +22,7 @@ from minimind_nb.data.batches import (
     read_samples,
 )
 from minimind_nb.data.packing import TruncatedDocuments, pack, truncate_documents
-from minimind_nb.data.token_cache import Source, TokenCache, open_cache
+from minimind_nb.data.token_cache import TokenCache
 from minimind_nb.data.tokenizer import read_tokenizer
 
 PAD = 0
@@ -352,21 +351,6 @@ def answer(said: str) -> dict[str, str]:
 NEWLINE = 201
 ASKS = [1, 87, 85, 71, 84, NEWLINE, 67, 2, NEWLINE]
 ANSWERS = [1, 67, 85, 85, 75, 85, 86, 67, 80, 86, NEWLINE]
-
-
-@pytest.fixture(scope="module")
-def open_chats(tmp_path_factory, byte_spec):
-    """A function that makes a token cache of conversations, or of pairs."""
-
-    def open_chats(rows: list[Any], record_format: str) -> TokenCache:
-        if record_format == "sft":
-            rows = [{"conversations": row} for row in rows]
-        folder = tmp_path_factory.mktemp("chats")
-        file = folder / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return open_cache(Source(str(file), record_format, byte_spec), folder)
-
-    return open_chats
 
 
 @pytest.fixture(scope="module")

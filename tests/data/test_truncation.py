@@ -1,35 +1,15 @@
 """What of a document is used, at literal points."""
 
-import json
-
 import numpy as np
 import pytest
+from support.chats import talk
 
 from minimind_nb.data.conversations import IN_LOSS, USER
 from minimind_nb.data.packing import truncate_documents
-from minimind_nb.data.token_cache import Source, open_cache
 
 # With single bytes a user's turn of n bytes has n + 8 tokens, an assistant's n + 13 of
 # which n + 2 are in the loss, a system turn n + 10, a tool's n + 8.
 USERS, ANSWER = 8, 13
-
-
-def talk(*contents):
-    roles = {role[0]: role for role in ("system", "user", "assistant", "tool")}
-    parts = [each.split(": ", 1) for each in contents]
-    return [{"role": roles[role], "content": said} for role, said in parts]
-
-
-@pytest.fixture
-def open_chats(tmp_path, byte_spec):
-    def open_chats(rows, record_format="sft"):
-        if record_format != "dpo":
-            rows = [{"conversations": row} for row in rows]
-        file = tmp_path / f"{record_format}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return open_cache(Source(str(file), record_format, byte_spec), tmp_path)
-
-    return open_chats
 
 
 def listed(truncated):
