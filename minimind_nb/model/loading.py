@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def load(
     return model, load_tokenizer(found.tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass
 class FoundWeights:
     """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it.
 
@@ -105,13 +105,10 @@ def find_weights(
     for name in shape.keys() - set(SHAPE_FIELDS):
         raise ValueError(describe_unknown(name, SHAPE_FIELDS, "part of a shape"))
     found = _find(Path(source).expanduser(), which, tokenizer, shape)
-    own, notes, config = found.tokenizer, found.notes, found.config
+    own, config = found.tokenizer, found.config
     spec = read_tokenizer(own if tokenizer is None else tokenizer)
     if own and spec != own:
-        theirs, ours = (
-            Tokenizer.from_str(one.json).get_vocab(with_added_tokens=True)
-            for one in (spec, own)
-        )
+        theirs, ours = (Tokenizer.from_str(t.json).get_vocab() for t in (spec, own))
         if theirs != ours:
             raise ValueError(
                 f"the weights in {source} were trained with another tokenizer: only "
@@ -119,7 +116,7 @@ def find_weights(
                 "the same. Leave tokenizer out, it is saved with the weights"
             )
     if not own and tokenizer is None:
-        notes += (
+        found.notes += (
             f"{source} comes without a tokenizer: using the shipped one. MiniMind's own "
             'weights need theirs: tokenizer="minimind/model"',
         )
@@ -130,9 +127,8 @@ def find_weights(
         )
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
-    return dataclasses.replace(
-        found, tokenizer=spec, notes=notes, source=os.fspath(source)
-    )
+    found.tokenizer, found.source = spec, os.fspath(source)
+    return found
 
 
 def model_config(
