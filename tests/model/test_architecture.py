@@ -10,13 +10,12 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from minimind_nb.model import architecture
 from minimind_nb.model.architecture import (
+    YARN_DEFAULTS,
     MiniMindConfig,
     MiniMindForCausalLM,
-    RMSNorm,
     lacks_fast_gqa,
     rotary_frequencies,
     rotary_tables,
-    rotate,
 )
 
 THIRD = {"qk_norm": True, "rms_norm_eps": 1e-6, "num_key_value_heads": 2}
@@ -381,7 +380,7 @@ def test_half_precision_copy_keeps_rotary_angles_exact(tiny):
     assert torch.equal(rotary_tables(model.config, far)[0], before[0])
 
 
-def test_third_generation_config_json_is_understood():
+def test_the_config_json_of_either_generation_is_understood():
     published = {
         "model_type": "minimind",
         "hidden_size": 768,
@@ -410,8 +409,6 @@ def test_third_generation_config_json_is_understood():
     assert (dense.num_key_value_heads, dense.rms_norm_eps) == (4, 1e-6)
     assert MiniMindConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
-
-def test_second_generation_config_json_is_understood():
     config = MiniMindConfig.from_dict({"hidden_size": 640, "intermediate_size": 1728})
     assert (config.hidden_size, config.num_key_value_heads) == (640, 2)
     assert not config.qk_norm and config.seq_aux and config.aux_loss_alpha == 0.01
@@ -447,27 +444,6 @@ def test_impossible_shapes_are_refused(fields, message):
 # --- parts
 
 
-def test_rms_norm_at_literal_values():
-    norm = RMSNorm(2, eps=0.0)
-    torch.testing.assert_close(
-        norm(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / 12.5**0.5
-    )
-
-
-def test_rotation_turns_a_pair_by_its_angle():
-    config = MiniMindConfig(head_dim=4, rope_theta=1e4)
-    cos, sin = rotary_tables(config, torch.tensor([[0, 2]]))
-    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 1, 2, 4), cos, sin)
-    assert turned[0, 0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
-    expected = torch.tensor([2.0, 0.02])
-    torch.testing.assert_close(
-        turned[0, 0, 1, ::2], torch.stack((expected.cos()[0], expected.sin()[0]))
-    )
-    torch.testing.assert_close(
-        turned[0, 0, 1, 1::2], torch.stack((-expected.sin()[1], expected.cos()[1]))
-    )
-
-
 def test_yarn_frequencies_at_literal_points():
     plain = rotary_frequencies(MiniMindConfig())
     yarn = rotary_frequencies(MiniMindConfig(inference_rope_scaling=True))
@@ -487,19 +463,9 @@ def test_yarn_is_idle_within_the_original_length_and_every_value_counts():
     position = torch.arange(50)[None]
     base = MiniMindConfig(inference_rope_scaling=True)
     tables = {tuple(rotary_tables(base, position)[0].flatten().tolist())}
-    changed = {
-        "beta_fast": 64,
-        "beta_slow": 2,
-        "factor": 8,
-        "original_max_position_embeddings": 4096,
-        "attention_factor": 1.2,
-    }
-    for name, value in changed.items():
-        config = MiniMindConfig(
-            inference_rope_scaling=True, rope_scaling={"type": "yarn", name: value}
-        )
-        assert config.rope_parameters is not None
-        assert config.rope_parameters[name] == value
+    for name, value in YARN_DEFAULTS.items():
+        rope = {"type": "yarn", name: 2 * value}
+        config = MiniMindConfig(inference_rope_scaling=True, rope_scaling=rope)
         tables.add(tuple(rotary_tables(config, position)[0].flatten().tolist()))
     assert len(tables) == 6
 
