@@ -30,7 +30,6 @@ class Family:
     ours: Mapping[str, Any]  # fields of MiniMindConfig that all of them share
     names: Mapping[str, str]  # other fields of MiniMindConfig, and those of config.json
     fixed: Mapping[str, Any]  # fields of config.json that MiniMind does not have
-    optional: tuple[str, ...] = ()  # of the names, those that may be missing
 
     def unsupported(self, config: MiniMindConfig) -> list[str]:
         """List what of a network it cannot hold, as `name=value`."""
@@ -69,10 +68,11 @@ class Family:
         if foreign:
             listed = ", ".join(f"{name}={value!r}" for name, value in foreign.items())
             raise ValueError(f"MiniMind has no {listed}")
-        for name, theirs in self.names.items():
-            if given.get(theirs) is None and name not in self.optional:
-                raise ValueError(f"config.json lacks {theirs}")
         known = {name: given.get(theirs) for name, theirs in self.names.items()}
+        for name, theirs in self.names.items():
+            # Heads that are not recorded here are compared with the weights.
+            if known[name] is None and name not in ("num_key_value_heads", "head_dim"):
+                raise ValueError(f"config.json lacks {theirs}")
         return MiniMindConfig(**self.ours, **known, **(rope or {}))
 
 
@@ -94,13 +94,11 @@ def _read_rope(
     return {"rope_theta": theta, "inference_rope_scaling": True, "rope_scaling": values}
 
 
-_DENSE = {
-    name: name
-    for name in (
-        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "vocab_size max_position_embeddings rms_norm_eps intermediate_size"
-    ).split()
-}
+_SIZES = (
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "vocab_size max_position_embeddings rms_norm_eps intermediate_size"
+).split()
+_DENSE: dict[str, str] = dict(zip(_SIZES, _SIZES, strict=True))
 _MIXTURE = {
     **_DENSE,
     "intermediate_size": "moe_intermediate_size",
@@ -124,7 +122,6 @@ FAMILIES = {
             ours=_SECOND,
             names=_DENSE,
             fixed={**_PLAIN, "mlp_bias": False, "pretraining_tp": 1},
-            optional=("num_key_value_heads", "head_dim"),
         ),
         Family("qwen3", "Qwen3ForCausalLM", ours=_THIRD, names=_DENSE, fixed=_QWEN),
         Family(
@@ -155,7 +152,7 @@ def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
             config = FAMILIES[kind].read(fields)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"it describes no model: {error}") from None
-    names = (*_DENSE, "rope_theta", "n_routed_experts", "num_experts_per_tok")
+    names = (*_SIZES, "rope_theta", "n_routed_experts", "num_experts_per_tok")
     yarn = config.rope_parameters or {}
     numbers = {name: getattr(config, name) for name in names}
     numbers |= {name: yarn[name] for name in YARN_DEFAULTS if name in yarn}
