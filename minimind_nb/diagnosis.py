@@ -20,8 +20,6 @@ from .storage.run_folder import RunFolder
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
-_INTACT = "intact"
-_DAMAGED = "damaged: "
 
 
 def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
@@ -36,12 +34,12 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
         processors, used = str(error), "unknown until that is fixed"
     session = current_session()
     left = session.seconds_left(None)
-    end = "nothing ends the session"
-    if left is not None:
-        end = f"{left / 3600:.1f} hours left"
-    support = "several processes are supported"
-    if not sys.platform.startswith("linux"):
-        support = "one process only: several need Linux"
+    end = (
+        "nothing ends the session" if left is None else f"{left / 3600:.1f} hours left"
+    )
+    support = "one process only: several need Linux"
+    if sys.platform.startswith("linux"):
+        support = "several processes are supported"
     shared = Path("/dev/shm")
     memory = shutil.disk_usage(shared).total / _GIB if shared.exists() else 0
     return Facts(
@@ -105,8 +103,8 @@ class Verdict(Table):
     def __init__(self, title: str, rows: list[list[str]]) -> None:
         super().__init__(title, ["what", "name", "state"], rows)
         states = [state for _, _, state in rows]
-        damaged = any(state.startswith(_DAMAGED) for state in states)
-        self.intact = states[0] == _INTACT and not damaged
+        damaged = any(state.startswith("damaged: ") for state in states)
+        self.intact = states[0] == "intact" and not damaged
 
 
 def verify(run_dir: str | os.PathLike[str]) -> Verdict:
@@ -140,5 +138,5 @@ def _state(folder: Path, check: Callable[[Path], object] = verified.verify) -> s
     try:
         check(folder)
     except verified.DamagedFolder as damage:
-        return f"{_DAMAGED}{damage}" if folder.exists() else "removed meanwhile"
-    return _INTACT
+        return f"damaged: {damage}" if folder.exists() else "removed meanwhile"
+    return "intact"

@@ -19,12 +19,8 @@ _ALONE = threading.RLock()
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Make this process end when `parent_pid` ends, for whatever reason.
-
-    The kernel's parent-death signal acts within milliseconds but belongs to the
-    *thread* that created this process, so a thread also looks once a second.
-    """
-    # On other systems than Linux there is only the thread below.
+    """Make this process end when `parent_pid` ends, for whatever reason."""
+    # Within milliseconds, but only on Linux, and when the *thread* ends that forked us.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -38,11 +34,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 @contextlib.contextmanager
 def without_main_script() -> Iterator[None]:
-    """Keep processes spawned in this block from importing the main script.
-
-    A script without `if __name__ == "__main__":` would run again in each of them, and
-    the parent is not watched until its imports are done.
-    """
+    """Keep processes spawned in this block from running the main script again."""
     with _ALONE:  # one of two threads would restore the other's stand-in
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
@@ -52,10 +44,9 @@ def without_main_script() -> Iterator[None]:
 
 
 def identify_process(pid: int) -> str:
-    """Return a text that tells a living process from every other, of any boot.
+    """Return boot, number and start time of a living process, else "".
 
-    Its boot, number and start time, or "" if no such process lives. (psutil's creation
-    time follows the wall clock, which may be set meanwhile.)
+    psutil's creation time follows the wall clock, which may be set meanwhile.
     """
     try:
         # The name, in parentheses, may contain anything.

@@ -79,10 +79,7 @@ def plan(cfg: TrainConfig) -> Facts:
 
 
 def flops_per_token(cfg: ResolvedConfig) -> float:
-    """Return the floating point operations of a token's forward and backward pass.
-
-    They are 6 a parameter in use, and the products of causal attention counted once.
-    """
+    """Return FLOP of a token, forward and backward: 6 a parameter, causal attention."""
     width = cfg.num_attention_heads * cfg.head_dim
     attention = 6 * cfg.num_hidden_layers * cfg.max_seq_len * width
     return 6.0 * count_parameters(cfg.shape())["active"] + attention

@@ -24,9 +24,8 @@ _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also tak
 class Session:
     """The place that a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `batch` is true of a Kaggle commit, false of an interactive session; `scratch` is a
-    folder that is thrown away at the end; `inputs` is the read-only folder below which
-    data sets and other notebooks' outputs are mounted, if there is one.
+    `batch` is true of a Kaggle commit; `scratch` is thrown away at the end; below the
+    read-only `inputs` data sets and other notebooks' outputs are mounted.
     """
 
     kind: str
@@ -35,10 +34,7 @@ class Session:
     inputs: Path | None = None
 
     def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
-        """Return the folder for what can be made again: token caches.
-
-        Kaggle saves `/kaggle/working` with every version, so it is in scratch there.
-        """
+        """Return the folder for token caches; Kaggle saves `/kaggle/working` each time."""
         return self.scratch / "minimind_nb" if self.scratch else Path(out_dir) / "cache"
 
     def seconds_left(
@@ -46,10 +42,8 @@ class Session:
     ) -> float | None:
         """Return the seconds until the session ends, or None if nothing ends it.
 
-        On Kaggle and Colab the clock started with the session, whose age is that of the
-        oldest ancestor of this process: a restarted kernel, or a command started from a
-        cell, is younger. Elsewhere a session is one call of `train`, which began
-        `call_seconds` ago.
+        On Kaggle and Colab it is as old as the oldest ancestor of this process, since a
+        restarted kernel is younger; elsewhere as the call of `train`, `call_seconds`.
         """
         hours = max_session_hours
         if hours is None and self.kind == "kaggle":
@@ -72,10 +66,9 @@ def running_kernel() -> Any:
 def current_session(environ: Mapping[str, str] = os.environ) -> Session:
     """Tell Kaggle, Colab and a plain machine apart.
 
-    Only KAGGLE_KERNEL_RUN_TYPE proves Kaggle: an API key on a laptop sets other
-    variables that start with KAGGLE. MINIMIND_NB_INPUTS names a folder to use instead
-    of `/kaggle/input`.
+    MINIMIND_NB_INPUTS names a folder to use instead of `/kaggle/input`.
     """
+    # An API key on a laptop sets other variables that start with KAGGLE.
     named = environ.get("MINIMIND_NB_INPUTS")
     inputs = Path(named) if named else None
     if run_type := environ.get("KAGGLE_KERNEL_RUN_TYPE"):
