@@ -62,15 +62,12 @@ def own_folder(place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_bare_pickle_is_not_run(protocol: int) -> None:
-    Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol))
-    with pytest.raises(ValueError, match="is not a weights file"):
-        load("evil.pth")
-
-
-def test_a_pickle_within_torchs_archive_is_not_run() -> None:
-    torch.save({"model.embed_tokens.weight": Evil()}, "evil.pth")
+@pytest.mark.parametrize("protocol", [0, 2, 4, None])
+def test_a_pickle_is_not_run_bare_or_in_torchs_archive(protocol: int | None) -> None:
+    if protocol is None:
+        torch.save({"model.embed_tokens.weight": Evil()}, "evil.pth")
+    else:
+        Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol))
     with pytest.raises(ValueError, match="is not a weights file"):
         load("evil.pth")
 

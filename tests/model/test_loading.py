@@ -305,15 +305,6 @@ def test_a_tokenizer_that_was_exchanged_in_a_run_is_refused(run):
             load(source)
 
 
-def test_weights_in_several_files_are_refused(tmp_path):
-    file = write_llama(tmp_path) / WEIGHTS
-    file.rename(tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(
-        FileNotFoundError, match="weights in one file: .*max_shard_size"
-    ):
-        find_weights(tmp_path)
-
-
 def test_an_output_layer_of_its_own_is_refused(tmp_path):
     file = write_llama(tmp_path) / WEIGHTS
     state = read_tensors(file)
@@ -361,14 +352,14 @@ def test_what_a_pth_leaves_open_is_printed(given, assumed, model, tmp_path, caps
     assert find_weights(file, **given).notes == (said, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["nowhere", ".", "saved"])
+@pytest.mark.parametrize("name", ["nowhere", ".", "saved", "shards"])
 def test_a_place_without_weights_is_named(name, tmp_path):
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "config.json").write_text('{"model_type": "minimind"}')
-    with pytest.raises(
-        FileNotFoundError,
-        match="(weights in one file|exist): a run folder, a ch",
-    ):
+    for folder in (tmp_path / "saved", tmp_path / "shards"):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "minimind"}')
+    (tmp_path / "shards" / "model-00001-of-00002.safetensors").touch()
+    text = "(weights in one file|exist): a run folder, a ch.*max_shard_size"
+    with pytest.raises(FileNotFoundError, match=text):
         load(tmp_path / name)
 
 
