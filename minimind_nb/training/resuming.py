@@ -188,8 +188,10 @@ def keep_identity(
     before = read_config(folder)
     then, now = before["hashes"], config["hashes"]
     now["initial"] = then["initial"]
-    same = (shorten_home(before["settings"]["init_from"]), "auto", "none")
-    if cfg.init_from and shorten_home(cfg.init_from) not in same:
+    same = (shorten_home(before["settings"]["init_from"]), "auto")
+    if cfg.init_from == "none":
+        now["initial"] = None
+    elif cfg.init_from and shorten_home(cfg.init_from) not in same:
         now["initial"] = verified.hash_file(find_weights(cfg.init_from).file)
     files = {"data": resolved.data_path, "validation": resolved.val_path}
     for key, file in files.items():

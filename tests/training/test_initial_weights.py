@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -542,13 +543,15 @@ def test_a_pretrained_run_without_an_intact_checkpoint_is_refused(
     assert "no checkpoint in " in refusal(RuntimeError, sft)
 
 
-def test_a_run_that_began_from_weights_goes_on_when_none_are_named(
-    sft: Settings,
-) -> None:
+def test_no_weights_are_other_ones_than_those_a_run_began_from(sft: Settings) -> None:
     train_here(sft, stop_at=2)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     none = {**sft, **shape, "rope_theta": 1e5, "init_from": "none"}
-    prepared, notes = begin(none)
+    text = refusal(RuntimeError, none)
+    assert re.search(
+        r"content of init_from: \w{12} in the run, None now\nOptions", text
+    )
+    prepared, notes = begin({**none, "allow_change": ("init_from",)})
     assert prepared.checkpoint is not None
     assert not [note for note in notes if "None" in note]
 
@@ -574,7 +577,8 @@ def test_what_a_run_began_from_stays_in_its_settings(
 ) -> None:
     train_here(sft, stop_at=2)
     shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    prepared, _ = begin({**sft, **shape, "rope_theta": 1e5, "init_from": "none"})
+    none = {**shape, "rope_theta": 1e5, "init_from": "none"}
+    prepared, _ = begin({**sft, **none, "allow_change": ("init_from",)})
     config = prepared.folder.read_config()
     assert config["settings"]["init_from"] == "auto"
     assert config["began_from"] == str(out_dir / "pretrain_32")
