@@ -127,6 +127,8 @@ def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str
     width, heads, head_dim = v["hidden_size"], v["num_attention_heads"], v["head_dim"]
     kv_heads = v["num_key_value_heads"]
     rows, steps, count = v["batch_size"], v["accumulation_steps"], v["num_processes"]
+    total = v["global_batch"]
+    splits = processes_known and min(rows, steps, count) > 0
     rules = {
         f"hidden_size={width} is not divisible by num_attention_heads={heads}; choose a "
         "multiple, or set head_dim": (
@@ -136,9 +138,12 @@ def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str
             kv_heads > 0 and heads % kv_heads
         ),
         f"head_dim={head_dim} is odd; rotary embeddings need pairs": head_dim % 2,
-        f"global_batch={v['global_batch']} is not batch_size={rows} × "
-        f"accumulation_steps={steps} × num_processes={count}; leave some of them out": (
-            processes_known and v["global_batch"] != rows * steps * count
+        f"global_batch={total} is not divisible by num_processes={count}": (
+            splits and total % count
+        ),
+        f"global_batch={total} is not batch_size={rows} × accumulation_steps={steps} × "
+        f"num_processes={count}; leave some of them out": (
+            splits and not total % count and total != rows * steps * count
         ),
         'dtype="float16" needs a GPU; on a CPU use "float32" or "bfloat16"': (
             v["device"] == "cpu" and v["dtype"] == "float16"

@@ -156,7 +156,7 @@ def test_the_global_batch_is_split_among_processes(settings, processes, batch):
 
 
 def test_a_global_batch_that_cannot_be_split_is_refused():
-    with pytest.raises(ValueError, match="global_batch=7 is not batch_size=.* × num_"):
+    with pytest.raises(ValueError, match="global_batch=7 is not divisible by num_"):
         resolve(TrainConfig(global_batch=7), num_processes=2)
     with pytest.raises(ValueError, match="global_batch=8 is not batch_size=3 ×"):
         TrainConfig(global_batch=8, batch_size=3, num_processes=1)
