@@ -236,7 +236,16 @@ def _begin(plan: RunPlan, done: int) -> None:
         verified.remove_leftovers(folder.root.parent, name)
     check_writable(folder.checkpoints)
     if plan.checkpoint:
-        _describe_horizon(plan, done)
+        logger.info(
+            f"{folder.root} is resumed from step {done:,} of {plan.total_steps:,}"
+        )
+        before = folder.settings()
+        if any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps")):
+            logger.info(
+                f"epochs={before['epochs']} and max_steps={before['max_steps']} have "
+                "changed: the schedule is recomputed for the new total, which differs from "
+                "a run planned that long from the start"
+            )
     elif plan.initial:
         logger.info(f"starting from {plan.config['began_from']}")
     cache = plan.corpus.cache
@@ -255,19 +264,6 @@ def _follow(plan: RunPlan, old: Path, new: Path) -> None:
     """Find the initial weights again after a file or folder was renamed."""
     if plan.initial and plan.initial.resolve().is_relative_to(old.resolve()):
         plan.initial = new / plan.initial.resolve().relative_to(old.resolve())
-
-
-def _describe_horizon(plan: RunPlan, done: int) -> None:
-    logger.info(
-        f"{plan.folder.root} is resumed from step {done:,} of {plan.total_steps:,}"
-    )
-    before = plan.folder.settings()
-    if any(before[name] != getattr(plan.cfg, name) for name in ("epochs", "max_steps")):
-        logger.info(
-            f"epochs={before['epochs']} and max_steps={before['max_steps']} have changed: "
-            "the schedule is recomputed for the new total, which differs from a run "
-            "planned that long from the start"
-        )
 
 
 def count_steps(
