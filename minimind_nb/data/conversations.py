@@ -30,7 +30,8 @@ def check_conversation(
     """Check `{"conversations": […]}`: it has an answer, or ends with one if `answered`."""
     if key not in row:
         keys = _show(list(row))
-        return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {keys}')
+        hint = '; these rows are for stage="pretrain"' if "text" in row else ""
+        return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {keys}{hint}')
     fault = check_messages(row[key])
     if fault is None:
         roles = [message["role"] for message in row[key]]

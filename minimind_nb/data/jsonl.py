@@ -209,11 +209,16 @@ def read_rows(chunk: Chunk, check: Check) -> tuple[list[tuple[int, Row]], Tally]
     return rows, tally
 
 
+_STAGES = {"conversations": "sft", "messages": "sft", "chosen": "dpo"}
+
+
 def check_text_row(row: Row) -> Fault | None:
     """Check a row of plain text, `{"text": "…"}`, which may be empty."""
     if "text" not in row:
         keys = json.dumps(list(row)[:5], ensure_ascii=False)[:80]
-        return Fault("missing_text", f'no "text" in the row, its keys: {keys}')
+        stage = next((_STAGES[key] for key in row if key in _STAGES), None)
+        hint = f'; these rows are for stage="{stage}"' if stage else ""
+        return Fault("missing_text", f'no "text" in the row, its keys: {keys}{hint}')
     if not isinstance(row["text"], str):
         found = json.dumps(row["text"], ensure_ascii=False)[:40]
         return Fault("not_a_string", f'"text" is {found}, not a string', '"text"')

@@ -462,6 +462,7 @@ def test_rows_with_whole_answers_are_good(messages):
     ("row", "kind", "reason"),
     [
         ({"text": GOOD}, "missing_conversations", 'in the row, its keys: ["text"]'),
+        ({"text": GOOD}, "missing_conversations", 'rows are for stage="pretrain"'),
         ({"conversations": GOOD[:1]}, "no_answer", "there is nothing to learn"),
         ({"rejected": GOOD}, "missing_chosen", 'no "chosen" in the row'),
         ({"chosen": GOOD}, "missing_rejected", 'its keys: ["chosen"]'),
