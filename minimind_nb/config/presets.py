@@ -231,8 +231,9 @@ def resolve_batch(
 ) -> dict[str, Any]:
     """Return `global_batch`, `batch_size` and `accumulation_steps`.
 
-    Defaults make the same global batch on any number of processes, explicit values
-    multiply with it. Numbers that do not divide are left for `validation` to refuse.
+    Defaults make the same global batch on any number of processes, or a little more if
+    that does not divide; explicit ones are per process, and multiply with their number.
+    Numbers that do not divide are left for `validation` to refuse.
     """
     rows, steps = values["batch_size"], values["accumulation_steps"]
     processes, total = values["num_processes"], values.get("global_batch")
@@ -241,7 +242,9 @@ def resolve_batch(
         if total is None and given:
             total = rows * steps * processes
         elif total is None:
-            total = math.ceil(rows * steps / processes) * processes
+            share = math.ceil(rows * steps / processes)
+            total = share + -share % math.ceil(share / rows)
+            total *= processes
         share, rest = divmod(total, processes)
         if given == ["accumulation_steps"] and not share % steps:
             rows = max(1, share // steps)

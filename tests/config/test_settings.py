@@ -140,7 +140,7 @@ def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
         ({"batch_size": 8, "accumulation_steps": 4}, 2, (64, 8, 4)),
         ({}, 1, (128, 32, 4)),
         ({}, 2, (128, 32, 2)),
-        ({}, 3, (129, 1, 43)),
+        ({}, 3, (132, 22, 2)),
         ({"recipe": "demo"}, 2, (4, 2, 1)),
         ({"recipe": "demo"}, 1, (4, 4, 1)),
         ({"global_batch": 48}, 2, (48, 24, 1)),
