@@ -113,8 +113,9 @@ class History:
             if row is None:
                 self.damaged_lines += 1
                 continue
-            if _starts_session(row):
-                self.rows = [old for old in self.rows if old["step"] <= row["step"]]
+            if _starts_session(row):  # a start that follows had no checkpoint yet
+                end = row["step"] if row["event"] == "resume" else -1
+                self.rows = [old for old in self.rows if old["step"] <= end]
             self.rows.append(row)
 
     def select(self, kind: str) -> list[Row]:
