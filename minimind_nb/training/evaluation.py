@@ -29,7 +29,6 @@ _PROMPTS = 2
 _BEGINNING_TOKENS = 16  # of a held-out text
 _MAX_PROMPT_TOKENS = 512  # of a prompt that is chosen here
 _load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
-_SAMPLING = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
 
 
 class Evaluator:
@@ -57,7 +56,7 @@ class Evaluator:
             self.reference = initial_model(plan).eval().requires_grad_(False)
             nn.Module.to(self.reference, device)
 
-    def complete(self, batch: MicroBatch, known: Tensor | None = None) -> MicroBatch:
+    def to_device(self, batch: MicroBatch, known: Tensor | None = None) -> MicroBatch:
         """Return a batch on the device, with the reference model's sums if it needs them.
 
         `known` are these sums if they were computed before.
@@ -86,7 +85,7 @@ class Evaluator:
         self.model.eval()
         ranks = (self.group.rank, self.group.size)
         for n, batch in enumerate(rows.micro_batches(self.cfg.batch_size, *ranks)):
-            complete = self.complete(batch, rows.references.get(n))
+            complete = self.to_device(batch, rows.references.get(n))
             rows.references[n] = complete.reference
             losses = self.losses(complete)
             sums[0] += losses.loss
@@ -170,7 +169,6 @@ def answer_prompt(evaluator: Evaluator, prompt: Prompt, *keys: int) -> str:
             eos_id=tokenizer.eos_id,
             max_new_tokens=evaluator.cfg.sample_tokens,
             seed=seed_of(evaluator.cfg.seed, *keys),
-            **_SAMPLING,
         )
     return _decode(tokenizer, ids)
 

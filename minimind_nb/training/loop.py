@@ -24,8 +24,8 @@ _MAX_FAILED_SAVES = 3
 def fit(trainer: Trainer) -> str:
     """Train to the end, or until the ranks agree to stop; return the status."""
     cfg, progress, total = trainer.cfg, trainer.progress, trainer.plan.total_steps
-    if progress.step == 0:
-        validate(trainer)
+    if progress.step % cfg.eval_interval == 0 and progress.val_loss is None:
+        validate(trainer)  # at first, and what a stop left out
     if progress.step >= total:  # an earlier call may have failed after its checkpoint
         save(trainer, final=True)
     while progress.step < total:
@@ -54,7 +54,7 @@ def train_step(trainer: Trainer) -> str | None:
     trainer.seed_dropout()
     trainer.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
-        sums = trainer.losses(trainer.complete(micro_batch))
+        sums = trainer.losses(trainer.to_device(micro_batch))
         losses = sums.share_of(batch, micro_batch.samples)
         trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
         trainer.gradients.add_losses(losses)
@@ -71,8 +71,8 @@ def train_step(trainer: Trainer) -> str | None:
 def update_weights(trainer: Trainer, norm: float) -> None:
     """Clip and apply the gradients, or leave weights and moments alone.
 
-    All ranks hold the same sum, so all take the same branch. There is no way around it:
-    clipping spreads one NaN to all weights, and an update times 0 is still NaN.
+    All ranks hold the same sum, so all take the same branch. An update scaled by 0
+    instead would still be NaN.
     """
     cfg, progress = trainer.cfg, trainer.progress
     rate = learning_rate(progress.step, trainer.plan.total_steps, cfg)
@@ -113,8 +113,8 @@ def record_step(
 def record_skipped_step(trainer: Trainer, batch: StepBatch, loss: float) -> None:
     """Log a skipped step with the lines of its data.
 
-    Raises `FloatingPointError` after too many in a row, and if the run ends in two or
-    more of them, or in nothing else.
+    Raises `FloatingPointError` after max_skipped_steps in a row, at the last step after
+    two, and if no step of the run was any good.
     """
     cfg, progress = trainer.cfg, trainer.progress
     fp16, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()

@@ -132,7 +132,7 @@ def reconcile_with_existing_run(
     values["init_from"] = run["init_from"]
     values["run_name"] = cfg.run_name or folder.root.name
     values |= _split_batch(config["asked_batch"], run, values, asked)
-    for name in ("device", "dtype"):
+    for name in ("device", "dtype", "num_processes"):
         if run[name] != values[name]:
             logger.info(
                 f"{name} changes from {run[name]!r} to {values[name]!r}: results are no "
@@ -211,12 +211,13 @@ def keep_identity(
         raise _other_run(folder, differences)
     now["initial"] = then["initial"]
     config["run"] = before.get("run", config["run"])
+    config["explicit"] = sorted({*before["explicit"], *config["explicit"]})
     config |= {name: before[name] for name in ("asked_batch", "began_from")}
 
 
 def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that are asked for: explicit ones, and those of a preset or
-    recipe that the run was not started with; of its own recipe what may change."""
+    """Return the explicit settings, and those of a named preset or recipe: all of one
+    that the run was not started with, and of its own what may change on a resume."""
     asked: dict[str, Any] = {}
     for kind, table in (("preset", PRESETS), ("recipe", RECIPES)):
         name = getattr(cfg, kind)
@@ -254,13 +255,11 @@ def _split_batch(
     given = () if "batch_size" in changed else changed & {"accumulation_steps"}
     found = {"num_processes": processes, "global_batch": total}
     split = resolve_batch(now | found, given)
-    if processes != run["num_processes"]:
-        dropout = ", and dropout draws other numbers" if values["dropout"] else ""
+    if any(split[name] != now[name] for name in BATCH[1:]):
         logger.info(
-            f"num_processes changes from {run['num_processes']} to {processes}: "
             f"batch_size={split['batch_size']} × accumulation_steps="
-            f"{split['accumulation_steps']} keeps the global batch of {total}; results "
-            f"are no longer equal to the last bit{dropout}"
+            f"{split['accumulation_steps']} on num_processes={processes} keeps the "
+            f"global batch of {total}"
         )
     return split
 

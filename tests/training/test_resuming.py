@@ -18,6 +18,7 @@ from support.runs import (
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import load
 from minimind_nb.storage.run_folder import NoGoodCheckpoint, RunFolder
+from minimind_nb.training import preparation
 
 
 @pytest.mark.fault("F37")
@@ -414,6 +415,28 @@ def test_another_precision_is_told(settings: Settings) -> None:
     train_here({**settings, "max_steps": 2})
     notes, _ = notes_of({**settings, "dtype": "bfloat16"})
     assert notes[0].startswith("dtype changes from 'float32' to 'bfloat16': results")
+
+
+def test_a_precision_that_was_set_is_kept_by_every_later_call(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {"device": "cpu", "num_processes": 1, "dtype": "bfloat16"}
+    monkeypatch.setattr(preparation, "machine_defaults", lambda *_: machine)
+    train_here(settings, stop_at=2)
+    bare = {name: value for name, value in settings.items() if name != "dtype"}
+    for step in (4, 6):
+        _, folder = train_here(bare, stop_at=step)
+        assert folder.settings()["dtype"] == "float32"
+
+
+def test_a_validation_that_a_stop_left_out_is_made_on_resume(
+    settings: Settings,
+) -> None:
+    _, folder = train_here(settings, stop_at=settings["eval_interval"])
+    assert metric_rows(folder, "eval", "step") == [(0,)]
+    train_here(settings)
+    steps = [step for (step,) in metric_rows(folder, "eval", "step")]
+    assert steps == [0, 4, 8, 12]
 
 
 def test_what_is_asked_may_change_and_what_is_learned_may_not(
