@@ -14,7 +14,7 @@ from .hardware import Hardware, detect_hardware
 from .monitor.metrics import METRICS_NAME, History
 from .monitor.progress import duration
 from .monitor.tables import Facts
-from .training.preparation import settle
+from .training.preparation import count_steps, settle
 from .training.run_plan import describe_truncated, open_corpus
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
@@ -43,7 +43,7 @@ def plan(cfg: TrainConfig) -> Facts:
     corpus = open_corpus(cfg, tokenizer)
     stream = corpus.training_stream(cfg, 0)
     pairs = cfg.stage == "dpo"
-    steps = min(stream.total_steps, cfg.max_steps or stream.total_steps)
+    steps = count_steps(corpus, cfg)
     samples = min(stream.total_samples, steps * cfg.global_batch)
     tokens = round(samples * stream.tokens / stream.rows)
     count = count_parameters(cfg.shape())

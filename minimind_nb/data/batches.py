@@ -110,8 +110,8 @@ class TrainingStream:
     """All samples of a resolved configuration, epoch after epoch, cut into steps.
 
     A step takes the next global batch, across an epoch's end too; the last takes what
-    is left. Micro-batch m of rank r takes its samples from (m · size + r) · batch_size
-    on, so a rank may get fewer, or none.
+    is left. Micro-batch m of rank r is the (m · size + r)-th run of batch_size samples
+    in it, so a rank may get fewer, or none.
     """
 
     def __init__(
@@ -143,7 +143,6 @@ class TrainingStream:
             self._loss_tokens = np.zeros(len(cache), np.int64)
             self._loss_tokens[truncated.documents] = truncated.loss_tokens
         self.total_samples = cfg.epochs * self.rows
-        self.total_steps = -(-self.total_samples // cfg.global_batch)
 
     def next_step(self) -> StepBatch:
         """Take the next global batch, and read this rank's samples of it."""

@@ -1,7 +1,8 @@
 """Encode conversations with a tokenizer's chat template, and a mark for each token.
 
 Begin and end of a turn or an answer are read off what the template does, never searched
-for in what was said. That stays ordinary text: none can forge a turn, or move a mark.
+for in what was said. Special strings in a message are encoded as ordinary text, so no
+message can forge a turn.
 """
 
 from __future__ import annotations
@@ -184,8 +185,9 @@ class ChatEncoder:
     def _find_end(self, text: str, first: list[Message], prompt: bool = False) -> int:
         """Return where the first messages end in the text of all of them.
 
-        Alone they may be written in another way, without a thought, say: then it is
-        after as many special strings, and the lines after these that both have.
+        A template may render them differently alone, with a thought that it drops
+        later: then it is after as many special strings, and the lines after these that
+        both texts share.
         """
         alone, _ = self._apply(first, prompt)
         if text.startswith(alone):
@@ -245,7 +247,7 @@ def _refuse_powers(template: str) -> None:
 
 @contextlib.contextmanager
 def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
-    """Limit time and, on Linux, memory: raise `TimeoutError` or `MemoryError`.
+    """Limit time (`TimeoutError`) and, on Linux, memory (a `Fault` of the row).
 
     A template without marks is rendered once a message, so time grows with its square.
     """

@@ -57,7 +57,7 @@ class _PaddedRows(_Rows):
         self.max_seq_len = max_seq_len or self._max_seq_len
         documents, width = np.arange(len(self.cache)), self.max_seq_len - 1
         truncated = truncate_documents(self.cache, documents, width)
-        # A document without an excerpt is cut anywhere and has an empty loss mask.
+        # A document without a whole answer is cut anywhere and has an empty loss mask.
         self._pieces = np.stack([documents, 0 * documents, self.cache.targets], 1)
         self._pieces[truncated.documents] = truncated.pieces
         self._pieces[:, 2] = np.minimum(self._pieces[:, 2], width)

@@ -119,10 +119,10 @@ def settle(
 
 
 def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
-    """Return the folder of the run that the settings mean.
+    """Return the folder of the run that the settings mean, new or not.
 
-    If the shape comes with initial weights, it is the only run of the stage that fits
-    the settings; without one the weights decide its name, and come along.
+    For sft and dpo without run_name it is the only existing run that fits. If there is
+    none, the initial weights, which are returned too, give the shape in its name.
     """
     if not isinstance(cfg, TrainConfig):
         found = type(cfg).__name__

@@ -1,4 +1,4 @@
-"""The stages, a row each: only the objective differs, the loop is the same for all."""
+"""The objective of each stage; the loop is the same for all."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..model.architecture import MiniMindForCausalLM
 class Losses(NamedTuple):
     """The losses of a micro-batch.
 
-    `loss` is summed over its targets (or pairs), `metrics` over its samples; `aux_loss`,
-    that of mixtures, is a mean over its rows, or a product of means over all of them.
+    `loss` is summed over its targets (or pairs), `metrics` over its samples. `aux_loss`,
+    a mixture's load balancing, is a mean already: of rows, or of the micro-batch.
     """
 
     loss: Tensor

@@ -51,7 +51,7 @@ class SessionClock:
 
 @dataclass
 class LogWindow:
-    """Sums since the last row of metrics.
+    """Sums since the last row of metrics, and the newest gradient norm.
 
     `losses` are the loss, the auxiliary loss and the stage's metrics, each times the
     targets of its step. `positions` (padding included) and `expert_choices` (of each
