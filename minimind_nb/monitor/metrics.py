@@ -147,9 +147,14 @@ class History:
 
         There is a column for each name, empty if a row has no such value. Each entry of
         a list has its own: `peak_memory_gib_1` is that of the second process,
-        `expert_load_0_3` the share of the fourth expert in the first layer.
+        `expert_load_0_3` the share of the fourth expert in the first layer. Raises
+        ValueError for the metrics file itself.
         """
         file = Path(path)
+        if file.resolve() == self.path.resolve():
+            raise ValueError(
+                f"{file} holds the metrics: name another file for the table"
+            )
         kept = (row for row in self.rows if row["kind"] in ("train", "eval"))
         rows = [dict(flatten(row)) for row in kept]
         names = dict.fromkeys(["kind", "step", *(name for row in rows for name in row)])

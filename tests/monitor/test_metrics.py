@@ -222,6 +222,10 @@ def test_training_and_validation_rows_become_one_table(tmp_path):
     History(path).to_csv(str(table))
     assert table.read_text() == expected
     assert [file.name for file in table.parent.iterdir()] == ["curve.csv"]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds the metrics: name ano"):
+        History(path).to_csv(table.parent / ".." / "metrics.jsonl")
+    assert path.read_bytes() == before
 
 
 def test_load_takes_a_folder_a_file_a_run_and_a_history(tmp_path):
