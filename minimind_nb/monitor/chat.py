@@ -29,8 +29,9 @@ class Chat:
     `say` adds a turn; `history` holds the messages ({"role", "content"}) of the
     answered turns after the system turn, if any; `clear` starts over; `converse` reads
     from the terminal; `panel` is a widget. `settings` are those of `generate`, with at
-    most 256 new tokens by default. An interrupt ends the answer, not the chat, and keeps
-    the text so far.
+    most 256 new tokens by default; a `seed` is raised by one for each answered turn, so
+    a question asked twice has two answers. An interrupt ends the answer, not the chat,
+    and keeps the text so far.
 
     When the history outgrows the model's positions, the prompt leaves out the oldest
     turns (but not the system turn), with one message; `history` keeps them.
@@ -65,8 +66,11 @@ class Chat:
         if left_out and not self._shortened:
             self._shortened = True
             print("[The chat outgrew the model: its oldest turns are left out.]")
+        settings = dict(self._settings)
+        if settings.get("seed") is not None:
+            settings["seed"] += len(self.history) // 2
         answer = ""
-        pieces = stream_ids(self._model, self._tokenizer, ids, **self._settings)
+        pieces = stream_ids(self._model, self._tokenizer, ids, **settings)
         with contextlib.suppress(KeyboardInterrupt):
             for piece in pieces:
                 answer += piece

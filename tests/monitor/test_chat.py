@@ -82,14 +82,18 @@ def test_the_next_turn_is_answered_in_view_of_those_before(pair):
     assert talk.history == [said("system", "two")]
 
 
-def test_the_first_answer_is_what_generate_gives_with_the_seed(pair):
-    hot: dict[str, Any] = {"temperature": 3.0, "seed": 7, "max_new_tokens": 20}
+def test_a_seed_makes_a_chat_reproducible_and_each_of_its_answers_different(pair):
+    # So hot that the draws alone decide, whatever the prompt.
+    hot: dict[str, Any] = {"temperature": 1e6, "top_p": 1, "max_new_tokens": 20}
+    hot["seed"] = 7
     talk = chat(pair, "one", **hot)
     first = generate(pair[0], pair[1], [said("user", "one")], **hot)
     assert talk.history[1]["content"] == first
+    second = talk.say("one")
+    assert second != first
     talk.clear()
     assert talk.history == []
-    assert talk.say("one") == first
+    assert [talk.say("one"), talk.say("one")] == [first, second]
 
 
 def test_an_empty_answer_leaves_no_turn(pair, answers):
