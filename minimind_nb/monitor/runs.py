@@ -133,20 +133,16 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
     rows = []
     for changed, size, folder in measured:
         run = Run(folder)
+        history = run.history
+        stage = history.stage if history.rows else ""
+        last = (history.last(kind) for kind in ("train", "eval"))
+        losses = [f"{row['loss']:.3f}" if row else "" for row in last]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-        rows.append([folder.name, *_describe(run), f"{size / 2**20:,.1f} MiB", when])
+        row = [folder.name, stage, STATUS_WORDS[run.status], position_text(history)]
+        rows.append([*row, *losses, f"{size / 2**20:,.1f} MiB", when])
     trained = [f for _, _, f in measured if RunFolder(f).checkpoint_folders()]
     none = "" if found else ": none yet; mm.train(cfg) makes one"
     return Runs(f"Runs in {root}{none}", rows, [Run(folder) for folder in trained])
-
-
-def _describe(run: Run) -> list[str]:
-    """Return stage, status, step, and the last losses."""
-    history = run.history
-    last = (history.last(kind) for kind in ("train", "eval"))
-    losses = [f"{row['loss']:.3f}" if row else "" for row in last]
-    stage = history.stage if history.rows else ""
-    return [stage, STATUS_WORDS[run.status], position_text(history), *losses]
 
 
 def _measure(folder: Path) -> tuple[float, int]:
