@@ -13,11 +13,9 @@ import itertools
 import json
 import os
 import re
-import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +32,6 @@ _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A template is a program from a stranger. Two messages take 0.2 ms of processor time.
 _SECONDS = 1.0
 _MORE_SECONDS = 0.02  # times the square of a conversation's messages
-_BYTES = 1 << 27
-_BYTES_A_CHARACTER = 32
 
 Chat = tuple[Sequence[Message], int]
 """A conversation, and how many of its first messages stay out of the loss."""
@@ -64,7 +60,6 @@ class ChatEncoder:
                 "the tokenizer has no chat template: put one beside its tokenizer.json "
                 "as chat_template.jinja, or set tokenizer.chat_template"
             )
-        _refuse_powers(spec.chat_template)
         self._encoder = encoder or BulkEncoder(spec)
         self._marks_answers = bool(_MARK.search(spec.chat_template))
         self._render_template: Any = functools.partial(
@@ -230,24 +225,9 @@ def _join(segments: list[_Segment], ids: Iterator[np.ndarray]) -> Encoded:
     return np.concatenate(parts), np.concatenate(marks)
 
 
-def _refuse_powers(template: str) -> None:
-    """Raise `ValueError` for a power: it can take all memory in one call into C."""
-    from jinja2 import Environment, TemplateSyntaxError
-
-    with contextlib.suppress(TemplateSyntaxError):  # which rendering reports
-        lexed = Environment().lex(template)
-        tokens = [token[1:] for token in lexed if token[1] != "whitespace"]
-        for (_, before), token in itertools.pairwise(tokens):
-            if token == ("operator", "**") and before not in "(,":  # not f(**more)
-                raise ValueError(
-                    "the tokenizer's chat template computes a power, which no "
-                    "conversation needs: give the tokenizer another template"
-                )
-
-
 @contextlib.contextmanager
 def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
-    """Limit time (`TimeoutError`) and, on Linux, memory (a `Fault` of the row).
+    """Raise `TimeoutError` when the block has used too much processor time.
 
     A template without marks is rendered once a message, so time grows with its square.
     """
@@ -261,21 +241,13 @@ def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
         )
 
     seconds = _SECONDS + _MORE_SECONDS * sum(len(one) ** 2 for one in conversations)
-    size = sum(len(one["content"]) for one in itertools.chain(*conversations))
-    statm = Path("/proc/self/statm")
-    limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
-        if limits[0] == resource.RLIM_INFINITY and statm.exists():
-            held = int(statm.read_text().split()[0]) * resource.getpagesize()
-            most = held + _BYTES + _BYTES_A_CHARACTER * size
-            resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _refusal(what: str) -> Fault:

@@ -336,15 +336,6 @@ def test_a_template_that_does_not_serve_is_named(template, reason):
     assert re.search(reason, fault.reason)
 
 
-def test_a_template_may_write_two_stars_and_compute_no_power():
-    calls = "{% macro f() %}{{ kwargs }}{% endmacro %}{{ f(**{}) }}{{ f(a=1, ** {}) }}"
-    for harmless in ("**Tools** {{ '**' }}", "({{ x }}**", calls):
-        encoder_of(harmless + UNMARKED)
-    for power in ("{{ 9 ** 9 }}", "{{ (9)**9 }}", "{{ f(x[0] ** 9, **x) }}"):
-        with pytest.raises(ValueError, match="computes a power"):
-            encoder_of(UNMARKED + power)
-
-
 @pytest.mark.fault("F64")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(chat_template, "_SECONDS", 0.05)
