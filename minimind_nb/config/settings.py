@@ -6,12 +6,13 @@ import functools
 import os
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .presets import SHAPE_FIELDS, WEIGHTS_NAMES, default_run_name, fill_defaults
 from .validation import validate
 
+_DEFAULT: Any = None  # of fields that `resolve` always fills in: None until then
 PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 
 
@@ -36,7 +37,7 @@ class TrainConfig:
     else the shipped one."""
     out_dir: str = "out"
     """Folder for weights and run folders, relative to the working directory."""
-    run_name: str | None = None
+    run_name: str = _DEFAULT
     """Name of the run folder in out_dir; default {stage}_{hidden_size}[_moe]. If set,
     the weights file beside it has this name too, else MiniMind's own."""
     resume: str | bool = "auto"
@@ -44,38 +45,38 @@ class TrainConfig:
     a path copies that run into out_dir and resumes the copy."""
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from the run that is resumed."""
-    init_from: str | None = None
+    init_from: str = _DEFAULT
     """Initial weights: a run, a checkpoint, a .pth or a saved folder; "auto" (default of
     sft and dpo): the newest run of the previous stage; "none" (of pretrain): random."""
     preset: str | None = None
     """Shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3, minimind-3-moe."""
     recipe: str | None = None
     """Optimisation settings: demo, demo-sft, demo-dpo, minimind or minimind-sft."""
-    hidden_size: int | None = None
+    hidden_size: int = _DEFAULT
     """Width of the residual stream."""
-    num_hidden_layers: int | None = None
+    num_hidden_layers: int = _DEFAULT
     """Number of transformer blocks."""
-    num_attention_heads: int | None = None
+    num_attention_heads: int = _DEFAULT
     """Query heads per layer."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int = _DEFAULT
     """Key and value heads per layer; must divide num_attention_heads."""
-    head_dim: int | None = None
+    head_dim: int = _DEFAULT
     """Width of a head; default hidden_size / num_attention_heads."""
-    intermediate_size: int | None = None
+    intermediate_size: int = _DEFAULT
     """Width of the feed-forward layer, and of each expert; default 3 · hidden_size."""
-    vocab_size: int | None = None
+    vocab_size: int = _DEFAULT
     """Rows of the embedding; default: the tokenizer's entries."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int = _DEFAULT
     """Longest context in tokens that the model declares."""
-    rope_theta: float | None = None
+    rope_theta: float = _DEFAULT
     """Base of the rotary frequencies."""
-    rms_norm_eps: float | None = None
+    rms_norm_eps: float = _DEFAULT
     """Epsilon of the RMS norms."""
-    dropout: float | None = None
+    dropout: float = _DEFAULT
     """Dropout probability."""
-    qk_norm: bool | None = None
+    qk_norm: bool = _DEFAULT
     """Whether to RMS-normalise queries and keys (MiniMind's third generation)."""
-    use_moe: bool | None = None
+    use_moe: bool = _DEFAULT
     """Whether feed-forward layers are mixtures of experts."""
     n_routed_experts: int | None = None
     """Experts that the router of a layer chooses from."""
@@ -89,87 +90,86 @@ class TrainConfig:
     """Balance per sequence (second generation) or over the batch (third)."""
     norm_topk_prob: bool | None = None
     """Whether the weights of the chosen experts are normalised to sum to one."""
-    inference_rope_scaling: bool | None = None
+    inference_rope_scaling: bool = _DEFAULT
     """Whether to extend the rotary frequencies with YaRN."""
-    max_seq_len: int | None = None
+    max_seq_len: int = _DEFAULT
     """Tokens per packed row. A longer text is split, a longer conversation truncated at a
     turn; a pair's prompt loses its oldest turns."""
-    document_mask: bool | None = None
+    document_mask: bool = _DEFAULT
     """Whether documents in a row are hidden from each other; always on for sft and dpo."""
-    epochs: int | None = None
+    epochs: int = _DEFAULT
     """Passes over the training documents."""
-    global_batch: int | None = None
+    global_batch: int = _DEFAULT
     """Rows per optimizer step, which a resumed run keeps; default: batch_size ×
     accumulation_steps × num_processes if one of the first two is set."""
-    batch_size: int | None = None
+    batch_size: int = _DEFAULT
     """Rows per process in one micro-step; default: the most that divide global_batch."""
-    accumulation_steps: int | None = None
+    accumulation_steps: int = _DEFAULT
     """Micro-steps whose gradients are summed in one optimizer step."""
-    learning_rate: float | None = None
+    learning_rate: float = _DEFAULT
     """Peak learning rate; default 5e-4, for dpo 1e-5."""
-    min_learning_rate: float | None = None
+    min_learning_rate: float = _DEFAULT
     """Learning rate at the end of the cosine; default: a tenth of the peak."""
-    warmup_iters: int | None = None
+    warmup_iters: int = _DEFAULT
     """Optimizer steps of linear warm-up, capped at a tenth of all steps."""
-    weight_decay: float | None = None
+    weight_decay: float = _DEFAULT
     """AdamW's weight decay, applied to matrices only."""
-    beta1: float | None = None
+    beta1: float = _DEFAULT
     """AdamW's decay rate of the first moment."""
-    beta2: float | None = None
+    beta2: float = _DEFAULT
     """AdamW's decay rate of the second moment."""
-    grad_clip: float | None = None
+    grad_clip: float = _DEFAULT
     """Largest norm of the gradient; 0 disables clipping."""
     dpo_beta: float | None = None
     """β of the DPO loss: strength of the pull towards the initial weights; default 0.1."""
     max_steps: int | None = None
     """Cap on optimizer steps, and then the horizon of the schedule."""
-    seed: int | None = None
+    seed: int = _DEFAULT
     """Seed of initialisation, data order and dropout; default 42."""
-    val_fraction: float | None = None
+    val_fraction: float = _DEFAULT
     """Share of the documents held out for validation; default 0.01."""
-    eval_tokens: int | None = None
+    eval_tokens: int = _DEFAULT
     """Largest number of text tokens in a validation."""
-    eval_interval: int | None = None
+    eval_interval: int = _DEFAULT
     """Optimizer steps between validations; step 0 and the end are validated too."""
     sample_prompts: tuple[str, ...] | None = None
     """Prompts that the model answers at every validation (a JSON list on the command
     line); default: two held-out ones."""
-    sample_tokens: int | None = None
+    sample_tokens: int = _DEFAULT
     """Longest such answer in tokens; 0 disables them."""
-    log_interval: int | None = None
+    log_interval: int = _DEFAULT
     """Optimizer steps between rows of metrics."""
-    use_wandb: bool | None = None
+    use_wandb: bool = _DEFAULT
     """Whether to also log to Weights & Biases, offline, into the run folder. Needs pip
     install 'minimind_nb[wandb]'."""
-    wandb_project: str | None = None
+    wandb_project: str = _DEFAULT
     """Name of the project there; default MiniMind."""
-    save_interval: int | None = None
+    save_interval: int = _DEFAULT
     """Optimizer steps between checkpoints; one is written at the end too."""
-    keep_checkpoints: int | None = None
+    keep_checkpoints: int = _DEFAULT
     """Newest checkpoints to keep (at least 2), plus the one of lowest validation loss."""
     max_session_hours: float | None = None
     """Hours of the session (elsewhere than on Kaggle and Colab: of the call) after which
     the run saves and stops; default 11.5 on Kaggle, unlimited elsewhere."""
-    device: str | None = None
+    device: str = _DEFAULT
     """"cuda" or "cpu"; default: every GPU, or the CPU if there is none."""
-    num_processes: int | None = None
+    num_processes: int = _DEFAULT
     """Worker processes; default: one per GPU, or one on a CPU."""
-    dtype: str | None = None
+    dtype: str = _DEFAULT
     """Precision of matrix products: float16, bfloat16 or float32; default: by hardware."""
-    max_skipped_steps: int | None = None
+    max_skipped_steps: int = _DEFAULT
     """Non-finite steps in a row after which the run fails; default 20."""
-    hang_timeout_seconds: float | None = None
+    hang_timeout_seconds: float = _DEFAULT
     """Seconds without progress after which the run fails; default 1800."""
-    on_bad_line: str | None = None
+    on_bad_line: str = _DEFAULT
     """"error" (default) refuses a file with a malformed line, "skip" skips such lines."""
-    max_bad_fraction: float | None = None
+    max_bad_fraction: float = _DEFAULT
     """Largest share of lines skipped, and of conversations without an answer that fits
     into a row; default 0.01."""
 
     def __new__(cls, **settings: Any) -> TrainConfig:
         if not settings.keys() <= kinds().keys():  # else a TypeError names only one
-            given = {n: _plain(v) for n, v in settings.items() if v is not None}
-            validate(given, kinds())
+            validate({n: _plain(v) for n, v in settings.items()}, kinds())
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -178,12 +178,11 @@ class TrainConfig:
             if name in PATH_FIELDS and isinstance(plain, str):
                 plain = os.path.expanduser(plain)  # noqa: PTH111 - a Path drops "./"
             object.__setattr__(self, name, plain)
-        validate(self.explicit(), kinds(), isinstance(self, ResolvedConfig))
+        validate(vars(self), kinds(type(self)), isinstance(self, ResolvedConfig))
 
     def explicit(self) -> dict[str, Any]:
         """Return the settings that differ from the dataclass's defaults."""
-        defaults = {one.name: one.default for one in fields(TrainConfig)}
-        return {n: v for n, v in vars(self).items() if v != defaults[n]}
+        return {n: v for n, v in vars(self).items() if v != getattr(TrainConfig, n)}
 
     def portable(self) -> dict[str, Any]:
         """Return the settings for a file, with the home folder in paths as "~"."""
@@ -200,52 +199,6 @@ class ResolvedConfig(TrainConfig):
     """The settings of a run with every default filled in; None means not used."""
 
     data_path: str = ""
-    run_name: str = field()  # without the default of the base class, as all below
-    init_from: str = field()
-    hidden_size: int = field()
-    num_hidden_layers: int = field()
-    num_attention_heads: int = field()
-    num_key_value_heads: int = field()
-    head_dim: int = field()
-    intermediate_size: int = field()
-    vocab_size: int = field()
-    max_position_embeddings: int = field()
-    rope_theta: float = field()
-    rms_norm_eps: float = field()
-    dropout: float = field()
-    qk_norm: bool = field()
-    use_moe: bool = field()
-    inference_rope_scaling: bool = field()
-    max_seq_len: int = field()
-    document_mask: bool = field()
-    epochs: int = field()
-    global_batch: int = field()
-    batch_size: int = field()
-    accumulation_steps: int = field()
-    learning_rate: float = field()
-    min_learning_rate: float = field()
-    warmup_iters: int = field()
-    weight_decay: float = field()
-    beta1: float = field()
-    beta2: float = field()
-    grad_clip: float = field()
-    seed: int = field()
-    val_fraction: float = field()
-    eval_tokens: int = field()
-    eval_interval: int = field()
-    sample_tokens: int = field()
-    log_interval: int = field()
-    use_wandb: bool = field()
-    wandb_project: str = field()
-    save_interval: int = field()
-    keep_checkpoints: int = field()
-    device: str = field()
-    num_processes: int = field()
-    dtype: str = field()
-    max_skipped_steps: int = field()
-    hang_timeout_seconds: float = field()
-    on_bad_line: str = field()
-    max_bad_fraction: float = field()
 
     @property
     def weights_name(self) -> str:
@@ -272,10 +225,12 @@ def shorten_home(path: Any) -> Any:
 
 
 @functools.cache
-def kinds() -> dict[str, tuple[type, ...]]:
-    """Return the types each field of `TrainConfig` may have, None among them."""
+def kinds(config: type[TrainConfig] = TrainConfig) -> dict[str, tuple[type, ...]]:
+    """Return the types that each field may have, before or after it is resolved."""
     found = {}
-    for name, hint in typing.get_type_hints(TrainConfig).items():
+    for name, declared in typing.get_type_hints(config).items():
+        unset = config is TrainConfig and getattr(config, name) is None
+        hint = declared | None if unset else declared
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[name] = tuple(typing.get_origin(part) or part for part in parts)
     return found

@@ -63,7 +63,7 @@ def validate(
     for name, value in settings.items():
         if problem := _value_problem(name, value, kinds):
             problems.append(problem)
-        else:
+        elif value is not None:
             sound[name] = value
     values = fill_defaults(sound)
     problems += filter(None, map(_out_of_range, values, values.values()))

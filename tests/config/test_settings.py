@@ -42,7 +42,7 @@ def test_kinds_tell_optional_fields_from_required_ones():
 
 def test_only_what_differs_from_the_defaults_is_explicit():
     assert TrainConfig().explicit() == {}
-    cfg = TrainConfig(stage="pretrain", epochs=2, seed=42, dropout=None)
+    cfg = config(stage="pretrain", epochs=2, seed=42, dropout=None)
     assert cfg.explicit() == {"epochs": 2, "seed": 42}
 
 
