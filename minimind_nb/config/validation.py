@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,7 +84,12 @@ def describe_unknown(name: str, known: Iterable[str], what: str = "setting") -> 
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    def words(text: str) -> list[str]:
+        return sorted(re.split("[-_]", text.lower()))
+
+    names = list(known)
+    close = [one for one in names if words(one) == words(name)]
+    close = close or difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

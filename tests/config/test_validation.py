@@ -54,6 +54,8 @@ def test_all_problems_are_named_in_one_error_and_in_the_order_given():
             "not one of pretrain, sft, dpo; did you mean pretrain?",
         ),
         ({"preset": "minimind2-smal"}, "did you mean minimind2-small?"),
+        ({"stage": "SFT"}, "did you mean sft?"),
+        ({"recipe": "sft-demo"}, "did you mean demo-sft?"),
         ({"recipe": "fast"}, "not one of demo, demo-sft, demo-dpo, minimind, mi"),
         ({"device": "gpu"}, "device='gpu' is not one of cuda, cpu"),
         ({"on_bad_line": "skipp"}, "not one of error, skip; did you mean skip?"),
