@@ -68,6 +68,7 @@ def validate(
             sound[name] = value
     values = fill_defaults(sound)
     problems += filter(None, map(_out_of_range, values, values.values()))
+    problems += _misshapen(values)
     problems += _contradictions(values, "num_processes" in sound)
     if not resolved:
         problems += _without_effect(sound, values)
@@ -125,47 +126,50 @@ def _out_of_range(name: str, value: Any) -> str | None:
     return None
 
 
-def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str]:
-    """Yield what does not fit together, defaults included."""
+def _misshapen(v: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the sizes that do not fit together, defaults included."""
     for name, limit in _AT_MOST.items():
         if v[name] is not None and v[limit] is not None and v[name] > v[limit]:
             yield f"{name}={v[name]} is more than {limit}={v[limit]}"
     width, heads, head_dim = v["hidden_size"], v["num_attention_heads"], v["head_dim"]
+    if heads > 0 and head_dim == width // heads and width % heads:
+        yield (
+            f"hidden_size={width} is not divisible by num_attention_heads={heads}; "
+            "choose a multiple, or set head_dim"
+        )
     kv_heads = v["num_key_value_heads"]
+    if kv_heads > 0 and heads % kv_heads:
+        yield (
+            f"num_attention_heads={heads} is no multiple of "
+            f"num_key_value_heads={kv_heads}"
+        )
+    if head_dim % 2:
+        yield f"head_dim={head_dim} is odd; rotary embeddings need pairs"
+
+
+def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str]:
+    """Yield what else does not fit together, defaults included."""
     rows, steps, count = v["batch_size"], v["accumulation_steps"], v["num_processes"]
     total = v["global_batch"]
-    splits = processes_known and min(rows, steps, count) > 0
-    rules = {
-        f"hidden_size={width} is not divisible by num_attention_heads={heads}; choose a "
-        "multiple, or set head_dim": (
-            heads > 0 and head_dim == width // heads and width % heads
-        ),
-        f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}": (
-            kv_heads > 0 and heads % kv_heads
-        ),
-        f"head_dim={head_dim} is odd; rotary embeddings need pairs": head_dim % 2,
-        f"global_batch={total} is not divisible by num_processes={count}": (
-            splits and total % count
-        ),
-        f"global_batch={total} is not batch_size={rows} × accumulation_steps={steps} × "
-        f"num_processes={count}; leave some of them out": (
-            splits and not total % count and total != rows * steps * count
-        ),
-        'dtype="float16" needs a GPU; on a CPU use "float32" or "bfloat16"': (
-            v["device"] == "cpu" and v["dtype"] == "float16"
-        ),
-        f"run_name={v['run_name']!r} cannot be the name of a run folder in out_dir": (
-            not _is_folder_name(v["run_name"])
-        ),
-        'init_from="auto" needs a previous stage, and pretrain is the first; name the '
-        "weights, or leave it out for a random initialisation": (
-            v["stage"] == "pretrain" and v["init_from"] == "auto"
-        ),
-        "document_mask=False would let conversations see each other; leave it out": (
-            v["stage"] != "pretrain" and v["document_mask"] is False
-        ),
-    }
-    yield from (problem for problem, wrong in rules.items() if wrong)
+    if processes_known and min(rows, steps, count) > 0:
+        if total % count:
+            yield f"global_batch={total} is not divisible by num_processes={count}"
+        elif total != rows * steps * count:
+            yield (
+                f"global_batch={total} is not batch_size={rows} × accumulation_steps="
+                f"{steps} × num_processes={count}; leave some of them out"
+            )
+    if v["device"] == "cpu" and v["dtype"] == "float16":
+        yield 'dtype="float16" needs a GPU; on a CPU use "float32" or "bfloat16"'
+    if not _is_folder_name(v["run_name"]):
+        yield f"run_name={v['run_name']!r} cannot be the name of a run folder in out_dir"
+    if v["stage"] == "pretrain" and v["init_from"] == "auto":
+        yield (
+            'init_from="auto" needs a previous stage, and pretrain is the first; name '
+            "the weights, or leave it out for a random initialisation"
+        )
+    if v["stage"] != "pretrain" and v["document_mask"] is False:
+        yield "document_mask=False would let conversations see each other; leave it out"
 
 
 def _is_folder_name(name: str) -> bool:
