@@ -237,21 +237,22 @@ def resolve_batch(
     """
     rows, steps = values["batch_size"], values["accumulation_steps"]
     processes, total = values["num_processes"], values.get("global_batch")
-    given = [name for name in ("batch_size", "accumulation_steps") if name in explicit]
+    keep_rows, keep_steps = "batch_size" in explicit, "accumulation_steps" in explicit
     if min(rows, steps, processes) > 0:
-        if total is None and given:
+        if total is None:
+            if not (keep_rows or keep_steps):
+                share = math.ceil(rows * steps / processes)
+                steps = math.ceil(share / rows)
+                rows = math.ceil(share / steps)
             total = rows * steps * processes
-        elif total is None:
-            share = math.ceil(rows * steps / processes)
-            total = share + -share % math.ceil(share / rows)
-            total *= processes
-        share, rest = divmod(total, processes)
-        if given == ["accumulation_steps"] and not share % steps:
-            rows = max(1, share // steps)
-        elif given != ["batch_size", "accumulation_steps"] and share and not rest:
-            if not given:
-                rows = max(n for n in range(1, min(rows, share) + 1) if not share % n)
-            steps = max(1, share // rows)
+        elif total > 0 and total % processes == 0:
+            share = total // processes
+            if not (keep_rows or keep_steps):
+                rows = max(n for n in range(1, min(rows, share) + 1) if share % n == 0)
+            if not keep_steps:
+                steps = max(1, share // rows)
+            elif not keep_rows:
+                rows = max(1, share // steps)
     return {"global_batch": total, "batch_size": rows, "accumulation_steps": steps}
 
 
