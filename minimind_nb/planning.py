@@ -12,10 +12,11 @@ from .config import ResolvedConfig, TrainConfig, count_parameters
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware
 from .monitor.metrics import METRICS_NAME, History
-from .monitor.progress import duration
+from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.tables import Facts
-from .training.preparation import count_steps, settle
-from .training.run_plan import describe_truncated, open_corpus
+from .storage.run_folder import RunFolder
+from .training.preparation import draft, settle
+from .training.run_plan import RunPlan, describe_truncated, open_corpus
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
@@ -39,11 +40,10 @@ def plan(cfg: TrainConfig) -> Facts:
     for the configuration, the data and an existing run.
     """
     hardware = detect_hardware()
-    cfg, tokenizer, initial = settle(cfg, hardware)
-    corpus = open_corpus(cfg, tokenizer)
+    drafted = draft(cfg, hardware)
+    cfg, corpus, steps = drafted.cfg, drafted.corpus, drafted.total_steps
     stream = corpus.training_stream(cfg, 0)
     pairs = cfg.stage == "dpo"
-    steps = count_steps(corpus, cfg)
     samples = min(stream.total_samples, steps * cfg.global_batch)
     tokens = round(samples * stream.tokens / stream.rows)
     count = count_parameters(cfg.shape())
@@ -61,7 +61,8 @@ def plan(cfg: TrainConfig) -> Facts:
     facts = {
         "parameters": f"{count['total']:,}{active}",
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
-        "begins from": initial.source if initial else "",
+        "existing run": _existing_run(drafted),
+        "begins from": drafted.config["began_from"],
         ("pairs" if pairs else "documents"): documents,
         "too long": "; ".join(describe_truncated(corpus, cfg)),
         "an epoch": epoch,
@@ -72,10 +73,20 @@ def plan(cfg: TrainConfig) -> Facts:
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
-        "time": _time(cfg, hardware, tokens),
+        "time": "" if drafted.complete else _time(cfg, hardware, tokens),
     }
     known = {name: text for name, text in facts.items() if text}
     return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
+
+
+def _existing_run(drafted: RunPlan) -> str:
+    """Name the run that is resumed, or that is in the place of the new one."""
+    checkpoint = drafted.checkpoint
+    run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
+    if not run.exists():
+        return ""
+    position = position_text(History(run.metrics_file))
+    return f"{run.root}, {STATUS_WORDS[run.status()]} at step {position}"
 
 
 def flops_per_token(cfg: ResolvedConfig) -> float:

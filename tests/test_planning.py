@@ -105,6 +105,19 @@ def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
     )
 
 
+def test_a_plan_names_the_run_that_exists_and_refuses_other_data(settings, tmp_path):
+    own = {**settings, "preset": None, "hidden_size": 32, "num_hidden_layers": 1}
+    own |= {"max_steps": 2, "max_seq_len": 64, "sample_tokens": 0}
+    _, run = train_here(own)
+    facts = plan(TrainConfig(**own))
+    assert facts["existing run"] == f"{run.root}, finished at step 2 of 2"
+    assert "time" not in facts
+    with settings["data_path"].open("a") as file:
+        file.write('{"text": "More."}\n')
+    with pytest.raises(RuntimeError, match="content of data_path"):
+        plan(TrainConfig(**own))
+
+
 def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
     t4 = Gpu("Tesla T4", (7, 5), 14.6)
     monkeypatch.setattr(planning, "detect_hardware", lambda: machine_of(t4, t4))

@@ -76,34 +76,54 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     with folder.lock() as lock:
         recover(folder)
         checkpoint = find_checkpoint(folder, cfg, repair=True)
-        resolved, tokenizer, initial = _resolve(cfg, machine, initial, checkpoint)
+        plan = _draft(cfg, machine, folder, initial, checkpoint)
         if checkpoint and checkpoint.run.root != folder.root:
-            checkpoint = copy_run(checkpoint, folder)
-        corpus = open_corpus(resolved, tokenizer)
-        config = describe_run(cfg, resolved, tokenizer, corpus, initial)
-        if checkpoint:
-            keep_identity(folder, config, cfg, resolved)
-        done = checkpoint.step if checkpoint else 0
-        total = count_steps(corpus, resolved, checkpoint)
-        hours, spent = resolved.max_session_hours, time.monotonic() - began
+            plan.checkpoint = copy_run(checkpoint, folder).folder
+        hours, spent = plan.cfg.max_session_hours, time.monotonic() - began
         left = current_session().seconds_left(hours, spent)
-        plan = RunPlan(
-            config=config,
-            folder=folder,
-            tokenizer=tokenizer,
-            corpus=corpus,
-            initial=initial.file if initial else None,
-            checkpoint=checkpoint and checkpoint.folder,
-            total_steps=total,
-            complete=bool(checkpoint)
-            and folder.status() == "finished"
-            and done >= total,
-            deadline=None if left is None else time.monotonic() + left,
-        )
+        plan.deadline = None if left is None else time.monotonic() + left
         if not plan.complete:
-            check_room(plan, total - done)
+            done = checkpoint.step if checkpoint else 0
+            check_room(plan, plan.total_steps - done)
             _begin(plan, done)
         yield plan, lock
+
+
+def draft(cfg: TrainConfig, hardware: Hardware | None = None) -> RunPlan:
+    """Return the plan of a run, tokenised, without a deadline; makes no run folder.
+
+    Raises what `train` raises for the configuration, the data and an existing run.
+    """
+    folder, initial = locate_run(cfg)
+    machine = machine_defaults(cfg, hardware)
+    return _draft(cfg, machine, folder, initial, find_checkpoint(folder, cfg))
+
+
+def _draft(
+    cfg: TrainConfig,
+    machine: dict[str, Any],
+    folder: RunFolder,
+    initial: FoundWeights | None,
+    checkpoint: Checkpoint | None,
+) -> RunPlan:
+    resolved, tokenizer, initial = _resolve(cfg, machine, initial, checkpoint)
+    corpus = open_corpus(resolved, tokenizer)
+    config = describe_run(cfg, resolved, tokenizer, corpus, initial)
+    if checkpoint:
+        keep_identity(checkpoint.run, config, cfg, resolved)
+    total = count_steps(corpus, resolved, checkpoint)
+    return RunPlan(
+        config=config,
+        folder=folder,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        initial=initial.file if initial else None,
+        checkpoint=checkpoint and checkpoint.folder,
+        total_steps=total,
+        complete=checkpoint is not None
+        and checkpoint.run.status() == "finished"
+        and checkpoint.step >= total,
+    )
 
 
 def settle(
