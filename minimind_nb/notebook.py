@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,29 @@ def notebook_config(
     """Return the configuration that the parameters of a notebook describe.
 
     `namespace` is the notebook's `globals()`. Each global that has the name of a
-    setting and is not None is one; the dict `settings` holds others. `own` names
-    further parameters of the notebook. With data_path="demo" the demo's preset and
+    setting and is not None is one; `settings`, a dict or a JSON object, holds others.
+    `own` names further parameters of the notebook. With data_path="demo" the demo's preset and
     recipe are the defaults, and `trial` limits it to 12 steps. Files and runs are found
     below the mounted inputs, as `find_inputs` does.
 
-    Raises `ValueError` for an unknown parameter and an invalid configuration, and
-    `TypeError` if `settings` repeats a parameter.
+    Raises `ValueError` for an unknown or repeated parameter and an invalid configuration.
     """
     fields = [name for name in kinds() if name != "stage"]
     check_parameters(namespace, [*fields, "settings", "trial", *own])
-    named = {n: namespace[n] for n in fields if namespace.get(n) is not None}
+    given: dict[str, Any] = {"stage": stage}
+    given |= {n: namespace[n] for n in fields if namespace.get(n) is not None}
     more = namespace.get("settings") or {}
-    given: dict[str, Any] = dict(stage=stage, **named, **more)
+    if isinstance(more, str):  # from `papermill -p`
+        with contextlib.suppress(ValueError):
+            more = json.loads(more)
+    if not isinstance(more, dict):
+        raise ValueError(
+            f'settings={more!r}: expected a dict such as {{"max_steps": 3}}'
+        )
+    if repeated := sorted(given.keys() & more):
+        names = ", ".join(repeated)
+        raise ValueError(f"{names}: set as a parameter and in settings; leave one out")
+    given |= more
     if given.get("data_path") == "demo":
         demo = _DEMO[stage] | (_TRIAL if namespace.get("trial") else {})
         # A name that was given as None is meant: papermill's `-p max_steps None`.
