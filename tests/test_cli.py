@@ -462,10 +462,10 @@ def test_chat_loads_weights_of_a_named_shape(monkeypatch):
     assert calls == [{"source": "a model", "text": "hi", "seed": 3}]
 
 
-def test_chat_without_a_text_and_without_a_terminal_is_an_error(monkeypatch, capsys):
+def test_chat_without_a_terminal_first_names_a_missing_folder(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
-    assert exit_code("chat", "out/sft_512") == 2
-    assert "nobody can write here" in capsys.readouterr().err
+    assert exit_code("chat", "out/nope") == 2
+    assert "out/nope does not exist" in capsys.readouterr().err
 
 
 def test_export_prints_where_it_wrote(monkeypatch, capsys):

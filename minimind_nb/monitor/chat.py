@@ -160,17 +160,17 @@ def chat(
     Raises what `load` and `Chat` raise, and `ValueError` without a `text` in a batch run
     (papermill, nbconvert, a Kaggle commit) or without a terminal.
     """
+    if isinstance(source, tuple):
+        model, own = source
+        tokenizer = own if tokenizer is None else load_tokenizer(tokenizer)
+    else:
+        model, tokenizer = load(source, which, tokenizer)
     kernel = running_kernel()
     if text is None and not _is_interactive(kernel):
         raise ValueError(
             "nobody can write here, in a batch run or without a terminal: pass the text, "
             'mm.chat(…, "…")'
         )
-    if isinstance(source, tuple):
-        model, own = source
-        tokenizer = own if tokenizer is None else load_tokenizer(tokenizer)
-    else:
-        model, tokenizer = load(source, which, tokenizer)
     talk = Chat(model, tokenizer, system, **settings)
     if text is not None:
         talk.say(text)
