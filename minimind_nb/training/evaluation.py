@@ -23,7 +23,7 @@ from ..model.architecture import MiniMindForCausalLM
 from ..model.generation import continue_ids
 from .initial_weights import initial_model, new_model
 from .run_plan import RunPlan
-from .stages import STAGES, Losses, with_reference
+from .stages import OBJECTIVES, Losses, with_reference
 
 _PROMPTS = 2
 _BEGINNING_TOKENS = 16  # of a held-out text
@@ -44,7 +44,7 @@ class Evaluator:
     ) -> None:
         self.plan = plan
         self.cfg = plan.cfg
-        self.stage = STAGES[plan.cfg.stage]
+        self.stage = OBJECTIVES[plan.cfg.stage]
         self.group = group
         self.device = device
         self.record = record

@@ -121,9 +121,9 @@ def document_mask(documents_BT: Tensor) -> Tensor:
     return (same & causal.tril())[:, None]
 
 
-STAGES: dict[str, Stage] = {
+OBJECTIVES: dict[str, Stage] = {
     "pretrain": Stage(next_token_loss),
     "sft": Stage(next_token_loss),
     "dpo": Stage(preference_loss, ("reward_margin", "accuracy", "kl")),
 }
-"""Stages by the name of their record format; `config.presets` has their defaults."""
+"""What each stage trains on; `config.presets` has its defaults."""

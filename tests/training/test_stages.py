@@ -16,7 +16,7 @@ from minimind_nb.data.packing import Piece, TruncatedDocuments, pack, truncate_d
 from minimind_nb.data.token_cache import Source, TokenCache, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.training.stages import STAGES, next_token_loss, preference_loss
+from minimind_nb.training.stages import OBJECTIVES, next_token_loss, preference_loss
 
 MEASURES = ("reward_margin", "accuracy", "kl")
 
@@ -113,7 +113,7 @@ def test_the_loss_is_the_mean_over_all_answers_tokens(sft_settings: Settings) ->
             seen.append((loss, int(in_loss.sum()), int(there.sum())))
             return found
 
-        trainer.stage = type(STAGES["sft"])(counted)
+        trainer.stage = type(OBJECTIVES["sft"])(counted)
         trainer.validation = None
 
     steps = {"max_steps": 2, "log_interval": 2, "accumulation_steps": 2}
