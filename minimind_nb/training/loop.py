@@ -93,6 +93,7 @@ def record_step(
 ) -> None:
     """Advance the run by one step, which counts even if it was skipped."""
     progress, window = trainer.progress, trainer.window
+    lines = trainer.lines() if progress.skipped_in_a_row else []
     window.losses += torch.tensor(losses, dtype=torch.float64) * batch.num_targets
     window.num_targets += batch.num_targets
     window.tokens += batch.tokens
@@ -107,10 +108,10 @@ def record_step(
     trainer.clock.add("step", seconds)
     trainer.record.update(step=progress.step)
     if progress.skipped_in_a_row:
-        record_skipped_step(trainer, batch, losses[0])
+        record_skipped_step(trainer, lines, losses[0])
 
 
-def record_skipped_step(trainer: Trainer, batch: StepBatch, loss: float) -> None:
+def record_skipped_step(trainer: Trainer, lines: list[int], loss: float) -> None:
     """Log a skipped step with the lines of its data.
 
     Raises `FloatingPointError` after max_skipped_steps in a row, at the last step after
@@ -118,7 +119,6 @@ def record_skipped_step(trainer: Trainer, batch: StepBatch, loss: float) -> None
     """
     cfg, progress = trainer.cfg, trainer.progress
     fp16, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()
-    lines = trainer.stream.lines(range(progress.samples)[-batch.samples :])
     found = {"loss": loss, "loss_scale": scale, "lines": lines}
     trainer.log("event", event="skipped_step", **found)
     in_a_row, most = progress.skipped_in_a_row, cfg.max_skipped_steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import time
@@ -122,15 +121,18 @@ class Trainer(Evaluator):
 
     @contextlib.contextmanager
     def blaming_data(self) -> Iterator[None]:
-        """Add the lines of the data in this rank's step to an exception."""
+        """Add the lines of the data in the step to an exception."""
         try:
             yield
         except Exception as error:
-            shares = self.stream.shares(self.progress.samples, self.stream.samples)
-            if lines := self.stream.lines(itertools.chain(*shares)):
+            if lines := self.lines():
                 where = f"step {self.progress.step + 1}, rank {self.group.rank}"
                 error.add_note(f"in {where}, with {describe_lines(lines)} of the data")
             raise
+
+    def lines(self) -> list[int]:
+        """Return the lines of the data in the step that is not yet recorded, if any."""
+        return self.stream.lines(range(self.progress.samples, self.stream.samples))
 
 
 def describe_lines(lines: list[int]) -> str:
