@@ -6,21 +6,19 @@ import functools
 import hashlib
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
-from ..data.batches import IGNORED, MicroBatch, TrainingStream, ValidationRows
-from ..data.chat_template import ChatEncoder
+from ..data.batches import IGNORED, MicroBatch, ValidationRows
 from ..data.conversations import IN_LOSS, TURN
-from ..data.fast_encoding import BulkEncoder
-from ..data.tokenizer import TokenizerSpec, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
-from ..model.generation import continue_ids
+from ..model.generation import generate
 from .initial_weights import initial_model, new_model
 from .run_plan import RunPlan
 from .stages import OBJECTIVES, Losses, with_reference
@@ -28,7 +26,6 @@ from .stages import OBJECTIVES, Losses, with_reference
 _PROMPTS = 2
 _BEGINNING_TOKENS = 16  # of a held-out text
 _MAX_PROMPT_TOKENS = 512  # of a prompt that is chosen here
-_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
 class Evaluator:
@@ -55,6 +52,11 @@ class Evaluator:
         if plan.cfg.stage == "dpo":
             self.reference = initial_model(plan).eval().requires_grad_(False)
             nn.Module.to(self.reference, device)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the plan, for prompts and answers."""
+        return load_tokenizer(self.plan.tokenizer)
 
     def to_device(self, batch: MicroBatch, known: Tensor | None = None) -> MicroBatch:
         """Return a batch on the device, with the reference model's sums if it needs them.
@@ -107,70 +109,52 @@ class Evaluator:
         }
 
 
-class Prompt(NamedTuple):
-    """A prompt that the model answers at every validation, as text and as ids."""
-
-    text: str
-    ids: list[int]
-
-
 def choose_prompts(
-    plan: RunPlan, stream: TrainingStream, validation: ValidationRows | None
-) -> list[Prompt]:
+    evaluator: Evaluator, validation: ValidationRows | None
+) -> list[str]:
     """Return `sample_prompts`, or the beginnings of the first held-out documents.
 
-    The beginning of a conversation is everything before its first answer.
+    The beginning of a conversation is the message before its first answer.
     """
-    cfg, tokenizer = plan.cfg, plan.tokenizer
+    cfg = evaluator.cfg
     if not cfg.sample_tokens:
         return []
-    if cfg.sample_prompts is not None:
-        return [_encode(text, cfg.stage, tokenizer) for text in cfg.sample_prompts]
-    cache, documents = stream.cache, stream.truncated.documents
-    if validation is not None:
-        cache, documents = validation.cache, validation.documents
-    chosen: dict[str, Prompt] = {}
-    for number in documents.tolist():
+    if cfg.sample_prompts is not None or validation is None:
+        return list(cfg.sample_prompts or ())
+    cache, chosen = validation.cache, set()
+    for number in validation.documents.tolist():
         ids, end = cache.document(number), _BEGINNING_TOKENS
         shown = ids[:end]
-        if cache.marks is not None:  # show the message before the first answer
+        if cache.marks is not None:
             marks = cache.marks_of(number)
             end = int(np.argmax(marks & IN_LOSS > 0))
             turns = [0, end, *np.flatnonzero(marks[: end + 1] & TURN)]
             shown = ids[turns[-2] : turns[-1]]
         if end < min(len(ids), _MAX_PROMPT_TOKENS):
-            text = _decode(tokenizer, shown)
-            text = text.removeprefix("user\n").strip()  # ChatML's name of the role
-            chosen[text] = Prompt(text, ids[:end].tolist())
+            text = str(evaluator.tokenizer.decode(shown, skip_special_tokens=True))
+            text = text.removeprefix("user\n")  # ChatML's name of the role
+            chosen.add(text.strip(" \n\ufffd"))  # a cut character decodes to U+FFFD
         if len(chosen) == _PROMPTS:
             break
-    return list(chosen.values())
+    return sorted(chosen)
 
 
-def _encode(text: str, stage: str, tokenizer: TokenizerSpec) -> Prompt:
-    if stage == "pretrain":
-        ids = [tokenizer.bos_id, *BulkEncoder(tokenizer).encode([text])[0].tolist()]
-        return Prompt(text, ids)
-    message = {"role": "user", "content": text}
-    return Prompt(text, ChatEncoder(tokenizer).prompt([message]).tolist())
-
-
-def _decode(tokenizer: TokenizerSpec, ids: list[int] | np.ndarray) -> str:
-    return str(_load_tokenizer(tokenizer).decode(ids, skip_special_tokens=True))
-
-
-def answer_prompt(evaluator: Evaluator, prompt: Prompt, *keys: int) -> str:
-    """Return the model's answer to a prompt, drawn with a seed from (seed, *keys)."""
-    tokenizer = evaluator.plan.tokenizer
+def answer_prompts(evaluator: Evaluator, prompts: list[str], seed: int) -> list[str]:
+    """Return the model's answer to each prompt."""
+    if not prompts:
+        return []
+    asked = [
+        text
+        if evaluator.cfg.stage == "pretrain"
+        else [{"role": "user", "content": text}]
+        for text in prompts
+    ]
+    most, tokenizer = evaluator.cfg.sample_tokens, evaluator.tokenizer
     with evaluator.autocast:
-        (ids,) = continue_ids(
-            evaluator.model,
-            [prompt.ids],
-            eos_id=tokenizer.eos_id,
-            max_new_tokens=evaluator.cfg.sample_tokens,
-            seed=seed_of(evaluator.cfg.seed, *keys),
+        answers = generate(
+            evaluator.model, tokenizer, asked, max_new_tokens=most, seed=seed
         )
-    return _decode(tokenizer, ids)
+    return list(answers)
 
 
 def seed_of(*keys: int) -> int:

@@ -14,7 +14,7 @@ from ..launch.cancellation import agreed_stop_reason
 from ..model.state_dict import write_pth
 from ..storage.verified import DamagedFolder
 from .checkpoint import save_checkpoint
-from .evaluation import answer_prompt
+from .evaluation import answer_prompts, seed_of
 from .optim import learning_rate
 from .trainer import LogWindow, Trainer, describe_lines
 
@@ -150,18 +150,13 @@ def validate(trainer: Trainer) -> None:
                 f"learning_rate={trainer.cfg.learning_rate:g}"
             )
     try:
-        write_samples(trainer)
+        seed = seed_of(trainer.cfg.seed, progress.step)
+        prompts = trainer.prompts
+        for number, answer in enumerate(answer_prompts(trainer, prompts, seed)):
+            trainer.log("sample", number=number, prompt=prompts[number], answer=answer)
     except Exception as error:  # an answer is only looked at, and must not end a run
         trainer.log("event", event="answers_failed", error=str(error))
     trainer.clock.add("validation", time.monotonic() - started)
-
-
-def write_samples(trainer: Trainer) -> None:
-    """Log the model's answer to each prompt."""
-    for number, prompt in enumerate(trainer.prompts):
-        answer = answer_prompt(trainer, prompt, trainer.progress.step, number)
-        trainer.log("sample", number=number, prompt=prompt.text, answer=answer)
-        trainer.record.beat()
 
 
 def save(trainer: Trainer, final: bool) -> None:

@@ -95,9 +95,7 @@ class Trainer(Evaluator):
         self.stream = plan.corpus.training_stream(cfg, pad_id, **place)
         self.validation = plan.corpus.validation_rows(cfg, pad_id)
         is_first = group.rank == 0
-        self.prompts = []
-        if is_first:
-            self.prompts = choose_prompts(plan, self.stream, self.validation)
+        self.prompts = choose_prompts(self, self.validation) if is_first else []
         self.metrics = MetricsLog(plan.folder.metrics_file if is_first else os.devnull)
         self.clock = SessionClock(plan.deadline if is_first else None)
         self.window = LogWindow()

@@ -256,10 +256,10 @@ def test_what_is_not_finite_is_never_saved(what: str, settings: Settings) -> Non
 def test_an_answer_that_fails_ends_nothing(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Trainer) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("probability tensor contains nan")
 
-    monkeypatch.setattr(loop, "write_samples", fail)
+    monkeypatch.setattr(loop, "answer_prompts", fail)
     ending, folder = train_here({**settings, "max_steps": 4})
     assert ending == "finished"
     events = [row[0] for row in metric_rows(folder, "event", "event")]
