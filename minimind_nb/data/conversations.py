@@ -30,7 +30,9 @@ def check_conversation(
     """Check `{"conversations": […]}`: it has an answer, or ends with one if `answered`."""
     if key not in row:
         keys = _show(list(row))
-        hint = '; these rows are for stage="pretrain"' if "text" in row else ""
+        stages = {"text": "pretrain", "conversations": "sft", "chosen": "dpo"}
+        stage = next((stages[name] for name in stages if name in row), None)
+        hint = f'; these rows are for stage="{stage}"' if stage else ""
         return Fault(f"missing_{key}", f'no "{key}" in the row, its keys: {keys}{hint}')
     fault = check_messages(row[key])
     if fault is None:
