@@ -38,9 +38,8 @@ from .run_plan import RunPlan, open_corpus
 from .worker import smaller_batch
 
 logger = logging.getLogger(__name__)
-# What to change if ranks do not connect. On two T4 over PCIe hangs were reported until
-# peer-to-peer, or shared memory, was off. A file store times out without a cause once in
-# some 2,000 starts; a fresh one helps.
+# Changes for ranks that do not connect: two T4 over PCIe can hang until peer-to-peer, or
+# shared memory, is off. A file store fails once in some 2,000 starts; a fresh one helps.
 _RETRIES: dict[str, list[dict[str, str]]] = {
     "cpu": [{}],
     "cuda": [{"NCCL_P2P_DISABLE": "1"}, {"NCCL_SHM_DISABLE": "1"}],
@@ -62,9 +61,9 @@ def train(
     a second one kills at once and raises `KeyboardInterrupt`.
 
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
-    before anything is started, saying what to change; `TrainingFailed` if the run
-    failed, with the traceback of the rank that failed first. Under torchrun all its
-    processes make this call and get the run; rank 0 shows it.
+    before anything is started, and `TrainingFailed` if the run failed, with the
+    traceback of the rank that failed first. Under torchrun all its processes make this
+    call and get the run; rank 0 shows it.
     """
     if isinstance(cfg, str | os.PathLike):
         cfg = TrainConfig(data_path=os.fspath(cfg), **settings)
@@ -79,9 +78,7 @@ def train(
 def _on_first_rank(work: Callable[[TorchrunSession | None], Any]) -> Any:
     """Return what `work` returns, plain data; under torchrun rank 0 calls it for all."""
     session = join_torchrun()
-    if session is None:
-        return work(None)
-    return session.run(functools.partial(work, session))
+    return session.run(lambda: work(session)) if session else work(None)
 
 
 def _train(
@@ -95,16 +92,18 @@ def _train(
         require_wandb()
     with shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
-        if not plan.complete:
+        if plan.complete:
+            capped = plan.cfg.max_steps == plan.total_steps
+            limit = "max_steps" if capped else "epochs"
+            logger.info(
+                f"{run.folder} is finished: {limit}={getattr(plan.cfg, limit)} ends after "
+                f"{plan.total_steps:,} steps. Raise {limit} to train longer, or start over "
+                "with resume=False"
+            )
+            shown.attempt(shown.finish, run.history, run.status)
+        else:
             _run(plan, lock, run, shown, session)
-            return str(run.folder)
-        capped = plan.cfg.max_steps and plan.cfg.max_steps <= plan.total_steps
-        logger.info(
-            f"{run.folder} is finished; raise {'max_steps' if capped else 'epochs'} to "
-            "train longer, or start over with resume=False"
-        )
-        shown.attempt(shown.finish, run.history, run.status)
-        return str(run.folder)
+    return str(run.folder)
 
 
 def _run(
@@ -168,8 +167,8 @@ def _evaluate(
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
     source = Path(source).expanduser()
-    shape = settings if source.is_file() else {}
-    shape = {name: shape[name] for name in SHAPE_FIELDS if name in shape}
+    open_shape = SHAPE_FIELDS if source.is_file() else ()  # a .pth does not record all
+    shape = {name: settings[name] for name in open_shape if name in settings}
     weights = find_weights(source, which, settings.get("tokenizer"), **shape)
     stage = detect_format(data_path, weights.stage or "pretrain")
     home = source.absolute().parent
@@ -203,12 +202,13 @@ def _launch(
     """Start the workers, again in another environment if they do not connect."""
     cfg = plan.cfg
     threads = str(choose_threads(cfg.num_processes, count_cores()))
+    caches = [cache.folder for cache in plan.corpus.caches]
     job = Job(
         target=f"minimind_nb.training.worker:{target}",
         folder=plan.folder,
         num_processes=cfg.num_processes,
         environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        paths=list(map(str, plan.input_paths)),
+        paths=[str(path) for path in (*caches, plan.initial) if path],
         hang_timeout=cfg.hang_timeout_seconds,
         less_memory=smaller_batch(cfg),
         lock=lock,

@@ -51,12 +51,6 @@ class RunPlan:
         """The bare weights beside the run folder."""
         return self.folder.root.parent / self.cfg.weights_name
 
-    @property
-    def input_paths(self) -> list[Path]:
-        """What the ranks read outside of the run folder."""
-        caches = [cache.folder for cache in self.corpus.caches]
-        return [*caches, *filter(None, [self.initial])]
-
     def write(self) -> None:
         """Write config.json, the tokenizer, and the rest of the plan to plan.json."""
         self.folder.write_config(self.config)
