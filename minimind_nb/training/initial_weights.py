@@ -28,6 +28,7 @@ from ..storage.verified import hash_file
 from .run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
+_RUNS = "*/config.json"
 _FIXED = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]
 # Not recorded by the names and shapes in a .pth.
 _NOT_IN_PTH = (
@@ -49,7 +50,7 @@ def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
         return None
     asked = asked_shape(cfg)
     if source == "auto":
-        source = str(_newest_before(cfg, asked))
+        source = str(_newest_before(cfg))
     hints = {n: asked[n] for n in _NOT_IN_PTH if n in asked and Path(source).is_file()}
     weights = find_weights(source, "last", cfg.tokenizer, **hints)
     for note in weights.notes:
@@ -83,10 +84,11 @@ def new_model(plan: RunPlan) -> MiniMindForCausalLM:
     return MiniMindForCausalLM(model_config(plan.cfg.shape(), plan.tokenizer)).train()
 
 
-def runs_of_stage(out_dir: str, stage: str) -> list[RunFolder]:
-    """Return the runs of a stage in out_dir that have a checkpoint."""
-    found = runs_below(Path(out_dir), stage, pattern="*/config.json")
-    return [RunFolder(root) for root in found]
+def find_runs(cfg: TrainConfig, stage: str) -> list[RunFolder]:
+    """Return the runs of a stage in out_dir with a checkpoint and the asked shape."""
+    asked = asked_shape(cfg)
+    runs = map(RunFolder, runs_below(Path(cfg.out_dir), stage, pattern=_RUNS))
+    return [run for run in runs if asked.items() <= run.settings().items()]
 
 
 def keep_reference(plan: RunPlan) -> None:
@@ -99,9 +101,8 @@ def keep_reference(plan: RunPlan) -> None:
     digest, began_from = plan.config["hashes"]["initial"], plan.config["began_from"]
     if plan.cfg.stage != "dpo" or not digest:
         return
-    for place in filter(
-        None, (plan.folder.reference_weights, plan.initial, began_from)
-    ):
+    places = (plan.folder.reference_weights, plan.initial, began_from)
+    for place in filter(None, places):
         with contextlib.suppress(OSError, ValueError):
             file = find_weights(place).file if isinstance(place, str) else place
             if hash_file(file) == digest:
@@ -124,44 +125,45 @@ def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
     return {name: asked[name] for name in _FIXED if name in asked}
 
 
-def _newest_before(cfg: TrainConfig, asked: dict[str, Any]) -> Path:
+def _newest_before(cfg: TrainConfig) -> Path:
     """Return the run, or weights file, of the previous stage that "auto" stands for."""
-    stage = STAGE_BEFORE[cfg.stage]
-    runs = {run: run.settings() for run in runs_of_stage(cfg.out_dir, stage)}
-    files = sorted(Path(cfg.out_dir).glob(f"{WEIGHTS_NAMES[stage]}_*.pth"))
+    stage, out_dir = STAGE_BEFORE[cfg.stage], Path(cfg.out_dir)
+    fits = find_runs(cfg, stage)
+    fits = [run for run in fits if run.status() == "finished"] or fits
+    shapes = {tuple(run.settings().get(name) for name in _FIXED) for run in fits}
+    if len(shapes) == 1:
+        newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)
+        if (status := newest.status()) != "finished":
+            logger.warning(
+                f"{newest.root} is not finished ({status}); starting from its newest "
+                "checkpoint"
+            )
+        return newest.root
+    weights = f"{WEIGHTS_NAMES[stage]}_*.pth"
+    runs, files = (
+        runs_below(out_dir, stage, pattern=_RUNS),
+        sorted(out_dir.glob(weights)),
+    )
     if not runs and len(files) == 1:
         return files[0]
-    if not runs and not files:
-        found = [file.parent.name for file in Path(cfg.out_dir).glob("*/config.json")]
-        raise FileNotFoundError(
-            f"stage={cfg.stage!r} starts from a trained model, and out_dir="
-            f"{cfg.out_dir!r} has no run of stage={stage!r} and no "
-            f"{WEIGHTS_NAMES[stage]}_*.pth (runs found: "
-            f"{', '.join(sorted(found)) or 'none'}). Train one first, name the weights "
-            'with init_from="…", or set init_from="none" for a random initialisation'
-        )
-    fits = [run for run, settings in runs.items() if asked.items() <= settings.items()]
-    fits = [run for run in fits if run.status() == "finished"] or fits
-    if len({tuple(runs[run].get(name) for name in _FIXED) for run in fits}) != 1:
-        places = [run.root for run in fits or runs] + ([] if fits else files)
-        listed = (f'\n  init_from="{place}"{_summarize(place)}' for place in places)
+    if places := [_describe(run) for run in runs] or [f'"{file}"' for file in files]:
         raise ValueError(
             f"stage={cfg.stage!r} can start from several weights, or none of the shape in "
-            f"the settings; choose one:{''.join(listed)}"
+            "the settings; choose one:"
+            + "".join(f"\n  init_from={place}" for place in places)
         )
-    newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)
-    if newest.status() != "finished":
-        logger.warning(
-            f"{newest.root} is not finished ({newest.status()}); starting from its newest "
-            "checkpoint"
-        )
-    return newest.root
+    found = ", ".join(sorted(file.parent.name for file in out_dir.glob(_RUNS)))
+    raise FileNotFoundError(
+        f"stage={cfg.stage!r} starts from a trained model, and out_dir={cfg.out_dir!r} "
+        f"has no run of stage={stage!r} and no {weights} (runs found: "
+        f'{found or "none"}). Train one first, name the weights with init_from="…", or '
+        'set init_from="none" for a random initialisation'
+    )
 
 
-def _summarize(place: Path) -> str:
-    if place.is_file():
-        return ""
+def _describe(place: Path) -> str:
     run = RunFolder(place)
     s = run.settings()
     experts = f", {s['n_routed_experts']} experts" if s["use_moe"] else ""
-    return f"  ({s['hidden_size']} × {s['num_hidden_layers']}{experts}, {run.status()})"
+    shape = f"{s['hidden_size']} × {s['num_hidden_layers']}{experts}"
+    return f'"{place}"  ({shape}, {run.status()})'

@@ -35,15 +35,9 @@ from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, RunFolder
 from .checkpoint import Progress, read_state
-from .initial_weights import (
-    asked_shape,
-    find_initial_weights,
-    keep_reference,
-    runs_of_stage,
-)
+from .initial_weights import find_initial_weights, find_runs, keep_reference
 from .machine import check_room, check_writable, machine_defaults
 from .resuming import (
-    BATCH,
     copy_run,
     find_checkpoint,
     keep_identity,
@@ -54,6 +48,7 @@ from .resuming import (
 from .run_plan import RunPlan, describe_truncated, open_corpus
 
 logger = logging.getLogger(__name__)
+_FEW_STEPS = 100
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 _ROWS = {
     "pretrain": '{"text": "…"}',
@@ -155,7 +150,7 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     if source := source_run(cfg):
         name = name or source.settings().get("run_name")
     elif not name and init_from != "none":
-        name = _find_run_name(cfg, init_from)
+        name = _find_run_name(cfg, shorten_home(init_from))
         initial = None if name else find_initial_weights(cfg)
     shape = initial.shape() if initial else {}
     name = name or fill_defaults(cfg.explicit(), shape)["run_name"]
@@ -164,15 +159,12 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
 
 def _find_run_name(cfg: TrainConfig, init_from: str) -> str | None:
     """Return the name of the only run of the stage that fits, or None without one."""
-    wanted = asked_shape(cfg)
-    if init_from != "auto":
-        wanted["init_from"] = shorten_home(init_from)
-    fits = [
-        run.root.name
-        for run in (runs_of_stage(cfg.out_dir, cfg.stage) if cfg.resume else [])
-        if run.root.name == default_run_name(run.settings())
-        and wanted.items() <= run.settings().items()
-    ]
+    fits = []
+    for run in find_runs(cfg, cfg.stage) if cfg.resume else ():
+        settings = run.settings()
+        started_so = init_from in ("auto", settings["init_from"])
+        if started_so and run.root.name == default_run_name(settings):
+            fits.append(run.root.name)
     if len(fits) > 1:
         raise ValueError(
             f"out_dir={cfg.out_dir!r} has several runs of stage={cfg.stage!r}: "
@@ -221,12 +213,10 @@ def describe_run(
     initial: FoundWeights | None,
 ) -> dict[str, Any]:
     """Return the content of config.json for a new run, `cfg` being what was asked."""
-    explicit = cfg.explicit()
     return {
         "run": uuid.uuid4().hex,
         "settings": resolved.portable(),
-        "explicit": sorted(explicit),
-        "asked_batch": {name: explicit[name] for name in BATCH if name in explicit},
+        "explicit": sorted(cfg.explicit()),
         "caches": [cache.folder.name for cache in corpus.caches],
         "hashes": {
             "data": corpus.cache.facts["content"],
@@ -242,32 +232,17 @@ def describe_run(
 
 def _begin(plan: RunPlan, done: int) -> None:
     """Move aside what is not resumed, and write down what the run starts with."""
-    cfg, folder, weights = plan.cfg, plan.folder, plan.weights_file
-    if folder.exists() and cfg.resume is False:
-        kept = folder.move_aside()
-        logger.info(f"the earlier run is kept as {kept}")
-        _follow(plan, folder.root, kept)
-    if not plan.checkpoint and weights.exists():
-        kept = verified.rename_aside(weights, "old", 1)
-        logger.info(f"{weights} belongs to another run; kept as {kept.name}")
-        _follow(plan, weights, kept)
+    cfg, folder = plan.cfg, plan.folder
+    if not plan.checkpoint:
+        _move_aside(plan, plan.weights_file)
+    if cfg.resume is False:
+        _move_aside(plan, folder.root)
     verified.remove_leftovers(folder.root)
-    for name in (folder.root.name, weights.name):
+    for name in (folder.root.name, cfg.weights_name):
         verified.remove_leftovers(folder.root.parent, name)
     check_writable(folder.checkpoints)
-    if plan.checkpoint:
-        logger.info(
-            f"{folder.root} is resumed from step {done:,} of {plan.total_steps:,}"
-        )
-        before = folder.settings()
-        if any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps")):
-            logger.info(
-                f"epochs={before['epochs']} and max_steps={before['max_steps']} have "
-                "changed: the schedule is recomputed for the new total, which differs from "
-                "a run planned that long from the start"
-            )
-    elif plan.initial:
-        logger.info(f"starting from {plan.config['began_from']}")
+    for text in _describe_start(plan, done):
+        logger.info(text)
     cache = plan.corpus.cache
     if cache.rejected_file:
         target = folder.root / cache.rejected_file.name
@@ -280,10 +255,47 @@ def _begin(plan: RunPlan, done: int) -> None:
     plan.write()
 
 
-def _follow(plan: RunPlan, old: Path, new: Path) -> None:
-    """Find the initial weights again after a file or folder was renamed."""
-    if plan.initial and plan.initial.resolve().is_relative_to(old.resolve()):
-        plan.initial = new / plan.initial.resolve().relative_to(old.resolve())
+def _move_aside(plan: RunPlan, old: Path) -> None:
+    """Keep what is replaced under another name; it may hold the initial weights."""
+    if not old.exists():
+        return
+    initial = plan.initial and plan.initial.resolve()
+    kept = verified.rename_aside(old, "old", 1)
+    logger.info(f"{old} is of another run and kept as {kept.name}")
+    if initial and initial.is_relative_to(old.resolve()):
+        plan.initial = kept / initial.relative_to(old.resolve())
+
+
+def _describe_start(plan: RunPlan, done: int) -> Iterator[str]:
+    """Yield what a user should know of the run before it starts."""
+    cfg, total = plan.cfg, plan.total_steps
+    if plan.checkpoint:
+        yield f"{plan.folder.root} is resumed from step {done:,} of {total:,}"
+        before = plan.folder.settings()
+        if any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps")):
+            yield (
+                f"epochs={before['epochs']} and max_steps={before['max_steps']} have "
+                "changed: the schedule is recomputed for the new total, which differs from "
+                "a run planned that long from the start"
+            )
+    elif plan.initial:
+        yield f"starting from {plan.config['began_from']}"
+    if cfg.max_steps and total < cfg.max_steps:
+        yield (
+            f"epochs={cfg.epochs} end after {total:,} steps, before max_steps="
+            f"{cfg.max_steps:,}: raise epochs to train longer"
+        )
+    elif not cfg.max_steps and total < _FEW_STEPS:
+        yield (
+            f"the run makes only {total:,} steps, in which a model learns hardly "
+            f"anything: raise epochs={cfg.epochs}, or lower global_batch="
+            f"{cfg.global_batch} (or batch_size={cfg.batch_size})"
+        )
+    if cfg.val_fraction and not len(plan.corpus.val_truncated.documents):
+        yield (
+            f"nothing in {cfg.data_path} can be held out, so there is no validation: it "
+            "needs at least two different rows, or name a file with val_path=…"
+        )
 
 
 def count_steps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ..config import (
     ResolvedConfig,
     TrainConfig,
     resolve_batch,
-    shorten_home,
 )
 from ..data.token_cache import names_before_version_3
 from ..launch.spawn import end_orphans
@@ -29,20 +28,11 @@ from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
 from .checkpoint import read_state
 
 logger = logging.getLogger(__name__)
-BATCH = ("global_batch", "batch_size", "accumulation_steps")
-"""Settings that make up the global batch."""
 # Copied with a run, in addition to two checkpoints.
 _COPIED = (
     "config.json metrics.jsonl rejected.jsonl wandb.json loss.png summary.md rank*.json "
     "rank*.log reference.* tokenizer/*"
 ).split()
-_OF_THIS_CALL = ("out_dir", "resume", "allow_change", "max_session_hours")
-_SETTING_OF_HASH = {
-    "data": "data_path",
-    "validation": "val_path",
-    "tokenizer": "tokenizer",
-    "initial": "init_from",
-}
 
 
 def source_run(cfg: TrainConfig) -> RunFolder | None:
@@ -86,14 +76,13 @@ def find_checkpoint(
     run = folder if folder.exists() else source
     if source and run is folder and source.root.resolve() != folder.root.resolve():
         own, theirs = (
-            [checkpoint.name for checkpoint in run.checkpoint_folders()[:1]]
-            for run in (folder, source)
+            max((one.name for one in each.checkpoint_folders()), default="step 0")
+            for each in (folder, source)
         )
         if own < theirs:
             raise FileExistsError(
-                f"{folder.root} exists already and is at {own[0] if own else 'step 0'}, "
-                f"{source.root} at {theirs[0]}; choose another run_name, or move that "
-                "folder away"
+                f"{folder.root} exists already and is at {own}, {source.root} at {theirs}; "
+                "choose another run_name, or move that folder away"
             )
         logger.info(f"{folder.root} was copied before and is resumed")
     if run is None or cfg.resume is False:
@@ -101,8 +90,7 @@ def find_checkpoint(
     if found := run.newest_good_checkpoint(repair and run is folder):
         return found
     events = History(run.metrics_file).select("event")
-    saved = [row["step"] for row in events if row.get("event") == "save"]
-    if saved:
+    if saved := [row["step"] for row in events if row.get("event") == "save"]:
         raise NoGoodCheckpoint(
             f"{run.root} records a checkpoint at step {saved[-1]}, which is missing in "
             f"{run.checkpoints}. Restore it, or start over with resume=False, which keeps "
@@ -127,11 +115,12 @@ def reconcile_with_existing_run(
     values = run | {**machine}
     if "dtype" in config["explicit"] and values["device"] == run["device"]:
         values["dtype"] = run["dtype"]
-    values |= {name: value for name, value in asked.items() if name not in BATCH}
-    values |= {name: getattr(cfg, name) for name in _OF_THIS_CALL}
+    values |= asked
+    for name in ("out_dir", "resume", "allow_change", "max_session_hours"):
+        values[name] = getattr(cfg, name)
     values["init_from"] = run["init_from"]
     values["run_name"] = cfg.run_name or folder.root.name
-    values |= _split_batch(config["asked_batch"], run, values, asked)
+    values |= _split_batch(values, asked.keys())
     for name in ("device", "dtype", "num_processes"):
         if run[name] != values[name]:
             logger.info(
@@ -139,8 +128,6 @@ def reconcile_with_existing_run(
                 "longer equal to the last bit"
             )
     allowed = CHANGEABLE_ON_RESUME | {*cfg.allow_change}
-    if not {*BATCH}.isdisjoint(cfg.allow_change):
-        allowed |= {"global_batch"}
     differences = {
         name: f"{name}: {run[name]!r} in the run, {values[name]!r} now"
         for name in sorted(values.keys() - allowed)
@@ -160,10 +147,8 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         run = STAGES[recorded["stage"]] | recorded
         steps = run["accumulation_steps"] * run["num_processes"]
         run.setdefault("global_batch", run["batch_size"] * steps)
-        asked = run | {"accumulation_steps": config.get("accumulation_asked")}
         return {
             "began_from": None,
-            "asked_batch": {n: asked[n] for n in BATCH if n in config["explicit"]},
             **config,
             "hashes": {"initial": None, **config["hashes"]},
             "settings": {**vars(ResolvedConfig(**run))},
@@ -188,10 +173,9 @@ def keep_identity(
     before = read_config(folder)
     then, now = before["hashes"], config["hashes"]
     now["initial"] = then["initial"]
-    same = (shorten_home(before["settings"]["init_from"]), "auto")
     if cfg.init_from == "none":
         now["initial"] = None
-    elif cfg.init_from and shorten_home(cfg.init_from) not in same:
+    elif cfg.init_from not in (None, "auto", before["settings"]["init_from"]):
         now["initial"] = verified.hash_file(find_weights(cfg.init_from).file)
     files = {"data": resolved.data_path, "validation": resolved.val_path}
     for key, file in files.items():
@@ -200,19 +184,20 @@ def keep_identity(
             how = (cfg.stage, str(now["tokenizer"]), resolved.on_bad_line)
             if then[key] in names_before_version_3(file, *how):
                 then[key] = now[key]
+    hashed = {"data": "data_path", "tokenizer": "tokenizer", "initial": "init_from"}
+    if resolved.val_path:  # else a part of the data
+        hashed["validation"] = "val_path"
     differences = {
         name: f"content of {name}: {then[key]!s:.12} in the run, {now[key]!s:.12} now"
-        for key, name in _SETTING_OF_HASH.items()
+        for key, name in hashed.items()
         if then[key] != now[key] and name not in cfg.allow_change
     }
-    if not resolved.val_path:  # a part of the data
-        differences.pop("val_path", None)
     if differences:
         raise _other_run(folder, differences)
     now["initial"] = then["initial"]
     config["run"] = before.get("run", config["run"])
     config["explicit"] = sorted({*before["explicit"], *config["explicit"]})
-    config |= {name: before[name] for name in ("asked_batch", "began_from")}
+    config["began_from"] = before["began_from"]
 
 
 def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,42 +206,25 @@ def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     for kind, table in (("preset", PRESETS), ("recipe", RECIPES)):
         name = getattr(cfg, kind)
-        asked |= {
-            key: value
-            for key, value in table.get(name or "", {}).items()
-            if name != run[kind] or key in CHANGEABLE_ON_RESUME.difference(BATCH)
-        }
+        for key, value in table.get(name or "", {}).items():
+            if name != run[kind] or key in CHANGEABLE_ON_RESUME:
+                asked[key] = value
     return asked | cfg.explicit()
 
 
-def _split_batch(
-    asked_then: Mapping[str, int],
-    run: Mapping[str, Any],
-    values: Mapping[str, Any],
-    asked: Mapping[str, Any],
-) -> dict[str, int]:
-    """Split the run's global batch among the processes of today.
-
-    What was asked for when the run was started means the same on any number of
-    processes. A new `global_batch`, or new values of both others, make a new one.
-    """
-    batch = {name: asked[name] for name in BATCH if name in asked}
-    total, processes = run["global_batch"], values["num_processes"]
-    now = {name: batch.get(name, values[name]) for name in BATCH[1:]}
-    changed = batch.keys() if batch != asked_then else set()
-    if changed >= {*BATCH[1:]}:
-        total = now["batch_size"] * now["accumulation_steps"] * processes
-    total = batch.get("global_batch", total)
+def _split_batch(values: Mapping[str, Any], asked: Collection[str]) -> dict[str, int]:
+    """Split the global batch among the processes of today, as asked if it divides."""
+    total, processes = values["global_batch"], values["num_processes"]
     if total % processes:
         raise RuntimeError(
             f"global_batch={total} cannot be split among num_processes={processes}; "
             "choose a number of processes that divides it"
         )
-    given = () if "batch_size" in changed else changed & {"accumulation_steps"}
-    found = {"num_processes": processes, "global_batch": total}
-    split = resolve_batch(now | found, given)
-    if any(split[name] != now[name] for name in BATCH[1:]):
-        logger.info(
+    given = () if "batch_size" in asked else asked
+    split = resolve_batch(values, given)
+    if any(split[name] != values[name] for name in split):
+        # A warning is shown by `plan` too.
+        logger.warning(
             f"batch_size={split['batch_size']} × accumulation_steps="
             f"{split['accumulation_steps']} on num_processes={processes} keeps the "
             f"global batch of {total}"

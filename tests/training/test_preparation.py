@@ -2,12 +2,13 @@
 
 import errno
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import Settings, logged, prepare_here, train_here, tree
+from support.runs import Settings, logged, notes_of, prepare_here, train_here, tree
 
 from minimind_nb.config import ResolvedConfig, TrainConfig
 from minimind_nb.data import token_cache
@@ -66,8 +67,24 @@ def test_one_document_trains_without_validation(
 ) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"text": "only one document"}) + "\n")
-    prepared = prepare_here({**settings, "data_path": str(data)})
+    with logged() as notes:
+        prepared = prepare_here({**settings, "data_path": str(data)})
     assert prepared.total_steps == 1
+    assert any("can be held out, so there is no validation" in n for n in notes)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "told"),
+    [
+        (1000, r"epochs=1 end after \d+ steps, before max_steps=1,000: raise epochs"),
+        (None, r"only \d+ steps, .* raise epochs=1, or lower global_batch=8"),
+    ],
+)
+def test_a_run_that_ends_early_is_told_before_it_starts(
+    max_steps: int | None, told: str, settings: Settings
+) -> None:
+    notes, _ = notes_of({**settings, "epochs": 1, "max_steps": max_steps})
+    assert len([note for note in notes if re.search(told, note)]) == 1
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(settings: Settings) -> None:

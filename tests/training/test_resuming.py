@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.runs import (
     Settings,
+    logged,
     metric_rows,
     notes_of,
     prepare_here,
@@ -35,7 +36,8 @@ def test_another_setting_is_refused_with_three_ways_on(settings: Settings) -> No
     _, folder = train_here({**settings, "max_steps": 2})
     before = tree(folder.root)
     with pytest.raises(RuntimeError) as error:
-        changed = {"learning_rate": 1e-3, "batch_size": 8, "min_learning_rate": 1e-4}
+        changed = {"learning_rate": 1e-3, "min_learning_rate": 1e-4}
+        changed |= {"global_batch": 16, "accumulation_steps": None}
         notes_of({**settings, **changed})
     text = str(error.value)
     assert "global_batch: 8 in the run, 16 now" in text
@@ -49,8 +51,9 @@ def test_another_setting_is_refused_with_three_ways_on(settings: Settings) -> No
 def test_allow_change_goes_on_with_the_new_value(settings: Settings) -> None:
     train_here({**settings, "max_steps": 4})
     changed = {
-        "batch_size": 2,
-        "allow_change": ("batch_size",),
+        "global_batch": 4,
+        "accumulation_steps": None,
+        "allow_change": ("global_batch",),
         "max_steps": 8,
     }
     ending, folder = train_here({**settings, **changed})
@@ -324,41 +327,32 @@ def test_a_run_in_use_is_refused_before_anything_is_tokenised(
     assert not (Path(settings["out_dir"]) / "cache").exists()
 
 
-def test_the_same_call_goes_on_after_the_accumulation_was_adjusted(
-    settings: Settings,
-) -> None:
-    train_here({**settings, "max_steps": 2})
-    two = {**settings, "num_processes": 2, "accumulation_steps": 2}
-    for _ in range(3):
-        prepared = prepare_here(two)
-        assert prepared.cfg.accumulation_steps == 1
-    with pytest.raises(RuntimeError, match="global_batch: 8 in the run, 32 now"):
-        notes_of({**two, "accumulation_steps": 4})
-
-
 @pytest.mark.fault("F32")
-def test_an_accumulation_that_is_set_is_never_replaced_in_silence(
-    settings: Settings,
+@pytest.mark.parametrize("accumulation_steps", [2, 3])
+def test_a_batch_that_is_set_splits_the_global_batch_and_is_told_if_it_cannot(
+    settings: Settings, accumulation_steps: int
 ) -> None:
     train_here({**settings, "max_steps": 2})  # 4 rows, twice
-    two = {**settings, "num_processes": 2, "accumulation_steps": 3}
-    with pytest.raises(RuntimeError, match="global_batch: 8 in the run, 24 now"):
-        prepare_here(two)
-    kept = prepare_here({**two, "accumulation_steps": 1})
-    assert kept.cfg.global_batch == 8
-    free = prepare_here({**two, "allow_change": ("accumulation_steps",)})
-    assert free.cfg.global_batch == 24
+    two = {"num_processes": 2, "accumulation_steps": accumulation_steps}
+    with logged() as notes:
+        cfg = prepare_here({**settings, **two}).cfg
+    split = (cfg.batch_size, cfg.accumulation_steps, cfg.global_batch)
+    assert split == (4, 1, 8)
+    assert notes[0] == (
+        "batch_size=4 × accumulation_steps=1 on num_processes=2 keeps the global batch "
+        "of 8"
+    )
 
 
 @pytest.mark.fault("F32")
-@pytest.mark.parametrize("batch_size", [2, 6])
+@pytest.mark.parametrize("global_batch", [4, 12])
 def test_another_global_batch_takes_every_sample_once(
-    settings: Settings, batch_size: int
+    settings: Settings, global_batch: int
 ) -> None:
     settings = {**settings, "max_steps": None, "epochs": 1, "log_interval": 100}
     train_here(settings, stop_at=2)
-    other = {"batch_size": batch_size, "allow_change": ("batch_size",)}
-    ending, folder = train_here({**settings, **other})
+    other = {"global_batch": global_batch, "allow_change": ("global_batch",)}
+    ending, folder = train_here({**settings, **other, "accumulation_steps": None})
     assert ending == "finished"
     straight = train_here({**settings, "run_name": "straight"})[1]
     columns = ("train", "samples", "tokens")
