@@ -22,11 +22,7 @@ from .run_plan import RunPlan
 
 @dataclass
 class Progress:
-    """The position of a run: what changes from step to step, apart from tensors.
-
-    `samples` and `tokens` are those of all ranks; `seconds` is training time over all
-    sessions; `val_loss` is that of this very step, or None.
-    """
+    """The position of a run; `val_loss` is that of this very step, or None."""
 
     step: int = 0
     samples: int = 0
@@ -46,10 +42,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of the state after `progress.step` steps, and verify it.
 
-    It holds the fp32 weights (tied ones once), AdamW's moments by parameter name, and
-    the rest as JSON. One of this step is kept if it verifies and set aside if not.
-    Raises `OSError`, `DamagedFolder` if reading it back fails, and `FloatingPointError`
-    if a weight or a moment is not finite, since no run could resume from that.
+    One of this step is kept if it verifies and set aside if not. Raises `OSError`,
+    `DamagedFolder` if reading it back fails, and `FloatingPointError` if a weight or a
+    moment is not finite.
     """
     step, target = progress.step, plan.folder.checkpoint_folder(progress.step)
     if not target.exists():

@@ -78,9 +78,8 @@ class Evaluator:
     def evaluate(self, rows: ValidationRows) -> dict[str, float]:
         """Return the mean loss per target; uses no randomness.
 
-        Beside a loss per token are perplexity and bits per byte: the cost of predicting
-        each document, or answer, with its end, per UTF-8 byte of its text, which is
-        comparable across tokenizers. Beside a loss per pair, the stage's metrics.
+        Beside a loss per token are perplexity and bits per UTF-8 byte of the documents
+        or answers; beside a loss per pair, the stage's metrics.
         """
         metrics = self.stage.metrics
         sums = torch.zeros(3 + len(metrics), dtype=torch.float64, device=self.device)

@@ -40,10 +40,9 @@ _NOT_IN_PTH = (
 def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
     """Return the weights that `init_from` names, or None for a random initialisation.
 
-    "auto" is the newest finished run of the previous stage in out_dir, an unfinished one
-    with a warning if none is finished, else its weights file. The values are read by the
-    ranks. Raises `FileNotFoundError` if there are no weights, `ValueError` if several
-    shapes are there to choose from, or shape or tokenizer are others than the settings'.
+    "auto" is the newest finished run of the previous stage in out_dir, else an unfinished
+    one, else a weights file. Raises `FileNotFoundError` if there are none, `ValueError`
+    if there are several shapes, or shape or tokenizer are others than the settings'.
     """
     source = cfg.init_from or STAGES[cfg.stage]["init_from"]
     if source == "none":
@@ -94,9 +93,8 @@ def find_runs(cfg: TrainConfig, stage: str) -> list[RunFolder]:
 def keep_reference(plan: RunPlan) -> None:
     """Copy the initial weights of a preference run, its reference, into its folder.
 
-    The plan then has the copy as initial weights. A random initialisation needs none,
-    since the seed gives it again. Raises `RuntimeError` if the weights are not those
-    that the run started from.
+    A random initialisation needs none, since the seed gives it again. Raises
+    `RuntimeError` if the weights are not those that the run started from.
     """
     digest, began_from = plan.config["hashes"]["initial"], plan.config["began_from"]
     if plan.cfg.stage != "dpo" or not digest:

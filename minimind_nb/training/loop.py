@@ -44,11 +44,7 @@ def fit(trainer: Trainer) -> str:
 
 
 def train_step(trainer: Trainer) -> str | None:
-    """Take one optimizer step; return the stop reason that the ranks agreed on, or None.
-
-    The loss is the sum over target tokens (or pairs) divided by their global number, so
-    that accumulation, padding and the number of ranks cannot change it.
-    """
+    """Take one optimizer step; return the stop reason that the ranks agreed on, or None."""
     started = time.monotonic()
     batch = trainer.stream.next_step()
     trainer.seed_dropout()
@@ -69,10 +65,9 @@ def train_step(trainer: Trainer) -> str | None:
 
 
 def update_weights(trainer: Trainer, norm: float) -> None:
-    """Clip and apply the gradients, or leave weights and moments alone.
+    """Clip and apply the gradients; leave weights and moments alone if not finite.
 
-    All ranks hold the same sum, so all take the same branch. An update scaled by 0
-    instead would still be NaN.
+    All ranks hold the same sum, so all take the same branch.
     """
     cfg, progress = trainer.cfg, trainer.progress
     rate = learning_rate(progress.step, trainer.plan.total_steps, cfg)

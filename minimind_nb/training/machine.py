@@ -14,8 +14,8 @@ from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..launch.spawn import RankInfo
 from .run_plan import RunPlan
 
-# Per parameter: an fp32 weight and two fp32 moments, an fp32 weight, an fp16 one.
-_CHECKPOINT_BYTES, _WEIGHT_BYTES, _EXPORT_BYTES = 12, 4, 2
+# Per parameter: an fp32 weight and two fp32 moments; the fp16 weights, old and new.
+_CHECKPOINT_BYTES, _EXPORT_BYTES, _REFERENCE_BYTES = 12, 4, 4
 _PROBE_BYTES = 1 << 16
 
 
@@ -80,9 +80,8 @@ def check_room(plan: RunPlan, steps: int) -> None:
     kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
     existing = len(run.checkpoint_folders()) if plan.checkpoint else 0
     missing = max(1, min(kept - existing, math.ceil(steps / cfg.save_interval)))
-    needed = parameters * (_CHECKPOINT_BYTES * missing + 2 * _EXPORT_BYTES)
-    if cfg.stage == "dpo":
-        needed += _WEIGHT_BYTES * parameters  # the reference
+    reference = _REFERENCE_BYTES if cfg.stage == "dpo" else 0
+    needed = parameters * (_CHECKPOINT_BYTES * missing + _EXPORT_BYTES + reference)
     place = run.checkpoints if run.checkpoints.is_dir() else run.root.parent
     if needed > (free := shutil.disk_usage(place).free):
         raise OSError(

@@ -38,16 +38,12 @@ class FlatGradients:
         self._sums[: self._losses] += torch.cat(parts).detach()
 
     def add_stop_flags(self, flags: list[float]) -> None:
-        """Add this rank's stop flags, one number for each of `STOP_REASONS`."""
+        """Add this rank's stop flags, one for each of `STOP_REASONS`."""
         if any(flags):
             self._sums[self._losses :] += torch.tensor(flags, device=self.flat.device)
 
     def grad_norm_and_sums(self) -> tuple[float, list[float], list[float]]:
-        """Return the gradient norm, the losses and the stop flags.
-
-        The host waits for the device here, once a step, because it must know whether
-        to skip the update.
-        """
+        """Return the gradient norm, the losses and the stop flags; waits for the device."""
         norm = torch.linalg.vector_norm(self.gradients)
         first, *values = torch.cat([norm[None], self._sums]).tolist()
         return first, values[: self._losses], values[self._losses :]

@@ -104,11 +104,10 @@ def find_checkpoint(
 def reconcile_with_existing_run(
     folder: RunFolder, cfg: TrainConfig, machine: Mapping[str, Any]
 ) -> ResolvedConfig:
-    """Return the settings with which a run is resumed, or explain why they differ.
+    """Return the settings with which a run is resumed.
 
-    A setting that is not explicit keeps the run's value; device, number of processes and
-    precision are this machine's. Raises `RuntimeError` with all differences that are not
-    allowed, and the ways out.
+    One that is not asked for keeps the run's value; device, number of processes and
+    precision are this machine's. Raises `RuntimeError` for differences not allowed.
     """
     config = read_config(folder)
     run, asked = config["settings"], _asked(cfg, config["settings"])
@@ -223,7 +222,7 @@ def _split_batch(values: Mapping[str, Any], asked: Collection[str]) -> dict[str,
     given = () if "batch_size" in asked else asked
     split = resolve_batch(values, given)
     if any(split[name] != values[name] for name in split):
-        # A warning is shown by `plan` too.
+        # `plan` shows warnings only.
         logger.warning(
             f"batch_size={split['batch_size']} × accumulation_steps="
             f"{split['accumulation_steps']} on num_processes={processes} keeps the "
@@ -252,8 +251,7 @@ def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeErro
 def copy_run(checkpoint: Checkpoint, folder: RunFolder) -> Checkpoint:
     """Copy the run of a checkpoint, with this and its best one, whole or not at all.
 
-    The source is only read, and may be read-only. Returns the copy of the checkpoint.
-    Raises `ValueError` for a link that leads out of the run.
+    Returns the copy of the checkpoint. Raises `ValueError` for a link out of the run.
     """
     source = checkpoint.run
     best = source.best_checkpoint() or checkpoint

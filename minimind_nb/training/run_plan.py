@@ -24,11 +24,9 @@ from ..storage.run_folder import RunFolder
 class RunPlan:
     """A run that can start; the ranks read it from the run folder.
 
-    `config` is the content of config.json. `initial` is the file with the initial
-    weights (None for a random initialisation, or if a checkpoint makes them needless),
-    `checkpoint` the folder to resume from. `total_steps` is the horizon; `complete` says
-    that nothing is left to do. `deadline` is on the monotonic clock, in seconds, which
-    all processes of a machine share.
+    `config` is the content of config.json, `initial` the file with the initial weights,
+    if any, `checkpoint` the folder to resume from, `total_steps` the horizon. If
+    `complete`, nothing is left to do. `deadline` is on the monotonic clock, in seconds.
     """
 
     config: dict[str, Any]
@@ -100,9 +98,8 @@ def open_corpus(
     root = current_session().cache_folder(cfg.out_dir)
     if cfg.data_path == DEMO:
         cfg = dataclasses.replace(cfg, data_path=str(locate(DEMO, root, cfg.stage)))
-    if max_dropped is None:
-        max_dropped = cfg.max_bad_fraction
-    return Corpus.prepare(cfg, tokenizer, root, count_cores(), max_dropped)
+    most = cfg.max_bad_fraction if max_dropped is None else max_dropped
+    return Corpus.prepare(cfg, tokenizer, root, count_cores(), most)
 
 
 def describe_truncated(corpus: Corpus, cfg: ResolvedConfig) -> list[str]:

@@ -28,8 +28,7 @@ _NAMED_LINES = 20
 class SessionClock:
     """A deadline on the monotonic clock, if there is one.
 
-    The run stops early enough for one more step, a validation and two saves, each as
-    slow as the slowest so far.
+    It leaves time for one more step, a validation and two saves as slow as any so far.
     """
 
     def __init__(self, deadline: float | None) -> None:
@@ -52,9 +51,8 @@ class SessionClock:
 class LogWindow:
     """Sums since the last row of metrics, and the newest gradient norm.
 
-    `losses` are the loss, the auxiliary loss and the stage's metrics, each times the
-    targets of its step. `positions` (padding included) and `expert_choices` (of each
-    expert in each layer) are this rank's.
+    `losses` (the auxiliary one and the stage's metrics among them) are weighted by the
+    targets of their step; `positions` and `expert_choices` are this rank's.
     """
 
     losses: torch.Tensor | float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from .loop import fit
 from .run_plan import RunPlan
 from .trainer import Trainer
 
+_OUT_OF_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
 _LONG_SECONDS = 7 * 24 * 3600.0
 
 
@@ -68,10 +70,9 @@ def _joined(
         device = torch.device(f"cuda:{info.local_rank}")
         torch.cuda.set_device(device)
     record.update(phase="meeting")
-    # A parent that watches notices a hang, and can tell it from a machine that slept,
-    # which a collective cannot. It gives a file as the store.
-    watched = isinstance(store, str)
-    timeout = _LONG_SECONDS if watched else cfg.hang_timeout_seconds
+    # A parent, which gives a file as the store, notices a hang, and can tell it from a
+    # machine that slept.
+    timeout = _LONG_SECONDS if isinstance(store, str) else cfg.hang_timeout_seconds
     group = Group(info.rank, info.world_size, store, cfg.device, timeout)
     group.meet(device)
     record.update(phase="training")
@@ -104,14 +105,8 @@ def log_start(trainer: Trainer) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. Only CUDA's pool has an exception type for it."""
-    texts = (
-        "can't allocate memory",
-        "not enough memory",
-        "out of memory",
-        "ALLOC_FAILED",
-    )
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(text in str(error) for text in texts)
+    return known or re.search(_OUT_OF_MEMORY, str(error)) is not None
 
 
 def smaller_batch(cfg: ResolvedConfig) -> str:
