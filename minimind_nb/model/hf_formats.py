@@ -12,7 +12,6 @@ from typing import Any
 from .architecture import BASE_DEFAULTS, DEFAULTS, YARN_DEFAULTS, MiniMindConfig
 
 _SHIPPED_THETA = 10_000.0
-_LARGEST = 1 << 31
 # In a MiniMind config.json, of either generation.
 _OWN_FIELDS = {
     *DEFAULTS,
@@ -61,10 +60,17 @@ class Family:
         foreign = {n: given[n] for n in shared if given[n] != self.fixed[n]}
         if any(kind != "full_attention" for kind in given.get("layer_types", ())):
             foreign["layer_types"] = given["layer_types"]
-        scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
-        rope = _read_rope(given, scaling)
-        if rope is None:
-            foreign["rope_scaling"] = scaling
+        scaling = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        theta = scaling.pop("rope_theta", given.get("rope_theta", _SHIPPED_THETA))
+        rope: dict[str, Any] = {"rope_theta": theta}
+        # MiniMind stretches only what is longer than the original, transformers always.
+        original = scaling.get("original_max_position_embeddings", 0)
+        longer = given.get("max_position_embeddings", 0) > original
+        if kind == "yarn" and scaling.keys() == YARN_DEFAULTS.keys() and longer:
+            rope |= {"inference_rope_scaling": True, "rope_scaling": scaling}
+        elif kind != "default" or scaling:
+            foreign["rope_scaling"] = {"rope_type": kind, **scaling}
         if foreign:
             listed = ", ".join(f"{name}={value!r}" for name, value in foreign.items())
             raise ValueError(f"MiniMind has no {listed}")
@@ -73,32 +79,14 @@ class Family:
             # Heads that are not recorded here are compared with the weights.
             if known[name] is None and name not in ("num_key_value_heads", "head_dim"):
                 raise ValueError(f"config.json lacks {theirs}")
-        return MiniMindConfig(**self.ours, **known, **(rope or {}))
+        return MiniMindConfig(**self.ours, **known, **rope)
 
 
-def _read_rope(
-    fields: Mapping[str, Any], rope: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Return `MiniMindConfig`'s fields for RoPE, or None for a scaling it does not have."""
-    theta = rope.get("rope_theta", fields.get("rope_theta", _SHIPPED_THETA))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    own = ("rope_type", "type", "rope_theta")
-    values = {name: value for name, value in rope.items() if name not in own}
-    if kind == "default" and not values:
-        return {"rope_theta": theta}
-    # MiniMind stretches only what is longer than the original, transformers always.
-    longest = fields.get("max_position_embeddings", 0)
-    original = values.get("original_max_position_embeddings", longest)
-    if kind != "yarn" or values.keys() != YARN_DEFAULTS.keys() or longest <= original:
-        return None
-    return {"rope_theta": theta, "inference_rope_scaling": True, "rope_scaling": values}
-
-
-_SIZES = (
+_SAME = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "vocab_size max_position_embeddings rms_norm_eps intermediate_size"
-).split()
-_DENSE: dict[str, str] = dict(zip(_SIZES, _SIZES, strict=True))
+)
+_DENSE = {name: name for name in _SAME.split()}
 _MIXTURE = {
     **_DENSE,
     "intermediate_size": "moe_intermediate_size",
@@ -147,16 +135,7 @@ def read_config(fields: Mapping[str, Any]) -> MiniMindConfig:
     try:
         if kind == "minimind":
             own = {n: value for n, value in fields.items() if n in _OWN_FIELDS}
-            config = MiniMindConfig.from_dict(own)
-        else:
-            config = FAMILIES[kind].read(fields)
+            return MiniMindConfig.from_dict(own)
+        return FAMILIES[kind].read(fields)
     except (TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"it describes no model: {error}") from None
-    names = (*_SIZES, "rope_theta", "n_routed_experts", "num_experts_per_tok")
-    yarn = config.rope_parameters or {}
-    numbers = {name: getattr(config, name) for name in names}
-    numbers |= {name: yarn[name] for name in YARN_DEFAULTS if name in yarn}
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < _LARGEST:
-            raise ValueError(f"{name} is {value!r}, and a number above 0 is expected")
-    return config
