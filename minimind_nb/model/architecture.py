@@ -83,6 +83,10 @@ THIRD_GENERATION: dict[str, Any] = dict(
 # transformers 5.0 has input_embeds and cache_position, 5.23 inputs_embeds instead.
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
+# Below this compute capability SDPA with `enable_gqa=True`, which transformers sets if
+# there is no mask, silently takes a slow kernel (up to torch 2.13).
+FAST_GQA_CAPABILITY = 8
+
 
 class MiniMindConfig(PreTrainedConfig):
     """Shape of a MiniMind model, by the second generation's field names in `DEFAULTS`.
@@ -118,10 +122,10 @@ class MiniMindConfig(PreTrainedConfig):
 
     def _yarn(self, given: dict[str, Any]) -> dict[str, Any] | None:
         kind = given.get("rope_type", given.get("type", "yarn"))
-        known = given.keys() - {"type", "rope_type", "rope_theta"}
-        values = {key: given[key] for key in YARN_DEFAULTS if key in known}
-        enabled = self.inference_rope_scaling
-        if kind != "yarn" or known - values.keys() or (values and not enabled):
+        own = ("type", "rope_type", "rope_theta")
+        values = {key: value for key, value in given.items() if key not in own}
+        unknown, enabled = values.keys() - YARN_DEFAULTS, self.inference_rope_scaling
+        if kind != "yarn" or unknown or (values and not enabled):
             raise ValueError(
                 f"rope_scaling is {given} with inference_rope_scaling={enabled}; it "
                 f"may hold {list(YARN_DEFAULTS)} of type 'yarn', and only with "
@@ -228,23 +232,10 @@ def rotate(x_BHTC: Tensor, cos_B1TF: Tensor, sin_B1TF: Tensor) -> Tensor:
     return torch.cat((a * cos_B1TF - b * sin_B1TF, b * cos_B1TF + a * sin_B1TF), -1)
 
 
-# Below this compute capability SDPA with `enable_gqa=True`, which transformers sets if
-# there is no mask, silently takes a slow kernel (up to torch 2.13).
-FAST_GQA_CAPABILITY = 8
-
-
 def lacks_fast_gqa(device: torch.device) -> bool:
     """Return whether grouped keys must be expanded to all heads before SDPA."""
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).major < FAST_GQA_CAPABILITY
-
-
-class EqualHeads:
-    """The layer passed to SDPA if its keys are expanded already: without an attribute
-    num_key_value_groups, transformers neither repeats them nor sets `enable_gqa`."""
-
-    is_causal = True
+    cuda = device.type == "cuda"
+    return cuda and torch.cuda.get_device_properties(device).major < FAST_GQA_CAPABILITY
 
 
 class Attention(nn.Module):
@@ -293,9 +284,9 @@ class Attention(nn.Module):
         layer: Any = self
         paged = "cache" in kwargs  # continuous batching, which expects the few heads
         if implementation == "sdpa" and not paged and lacks_fast_gqa(x_BTD.device):
-            layer, groups = EqualHeads, self.num_key_value_groups
-            key = key.repeat_interleave(groups, dim=1)
-            value = value.repeat_interleave(groups, dim=1)
+            layer = None  # so transformers neither repeats them nor sets `enable_gqa`
+            key = key.repeat_interleave(self.num_key_value_groups, dim=1)
+            value = value.repeat_interleave(self.num_key_value_groups, dim=1)
         kwargs["dropout"] = self.config.dropout if self.training else 0.0
         kwargs["scaling"] = self.scaling
         x_BTHC, _ = attend(layer, query, key, value, attention_mask, **kwargs)
