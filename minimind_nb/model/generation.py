@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StaticCache
-from transformers.generation.logits_process import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from ..data.chat_template import ChatEncoder
 from ..data.conversations import Message, check_messages
@@ -251,10 +247,9 @@ def _choose(
     logits_BV = torch.where(seen_BV, lowered_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
-    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    unused: Any = None  # the ids before, which these two do not look at
+    logits_BV = logits_BV / sampling.temperature
     if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    warpers.append(TopPLogitsWarper(float(sampling.top_p)))
-    for warp in warpers:
-        logits_BV = warp(None, logits_BV)
+        logits_BV = TopKLogitsWarper(sampling.top_k)(unused, logits_BV)
+    logits_BV = TopPLogitsWarper(float(sampling.top_p))(unused, logits_BV)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
