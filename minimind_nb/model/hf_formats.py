@@ -32,11 +32,8 @@ class Family:
 
     def unsupported(self, config: MiniMindConfig) -> list[str]:
         """List what of a network it cannot hold, as `name=value`."""
-        wrong = [n for n, value in self.ours.items() if getattr(config, n) != value]
-        uneven = config.hidden_size % config.num_attention_heads
-        if self.model_type == "llama" and uneven:
-            wrong += ["hidden_size", "num_attention_heads"]
-        return [f"{name}={getattr(config, name)!r}" for name in wrong]
+        own = {name: getattr(config, name) for name in self.ours}
+        return [f"{n}={v!r}" for n, v in own.items() if v != self.ours[n]]
 
     def config_json(self, config: MiniMindConfig) -> dict[str, Any]:
         """Return the `config.json` of a network that it holds."""
