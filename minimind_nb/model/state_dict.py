@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from ..storage.verified import write_bytes
 from .architecture import MiniMindForCausalLM
 
-_SHOWN = 1000  # characters of torch's list of what does not fit
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDING = "model.embed_tokens.weight"
 Tensors = Mapping[str, torch.Tensor]
@@ -55,8 +53,9 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
     that would run code.
     """
     try:
-        lazy = shapes_only and zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=shapes_only
+        )
     except PermissionError:
         raise
     except Exception as error:  # torch raises a different type for each damage
@@ -105,7 +104,7 @@ def put_weights(
     except RuntimeError as error:
         _, _, differences = str(error).partition("\n")
         raise ValueError(
-            f"the weights in {source} do not fit the model:\n{differences:.{_SHOWN}}"
+            f"the weights in {source} do not fit the model:\n{differences:.1000}"
         ) from None
 
 
