@@ -96,9 +96,9 @@ class TerminalView(View):
         line = progress_line(history)
         self._bar.n, self._bar.total = position(history)
         self._bar.set_description_str(line)
-        logged = (row for row in history.rows[::-1] if row["kind"] in ("train", "eval"))
-        newest = next(logged, None)
-        if self._bar.disable and newest is not self._last:
+        newest = history.last("train") or history.last("eval")
+        at_end = self._bar.n == self._bar.total  # `finish` has the last validation
+        if self._bar.disable and newest is not self._last and not at_end:
             self._last = newest
             self.note(line)
 

@@ -152,6 +152,24 @@ def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
     ]
 
 
+def test_a_step_has_one_line_and_the_last_one_only_the_outcome(
+    make_history, add_rows, capsys
+):
+    history, view = make_history([], [(0, 5.0)], total=2), TerminalView()
+    view.update(history)
+    for step in (1, 2):
+        add_rows(history, step)
+        view.update(history)
+        with MetricsLog(history.path) as log:
+            log.append("eval", step=step, loss=4.0 - step)
+        history.refresh()
+        view.update(history)
+    view.finish(history, "finished")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:8] for line in lines] == ["step 0/2", "step 1/2", "finished"]
+    assert "validation 2.000" in lines[-1]
+
+
 @pytest.mark.fault("F27")
 def test_a_save_that_fails_is_shown_until_one_succeeds(make_history, add_rows, capsys):
     history, view = make_history(), TerminalView()
