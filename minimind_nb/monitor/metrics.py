@@ -114,9 +114,12 @@ class History:
                 self.damaged_lines += 1
                 continue
             if _starts_session(row):  # a start that follows had no checkpoint yet
-                end = row["step"] if row["event"] == "resume" else -1
-                self.rows = [old for old in self.rows if old["step"] <= end]
+                self.rewind(row["step"] if row["event"] == "resume" else -1)
             self.rows.append(row)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of a higher step, since the weights they describe are lost."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
 
     def select(self, kind: str) -> list[Row]:
         """Return the rows of one kind, oldest first."""

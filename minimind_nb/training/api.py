@@ -111,6 +111,7 @@ def _run(
 ) -> None:
     """Carry out a plan while its lock is held."""
     history = run.history
+    history.rewind(int(plan.checkpoint.name[-8:]) if plan.checkpoint else -1)
 
     def show() -> None:
         with contextlib.suppress(OSError):  # the metrics may be there at the next look

@@ -175,6 +175,16 @@ def test_metrics_that_cannot_be_read_for_a_moment_end_nothing(
     assert shown[-1] == 150
 
 
+@pytest.mark.usefixtures("forked")
+def test_rows_that_a_damaged_checkpoint_lost_are_not_shown(settings: Settings) -> None:
+    folder = train(settings, max_steps=8)
+    (folder.checkpoint_folder(8) / "model.safetensors").write_bytes(b"damaged")
+    shown: list[int] = []
+    cfg = mm.TrainConfig(**{**settings, "max_steps": 9})
+    mm.train(cfg, view=lambda history: shown.append(history.rows[-1]["step"]))
+    assert (shown[0], shown[-1]) == (4, 9)
+
+
 @pytest.mark.slow
 @pytest.mark.fault("F119", "F03")
 def test_a_script_without_outputs_trains_and_is_imported_once(
