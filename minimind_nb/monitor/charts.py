@@ -82,9 +82,9 @@ def plot_history(
     curves and are marked at the top. Raises ValueError for an invalid choice.
     """
     choices = y_choices(history)
-    check_choices(x, y, choices, smoothing)
-    figure, axes = blank_chart(x, y_label(y, history.stage))
+    check_choices(x, y, choices)
     weight = choose_smoothing(history, smoothing)
+    figure, axes = blank_chart(x, y, history.stage)
     if y == "expert_load":
         _draw_experts(axes, history, x, weight)
     else:
@@ -108,21 +108,14 @@ def y_choices(history: History) -> list[str]:
     return usual + [n for n in list(Y_LABELS)[2:] if any(n in row for row in rows)]
 
 
-def check_choices(
-    x: str, y: str, choices: Iterable[str], smoothing: float | None
-) -> None:
-    """Raise ValueError for an unknown axis or an invalid smoothing."""
+def check_choices(x: str, y: str, choices: Iterable[str]) -> None:
+    """Raise ValueError for an unknown axis."""
     for name, value, known in (("x", x, X_AXES), ("y", y, choices)):
         if value not in known:
             raise ValueError(
                 f"{name}={value!r} is not a choice of this chart; expected "
                 f"{name}={' or '.join(map(repr, known))}."
             )
-    if smoothing is not None and not 0 <= smoothing < 1:
-        raise ValueError(
-            f"smoothing={smoothing!r} is out of range; expected 0 (none) up to but not "
-            "including 1."
-        )
 
 
 def smooth(values: Iterable[float], weight: float) -> np.ndarray:
@@ -144,11 +137,19 @@ def smooth(values: Iterable[float], weight: float) -> np.ndarray:
 
 
 def choose_smoothing(history: History, asked: float | None = None) -> float:
-    """Return what is asked for, or a weight that averages a sixtieth of the rows."""
-    if asked is not None:
+    """Return what is asked for, or a weight that averages a sixtieth of the rows.
+
+    Raises ValueError for a weight out of range.
+    """
+    if asked is None:
+        rows = len(history.select("train"))
+        return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))
+    if 0 <= asked < 1:
         return asked
-    rows = len(history.select("train"))
-    return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))
+    raise ValueError(
+        f"smoothing={asked!r} is out of range; expected 0 (none) up to but not "
+        "including 1."
+    )
 
 
 def read_x(rows: list[Row], x: str) -> np.ndarray:
@@ -167,17 +168,9 @@ def read_curve(
 
 
 def draw_curve(
-    axes: Axes,
-    history: History,
-    kind: str,
-    x: str,
-    y: str,
-    *,
-    weight: float = 0.0,
-    **style: Any,
+    axes: Axes, at: np.ndarray, values: np.ndarray, weight: float = 0.0, **style: Any
 ) -> list[Any]:
-    """Draw the smoothed rows of one kind; a single one is a point."""
-    at, values = read_curve(history, kind, x, y)
+    """Draw a smoothed curve; a single value is a point."""
     every = math.ceil(len(at) / MARKERS) or 1
     style = ({"marker": "o"} if len(at) == 1 else {}) | style
     return axes.plot(at, smooth(values, weight), markevery=every, **style)
@@ -185,23 +178,22 @@ def draw_curve(
 
 def _draw_run(axes: Axes, history: History, x: str, y: str, weight: float) -> None:
     """Draw training behind validation, and marks for non-finite values."""
-    if weight:
-        raw = {"color": TRAINING, "lw": 0.8, "alpha": 0.3}
-        draw_curve(axes, history, "train", x, y, **raw)
-    if history.last("train"):
-        label = f"training, smoothed {weight:.2g}" if weight else "training"
-        line: Any = {"color": TRAINING, "lw": 1.8, "label": label}
-        draw_curve(axes, history, "train", x, y, weight=weight, **line)
     at, values = read_curve(history, "train", x, y)
+    if weight:
+        draw_curve(axes, at, values, color=TRAINING, lw=0.8, alpha=0.3)
+    if len(at):
+        label = f"training, smoothed {weight:.2g}" if weight else "training"
+        draw_curve(axes, at, values, weight, color=TRAINING, lw=1.8, label=label)
     lost = at[~np.isfinite(values)]
     if len(lost):
         top = axes.get_xaxis_transform()
         name = "loss" if y == "perplexity" else y.replace("_", " ")
         label = f"{name} not finite ({len(lost)} rows)"
         axes.plot(lost, 0 * lost + 0.975, "x", color=INK, transform=top, label=label)
-    if history.last("eval"):
-        line = {"color": VALIDATION, "marker": "o", "ms": 4, "lw": 1.2}
-        draw_curve(axes, history, "eval", x, y, label="validation", **line)
+    at, values = read_curve(history, "eval", x, y)
+    if len(at):
+        style = {"color": VALIDATION, "marker": "o", "ms": 4, "lw": 1.2}
+        draw_curve(axes, at, values, label="validation", **style)
 
 
 def _draw_experts(axes: Axes, history: History, x: str, weight: float) -> None:
@@ -213,18 +205,19 @@ def _draw_experts(axes: Axes, history: History, x: str, weight: float) -> None:
     axes.fill_between(at, least, greatest, color=GRID, label="range over layers")
     experts = loads.shape[2]
     colors = colormaps["viridis"](np.linspace(0, 0.9, experts))
-    form = "o" if len(at) == 1 else "-"
     for number, shares in enumerate(loads.mean(1).T):
-        style: Any = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
-        axes.plot(at, smooth(shares, weight), form, **style)
+        style = {"color": colors[number], "label": f"expert {number}", "lw": 1.5}
+        draw_curve(axes, at, shares, weight, **style)
     axes.axhline(1 / experts, color=INK, lw=1, dashes=(4, 3), label="even share")
 
 
-def blank_chart(x: str, label: str, height: float = 4.6) -> tuple[Chart, Axes]:
+def blank_chart(x: str, y: str, stage: str, height: float = 4.6) -> tuple[Chart, Axes]:
     """Return a chart with labelled axes and nothing drawn yet."""
     size = (8.4, height)
     figure = Chart(figsize=size, dpi=100, facecolor="white", layout="constrained")
     axes = figure.add_subplot(facecolor="white")
+    pairs = (y, stage) == ("loss", "dpo")
+    label = "loss (nats per pair)" if pairs else Y_LABELS[y]
     axes.set_xlabel(X_AXES[x][2], color=INK, fontsize=11)
     axes.set_ylabel(label, color=INK, fontsize=11)
     axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
@@ -233,11 +226,6 @@ def blank_chart(x: str, label: str, height: float = 4.6) -> tuple[Chart, Axes]:
     axes.tick_params(colors=INK, labelsize=10)
     axes.margins(x=0.015)
     return figure, axes
-
-
-def y_label(y: str, stage: str) -> str:
-    """Return the label of the y axis; a loss of preferences is one of pairs."""
-    return "loss (nats per pair)" if (y, stage) == ("loss", "dpo") else Y_LABELS[y]
 
 
 def scale(

@@ -47,24 +47,26 @@ def compare(
     histories = [History.load(source) for source in sources]
     offered = [charts.y_choices(history) for history in histories]
     common = [n for n in offered[0] if all(n in one for one in offered)]
-    charts.check_choices(x, y, [n for n in common if n != "expert_load"], smoothing)
-    stages = dict.fromkeys(history.stage for history in histories)
-    label = charts.y_label(y, histories[0].stage)
-    figure, axes = charts.blank_chart(x, label, height=4.8 + 0.21 * len(histories))
+    charts.check_choices(x, y, [n for n in common if n != "expert_load"])
+    stages = list(dict.fromkeys(history.stage for history in histories))
+    height = 4.8 + 0.21 * len(histories)
+    figure, axes = charts.blank_chart(x, y, stages[0], height)
     handles = []
     for history, (color, marker) in zip(histories, STYLES, strict=False):
         weight = charts.choose_smoothing(history, smoothing)
-        thin: Any = {"color": color, "lw": 1, "alpha": 0.6}
-        charts.draw_curve(axes, history, "train", x, y, weight=weight, **thin)
+        points = charts.read_curve(history, "train", x, y)
+        charts.draw_curve(axes, *points, weight, color=color, lw=1, alpha=0.6)
+        points = charts.read_curve(history, "eval", x, y)
         style = {"color": color, "marker": marker, "ms": 6, "lw": 1.8}
-        handles += charts.draw_curve(axes, history, "eval", x, y, **style)
+        handles += charts.draw_curve(axes, *points, **style)
     charts.scale(axes, histories, x, log_x, log_y)
     _add_legend(figure, handles, _name_runs([one.path.parent for one in histories]))
     subtitle = "with markers: validation · thin: training"
     if len(stages) > 1:
         subtitle += f" · stages {', '.join(stages)}: their values do not compare"
     runs = f"{len(histories)} run{'s' * (len(histories) > 1)}"
-    charts.write_titles(axes, f"{label.partition(' (')[0]} of {runs}", subtitle)
+    name = axes.get_ylabel().partition(" (")[0]
+    charts.write_titles(axes, f"{name} of {runs}", subtitle)
     return figure
 
 

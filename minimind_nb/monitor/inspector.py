@@ -25,7 +25,7 @@ class Inspector:
     def __init__(self, history: History, y: str, x: str) -> None:
         self.history = history
         choices = charts.y_choices(history)
-        charts.check_choices(x, y, choices, None)
+        charts.check_choices(x, y, choices)
         narrow = {"button_width": "auto"}
         self.controls: dict[str, Any] = {
             "x": widgets.ToggleButtons(
