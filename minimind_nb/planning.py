@@ -11,7 +11,7 @@ import numpy as np
 from .config import ResolvedConfig, TrainConfig, count_parameters
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware
-from .monitor.metrics import METRICS_NAME, History
+from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.tables import Facts
 from .storage.run_folder import RunFolder
@@ -107,8 +107,8 @@ def _memory_gib(cfg: ResolvedConfig) -> float:
 
 
 def _time(cfg: ResolvedConfig, hardware: Hardware, tokens: int) -> str:
-    metrics = Path(cfg.out_dir) / (cfg.run_name or "") / METRICS_NAME
-    if last := History(metrics).last("train"):
+    run = RunFolder(Path(cfg.out_dir) / (cfg.run_name or ""))
+    if last := History(run.metrics_file).last("train"):
         speed, source = last["tokens_per_second"], "the speed of the existing run"
     elif flops := _product_rate(cfg, hardware):
         speed = _EXPECTED_SHARE * flops / flops_per_token(cfg)

@@ -128,13 +128,13 @@ class CellView(View):
         self._clock = clock
         self._display: Any = None
         self._seen: list[Row] | None = None
+        self._page = ""
         self._next_update = self._next_log = clock()
         self._batch = current_session().batch
 
     def note(self, text: str) -> None:
         super().note(text)
-        if not self._seen:  # later notes come with the next update
-            self._show({"text/html": self._notes(), "text/plain": text})
+        self._show_page(text)
 
     def update(self, history: History) -> None:
         now = self._clock()
@@ -144,7 +144,8 @@ class CellView(View):
             self._next_update = now + REDRAW_SECONDS
         self._seen = history.rows[-1:]
         line = progress_line(history)
-        self._show({"text/html": self._page(history), "text/plain": line})
+        self._page = self._progress(history)
+        self._show_page(line)
         if self._batch and now >= self._next_log:
             self._next_log = now + LOG_SECONDS
             self._log(line)
@@ -178,12 +179,14 @@ class CellView(View):
         else:
             self._display.update(bundle, raw=True)
 
-    def _notes(self) -> str:
+    def _show_page(self, line: str) -> None:
+        """Show the newest page with all notes; a viewer without HTML gets the line."""
         notes = "<br>".join(map(html.escape, self.notes))
-        return f'<div style="{SMALL}">{notes}</div>'
+        page = f'{self._page}<div style="{SMALL}">{notes}</div>'
+        self._show({"text/html": page, "text/plain": line})
 
-    def _page(self, history: History) -> str:
-        """Return a bar, figures, curve and notes, legible on light and dark pages."""
+    def _progress(self, history: History) -> str:
+        """Return a bar, figures and curve, legible on light and dark pages."""
         step, total = position(history)
         cells = "".join(
             f'<div><div style="{SMALL}">{name}</div>{html.escape(text)}</div>'
@@ -198,7 +201,7 @@ class CellView(View):
             f"<b>{html.escape(history.path.parent.name)}</b><br>"
             f'<progress style="width:100%" value="{step}" max="{total or 1}"></progress>'
             f'<div style="display:flex;flex-wrap:wrap;gap:4px 26px">{cells}</div></div>'
-            f"{curve}{self._notes()}"
+            f"{curve}"
         )
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import verified
+from ..storage.run_folder import RunFolder
 
-METRICS_NAME = "metrics.jsonl"
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _PENDING_BYTES = 1 << 20  # of rows that wait for a full disk
 
@@ -46,8 +46,9 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         Values are numbers, strings, booleans, None and lists of these. NaN and the
         infinities become "nan", "inf" and "-inf", since JSON has no such numbers.
         """
-        row = {"kind": kind} | {name: _plain(value) for name, value in fields.items()}
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps({"kind": kind} | fields)
+        row = json.loads(text, parse_constant=lambda name: str(float(name)))
+        line = json.dumps(row, ensure_ascii=False) + "\n"
         try:
             self._file.write(line.encode())
             self._file.flush()
@@ -91,10 +92,21 @@ class History:
         """
         if isinstance(source, History):
             return source
-        history = cls(find_metrics(source))
-        if history.damaged_lines and not history.rows:
-            raise ValueError(f"{history.path} has no metrics; pass the folder of a run")
-        return history
+        path = Path(source).expanduser()
+        file = path if path.is_file() else RunFolder(path).metrics_file
+        if file.is_file():
+            history = cls(file)
+            if history.damaged_lines and not history.rows:
+                raise ValueError(f"{file} has no metrics; pass the folder of a run")
+            return history
+        near = path if path.is_dir() else path.parent
+        problem = f"has no {file.name}" if near == path else "does not exist"
+        runs = sorted(str(found.parent) for found in near.glob(f"*/{file.name}"))
+        raise FileNotFoundError(
+            f"{path} {problem}; expected the folder of a training run, which "
+            f"mm.train(cfg) makes in out_dir. Runs in {near}: "
+            f"{', '.join(runs) or 'none'}."
+        )
 
     def refresh(self) -> None:
         """Read the rows appended since; reread a replaced or shortened file."""
@@ -177,24 +189,6 @@ class History:
         )
 
 
-def find_metrics(source: str | os.PathLike[str]) -> Path:
-    """Return the metrics file of a run folder, or `source` if it is a file.
-
-    Raises FileNotFoundError that lists the runs nearby.
-    """
-    path = Path(source)
-    file = path if path.is_file() else path / METRICS_NAME
-    if file.is_file():
-        return file
-    problem = f"has no {METRICS_NAME}" if path.is_dir() else "does not exist"
-    near = path if path.is_dir() else path.parent
-    runs = sorted(str(found.parent) for found in near.glob(f"*/{METRICS_NAME}"))
-    raise FileNotFoundError(
-        f"{path} {problem}; expected the folder of a training run, which mm.train(cfg) "
-        f"makes in out_dir. Runs in {near}: {', '.join(runs) or 'none'}."
-    )
-
-
 def flatten(row: Row) -> Iterator[tuple[str, Any]]:
     """Yield names and values of a row; a list's entries get their index as suffix."""
     for name, value in row.items():
@@ -206,14 +200,6 @@ def flatten(row: Row) -> Iterator[tuple[str, Any]]:
 
 def _starts_session(row: Row) -> bool:
     return row["kind"] == "event" and row.get("event") in ("start", "resume")
-
-
-def _plain(value: object) -> object:
-    """Return `value` as JSON can hold it, non-finite floats as strings."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    finite = not isinstance(value, float) or math.isfinite(value)
-    return value if finite else str(value)
 
 
 def _restore(value: Any) -> Any:

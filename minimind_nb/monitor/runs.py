@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import shorten_home
 from ..storage import verified
 from ..storage.run_folder import RunFolder
-from .metrics import History, find_metrics
+from .metrics import History
 from .progress import (
     STATUS_WORDS,
     duration,
@@ -26,11 +26,6 @@ from .tables import Table
 if TYPE_CHECKING:
     from .charts import Chart
 
-COLUMNS = [
-    *("name", "stage", "status", "step", "loss", "validation loss"),
-    *("size", "last change"),
-]
-
 
 class Run:
     """A training run on disk: `mm.Run("out/pretrain_512")`; `mm.train` returns one.
@@ -40,11 +35,10 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        root = Path(path).expanduser()
-        if not RunFolder(root).exists():
-            root = find_metrics(root).parent
-        self._files = RunFolder(root)
-        self._history = History(self._files.metrics_file)
+        files = RunFolder(Path(path).expanduser())
+        begun = files.exists()  # there may be no row yet
+        self._history = History(files.metrics_file) if begun else History.load(path)
+        self._files = RunFolder(self._history.path.parent)
 
     @property
     def folder(self) -> Path:
@@ -56,7 +50,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "finished", "time_budget", "interrupted", "terminated", "failed", …"""
+        """The status: "finished", "time_budget", "interrupted", "failed", …"""
         return self._files.status()
 
     @property
@@ -110,9 +104,7 @@ class Run:
 class Runs(Table):
     """A list of runs; `runs` are those with a checkpoint to load, in the same order."""
 
-    def __init__(self, title: str, rows: list[list[str]], runs: list[Run]) -> None:
-        super().__init__(title, COLUMNS, rows)
-        self.runs = runs
+    runs: list[Run]
 
 
 def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
@@ -130,7 +122,11 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
     folders = map(RunFolder, root.glob("[!.]*"))
     found = [f for f in folders if f.plan_file.is_file() or f.metrics_file.is_file()]
     measured = sorted(((*_measure(f.root), f.root) for f in found), reverse=True)
-    rows = []
+    columns = "name stage status step loss".split()
+    columns += ["validation loss", "size", "last change"]
+    none = "" if found else ": none yet; mm.train(cfg) makes one"
+    table = Runs(f"Runs in {root}{none}", columns, [])
+    table.runs = []
     for changed, size, folder in measured:
         run = Run(folder)
         history = run.history
@@ -139,10 +135,10 @@ def runs(out_dir: str | os.PathLike[str] = "out") -> Runs:
         losses = [f"{row['loss']:.3f}" if row else "" for row in last]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
         row = [folder.name, stage, STATUS_WORDS[run.status], position_text(history)]
-        rows.append([*row, *losses, f"{size / 2**20:,.1f} MiB", when])
-    trained = [f for _, _, f in measured if RunFolder(f).checkpoint_folders()]
-    none = "" if found else ": none yet; mm.train(cfg) makes one"
-    return Runs(f"Runs in {root}{none}", rows, [Run(folder) for folder in trained])
+        table.rows.append([*row, *losses, f"{size / 2**20:,.1f} MiB", when])
+        if RunFolder(folder).checkpoint_folders():
+            table.runs.append(run)
+    return table
 
 
 def _measure(folder: Path) -> tuple[float, int]:
@@ -171,7 +167,6 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     facts = result_facts(run.history)
     if weights_file.is_file():
         facts["weights"] = f"`../{weights_file.name}`"
-    chart = "![loss](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
     following = "`mm.train(cfg)` resumes from the newest good checkpoint."
     if status == "finished":
         following = "To train longer, raise `epochs` or `max_steps` and train again."
@@ -184,7 +179,9 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
 
 {_markdown(facts)}
 
-{chart}## Settings
+![loss](loss.png)
+
+## Settings
 
 {_markdown(settings)}
 
