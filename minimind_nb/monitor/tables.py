@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 WIDEST = 60  # columns of a terminal that a cell of a table may take
@@ -25,10 +24,15 @@ class Table:
 
     def __repr__(self) -> str:
         lines = [self.columns, *self.rows] if self.rows else []
-        return _align(self.title, [[shorten(cell) for cell in row] for row in lines])
+        return _align(self.title, [[*map(shorten, row)] for row in lines])
 
     def _repr_html_(self) -> str:
-        return _page(self.title, self.rows, self.columns if self.rows else ())
+        columns = self.columns if self.rows else []
+        page = f"<b>{html.escape(self.title)}</b><table>"
+        for tag, row in [("th", columns), *(("td", row) for row in self.rows)]:
+            cells = (f"<{tag} style='{STYLE}'>{html.escape(t)}</{tag}>" for t in row)
+            page += f"<tr>{''.join(cells)}</tr>"
+        return f"{page}</table>"
 
 
 class Facts(dict[str, Any]):
@@ -38,9 +42,9 @@ class Facts(dict[str, Any]):
         super().__init__(facts)
         self.title = title
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _rows(self) -> list[list[str]]:
         return [
-            (name, value if isinstance(value, str) else f"{value:,.6g}")
+            [name, value if isinstance(value, str) else f"{value:,.6g}"]
             for name, value in self.items()
         ]
 
@@ -48,7 +52,7 @@ class Facts(dict[str, Any]):
         return _align(self.title, self._rows())
 
     def _repr_html_(self) -> str:
-        return _page(self.title, self._rows(), ())
+        return Table(self.title, [], self._rows())._repr_html_()
 
 
 def shorten(text: str, width: int = WIDEST) -> str:
@@ -66,7 +70,7 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
 
 
-def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
+def _align(title: str, rows: list[list[str]]) -> str:
     """Return the rows below the title, each column as wide as its widest cell."""
     widths = [max(map(columns_of, cells)) for cells in zip(*rows, strict=True)]
     lines = [title]
@@ -75,12 +79,3 @@ def _align(title: str, rows: Sequence[Sequence[str]]) -> str:
         padded = (cell + " " * (width - columns_of(cell)) for cell, width in cells)
         lines.append(f"  {'  '.join(padded)}".rstrip())
     return "\n".join(lines)
-
-
-def _page(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
-    """Return the rows as HTML."""
-    page = f"<b>{html.escape(title)}</b><table>"
-    for tag, row in [("th", columns), *(("td", row) for row in rows)]:
-        cells = (f"<{tag} style='{STYLE}'>{html.escape(text)}</{tag}>" for text in row)
-        page += f"<tr>{''.join(cells)}</tr>"
-    return f"{page}</table>"

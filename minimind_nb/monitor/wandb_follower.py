@@ -15,8 +15,6 @@ import os
 import secrets
 import shlex
 import traceback
-import urllib.error
-import urllib.request
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
@@ -146,6 +144,7 @@ def _follow(
 
 def _open_run(folder: Path, project: str, name: str) -> tuple[Any, str]:
     """Return a wandb run, offline without key or network, and a message about it."""
+    import requests  # wandb needs it
     import wandb  # pyright: ignore[reportMissingImports]
 
     settings: Any = {
@@ -161,7 +160,9 @@ def _open_run(folder: Path, project: str, name: str) -> tuple[Any, str]:
     if mode == "online":
         try:
             wandb.login(verify=False)  # raises without a key
-            _ask_server()  # wandb before 0.31 waits for it beyond any timeout
+            # wandb before 0.31 waits for its server beyond any timeout.
+            server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+            requests.get(server, timeout=float(os.environ["WANDB_INIT_TIMEOUT"]))
             run = wandb.init(**settings, mode=mode)
             return run, f"wandb: {run.url}"
         except Exception as error:
@@ -171,11 +172,3 @@ def _open_run(folder: Path, project: str, name: str) -> tuple[Any, str]:
     run: Any = wandb.init(**settings, mode=mode)
     synced = shlex.quote(str(Path(run.dir).parent))
     return run, f"wandb is {mode}{reason}; later: wandb sync {synced}"
-
-
-def _ask_server() -> None:
-    """Raise `OSError` if wandb's server does not answer in time."""
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    seconds = float(os.environ["WANDB_INIT_TIMEOUT"])
-    with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
-        urllib.request.urlopen(server, timeout=seconds).close()
