@@ -84,7 +84,8 @@ def plot_history(
     choices = y_choices(history)
     check_choices(x, y, choices)
     weight = choose_smoothing(history, smoothing)
-    figure, axes = blank_chart(x, y, history.stage)
+    title = title or history.path.parent.name
+    figure, axes = blank_chart(x, y, history.stage, title, outcome(history))
     if y == "expert_load":
         _draw_experts(axes, history, x, weight)
     else:
@@ -97,7 +98,6 @@ def plot_history(
         if y == "loss" and "perplexity" in choices:
             _add_perplexity(axes)
         figure.legend(ncols=4, **LEGEND)
-    write_titles(axes, title or history.path.parent.name, outcome(history))
     return figure
 
 
@@ -211,8 +211,10 @@ def _draw_experts(axes: Axes, history: History, x: str, weight: float) -> None:
     axes.axhline(1 / experts, color=INK, lw=1, dashes=(4, 3), label="even share")
 
 
-def blank_chart(x: str, y: str, stage: str, height: float = 4.6) -> tuple[Chart, Axes]:
-    """Return a chart with labelled axes and nothing drawn yet."""
+def blank_chart(
+    x: str, y: str, stage: str, title: str, subtitle: str, *, height: float = 4.6
+) -> tuple[Chart, Axes]:
+    """Return a chart with titles and labelled axes, and nothing drawn yet."""
     size = (8.4, height)
     figure = Chart(figsize=size, dpi=100, facecolor="white", layout="constrained")
     axes = figure.add_subplot(facecolor="white")
@@ -225,6 +227,12 @@ def blank_chart(x: str, y: str, stage: str, height: float = 4.6) -> tuple[Chart,
     axes.spines[["left", "bottom"]].set_color(FAINT_INK)
     axes.tick_params(colors=INK, labelsize=10)
     axes.margins(x=0.015)
+    text, font = legible(title)
+    # Chinese fonts often have no bold face, which is a warning too.
+    face: Any = {"parse_math": False, "color": INK} | (font or {"weight": "bold"})
+    axes.set_title(text, loc="left", pad=24, fontsize=13, **face)
+    style: Any = {"fontsize": 9, "color": FAINT_INK, "in_layout": False}
+    axes.annotate(subtitle, (0, 1), (0, 8), "axes fraction", "offset points", **style)
     return figure, axes
 
 
@@ -273,16 +281,6 @@ def _perplexity(loss: Any) -> np.ndarray:
 
 def _loss(perplexity: Any) -> np.ndarray:
     return np.log(np.maximum(perplexity, np.finfo(float).tiny))
-
-
-def write_titles(axes: Axes, title: str, subtitle: str) -> None:
-    """Write the title above the axes, and a smaller line below it."""
-    text, font = legible(title)
-    # Chinese fonts often have no bold face, which is a warning too.
-    face: Any = {"parse_math": False, "color": INK} | (font or {"weight": "bold"})
-    axes.set_title(text, loc="left", pad=24, fontsize=13, **face)
-    style: Any = {"fontsize": 9, "color": FAINT_INK, "in_layout": False}
-    axes.annotate(subtitle, (0, 1), (0, 8), "axes fraction", "offset points", **style)
 
 
 def legible(text: str) -> tuple[str, dict[str, Any]]:

@@ -26,15 +26,11 @@ class Answer(str):
 class Chat:
     """A conversation with a model that streams its answers; `chat` makes one.
 
-    `say` adds a turn; `history` holds the messages ({"role", "content"}) of the
-    answered turns after the system turn, if any; `clear` starts over; `converse` reads
-    from the terminal; `panel` is a widget. `settings` are those of `generate`, with at
-    most 256 new tokens by default; a `seed` is raised by one for each answered turn, so
-    a question asked twice has two answers. An interrupt ends the answer, not the chat,
-    and keeps the text so far.
-
-    When the history outgrows the model's positions, the prompt leaves out the oldest
-    turns (but not the system turn), with one message; `history` keeps them.
+    `say` adds a turn; `history` holds the messages ({"role", "content"}) of the system
+    turn, if any, and the answered turns; `clear` forgets these. `settings` are those of
+    `generate`, by default with 256 new tokens; a `seed` is raised by one for each turn,
+    so a question asked twice has two answers. An interrupt ends the answer, not the
+    chat. A prompt that outgrows the model's positions leaves out the oldest turns.
     """
 
     def __init__(
@@ -45,17 +41,18 @@ class Chat:
         Sampling(**self._settings)  # raises for an invalid setting
         self._model, self._tokenizer = model, tokenizer
         self._encoder = ChatEncoder(read_tokenizer(tokenizer))
-        first: Message = {"role": "system", "content": system or ""}
-        self._beginning = [] if system is None else [first]
+        self._system = system
         self.clear()
 
     def clear(self) -> None:
         """Forget all turns but the system turn."""
-        self.history: list[Message] = [*self._beginning]
+        self.history: list[Message] = []
+        if self._system is not None:
+            self.history.append({"role": "system", "content": self._system})
         self._shortened = False
 
     def say(self, text: str) -> str:
-        """Say something; the answer is printed as it is generated, and returned.
+        """Print the answer as it is generated, and return it.
 
         Raises `ValueError` if `text` is empty, too long or not a string.
         """
@@ -70,9 +67,8 @@ class Chat:
         if settings.get("seed") is not None:
             settings["seed"] += len(self.history) // 2
         answer = ""
-        pieces = stream_ids(self._model, self._tokenizer, ids, **settings)
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
+            for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
                 answer += piece
                 print(piece, end="", flush=True)
         print()
@@ -81,7 +77,7 @@ class Chat:
         return Answer(answer)
 
     def _fit(self, messages: list[Message]) -> tuple[list[int], int]:
-        """Return the prompt's ids, and how many of the user's turns it leaves out."""
+        """Return the prompt's ids, and the number of turns that it leaves out."""
         positions = self._model.config.max_position_embeddings
         room = positions - self._settings["max_new_tokens"]
         turns = [n for n, one in enumerate(messages) if one["role"] == "user"]
@@ -132,7 +128,6 @@ class Chat:
         return widgets.VBox([transcript, widgets.HBox([line, button])])
 
     def _try(self, text: str) -> None:
-        """Say something; print why it is refused."""
         try:
             self.say(text)
         except ValueError as error:
@@ -155,10 +150,8 @@ def chat(
 
     `source`, `which` and `tokenizer` are those of `load`, or `source` is a pair of a
     model and its tokenizer; `system` is a system turn; `settings` those of `generate`.
-    Without a `text`, a terminal reads line by line and a cell shows a widget.
-
-    Raises what `load` and `Chat` raise, and `ValueError` without a `text` in a batch run
-    (papermill, nbconvert, a Kaggle commit) or without a terminal.
+    Without a `text`, a terminal reads line by line and a cell shows a widget. Raises
+    what `load` and `Chat` raise, and `ValueError` if nobody can write a `text`.
     """
     if isinstance(source, tuple):
         model, own = source
@@ -184,7 +177,6 @@ def chat(
 
 
 def _is_interactive(kernel: Any) -> bool:
-    """Return whether somebody can write."""
     session = current_session()
     if session.batch or kernel is None:
         return not session.batch and sys.stdin is not None and sys.stdin.isatty()

@@ -49,8 +49,13 @@ def compare(
     common = [n for n in offered[0] if all(n in one for one in offered)]
     charts.check_choices(x, y, [n for n in common if n != "expert_load"])
     stages = list(dict.fromkeys(history.stage for history in histories))
+    name = charts.Y_LABELS[y].partition(" (")[0]
+    title = f"{name} of {len(histories)} run{'s' * (len(histories) > 1)}"
+    subtitle = "with markers: validation · thin: training"
+    if len(stages) > 1:
+        subtitle += f" · stages {', '.join(stages)}: their values do not compare"
     height = 4.8 + 0.21 * len(histories)
-    figure, axes = charts.blank_chart(x, y, stages[0], height)
+    figure, axes = charts.blank_chart(x, y, stages[0], title, subtitle, height=height)
     handles = []
     for history, (color, marker) in zip(histories, STYLES, strict=False):
         weight = charts.choose_smoothing(history, smoothing)
@@ -61,12 +66,6 @@ def compare(
         handles += charts.draw_curve(axes, *points, **style)
     charts.scale(axes, histories, x, log_x, log_y)
     _add_legend(figure, handles, _name_runs([one.path.parent for one in histories]))
-    subtitle = "with markers: validation · thin: training"
-    if len(stages) > 1:
-        subtitle += f" · stages {', '.join(stages)}: their values do not compare"
-    runs = f"{len(histories)} run{'s' * (len(histories) > 1)}"
-    name = axes.get_ylabel().partition(" (")[0]
-    charts.write_titles(axes, f"{name} of {runs}", subtitle)
     return figure
 
 

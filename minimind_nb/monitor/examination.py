@@ -26,10 +26,9 @@ class Examination(Table):
         self.answers = answers
         models = list(dict.fromkeys(answer["model"] for answer in answers))
         kinds = [*dict.fromkeys(answer["kind"] for answer in answers), "all"]
-        rows = [
-            [kind, *(self._score(kind, model) for model in models)] for kind in kinds
-        ]
-        super().__init__("Held-out questions answered exactly", ["kind", *models], rows)
+        super().__init__("Held-out questions answered exactly", ["kind", *models], [])
+        for kind in kinds:
+            self.rows.append([kind, *(self._score(kind, model) for model in models)])
 
     def _score(self, kind: str, model: str) -> str:
         asked = [each for each in self.answers if each["model"] == model]
@@ -54,27 +53,24 @@ def examine(
     several = [source] if isinstance(source, str | os.PathLike) else source
     asked = held_out_questions(questions)
     answers = []
-    for model in dict.fromkeys(os.fspath(each) for each in several):
+    for name in dict.fromkeys(os.fspath(each) for each in several):
         chat = as_chat
         if chat is None:
-            chat = find_weights(model, which).stage != "pretrain"
-        loaded = load(model, which)
+            chat = find_weights(name, which).stage != "pretrain"
+        model, tokenizer = load(name, which)
         for start in range(0, len(asked), _BATCH):
             rows = asked[start : start + _BATCH]
-            for row, given in zip(rows, _ask(*loaded, rows, chat), strict=True):
+            prompts: list[Any] = [row["prompt"] for row in rows]
+            if chat:
+                prompts = [[{"role": "user", "content": r["question"]}] for r in rows]
+            texts = [row["answer"] for row in rows]
+            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            length = max(map(len, ids)) + _SPARE_TOKENS
+            outputs = generate(
+                model, tokenizer, prompts, max_new_tokens=length, temperature=0
+            )
+            for row, output in zip(rows, outputs, strict=True):
+                given = (output if chat else output.partition("\n")[0]).strip()
                 right = given == row["answer"]
-                answers.append(row | {"model": model, "given": given, "right": right})
+                answers.append(row | {"model": name, "given": given, "right": right})
     return Examination(answers)
-
-
-def _ask(
-    model: Any, tokenizer: Any, rows: list[dict[str, str]], chat: bool
-) -> list[str]:
-    texts = [row["answer"] for row in rows]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    prompts: list[Any] = [row["prompt"] for row in rows]
-    if chat:
-        prompts = [[{"role": "user", "content": row["question"]}] for row in rows]
-    longest = max(map(len, ids)) + _SPARE_TOKENS
-    given = generate(model, tokenizer, prompts, max_new_tokens=longest, temperature=0)
-    return [(text if chat else text.split("\n")[0]).strip() for text in given]

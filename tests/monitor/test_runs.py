@@ -70,7 +70,7 @@ def test_the_chart_is_written_whole(run):
 
 def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     weights = run.folder.parent / "pretrain_64.pth"
-    for file in (weights, weights.with_name("other.pth"), run.folder / "loss.png"):
+    for file in (weights, weights.with_name("other.pth")):
         file.touch()
     write_summary(run, "finished", weights)
     text = (run.folder / "summary.md").read_text()
@@ -105,7 +105,7 @@ def test_the_summary_of_a_stopped_run_without_rows(make_history, run):
     assert "Stopped: the session's time was used up, 20" in text
     assert "`mm.train(cfg)` resumes from the newest good checkpoint" in text
     assert "| optimizer steps | 0 of 100 |" in text
-    assert "![loss]" not in text and "none.pth" not in text
+    assert "none.pth" not in text
 
 
 def test_the_summary_of_preferences_has_no_perplexity(preferences):
