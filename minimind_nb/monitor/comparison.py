@@ -34,10 +34,9 @@ def compare(
     """Draw up to eight runs: `mm.compare("out/pretrain_512", "b/pretrain_512")`.
 
     Each source is what `History.load` takes; `x`, `y` and the rest are those of
-    `plot_history`, with a `y` that every run has. Markers are validation, thin lines
-    training. The legend names a run by its path, as far as the paths differ, and by the
-    settings that differ. Raises ValueError for no run, more than eight, or an invalid
-    choice, and what `History.load` raises.
+    `plot_history`, with a `y` that every run has. The legend names a run by its path
+    and settings, as far as they differ. Raises ValueError for no run, more than eight,
+    or an invalid choice, and what `History.load` raises.
     """
     if not 0 < len(sources) <= len(STYLES):
         raise ValueError(
@@ -79,10 +78,8 @@ def _add_legend(figure: Chart, handles: list[Any], names: list[str]) -> None:
 
 
 def _name_runs(folders: list[Path]) -> list[str]:
-    """Return for each run its path below their common folder, and its settings.
-
-    These are the ones that differ and were set explicitly in one of the runs.
-    """
+    """Return each run's path below their common folder, and the settings that differ,
+    of those that were set explicitly in one of the runs."""
     paths = [folder.resolve() for folder in folders]
     common = os.path.commonpath([path.parent for path in paths])
     files = [RunFolder(path) for path in paths]
@@ -98,6 +95,6 @@ def _name_runs(folders: list[Path]) -> list[str]:
     for path, one in zip(paths, settings, strict=True):
         known = [(n, one[n]) for n in listed if one.get(n) is not None]
         parts = [f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in known]
-        end = f": {', '.join(parts)}" if parts else ""
-        labels.append(f"{os.path.relpath(path, common)}{end}")
+        names = [os.path.relpath(path, common), ", ".join(parts)]
+        labels.append(": ".join(filter(None, names)))
     return labels

@@ -16,10 +16,9 @@ from .progress import outcome
 class Inspector:
     """The chart of a run with controls; `inspect` makes one.
 
-    Every change draws the picture again in the kernel, with the rows that a running
-    training has added. A saved notebook also holds the picture as it was when the cell
-    showed it. `controls` are the widgets by name (`smoothing`, `log_x`, `log_y`, `x`,
-    `y`), `image` is the PNG, and `panel` holds all.
+    Every change draws the picture again in the kernel, with new rows of a running
+    training. A saved notebook also holds the picture as the cell showed it. `controls`
+    are the widgets by name, `image` is the PNG, and `panel` holds all.
     """
 
     def __init__(self, history: History, y: str, x: str) -> None:
@@ -74,8 +73,7 @@ def inspect(
 ) -> Inspector:
     """Show a run's curve with smoothing, log axes and a choice of both axes.
 
-    `source` is what `History.load` takes: `mm.inspect("out/pretrain_512")`. `y` and `x`
-    are the first choices, of those that `plot_history` takes. Raises ValueError for
-    another choice, and what `History.load` raises.
+    `source` is what `History.load` takes: `mm.inspect("out/pretrain_512")`; `y` and `x`
+    are those of `plot_history`. Raises what these raise.
     """
     return Inspector(History.load(source), y, x)

@@ -29,8 +29,7 @@ SMALL = "opacity:.65;font-size:85%"
 class View:
     """Show nothing, and call a function with the history when it has new rows.
 
-    `update` comes before the workers and about twice a second; `finish` once, with the
-    run's status; `note` at any time, with a message.
+    `update` is called about twice a second, `finish` once, `note` with each message.
     """
 
     def __init__(self, callback: Callable[[History], object] | None = None) -> None:
@@ -116,11 +115,10 @@ class TerminalView(View):
 class CellView(View):
     """Show progress and curve as one output of a cell, at the end one static chart.
 
-    The output is a display that is updated in place: HTML while the run lasts, a PNG at
-    the end, without JavaScript or widgets, so it works under papermill. Updates do not
-    reach the log of a Kaggle batch run, so there a plain line a minute goes to the
-    stderr that the kernel was started with: `sys.stderr` is an output of the cell, but
-    its `fileno()` is that stream.
+    The output is a display that is updated in place, without JavaScript or widgets, so
+    it works under papermill. Updates do not reach the log of a Kaggle batch run, so
+    there a plain line a minute goes to the stderr that the kernel was started with:
+    `sys.stderr` is an output of the cell, but its `fileno()` is that stream.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -27,9 +27,8 @@ Row = dict[str, Any]
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Append rows to a metrics file, each handed to the system before `append` returns.
 
-    A half line left at the end by a killed writer is closed with a newline and never
-    rewritten. Rows that a full disk does not take wait in memory and go ahead of the
-    next one. Raises OSError if the file cannot be opened or written.
+    A half line of a killed writer is closed, never rewritten. Rows that a full disk does
+    not take wait in memory for the next. Raises OSError for a file that is not writable.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,11 +68,9 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 class History:
     """The rows of a metrics file, as they stand after every resume.
 
-    `rows` holds them in order, non-finite numbers as floats (except in "sample" rows,
-    whose strings are a model's answers). When a run resumes at step s, earlier rows of
-    a higher step are dropped, since the weights they describe were lost.
-    `damaged_lines` counts complete lines that are not metrics rows. `History(path)`
-    accepts a file that does not exist yet, `History.load` does not.
+    `rows` holds them in order, non-finite numbers as floats. When a run resumes at step
+    s, earlier rows of a higher step are dropped. `damaged_lines` counts complete lines
+    that are not metrics rows. `History(path)` accepts a file that does not exist yet.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -183,10 +180,10 @@ class History:
 
     def __repr__(self) -> str:
         step = self.rows[-1]["step"] if self.rows else 0
-        return (
-            f"History({str(self.path)!r}: {len(self.rows)} rows, step {step}, "
-            f"{self.damaged_lines} damaged lines)"
+        counts = (
+            f"{len(self.rows)} rows, step {step}, {self.damaged_lines} damaged lines"
         )
+        return f"History({str(self.path)!r}: {counts})"
 
 
 def flatten(row: Row) -> Iterator[tuple[str, Any]]:

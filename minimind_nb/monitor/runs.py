@@ -28,22 +28,16 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A training run on disk: `mm.Run("out/pretrain_512")`; `mm.train` returns one.
+    """A training run on disk, usable as its path: `mm.Run("out/pretrain_512")`.
 
-    It can be passed wherever a path can. Raises FileNotFoundError for a folder that is
-    not a run, listing the runs nearby.
+    Raises FileNotFoundError for a folder that is not a run, listing the runs nearby.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         files = RunFolder(Path(path).expanduser())
         begun = files.exists()  # there may be no row yet
         self._history = History(files.metrics_file) if begun else History.load(path)
-        self._files = RunFolder(self._history.path.parent)
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self._files.root
+        self.folder = self._history.path.parent
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -51,7 +45,7 @@ class Run:
     @property
     def status(self) -> str:
         """The status: "finished", "time_budget", "interrupted", "failed", …"""
-        return self._files.status()
+        return RunFolder(self.folder).status()
 
     @property
     def history(self) -> History:
@@ -62,7 +56,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The content of config.json; `config["settings"]` are TrainConfig's values."""
-        return self._files.read_config()
+        return RunFolder(self.folder).read_config()
 
     def plot(self, **choices: Any) -> Chart:
         """Return the chart of `plot_history`, with its choices (x, y, smoothing, …)."""
@@ -79,23 +73,20 @@ class Run:
 
         There are at most `most` rows at even distances, the first and last included.
         """
-        samples = self.history.select("sample")
+        name, samples = self.folder.name, self.history.select("sample")
         if not samples:
-            title = f"{self.folder.name} has no sampled answers; every validation makes"
-            return Table(f"{title} some unless sample_tokens=0", [], [])
+            title = f"{name} has no sampled answers; every validation makes some unless"
+            return Table(f"{title} sample_tokens=0", [], [])
         prompts = dict.fromkeys(row["prompt"] for row in samples)
         answers = {(row["step"], row["prompt"]): row["answer"] for row in samples}
         steps = sorted({row["step"] for row in samples})
         gaps = max(1, min(most, len(steps)) - 1)
         shown = [steps[round(n * (len(steps) - 1) / gaps)] for n in range(gaps + 1)]
-        return Table(
-            f"How the answers of {self.folder.name} change",
-            ["step", *prompts],
-            [
-                [f"{step:,}", *(answers.get((step, prompt), "") for prompt in prompts)]
-                for step in dict.fromkeys(shown)
-            ],
-        )
+        table = Table(f"How the answers of {name} change", ["step", *prompts], [])
+        for step in dict.fromkeys(shown):
+            given = (answers.get((step, prompt), "") for prompt in prompts)
+            table.rows.append([f"{step:,}", *given])
+        return table
 
     def __repr__(self) -> str:
         return f"Run({os.fspath(self)!r}): {outcome(self.history, self.status)}"
@@ -152,15 +143,12 @@ def _measure(folder: Path) -> tuple[float, int]:
 
 
 def save_chart(run: Run) -> None:
-    """Write the run's chart as loss.png, replacing it at once."""
+    """Write the run's chart as loss.png."""
     verified.write_bytes(run.folder / "loss.png", run.plot().png())
 
 
 def write_summary(run: Run, status: str, weights_file: Path) -> None:
-    """Write summary.md, replacing it at once.
-
-    `weights_file` is the run's `.pth` beside the folder.
-    """
+    """Write summary.md; `weights_file` is the run's `.pth` beside the folder."""
     folder, config = run.folder, run.config
     path = shorten_home(str(folder))
     settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
@@ -215,11 +203,11 @@ def result_facts(history: History) -> dict[str, str]:
         best = min(history.select("eval"), key=lambda row: row["loss"])
         facts["validation loss"] = loss_text(last)
         facts["lowest validation loss"] = f"{best['loss']:.3f} at step {best['step']:,}"
-        for field, name in (
-            ("bits_per_byte", "bits per byte (validation)"),
-            ("kl", "KL divergence, estimated (nats per answer token)"),
-        ):
-            facts |= {name: f"{last[field]:.3f}"} if field in last else {}
+        if "bits_per_byte" in last:
+            facts["bits per byte (validation)"] = f"{last['bits_per_byte']:.3f}"
+        if "kl" in last:
+            name = "KL divergence, estimated (nats per answer token)"
+            facts[name] = f"{last['kl']:.3f}"
     resumes = [row for row in history.select("event") if row["event"] == "resume"]
     if resumes:
         facts["resumed at step"] = ", ".join(f"{row['step']:,}" for row in resumes)
@@ -230,8 +218,6 @@ def result_facts(history: History) -> dict[str, str]:
 
 def _markdown(facts: Mapping[str, str]) -> str:
     """Return a table; in Markdown a bar ends a cell, and a new line the row."""
-    lines = ["| | |", "| --- | --- |"]
-    for name, text in facts.items():
-        cell = " ".join(text.split()).replace("|", "\\|")
-        lines.append(f"| {name} | {cell} |")
-    return "\n".join(lines)
+    cells = {n: " ".join(t.split()).replace("|", "\\|") for n, t in facts.items()}
+    rows = [f"| {name} | {cell} |" for name, cell in cells.items()]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
