@@ -108,15 +108,11 @@ def put_weights(
         ) from None
 
 
-def infer_shape(
-    tensors: Tensors,
-    source: str,
-    *,
-    num_attention_heads: int = 8,
-    head_dim: int = 0,
-    **_: Any,
-) -> dict[str, Any]:
-    """Return the configuration that names, shapes, and one of both about heads, give."""
+def infer_shape(tensors: Tensors, source: str, **known: Any) -> dict[str, Any]:
+    """Return the configuration that names and shapes give.
+
+    `known` is `head_dim` or `num_attention_heads`, by default 8; the rest is not used.
+    """
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     qk_norm = f"{attention}.q_norm.weight" in tensors
     use_moe = f"{mlp}.gate.weight" in tensors
@@ -126,14 +122,15 @@ def infer_shape(
         keys = len(tensors[f"{attention}.k_proj.weight"])
         expert = f"{mlp}.experts.0" if use_moe else mlp
         inner = len(tensors[f"{expert}.gate_proj.weight"])
+        heads = known.get("num_attention_heads", 8)
+        head_dim = known.get("head_dim") or queries // heads
         if qk_norm:
             head_dim = len(tensors[f"{attention}.q_norm.weight"])
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"{source} holds no MiniMind state dict ({error!r}) but {[*tensors][:3]}"
         ) from None
-    head_dim = head_dim or max(1, queries // num_attention_heads)
-    if queries % head_dim or keys % head_dim:
+    if not head_dim or queries % head_dim or keys % head_dim:
         raise ValueError(
             f"q_proj and k_proj in {source} have {queries} and {keys} rows, not a multiple "
             f"of the head width {head_dim}: set num_attention_heads or head_dim"
