@@ -75,9 +75,8 @@ def generate(
     for `max_new_tokens`.
     """
     one = isinstance(prompts, str | Mapping)
+    one = one or isinstance(next(iter(prompts), None), Mapping)
     batch: list[Any] = [prompts] if one else list(prompts)
-    if not one and batch and isinstance(batch[0], Mapping):
-        one, batch = True, [batch]
     if not batch:
         return []
     rows = _encode(model, tokenizer, batch, Sampling(**settings))
