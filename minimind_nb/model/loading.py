@@ -24,7 +24,7 @@ from .state_dict import infer_shape, put_weights, read_pth, read_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")
+_WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # the latter by MiniMind's converter
 
 
 def load(
