@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from types import FrameType
 
 STOP_REASONS = ("terminated", "interrupted", "time_budget")  # the most urgent first
@@ -12,19 +14,22 @@ SIGNALS: dict[int, str] = {
     signal.SIGINT: "interrupted",
     signal.SIGHUP: "terminated",  # the terminal was closed
 }
+# Ctrl-C, or a notebook's stop button, is often pressed twice, which must lose no save.
+SAME_WISH_SECONDS = 2.0
 
 
 class StopRequest:
     """A request to stop, set by a signal or by the session's clock, read between steps.
 
     Handlers only set a flag: an exception could interrupt any line, and a collective in
-    a handler could wait forever. `interrupts` counts SIGINT, whose repetition means to
-    kill; others may well come twice (`timeout` also signals the process group).
+    a handler could wait forever. `kill` is set by a SIGINT more than `SAME_WISH_SECONDS`
+    after the first; others may well come twice (`timeout` also signals the group).
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.interrupts = 0
+        self.kill = False
+        self._first_interrupt = math.inf
         self._before = {}
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread gets signals
@@ -44,7 +49,10 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or SIGNALS[number]
-        self.interrupts += number == signal.SIGINT
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._first_interrupt = min(self._first_interrupt, now)
+            self.kill = now - self._first_interrupt > SAME_WISH_SECONDS
 
 
 def agreed_stop_reason(sums: list[float]) -> str | None:

@@ -106,7 +106,7 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
     """Run a job to its end and return how it ended, calling `on_poll` twice a second.
 
     An interrupt, SIGTERM or SIGHUP is passed on as soon as the ranks listen, and they
-    stop at the end of a step; a second interrupt kills them and raises
+    stop at the end of a step; a later interrupt kills them and raises
     `KeyboardInterrupt`. Raises `TrainingFailed` if a rank failed, died or hung.
     """
     for rank in range(job.num_processes):
@@ -123,7 +123,7 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.join()
                 process.close()
             stop.restore()
-    if stop.interrupts > 1:
+    if stop.kill:
         raise KeyboardInterrupt
     return collect_outcome(job.folder, exits, less_memory=job.less_memory)
 
@@ -173,8 +173,8 @@ def _watch(
             listening = [p for p, r in zip(processes, records, strict=True) if r.time]
             interrupted = stop.reason == "interrupted"
             _send(signal.SIGINT if interrupted else signal.SIGTERM, listening)
-        if stop.interrupts > 1:
-            give_up_at, reason = 0.0, "a second interrupt"
+        if stop.kill:
+            give_up_at, reason = 0.0, "a later interrupt"
         elif give_up_at == math.inf and is_decided(records, exits):
             give_up_at = time.monotonic() + GRACE_SECONDS
         elif give_up_at == math.inf and (reason := hang_watch.check(records)):

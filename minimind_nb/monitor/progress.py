@@ -17,7 +17,7 @@ STATUS_WORDS = {
     "interrupted": "stopped: interrupted",
     "terminated": "stopped: terminated",
     "failed": "failed",
-    "killed": "ended from outside",
+    "killed": "killed",
     "new": "not started",
 }
 
@@ -83,6 +83,11 @@ def outcome(history: History, status: str = "") -> str:
         parts.append(f"validation {loss_text(validation)}")
     if train:
         parts += [f"{train['tokens']:,} text tokens", duration(train["seconds"])]
+    if status == "killed":
+        saves = [row for row in history.rows if row.get("event") == "save"]
+        parts.append(
+            f"last save at step {saves[-1]['step']:,}" if saves else "not saved"
+        )
     return " · ".join(parts)
 
 

@@ -58,7 +58,7 @@ def train(
     `out_dir` is resumed; a finished one is returned as it is. `view` is None for a live
     view in the cell or the terminal, False for none, or a function that gets each
     `History` update. An interrupt saves and returns with `run.status == "interrupted"`;
-    a second one kills at once and raises `KeyboardInterrupt`.
+    one more than 2 s later kills at once and raises `KeyboardInterrupt`.
 
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
     before anything is started, and `TrainingFailed` if the run failed, with the
@@ -126,7 +126,7 @@ def _run(
     try:
         status = _launch("run", plan, show, session, lock)
     except KeyboardInterrupt:
-        status = "interrupted"
+        status = "killed"
         raise
     finally:
         show()

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from minimind_nb.launch import cancellation
 from minimind_nb.launch.cancellation import (
     STOP_REASONS,
     StopRequest,
@@ -47,3 +48,16 @@ def test_a_stop_request_restores_the_handlers() -> None:
     stop.restore()
     after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert after == before
+
+
+def test_only_an_interrupt_that_comes_later_means_to_kill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C is pressed twice out of habit."""
+    stop, kills = StopRequest(), []
+    for now in (100.0, 100.3, 102.0, 102.1):
+        monkeypatch.setattr(cancellation.time, "monotonic", lambda now=now: now)
+        os.kill(os.getpid(), signal.SIGINT)
+        kills.append(stop.kill)
+    stop.restore()
+    assert (stop.reason, kills) == ("interrupted", [False, False, False, True])

@@ -257,7 +257,7 @@ def test_the_lock_is_free_when_the_last_rank_has_left(tmp_path: Path) -> None:
     assert not job.folder.is_locked()
 
 
-def test_a_second_interrupt_kills_a_rank_that_hangs(tmp_path: Path) -> None:
+def test_a_later_interrupt_kills_a_rank_that_hangs(tmp_path: Path) -> None:
     def interrupt() -> None:
         record = RankRecord.read(tmp_path / "rank0.json")
         if record and record.step == 4:

@@ -1,5 +1,6 @@
 import math
 
+from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.monitor.progress import (
     duration,
     loss_text,
@@ -48,6 +49,17 @@ def test_the_last_line(make_history):
         "stopped: the session's time was used up · step 1 of 1 · loss 2.000 · "
         "validation 3.000 (perplexity 20.09) · 4,000 text tokens · 0:00:02"
     )
+
+
+def test_the_last_line_of_a_run_that_was_killed_says_what_is_saved(make_history):
+    history = make_history([2.0], total=3)
+    assert outcome(history, "killed").endswith(" · 0:00:02 · not saved")
+    with MetricsLog(history.path) as log:
+        log.append("event", event="save", step=1)
+        log.append("event", event="save_failed", step=2, error="the disk is full")
+    history.refresh()
+    assert outcome(history, "killed").startswith("killed · step 2 of 3 · loss")
+    assert outcome(history, "killed").endswith(" · last save at step 1")
 
 
 def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):
