@@ -72,15 +72,14 @@ class Job:
 
     `target` names a function, "package.module:function", that takes (info, folder,
     store, record, stop) and returns the status. `environment` is set before it is
-    imported. Under torchrun every machine must see `paths`. `less_memory` says what to
-    do if memory runs out. The ranks inherit the descriptor `lock` of the folder's lock.
+    imported. `less_memory` says what to do if memory runs out. The ranks inherit the
+    descriptor `lock` of the folder's lock.
     """
 
     target: str
     folder: RunFolder
     num_processes: int
     environment: Mapping[str, str] = field(default_factory=dict)
-    paths: Sequence[str] = ()
     hang_timeout: float = math.inf
     less_memory: str = ""
     lock: int | None = None

@@ -6,17 +6,13 @@ Rank 0 prepares, and passes the job to the others through torchrun's own store.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import json
 import os
-import secrets
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -30,8 +26,6 @@ from .outcome import ENDINGS, Exit, RankRecord, collect_outcome
 from .spawn import IMPORT_SECONDS, POLL_SECONDS, Job, RankInfo
 
 PREPARATION_SECONDS = 7200.0
-# A network file system may remember for that long that a file is missing.
-SIGHT_SECONDS = 60.0
 LEAVE_SECONDS = 10.0
 # torchrun reports the process that fails first as the root cause: rank 0, if it raises.
 _HEAD_START_SECONDS = 1.0
@@ -67,15 +61,11 @@ class TorchrunSession:
     def launch(self, job: Job, on_poll: Callable[[], None]) -> str:
         """On rank 0: run a job on all ranks and return how it ended.
 
-        Calls `on_poll` twice a second, from a thread. Raises `TrainingFailed` if a rank
-        failed, `FileNotFoundError` if a machine does not see the files.
+        Calls `on_poll` twice a second, from a thread. Raises `TrainingFailed`.
         """
         for rank in range(self.info.world_size):
             job.folder.record_file(rank).unlink(missing_ok=True)
-        probe = job.folder.root / f".torchrun_{secrets.token_hex(8)}"
-        probe.touch()
-        paths = [str(probe.absolute()), *job.paths]
-        self._send(job=[job.target, str(job.folder.root), paths])
+        self._send(job=[job.target, str(job.folder.root)])
         over = threading.Event()
 
         def poll() -> None:
@@ -85,11 +75,10 @@ class TorchrunSession:
         view = threading.Thread(target=poll, name="view", daemon=True)
         view.start()
         try:
-            return self._work(dataclasses.replace(job, paths=paths))
+            return self._work(job)
         finally:
             over.set()
             view.join()
-            probe.unlink(missing_ok=True)
 
     def _lead(self, lead: Callable[[], Any]) -> Any:
         try:
@@ -106,9 +95,8 @@ class TorchrunSession:
         """Run the job that rank 0 launches, if any, and return what rank 0 does."""
         try:
             while job := (message := self._receive()).get("job"):
-                target, folder, paths = job
-                size = self.info.world_size
-                self._work(Job(target, RunFolder(folder), size, paths=paths))
+                target, folder = job
+                self._work(Job(target, RunFolder(folder), self.info.world_size))
         finally:
             self._store.set(f"left/{self.info.rank}", "")
         if "error" in message:  # rank 0 raises as soon as all have left
@@ -119,13 +107,13 @@ class TorchrunSession:
     def _work(self, job: Job) -> str:
         """Run this rank's part of a job; return how it ended, on rank 0 for all."""
         info = self.info
-        if info.local_world_size < info.world_size:
-            self._check_files(job.paths)
         self._stop = StopRequest()
         record = RankRecord(job.folder.record_file(info.rank), info.rank)
         try:
             job.run(info, PrefixStore("group", self._store), record, self._stop)
-        except BaseException:  # the error is in the record
+        except BaseException:
+            if not record.file.exists():  # this machine does not see the run folder
+                raise
             # A closed connection makes the others fail at once; NCCL's could wait.
             if dist.is_initialized() and dist.get_backend() == "gloo":
                 dist.destroy_process_group()
@@ -136,24 +124,6 @@ class TorchrunSession:
             self._wait_for_all("done")
         silent = Exit(None, time.time(), "it did not say how it ended")
         return collect_outcome(job.folder, [silent] * info.world_size)
-
-    def _check_files(self, paths: Sequence[str]) -> None:
-        """Raise `FileNotFoundError` on every rank if some rank does not see a file."""
-        rank, end = self.info.rank, time.monotonic() + SIGHT_SECONDS
-        while missing := [path for path in paths if not Path(path).exists()]:
-            if time.monotonic() > end:
-                break
-            time.sleep(_PAUSE_SECONDS)
-        found = ""
-        if missing:
-            found = f"rank {rank} on {socket.gethostname()} does not see {missing[0]}"
-        self._store.set(f"sight/{rank}", found)
-        for rank in range(self.info.world_size):
-            if found := self._get(f"sight/{rank}", IMPORT_SECONDS):
-                raise FileNotFoundError(
-                    f"{found} as rank 0 does: out_dir, and what init_from and resume "
-                    "name, must be in a folder that all machines share"
-                )
 
     def _send(self, **message: Any) -> None:
         self._store.set(f"messages/{self._messages}", json.dumps(message))

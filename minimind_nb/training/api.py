@@ -203,13 +203,11 @@ def _launch(
     """Start the workers, again in another environment if they do not connect."""
     cfg = plan.cfg
     threads = str(choose_threads(cfg.num_processes, count_cores()))
-    caches = [cache.folder for cache in plan.corpus.caches]
     job = Job(
         target=f"minimind_nb.training.worker:{target}",
         folder=plan.folder,
         num_processes=cfg.num_processes,
         environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        paths=[str(path) for path in (*caches, plan.initial) if path],
         hang_timeout=cfg.hang_timeout_seconds,
         less_memory=smaller_batch(cfg),
         lock=lock,

@@ -105,22 +105,18 @@ def test_a_rank_that_receives_nothing_gives_up(monkeypatch: pytest.MonkeyPatch) 
         session.run(lambda: None)
 
 
-def test_a_machine_that_does_not_see_the_files_is_named_by_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_machine_that_does_not_see_the_run_folder_names_the_missing_file(
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(torchrun, "SIGHT_SECONDS", 0.2)
     store = HashStore()
-    raised = {}
+    sessions = [TorchrunSession(RankInfo(rank, 2, 0, 1), store) for rank in range(2)]
+    job = Job("minimind_nb.training.worker:run", RunFolder(tmp_path / "run"), 2)
+    raised: list[Any] = [None, None]
 
-    def work(rank: int) -> None:
-        """Rank 1's machine has other files under the same name."""
-        paths = [str(tmp_path), *([str(tmp_path / "cache")] if rank else [])]
-        job = Job("no.module:run", RunFolder(tmp_path), 2, paths=paths)
+    def run(rank: int) -> None:
         with pytest.raises(FileNotFoundError) as error:
-            TorchrunSession(RankInfo(rank, 2, 0, 1), store)._work(job)
-        raised[rank] = str(error.value)
+            sessions[rank].run(lambda: sessions[0].launch(job, lambda: None))
+        raised[rank] = error.value.filename
 
-    together(work, 2)
-    assert raised[0] == raised[1]
-    assert raised[0].startswith("rank 1 on ")
-    assert f"does not see {tmp_path / 'cache'} as rank 0 does: out_dir" in raised[0]
+    together(run, 2)
+    assert raised == [str(job.folder.plan_file)] * 2
