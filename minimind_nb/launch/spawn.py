@@ -21,13 +21,8 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-from ..lifetime import (
-    die_with_parent,
-    identify_process,
-    is_alive,
-    without_main_script,
-)
-from ..storage.run_folder import RunFolder, RunLocked
+from ..lifetime import die_with_parent, is_alive, without_main_script
+from ..storage.run_folder import RunFolder
 from .cancellation import SIGNALS, StopRequest
 from .outcome import SESSION, Exit, RankRecord, collect_outcome, read_records
 
@@ -255,25 +250,16 @@ def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) ->
 
 
 def end_orphans(folder: RunFolder) -> list[int]:
-    """End the ranks of an earlier run here whose parent has died; return their pids.
-
-    Raises `RunLocked` if a rank is running whose parent lives: somebody deleted the
-    lock file.
-    """
-    orphans: list[RankRecord] = []
-    siblings_parent = identify_process(os.getppid())  # under torchrun
-    for file in folder.root.glob("rank*.json"):
-        record = RankRecord.read(file)
-        if not record or record.pid == os.getpid() or not is_alive(record.process):
-            continue
-        if record.parent and not is_alive(record.parent):
-            orphans.append(record)
-        elif record.status == "running" and record.parent != siblings_parent:
-            raise RunLocked(
-                f"{folder.root} is in use by pid {record.pid}, rank {record.rank} of a "
-                "running run, whose lock file was deleted. Wait for that run, stop it, "
-                "or take another run_name."
-            )
+    """End the ranks of an earlier run here whose parent has died; return their pids."""
+    found = filter(None, map(RankRecord.read, folder.root.glob("rank*.json")))
+    orphans = [
+        record
+        for record in found
+        if record.pid != os.getpid()
+        and is_alive(record.process)
+        and record.parent
+        and not is_alive(record.parent)
+    ]
     for record in orphans:
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.pid, signal.SIGKILL)
