@@ -28,6 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.signal = 0  # the first one
         self.kill = False
         self._first_interrupt = math.inf
         self._before = {}
@@ -39,7 +40,6 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Restore the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -48,6 +48,7 @@ class StopRequest:
         return [float(reason == self.reason) for reason in STOP_REASONS]
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = self.signal or number
         self.reason = self.reason or SIGNALS[number]
         if number == signal.SIGINT:
             now = time.monotonic()

@@ -117,8 +117,6 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.join()
                 process.close()
             stop.restore()
-    if stop.kill:
-        raise KeyboardInterrupt
     return collect_outcome(job.folder, exits, less_memory=job.less_memory)
 
 
@@ -150,7 +148,10 @@ def _watch(
     stop: StopRequest,
     on_poll: Callable[[], None],
 ) -> list[Exit]:
-    """Wait until all processes have left; end the rest if one failed or hung."""
+    """Wait until all processes have left; end the rest if one failed or hung.
+
+    Raises `KeyboardInterrupt` if a later interrupt means to kill them.
+    """
     exits: dict[int, Exit] = {}
     hang_watch = HangWatch(job.hang_timeout)
     give_up_at = math.inf
@@ -163,13 +164,12 @@ def _watch(
                 exits[rank] = Exit(process.exitcode, time.time(), reason)
         on_poll()
         records = read_records(job.folder, len(processes))
-        if stop.reason:
+        if stop.signal:
             listening = [p for p, r in zip(processes, records, strict=True) if r.time]
-            interrupted = stop.reason == "interrupted"
-            _send(signal.SIGINT if interrupted else signal.SIGTERM, listening)
+            _send(stop.signal, listening)
         if stop.kill:
-            give_up_at, reason = 0.0, "a later interrupt"
-        elif give_up_at == math.inf and is_decided(records, exits):
+            raise KeyboardInterrupt
+        if give_up_at == math.inf and is_decided(records, exits):
             give_up_at = time.monotonic() + GRACE_SECONDS
         elif give_up_at == math.inf and (reason := hang_watch.check(records)):
             give_up_at = time.monotonic() + STACK_SECONDS
@@ -230,7 +230,6 @@ class HangWatch:
 
 def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) -> None:
     """Set up a worker process, in which signals are still blocked, and run its part."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent sends SIGTERM instead
     die_with_parent(parent_pid)
     if os.getppid() != parent_pid:
         return
