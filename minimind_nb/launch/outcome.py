@@ -48,14 +48,11 @@ class TrainingFailed(RuntimeError):
     "meeting" (the ranks' first all-reduce) or "training".
     """
 
-    def __init__(self, text: str, rank: int, phase: str) -> None:
+    # Defaults, because an exception is unpickled with its text alone, then its fields.
+    def __init__(self, text: str, rank: int = 0, phase: str = "") -> None:
         super().__init__(text)
         self.rank = rank
         self.phase = phase
-
-    def __reduce__(self) -> tuple[type[TrainingFailed], tuple[str, int, str]]:
-        """Exceptions are pickled with `args`, which hold the text alone."""
-        return type(self), (str(self), self.rank, self.phase)
 
 
 @dataclass
@@ -190,9 +187,8 @@ def _root_cause(records: list[RankRecord], exits: list[Exit], stacks: list[str])
 
 
 def _first_line(record: RankRecord, end: Exit) -> str:
-    rank, where = f"rank {record.rank}", "before its first step"
-    if record.step:
-        where = f"at step {record.step} of {record.total_steps}"
+    rank, at = f"rank {record.rank}", f"at step {record.step} of {record.total_steps}"
+    where = at if record.step else "before its first step"
     if record.status == "failed":
         return f"{rank} failed {where}: {record.error}"
     if end.reason:

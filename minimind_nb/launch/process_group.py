@@ -39,12 +39,10 @@ class Group:
 
     def meet(self, device: torch.device) -> None:
         """Raise `RuntimeError` unless the ranks sum ones to their number."""
-        ones = torch.ones(1, device=device)
-        self.sum(ones)
+        self.sum(ones := torch.ones(1, device=device))
         if int(ones) != self.size:
             raise RuntimeError(f"{self.size} ranks summed ones to {int(ones)}")
 
     def close(self) -> None:
-        """Leave the group."""
         if self.size > 1:
             dist.destroy_process_group()

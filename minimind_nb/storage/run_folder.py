@@ -70,13 +70,7 @@ class RunFolder:
         root = self.root.resolve()
         return root.with_name(f".{root.name}.lock")
 
-    @property
-    def reference_weights(self) -> Path | None:
-        """The initial weights that a preference run keeps, or None."""
-        return next(self.root.glob("reference.*"), None)
-
     def log_file(self, rank: int) -> Path:
-        """Return the file for all output of a rank."""
         return self.root / f"rank{rank}.log"
 
     def record_file(self, rank: int) -> Path:
@@ -158,7 +152,6 @@ class RunFolder:
         return False
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Return the folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step_{step:08d}"
 
     def checkpoint_folders(self) -> list[Path]:
@@ -225,12 +218,8 @@ class RunFolder:
                 logger.warning("Checkpoint %s could not be removed: %s", folder, error)
 
     def is_aside(self) -> bool:
-        """Return whether `move_aside`, or an unfinished copy, gave it its name."""
+        """Return whether `rename_aside`, or an unfinished copy, gave it its name."""
         return re.search(r"\.old\d+$|^\.", self.root.name) is not None
-
-    def move_aside(self) -> Path:
-        """Rename the run folder to `{name}.old{n}`; nothing is deleted."""
-        return verified.rename_aside(self.root, "old", 1)
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:
@@ -242,9 +231,8 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 
 def _manifest_loss(folder: Path) -> float:
     """Return the validation loss of a checkpoint, infinite if it has none."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         manifest = json.loads((folder / verified.MANIFEST).read_bytes())
         loss = float(manifest["facts"]["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
-    return loss if math.isfinite(loss) else math.inf
+        return loss if math.isfinite(loss) else math.inf
+    return math.inf

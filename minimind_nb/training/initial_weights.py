@@ -99,8 +99,8 @@ def keep_reference(plan: RunPlan) -> None:
     digest, began_from = plan.config["hashes"]["initial"], plan.config["began_from"]
     if plan.cfg.stage != "dpo" or not digest:
         return
-    places = (plan.folder.reference_weights, plan.initial, began_from)
-    for place in filter(None, places):
+    kept = plan.folder.root.glob("reference.*")
+    for place in filter(None, (*kept, plan.initial, began_from)):
         with contextlib.suppress(OSError, ValueError):
             file = find_weights(place).file if isinstance(place, str) else place
             if hash_file(file) == digest:

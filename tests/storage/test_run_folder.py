@@ -276,7 +276,7 @@ def test_moving_aside_keeps_every_earlier_run(run):
     names = []
     for number in range(3):
         run.write_config({"number": number})
-        names.append(run.move_aside().name)
+        names.append(verified.rename_aside(run.root, "old", 1).name)
     assert names == ["pretrain_32.old1", "pretrain_32.old2", "pretrain_32.old3"]
     assert not run.root.exists()
     kept = [RunFolder(run.root.with_name(name)).read_config() for name in names]
