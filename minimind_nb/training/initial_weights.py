@@ -29,7 +29,7 @@ from .run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
 _RUNS = "*/config.json"
-_FIXED = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]
+FIXED_SHAPE = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]
 # Not recorded by the names and shapes in a .pth.
 _NOT_IN_PTH = (
     "num_attention_heads head_dim num_experts_per_tok rope_theta rms_norm_eps "
@@ -120,7 +120,7 @@ def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
     """Return the settings of the shape that the weights must have."""
     explicit = {k: v for k, v in cfg.shape().items() if v is not None}
     asked = PRESETS.get(cfg.preset or "", {}) | explicit
-    return {name: asked[name] for name in _FIXED if name in asked}
+    return {name: asked[name] for name in FIXED_SHAPE if name in asked}
 
 
 def _newest_before(cfg: TrainConfig) -> Path:
@@ -128,7 +128,7 @@ def _newest_before(cfg: TrainConfig) -> Path:
     stage, out_dir = STAGE_BEFORE[cfg.stage], Path(cfg.out_dir)
     fits = find_runs(cfg, stage)
     fits = [run for run in fits if run.status() == "finished"] or fits
-    shapes = {tuple(run.settings().get(name) for name in _FIXED) for run in fits}
+    shapes = {tuple(run.settings().get(name) for name in FIXED_SHAPE) for run in fits}
     if len(shapes) == 1:
         newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)
         if (status := newest.status()) != "finished":

@@ -114,8 +114,8 @@ def record_skipped_step(trainer: Trainer, lines: list[int], loss: float) -> None
     """
     cfg, progress = trainer.cfg, trainer.progress
     fp16, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()
-    found = {"loss": loss, "loss_scale": scale, "lines": lines}
-    trainer.log("event", event="skipped_step", **found)
+    row = {"event": "skipped_step", "loss": loss, "loss_scale": scale, "lines": lines}
+    trainer.log("event", **row)
     in_a_row, most = progress.skipped_in_a_row, cfg.max_skipped_steps
     searching_scale = fp16 and math.isfinite(loss)
     if progress.step == trainer.plan.total_steps and not searching_scale:
@@ -136,12 +136,11 @@ def validate(trainer: Trainer) -> None:
     started, progress = time.monotonic(), trainer.progress
     if trainer.validation is not None:
         scores = trainer.evaluate(trainer.validation)
-        progress.val_loss = scores["loss"]
+        progress.val_loss = loss = scores["loss"]
         trainer.log("eval", **scores)
-        at_end = progress.step == trainer.plan.total_steps
-        if at_end and not math.isfinite(scores["loss"]):
+        if progress.step == trainer.plan.total_steps and not math.isfinite(loss):
             raise FloatingPointError(
-                f"the final validation loss is {scores['loss']}: lower "
+                f"the final validation loss is {loss}: lower "
                 f"learning_rate={trainer.cfg.learning_rate:g}"
             )
     try:

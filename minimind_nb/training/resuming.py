@@ -12,9 +12,7 @@ from ..config import (
     CHANGEABLE_ON_RESUME,
     PRESETS,
     RECIPES,
-    SHAPE_FIELDS,
     STAGES,
-    TRAINING_SHAPE_FIELDS,
     ResolvedConfig,
     TrainConfig,
     resolve_batch,
@@ -26,6 +24,7 @@ from ..monitor.metrics import History
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
 from .checkpoint import read_state
+from .initial_weights import FIXED_SHAPE
 
 logger = logging.getLogger(__name__)
 # Copied with a run, in addition to two checkpoints.
@@ -232,20 +231,16 @@ def _split_batch(values: Mapping[str, Any], asked: Collection[str]) -> dict[str,
 
 
 def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeError:
-    options = [
-        'run_name="…"            a new run beside it',
-        "resume=False            a new run in its place; the old folder is kept under "
-        "another name",
-    ]
-    if {*SHAPE_FIELDS}.difference(TRAINING_SHAPE_FIELDS).isdisjoint(differences):
-        quoted = ", ".join(f'"{name}"' for name in differences)
-        options.append(f"allow_change=[{quoted}]  resume with the new values")
-    return RuntimeError(
+    text = (
         f"{folder.root} holds a run with other settings:\n  "
         + "\n  ".join(differences.values())
-        + "\nOptions:\n  "
-        + "\n  ".join(options)
+        + '\nOptions:\n  run_name="…"            a new run beside it\n  resume=False            '
+        "a new run in its place; the old folder is kept under another name"
     )
+    if differences.keys().isdisjoint(FIXED_SHAPE):
+        quoted = ", ".join(f'"{name}"' for name in differences)
+        text += f"\n  allow_change=[{quoted}]  resume with the new values"
+    return RuntimeError(text)
 
 
 def copy_run(checkpoint: Checkpoint, folder: RunFolder) -> Checkpoint:
