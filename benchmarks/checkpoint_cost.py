@@ -21,7 +21,7 @@ from minimind_nb.model.state_dict import write_pth
 from minimind_nb.storage import verified
 from minimind_nb.training.checkpoint import save_checkpoint
 from minimind_nb.training.loop import train_step
-from minimind_nb.training.preparation import prepare, settle
+from minimind_nb.training.preparation import draft, prepare
 from minimind_nb.training.trainer import Trainer
 
 TIMES = 3
@@ -44,7 +44,7 @@ def main() -> None:
 def measure(preset: str, device: str, out_dir: str) -> str:
     """One row of the table."""
     common: dict[str, Any] = {"data_path": "demo", "out_dir": out_dir, "device": device}
-    default, _, _ = settle(TrainConfig(**common, preset=preset))
+    default = draft(TrainConfig(**common, preset=preset)).cfg
     one: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 1, "num_processes": 1}
     cfg = TrainConfig(**common, **one, preset=preset, max_steps=50, sample_tokens=0)
     with prepare(cfg) as (plan, _):

@@ -15,8 +15,8 @@ from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.tables import Facts
 from .storage.run_folder import RunFolder
-from .training.preparation import draft, settle
-from .training.run_plan import RunPlan, describe_truncated, open_corpus
+from .training.preparation import draft
+from .training.run_plan import RunPlan, describe_truncated
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
@@ -142,9 +142,9 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
     shown. A document that is cut continues in another row. In the chat stages, tokens
     that count in the loss are between ⟦ and ⟧; the chosen answer of a pair comes first.
     """
-    resolved, tokenizer, _ = settle(cfg)
-    corpus = open_corpus(resolved, tokenizer)
-    stream = corpus.training_stream(resolved, tokenizer.pad_id)
+    drafted = draft(cfg)
+    resolved, tokenizer = drafted.cfg, drafted.tokenizer
+    stream = drafted.corpus.training_stream(resolved, tokenizer.pad_id)
     decode = load_tokenizer(tokenizer).decode
 
     def text(ids: np.ndarray, loss_mask: np.ndarray) -> str:

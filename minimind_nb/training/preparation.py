@@ -121,18 +121,6 @@ def _draft(
     )
 
 
-def settle(
-    cfg: TrainConfig, hardware: Hardware | None = None
-) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
-    """Return the resolved settings, the tokenizer and the initial weights of a run.
-
-    Reads what `train` reads before it tokenises, and changes nothing.
-    """
-    folder, initial = locate_run(cfg)
-    machine = machine_defaults(cfg, hardware)
-    return _resolve(cfg, machine, initial, find_checkpoint(folder, cfg))
-
-
 def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     """Return the folder of the run that the settings mean, new or not.
 
@@ -179,7 +167,7 @@ def _resolve(
     initial: FoundWeights | None,
     checkpoint: Checkpoint | None,
 ) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
-    """Return what `settle` returns; with a checkpoint a run needs no initial weights."""
+    """Return the settings, tokenizer and initial weights, if it needs them, of a run."""
     if checkpoint:
         run = checkpoint.run
         resolved = reconcile_with_existing_run(run, cfg, machine)

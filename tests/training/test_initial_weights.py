@@ -27,7 +27,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import find_weights, load
 from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training.preparation import settle
+from minimind_nb.training.preparation import draft
 from minimind_nb.training.run_plan import RunPlan
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -114,10 +114,9 @@ def begin(settings: Settings) -> tuple[RunPlan, list[str]]:
 
 def source_of(settings: Settings) -> Path:
     with logged() as notes:
-        _, _, initial = settle(TrainConfig(**settings))
-    assert initial is not None
+        began_from = draft(TrainConfig(**settings)).config["began_from"]
     assert not notes
-    return Path(initial.source)
+    return Path(began_from)
 
 
 def refusal(error: type[Exception], settings: Settings) -> str:
@@ -211,8 +210,8 @@ def test_a_weights_file_is_taken_where_there_is_no_run(
     shutil.copy(weights_file, out_dir)
     heads = {"num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
     with logged() as notes:
-        _, _, initial = settle(TrainConfig(**sft, **heads))
-    assert initial and Path(initial.source) == out_dir / "pretrain_32.pth"
+        began_from = draft(TrainConfig(**sft, **heads)).config["began_from"]
+    assert Path(began_from) == out_dir / "pretrain_32.pth"
     (note,) = notes
     assert "comes without a tokenizer: using the shipped one" in note
     ending, folder = train_here({**sft, **heads})
@@ -254,9 +253,9 @@ def test_weights_may_be_named(
 
 def test_none_begins_with_new_weights(sft: Settings) -> None:
     none = {**sft, "init_from": "none", "preset": "demo"}
-    cfg, _, initial = settle(TrainConfig(**none))
-    assert initial is None
-    assert cfg.hidden_size == 128
+    plan = draft(TrainConfig(**none))
+    assert plan.initial is None
+    assert plan.cfg.hidden_size == 128
 
 
 def test_pretraining_may_go_on_from_weights(
@@ -266,7 +265,7 @@ def test_pretraining_may_go_on_from_weights(
     named = {"out_dir": str(out_dir), "run_name": "more", "init_from": str(run)}
     assert source_of({**pretrained[1], **named}) == run
     new = {**pretrained[1], "out_dir": str(out_dir), "run_name": "new"}
-    assert settle(TrainConfig(**new))[2] is None
+    assert draft(TrainConfig(**new)).initial is None
 
 
 def test_where_there_is_nothing_the_runs_there_are_listed(
@@ -374,9 +373,9 @@ def test_the_tokenizer_comes_with_the_weights(
     own = train_tokenizer([sft["data_path"]], tmp_path / "own", vocab_size=300)
     there = {"out_dir": str(tmp_path / "other"), "tokenizer": str(own)}
     train_here({**pretrained[1], **there})
-    cfg, spec, _ = settle(TrainConfig(**{**sft, "out_dir": there["out_dir"]}))
-    assert spec.fingerprint == read_tokenizer(own).fingerprint
-    assert cfg.vocab_size == 300
+    plan = draft(TrainConfig(**{**sft, "out_dir": there["out_dir"]}))
+    assert plan.tokenizer.fingerprint == read_tokenizer(own).fingerprint
+    assert plan.cfg.vocab_size == 300
     assert begin({**sft, **there})[0].cfg.vocab_size == 300, "and may be named"
 
 
@@ -621,7 +620,7 @@ def test_of_several_runs_of_a_stage_one_must_be_named(
     for width in (32, 64):
         copy_run(out_dir, f"sft_{width}", stage="sft", hidden_size=width)
     with pytest.raises(ValueError, match="several runs of stage='sft': sft_32, sft_64"):
-        settle(TrainConfig(**sft))
+        draft(TrainConfig(**sft))
 
 
 def test_a_run_that_saved_nothing_starts_over_with_other_settings(

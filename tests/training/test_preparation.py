@@ -15,7 +15,7 @@ from minimind_nb.data import token_cache
 from minimind_nb.data.jsonl import DataError
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.training import machine as machine_module
-from minimind_nb.training.preparation import settle
+from minimind_nb.training.preparation import draft
 
 
 def refuse(settings: Settings, error: type[Exception], text: str) -> None:
@@ -28,7 +28,7 @@ def refuse(settings: Settings, error: type[Exception], text: str) -> None:
 def test_what_is_no_configuration_is_refused() -> None:
     config: Any = {"data_path": "demo"}
     with pytest.raises(TypeError, match="expected a TrainConfig, found dict"):
-        settle(config)
+        draft(config)
 
 
 def test_data_must_be_named(settings: Settings) -> None:
@@ -162,7 +162,7 @@ def test_two_t4_become_two_processes_in_fp16(
     machine(monkeypatch, T4, T4)
     for name in ("device", "num_processes", "dtype"):
         settings.pop(name)
-    cfg = settle(TrainConfig(**settings))[0]
+    cfg = draft(TrainConfig(**settings)).cfg
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cuda", 2, "float16")
 
 
@@ -172,7 +172,7 @@ def test_the_cpu_can_be_chosen_where_there_are_gpus(
     machine(monkeypatch, T4, T4)
     for name in ("num_processes", "dtype"):
         settings.pop(name)
-    cfg = settle(TrainConfig(**settings))[0]
+    cfg = draft(TrainConfig(**settings)).cfg
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cpu", 1, "float32")
 
 
@@ -206,7 +206,7 @@ def test_elsewhere_than_on_linux_one_process_trains(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine_module.sys, "platform", "darwin")
-    assert settle(TrainConfig(**settings))[0].num_processes == 1
+    assert draft(TrainConfig(**settings)).cfg.num_processes == 1
     refuse(
         {**settings, "num_processes": 2},
         ValueError,
