@@ -137,10 +137,7 @@ def smooth(values: Iterable[float], weight: float) -> np.ndarray:
 
 
 def choose_smoothing(history: History, asked: float | None = None) -> float:
-    """Return what is asked for, or a weight that averages a sixtieth of the rows.
-
-    Raises ValueError for a weight out of range.
-    """
+    """Return what is asked for, or a weight that averages a sixtieth of the rows."""
     if asked is None:
         rows = len(history.select("train"))
         return 0.0 if rows < FEW_ROWS else min(0.99, round(1 - 60 / rows, 2))

@@ -207,8 +207,7 @@ def choose_view(view: object = None) -> View:
     """Return the view for `train(cfg, view=…)`.
 
     None or True: a cell's in a Jupyter kernel, else a terminal's. False: a silent one.
-    A function is called with each new state of the History. Raises TypeError for
-    anything else.
+    A function gets each new state of the History. Raises TypeError for anything else.
     """
     if view is None or view is True:
         return TerminalView() if running_kernel() is None else CellView()

@@ -75,20 +75,20 @@ def progress_line(history: History) -> str:
 def outcome(history: History, status: str = "") -> str:
     """Return one plain line about a run that has ended."""
     train, validation = history.last("train"), history.last("eval")
-    parts = [STATUS_WORDS[status]] if status else []
-    parts.append(f"step {position_text(history)}")
-    if train:
-        parts.append(f"loss {train['loss']:.3f}")
-    if validation:
-        parts.append(f"validation {loss_text(validation)}")
-    if train:
-        parts += [f"{train['tokens']:,} text tokens", duration(train["seconds"])]
+    parts = [
+        STATUS_WORDS.get(status),
+        f"step {position_text(history)}",
+        train and f"loss {train['loss']:.3f}",
+        validation and f"validation {loss_text(validation)}",
+        train and f"{train['tokens']:,} text tokens",
+        train and duration(train["seconds"]),
+    ]
     if status == "killed":
         saves = [row for row in history.rows if row.get("event") == "save"]
         parts.append(
             f"last save at step {saves[-1]['step']:,}" if saves else "not saved"
         )
-    return " · ".join(parts)
+    return " · ".join(filter(None, parts))
 
 
 def failed_save(history: History) -> str:

@@ -55,9 +55,8 @@ def require_wandb() -> None:
 class WandbFollower:
     """A process beside a run that sends its metrics, if `cfg.use_wandb`.
 
-    It ends at the `end` row of this session, at `finish`, or with its parent. Its
-    output is in `wandb.log`; `report` logs where the rows go, or that it failed. Only
-    `finish` waits, at most `FINISH_SECONDS`.
+    It ends at the `end` row of this session, at `finish`, which waits for it at most
+    `FINISH_SECONDS`, or with its parent. Its output is in `wandb.log`.
     """
 
     def __init__(self, history: History, cfg: ResolvedConfig) -> None:
