@@ -30,7 +30,6 @@ _EXIT_CODES = {
     "interrupted": 128 + signal.SIGINT,
     "terminated": 128 + signal.SIGTERM,
 }
-_USAGE_ERROR = 2
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _TRAINING = [*(name for name in kinds() if name != "stage"), "ddp"]
 _EVALUATION = (
@@ -118,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 1
     except (ValueError, OSError, RuntimeError) as error:
         if _is_first():
-            print(f"minimind-nb: {error}", file=sys.stderr)
-        code = _USAGE_ERROR
+            print(f"minimind-nb: {_as_options(str(error))}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         code = _EXIT_CODES["interrupted"]
     sys.exit(code)
@@ -164,9 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         for name in names:
             types = _TYPES.get(name, (str,))
             more: dict[str, Any] = {}
-            if name == "TEXT":
-                more = {"nargs": "?"}
-            elif bool in types:
+            if name == "TEXT" or bool in types:
                 more = {"nargs": "?", "const": True}
             elif f"{command} {name}" in _REQUIRED:
                 more = {"required": True}
@@ -212,6 +209,13 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
     return convert
 
 
+def _as_options(text: str) -> str:
+    """Write the settings in a message as options: `--resume False` for `resume=False`."""
+    names = {name for _, _, names in _COMMANDS.values() for name in names}
+    text = re.sub(r'=(\["[^]]*\])', r"='\1'", text)  # quoted for the shell
+    return re.sub(rf"\b({'|'.join(names)})=", r"--\1 ", text)
+
+
 def _is_first() -> bool:
     """Return whether this process prints: under torchrun, only rank 0 does."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
@@ -231,10 +235,9 @@ def run(command: str, **options: Any) -> int:
         options = {"cfg": TrainConfig(**options)}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
-    if command == "chat" and (shape := options.keys() & set(SHAPE_FIELDS)):
-        named = shape | (options.keys() & {"which", "tokenizer"})
-        opening = {name: options.pop(name) for name in named}
-        options["source"] = package.load(source=options["source"], **opening)
+    if command == "chat" and options.keys() & set(SHAPE_FIELDS):
+        named = options.keys() & {"source", "which", "tokenizer", *SHAPE_FIELDS}
+        options["source"] = package.load(**{name: options.pop(name) for name in named})
     result = getattr(package, function)(**options)
     if command != "chat" and _is_first():
         print(result)

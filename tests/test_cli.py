@@ -296,7 +296,7 @@ def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
     for target, kind, words in (
         ("a.gguf", "gguf", 'which is not installed: pip install "minimind_nb[gguf]"'),
         ("full", "llama", "exists and is not overwritten: use another name"),
-        ("new", "qwen3", 'format="qwen3" has no qk_norm=False'),
+        ("new", "qwen3", '--format "qwen3" has no --qk_norm False'),
     ):
         given = (str(tmp_path / "a.pth"), str(tmp_path / target), "--format", kind)
         assert exit_code("export", *given) == 2
@@ -331,10 +331,17 @@ def test_all_problems_of_a_configuration_are_shown(train, capsys):
     assert exit_code("pretrain", "--epochs", "0", "--dtype", "fp8") == 2
     assert capsys.readouterr().err == (
         "minimind-nb: the configuration has 2 problems:\n"
-        "  - dtype='fp8' is not one of float16, bfloat16, float32\n"
-        "  - epochs=0 must be at least 1\n"
+        "  - --dtype 'fp8' is not one of float16, bfloat16, float32\n"
+        "  - --epochs 0 must be at least 1\n"
     )
     assert not train.configs
+
+
+def test_advice_is_written_as_options(train, capsys):
+    train.ending = RuntimeError('resume=False or allow_change=["seed", "beta1"]')
+    assert exit_code("pretrain") == 2
+    advice = """--resume False or --allow_change '["seed", "beta1"]'"""
+    assert capsys.readouterr().err == f"minimind-nb: {advice}\n"
 
 
 @pytest.fixture
