@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.tables import Facts
 from .storage.run_folder import RunFolder
 from .training.preparation import draft
-from .training.run_plan import RunPlan, describe_truncated
+from .training.run_plan import describe_truncated
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
@@ -35,12 +34,16 @@ def plan(cfg: TrainConfig) -> Facts:
     """Return what a configuration amounts to on this machine, as a table.
 
     Reads the data, and tokenises it unless that was done before; starts no process and
-    makes no run folder. The time assumes the speed of an existing run of the same name,
-    else a share of this machine's rate of matrix products. Raises what `train` raises
-    for the configuration, the data and an existing run.
+    makes no run folder. The time is that of the whole run, at the speed of an existing
+    run of the same name, else at a share of this machine's rate of matrix products.
+    Raises what `train` raises for the configuration, the data and an existing run.
     """
     hardware = detect_hardware()
     drafted = draft(cfg, hardware)
+    checkpoint = drafted.checkpoint
+    run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
+    history = History(run.metrics_file)
+    existing = f"{STATUS_WORDS[run.status()]} at step {position_text(history)}"
     cfg, corpus, steps = drafted.cfg, drafted.corpus, drafted.total_steps
     stream = corpus.training_stream(cfg, 0)
     pairs = cfg.stage == "dpo"
@@ -61,7 +64,7 @@ def plan(cfg: TrainConfig) -> Facts:
     facts = {
         "parameters": f"{count['total']:,}{active}",
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
-        "existing run": _existing_run(drafted),
+        "existing run": f"{run.root}, {existing}" if run.exists() else "",
         "begins from": drafted.config["began_from"],
         ("pairs" if pairs else "documents"): documents,
         "too long": "; ".join(describe_truncated(corpus, cfg)),
@@ -73,20 +76,10 @@ def plan(cfg: TrainConfig) -> Facts:
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
-        "time": "" if drafted.complete else _time(cfg, hardware, tokens),
+        "time": "" if drafted.complete else _time(cfg, hardware, tokens, history),
     }
     known = {name: text for name, text in facts.items() if text}
     return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
-
-
-def _existing_run(drafted: RunPlan) -> str:
-    """Name the run that is resumed, or that is in the place of the new one."""
-    checkpoint = drafted.checkpoint
-    run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
-    if not run.exists():
-        return ""
-    position = position_text(History(run.metrics_file))
-    return f"{run.root}, {STATUS_WORDS[run.status()]} at step {position}"
 
 
 def flops_per_token(cfg: ResolvedConfig) -> float:
@@ -106,9 +99,10 @@ def _memory_gib(cfg: ResolvedConfig) -> float:
     return (fixed + tokens * (block * cfg.num_hidden_layers + logits)) / 2**30
 
 
-def _time(cfg: ResolvedConfig, hardware: Hardware, tokens: int) -> str:
-    run = RunFolder(Path(cfg.out_dir) / (cfg.run_name or ""))
-    if last := History(run.metrics_file).last("train"):
+def _time(
+    cfg: ResolvedConfig, hardware: Hardware, tokens: int, history: History
+) -> str:
+    if last := history.last("train"):
         speed, source = last["tokens_per_second"], "the speed of the existing run"
     elif flops := _product_rate(cfg, hardware):
         speed = _EXPECTED_SHARE * flops / flops_per_token(cfg)
