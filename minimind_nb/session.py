@@ -121,11 +121,11 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
     if cfg.resume == "auto" and not resumes:
         runs = input_runs(cfg.stage, cfg.run_name)
         found["resume"] = _only(runs, 'resume="auto"') or "auto"
-    resumes = resumes or found["resume"] != cfg.resume
-    if before and cfg.init_from in (None, "auto") and not resumes:
-        if not runs_below(out_dir, before):
-            earlier = _only(input_runs(before), 'init_from="auto"')
-            found["init_from"] = earlier or cfg.init_from
+    begins = not resumes and found["resume"] == cfg.resume
+    auto = before and cfg.init_from in (None, "auto")
+    if begins and auto and not runs_below(out_dir, before):
+        earlier = _only(input_runs(before), 'init_from="auto"')
+        found["init_from"] = earlier or cfg.init_from
     return dataclasses.replace(cfg, **found)
 
 

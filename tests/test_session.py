@@ -38,12 +38,6 @@ def test_colab_is_known_by_its_release_tag():
     assert current_session({"COLAB_RELEASE_TAG": "r1"}) == Session("colab")
 
 
-def test_the_environment_of_this_process_is_the_default(monkeypatch):
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "r1")
-    assert current_session().kind == "colab"
-
-
 def test_what_can_be_made_again_is_kept_out_of_kaggles_saved_folder():
     cache = current_session(KAGGLE).cache_folder("/kaggle/working/out")
     assert cache == Path("/kaggle/temp/minimind_nb")
