@@ -263,8 +263,7 @@ def count_parameters(shape: Mapping[str, Any]) -> dict[str, int]:
     """
     width, inner = shape["hidden_size"], shape["intermediate_size"]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    head_dim = shape["head_dim"] or width // heads
-    experts = chosen = 1
+    head_dim, experts, chosen = shape["head_dim"], 1, 1
     gate = 0
     if shape["use_moe"]:
         experts = shape["n_routed_experts"] + shape["n_shared_experts"]
