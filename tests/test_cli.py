@@ -331,8 +331,8 @@ def test_all_problems_of_a_configuration_are_shown(train, capsys):
     assert exit_code("pretrain", "--epochs", "0", "--dtype", "fp8") == 2
     assert capsys.readouterr().err == (
         "minimind-nb: the configuration has 2 problems:\n"
-        "  - --dtype 'fp8' is not one of float16, bfloat16, float32\n"
         "  - --epochs 0 must be at least 1\n"
+        "  - --dtype 'fp8' is not one of float16, bfloat16, float32\n"
     )
     assert not train.configs
 

@@ -209,9 +209,9 @@ def fill_defaults(
         **RECIPES.get(settings.get("recipe") or "", {}),
         **explicit,
     }
-    heads = values["num_attention_heads"]
-    values.setdefault("intermediate_size", 3 * values["hidden_size"])
-    values.setdefault("head_dim", values["hidden_size"] // heads if heads > 0 else 0)
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    values.setdefault("intermediate_size", 3 * width)
+    values.setdefault("head_dim", width // heads)
     values.setdefault("min_learning_rate", 0.1 * values["learning_rate"])
     if not values["use_moe"]:
         # Explicit ones stay, to be refused as a contradiction.
@@ -238,21 +238,20 @@ def resolve_batch(
     rows, steps = values["batch_size"], values["accumulation_steps"]
     processes, total = values["num_processes"], values.get("global_batch")
     keep_rows, keep_steps = "batch_size" in explicit, "accumulation_steps" in explicit
-    if min(rows, steps, processes) > 0:
-        if total is None:
-            if not (keep_rows or keep_steps):
-                share = math.ceil(rows * steps / processes)
-                steps = math.ceil(share / rows)
-                rows = math.ceil(share / steps)
-            total = rows * steps * processes
-        elif total > 0 and total % processes == 0:
-            share = total // processes
-            if not (keep_rows or keep_steps):
-                rows = max(n for n in range(1, min(rows, share) + 1) if share % n == 0)
-            if not keep_steps:
-                steps = max(1, share // rows)
-            elif not keep_rows:
-                rows = max(1, share // steps)
+    if total is None:
+        if not (keep_rows or keep_steps):
+            share = math.ceil(rows * steps / processes)
+            steps = math.ceil(share / rows)
+            rows = math.ceil(share / steps)
+        total = rows * steps * processes
+    elif total % processes == 0:
+        share = total // processes
+        if not (keep_rows or keep_steps):
+            rows = max(n for n in range(1, min(rows, share) + 1) if share % n == 0)
+        if not keep_steps:
+            steps = max(1, share // rows)
+        elif not keep_rows:
+            rows = max(1, share // steps)
     return {"global_batch": total, "batch_size": rows, "accumulation_steps": steps}
 
 

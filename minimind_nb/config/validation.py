@@ -62,12 +62,13 @@ def validate(
     """
     sound, problems = {}, []
     for name, value in settings.items():
-        if problem := _value_problem(name, value, kinds):
+        if value is None and type(None) in kinds.get(name, ()):
+            continue
+        if problem := _value_problem(name, value, kinds) or _out_of_range(name, value):
             problems.append(problem)
-        elif value is not None:
+        else:
             sound[name] = value
     values = fill_defaults(sound)
-    problems += filter(None, map(_out_of_range, values, values.values()))
     problems += _misshapen(values)
     problems += _contradictions(values, "num_processes" in sound)
     if not resolved:
@@ -108,15 +109,13 @@ def _value_problem(
         expected = " or ".join(special.get(one, one.__name__) for one in allowed)
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _CHOICES.get(name)
-    if choices and value is not None and value not in choices:
+    if choices and value not in choices:
         hint = _hint("cuda" if value == "gpu" else value, choices)
         return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
     return None
 
 
 def _out_of_range(name: str, value: Any) -> str | None:
-    if value is None:
-        return None
     if name in _MINIMUM and value < _MINIMUM[name]:
         return f"{name}={value} must be at least {_MINIMUM[name]}"
     if name in _POSITIVE and value <= 0:
@@ -132,13 +131,13 @@ def _misshapen(v: Mapping[str, Any]) -> Iterator[str]:
         if v[name] is not None and v[limit] is not None and v[name] > v[limit]:
             yield f"{name}={v[name]} is more than {limit}={v[limit]}"
     width, heads, head_dim = v["hidden_size"], v["num_attention_heads"], v["head_dim"]
-    if heads > 0 and head_dim == width // heads and width % heads:
+    if head_dim == width // heads and width % heads:
         yield (
             f"hidden_size={width} is not divisible by num_attention_heads={heads}; "
             "choose a multiple, or set head_dim"
         )
     kv_heads = v["num_key_value_heads"]
-    if kv_heads > 0 and heads % kv_heads:
+    if heads % kv_heads:
         yield (
             f"num_attention_heads={heads} is no multiple of "
             f"num_key_value_heads={kv_heads}"
@@ -151,14 +150,13 @@ def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str
     """Yield what else does not fit together, defaults included."""
     rows, steps, count = v["batch_size"], v["accumulation_steps"], v["num_processes"]
     total = v["global_batch"]
-    if processes_known and min(rows, steps, count) > 0:
-        if total % count:
-            yield f"global_batch={total} is not divisible by num_processes={count}"
-        elif total != rows * steps * count:
-            yield (
-                f"global_batch={total} is not batch_size={rows} × accumulation_steps="
-                f"{steps} × num_processes={count}; leave some of them out"
-            )
+    if processes_known and total % count:
+        yield f"global_batch={total} is not divisible by num_processes={count}"
+    elif processes_known and total != rows * steps * count:
+        yield (
+            f"global_batch={total} is not batch_size={rows} × accumulation_steps={steps} "
+            f"× num_processes={count}; leave some of them out"
+        )
     if v["device"] == "cpu" and v["dtype"] == "float16":
         yield 'dtype="float16" needs a GPU; on a CPU use "float32" or "bfloat16"'
     if not _is_folder_name(v["run_name"]):

@@ -39,8 +39,8 @@ def test_all_problems_are_named_in_one_error_and_in_the_order_given():
     ) == [
         "unknown setting 'epoch'; did you mean epochs?",
         "unknown setting 'learning_rat'; did you mean learning_rate?",
-        "dtype='fp16' is not one of float16, bfloat16, float32; did you mean float16?",
         "epochs=0 must be at least 1",
+        "dtype='fp16' is not one of float16, bfloat16, float32; did you mean float16?",
         "hidden_size=100 is not divisible by num_attention_heads=8; choose a "
         "multiple, or set head_dim",
     ]
