@@ -218,8 +218,9 @@ def _split_batch(values: Mapping[str, Any], asked: Collection[str]) -> dict[str,
             f"global_batch={total} cannot be split among num_processes={processes}; "
             "choose a number of processes that divides it"
         )
-    given = () if "batch_size" in asked else asked
-    split = resolve_batch(values, given)
+    divides = total // processes % values["accumulation_steps"] == 0
+    keep = asked if divides and "batch_size" not in asked else ()
+    split = resolve_batch(values, keep)
     if any(split[name] != values[name] for name in split):
         # `plan` shows warnings only.
         logger.warning(
