@@ -8,19 +8,19 @@ message can forge a turn.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from .conversations import IN_LOSS, TURN, USER, Message
+from .conversations import IN_LOSS, TURN, USER, Chat, Message
 from .fast_encoding import BulkEncoder
 from .jsonl import Fault
 from .tokenizer import TokenizerSpec
@@ -28,13 +28,17 @@ from .tokenizer import TokenizerSpec
 # What stands in a message for a special string: a noncharacter, which is in no text, and
 # a character of private use.
 _ESCAPE, _FIRST_STAND_IN = "\ufdd0", 0xF0000
+_PROBE: list[Message] = [
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+]
+_SWITCHES = ("open_thinking", "enable_thinking", "thinking")
+_THOUGHT = "<think>\n"
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A template is a program from a stranger. Two messages take 0.2 ms of processor time.
 _SECONDS = 1.0
 _MORE_SECONDS = 0.02  # times the square of a conversation's messages
 
-Chat = tuple[Sequence[Message], int]
-"""A conversation, and how many of its first messages stay out of the loss."""
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids (uint32) and marks (uint8) of a conversation."""
 _Segment = tuple[str, int, int]  # text, the mark of its first token, and of all
@@ -43,85 +47,145 @@ _Segment = tuple[str, int, int]  # text, the mark of its first token, and of all
 class ChatEncoder:
     """Encodes conversations with a tokenizer's chat template.
 
-    Template and messages are encoded together, as transformers does it, but cut where a
-    turn or an answer begins or ends: there a prompt ends when answers are generated.
-    Answers are what the template marks by `{% generation %}`; without that, what it adds
-    to the prompt. What closes an answer is in the loss with it.
+    The ids are those of transformers' `apply_chat_template`, but for special strings in
+    what was said, which stay ordinary text, and answers that begin with white space,
+    which are encoded apart. Answers are what the template marks by `{% generation %}`;
+    without that, what it adds to the prompt. What closes an answer is in the loss with
+    it, and `end_id` is the special token in that: there a generated answer ends.
 
-    Raises `ValueError` for a tokenizer without a template, `TimeoutError` for a template
-    that takes too long. Not covered: descriptions of tools, documents.
+    Raises `ValueError` for a tokenizer without a template, or whose template fails or
+    closes an answer without a special token; `TimeoutError` for one that takes too long.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if not spec.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template: put one beside its tokenizer.json "
                 "as chat_template.jinja, or set tokenizer.chat_template"
             )
+        self.spec = spec
         self._encoder = encoder or BulkEncoder(spec)
-        self._marks_answers = bool(_MARK.search(spec.chat_template))
-        self._render_template: Any = functools.partial(
-            render_jinja_template,
-            chat_template=spec.chat_template,
-            bos_token=spec.bos_token,
-            eos_token=spec.eos_token,
-            pad_token=spec.pad_token,
-        )
+        self._template = spec.chat_template
+        self._marks_answers = bool(_MARK.search(self._template))
         self._heads = re.compile(rf"{re.escape(spec.bos_token)}(\w*)")
         added = json.loads(spec.json)["added_tokens"]
-        special = [one["content"] for one in added if one["special"]]
-        special.sort(key=len, reverse=True)  # a longer one goes before its beginning
-        self._special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
+        special = {one["content"]: one["id"] for one in added if one["special"]}
+        # A longer one goes before its beginning.
+        names = sorted(special, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._stand_ins = [
             (each, _ESCAPE + chr(_FIRST_STAND_IN + n))
-            for n, each in enumerate([_ESCAPE, *special])
+            for n, each in enumerate([_ESCAPE, *names])
         ]
+        with _limited([_PROBE]):
+            asked, _ = self._apply(_PROBE[:1], prompt=False)
+            opened, _ = self._apply(_PROBE[:1], prompt=True)
+            answered, _ = self._apply(_PROBE, prompt=False)
+        self._opening = opened.removeprefix(asked)
+        closing = answered.rpartition(_PROBE[1]["content"])[2]
+        if not (found := self._special.search(closing)):
+            raise ValueError(
+                f"the tokenizer's chat template closes an answer with {closing!r}, so its "
+                "end cannot be learned: write eos_token behind it in the template"
+            )
+        self.end_id: int = special[found[0]]
+
+    def writes(self, key: str) -> bool:
+        """Return whether the template uses a key of a message, or an argument."""
+        return key in self._template
 
     def encode(
-        self, chats: Sequence[Chat], answered: bool = True
+        self, chats: Sequence[Chat], answered: bool = True, **switches: bool
     ) -> list[Encoded | Fault]:
-        """Encode checked conversations; a `Fault` stands for one that the template fails.
+        """Encode conversations; a `Fault` stands for one that the template fails.
 
-        Unless `answered`, they are prompts, and end where an answer begins.
+        Unless `answered`, they are prompts, and end where an answer begins. `switches`
+        are arguments of the template.
         """
         rendered: list[list[_Segment] | Fault] = []
-        with _limited([messages for messages, _ in chats]):
-            for messages, context in chats:
+        with _limited([chat.messages for chat in chats]):
+            for chat in chats:
                 try:
-                    rendered.append(self._render(messages, context, answered))
+                    rendered.append(self._render(chat, answered, switches))
                 except Fault as fault:
                     rendered.append(fault)
-        good = [one for one in rendered if not isinstance(one, Fault)]
-        ids = iter(self._encode_texts([text for one in good for text, _, _ in one]))
-        return [one if isinstance(one, Fault) else _join(one, ids) for one in rendered]
+        good = iter(
+            self._encode_segments([r for r in rendered if not isinstance(r, Fault)])
+        )
+        return [one if isinstance(one, Fault) else next(good) for one in rendered]
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        thinking: bool | None = None,
+    ) -> np.ndarray:
         """Return the ids (uint32) of messages up to the assistant's next answer.
 
-        They are those that `encode` gives before it. Raises `Fault`, a `ValueError`.
+        `tools` are functions or schemas; `thinking` sets the template's own switch.
+        Raises `Fault`, a `ValueError`.
         """
-        (encoded,) = self.encode([(messages, 0)], answered=False)
+        switches = {}
+        if thinking is not None:
+            switches = {name: thinking for name in _SWITCHES if self.writes(name)}
+            if not switches:
+                raise ValueError(
+                    "the tokenizer's chat template has no switch for thinking "
+                    f"({', '.join(_SWITCHES)}): leave thinking out"
+                )
+        chat = Chat(messages, [False] * len(messages), tools)
+        (encoded,) = self.encode([chat], answered=False, **switches)
         if isinstance(encoded, Fault):
             raise encoded
         return encoded[0]
 
-    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        encoded = self._encoder.encode(texts)
-        for number, text in enumerate(texts):
-            if _ESCAPE in text:
-                parts = self._special.split(text)  # every second one is special
-                ids = self._encoder.encode(parts)
-                said = [self._unescape(part) for part in parts[::2]]
-                ids[::2] = self._encoder.encode(said, ordinary=True)
-                encoded[number] = np.concatenate(ids)
+    def _encode_segments(self, chats: list[list[_Segment]]) -> list[Encoded]:
+        """Encode each conversation as a whole, and mark its tokens by segment."""
+        texts: list[list[str]] = []
+        for segments in chats:
+            texts.append([])
+            for text, _, in_loss in segments:
+                if in_loss and text[:1].isspace():
+                    texts.append([])  # encoded apart, as when the answer is generated
+                texts[-1].append(text)
+        parts = iter(itertools.chain(*self._encode_texts(texts)))
+        encoded = []
+        for segments in chats:
+            ids = [next(parts) for _ in segments]
+            marks = [
+                np.full(len(part), mark, np.uint8)
+                for part, (_, _, mark) in zip(ids, segments, strict=True)
+            ]
+            for part, (_, first, _) in zip(marks, segments, strict=True):
+                part[:1] |= first
+            encoded.append((np.concatenate(ids), np.concatenate(marks)))
         return encoded
 
-    def _escape(self, content: str) -> str:
-        for each, stand_in in self._stand_ins:
-            content = content.replace(each, stand_in)
-        return content
+    def _encode_texts(self, texts: list[list[str]]) -> list[list[np.ndarray]]:
+        """Return the ids of each part of each text."""
+        encoded = self._encoder.encode_parts(texts)
+        for number, parts in enumerate(texts):
+            if any(_ESCAPE in part for part in parts):
+                encoded[number] = [self._encode_escaped(part) for part in parts]
+        return encoded
+
+    def _encode_escaped(self, text: str) -> np.ndarray:
+        parts = self._special.split(text)  # every second one is special
+        ids = self._encoder.encode(parts)
+        said = [self._unescape(part) for part in parts[::2]]
+        ids[::2] = self._encoder.encode(said, ordinary=True)
+        return np.concatenate(ids)
+
+    def _escape(self, value: Any) -> Any:
+        """Replace special strings in all that was said, however deep."""
+        if isinstance(value, str):
+            for each, stand_in in self._stand_ins:
+                value = value.replace(each, stand_in)
+        elif isinstance(value, Mapping):
+            return {key: self._escape(one) for key, one in value.items()}
+        elif isinstance(value, list | tuple):
+            return [self._escape(one) for one in value]
+        return value
 
     def _unescape(self, text: str) -> str:
         for each, stand_in in reversed(self._stand_ins):
@@ -129,32 +193,36 @@ class ChatEncoder:
         return text
 
     def _render(
-        self, messages: Sequence[Message], context: int, answered: bool
+        self, chat: Chat, answered: bool, switches: Mapping[str, bool]
     ) -> list[_Segment]:
         """Render a conversation, cut where its turns and answers begin and end."""
-        messages = [
-            {"role": one["role"], "content": self._escape(one["content"])}
-            for one in messages
-        ]
+        messages: list[Message] = self._escape(chat.messages)
+        if any("tool_calls" in one for one in messages) and not self.writes(
+            "tool_calls"
+        ):
+            raise Fault(
+                "chat_template",
+                "the tokenizer's chat template does not write tool_calls: take another",
+            )
+        tools = [one if callable(one) else self._escape(one) for one in chat.tools]
         roles = [one["role"] for one in messages]
         answering = [n for n, role in enumerate(roles) if role == "assistant"]
         roles += [] if answered else ["assistant"]
-        text, answers = self._apply(messages, not answered, self._marks_answers)
-        turns = self._find_turns(messages, text, roles)
+        text, answers = self._apply(
+            messages, not answered, self._marks_answers, tools, switches
+        )
+        turns = self._find_turns(messages, tools, text, roles)
+        ends = [*turns[1:], len(text)]
         if not self._marks_answers:
-            ends = [*turns[1:], len(text)]
-            answers = [
-                (self._find_end(text, messages[:n], prompt=True), ends[n])
-                for n in answering
-            ]
+            answers = [(self._find_answer(text, turns[n]), ends[n]) for n in answering]
         if len(answers) != len(answering) or not all(0 < a < b for a, b in answers):
             found = f"it shows {len(answers)} of {len(answering)}, or empty ones"
             raise _refusal(found)
-        in_loss = {
-            start: end
-            for (start, end), number in zip(answers, answering, strict=True)
-            if number >= context
-        }
+        in_loss = {}
+        for (start, end), number in zip(answers, answering, strict=True):
+            closed = self._special.search(text, start, end)
+            if chat.in_loss[number]:
+                in_loss[start] = end if closed else ends[number]
         first = {
             turn: TURN | USER * (role == "user")
             for turn, role in zip(turns, roles, strict=True)
@@ -167,24 +235,37 @@ class ChatEncoder:
             segments.append((text[a:b], first.get(a, 0), IN_LOSS * (a < end)))
         return segments
 
+    def _find_answer(self, text: str, turn: int) -> int:
+        """Return where the answer of an assistant's turn begins.
+
+        That is after the generation prompt; but if the answer has a thought where the
+        prompt has an empty one, the thought is a part of the answer.
+        """
+        shared = os.path.commonprefix([self._opening, text[turn:]])
+        if shared != self._opening:
+            shared = shared[: shared.rfind("\n") + 1].removesuffix(_THOUGHT)
+            if not shared:
+                raise _refusal("an answer does not begin with the generation prompt")
+        return turn + len(shared)
+
     def _find_turns(
-        self, messages: list[Message], text: str, roles: list[str]
+        self, messages: list[Message], tools: list[Any], text: str, roles: list[str]
     ) -> list[int]:
         """Return where turns begin: at ChatML's heads, else where fewer messages end."""
         heads = list(self._heads.finditer(text))
-        if [head[1] for head in heads] == roles:
+        if self._heads.match(self._opening) and [head[1] for head in heads] == roles:
             return [0, *(head.start() for head in heads[1:])]
         counts = range(1, len(roles))
-        return [0, *(self._find_end(text, messages[:count]) for count in counts)]
+        return [0, *(self._find_end(text, messages[:count], tools) for count in counts)]
 
-    def _find_end(self, text: str, first: list[Message], prompt: bool = False) -> int:
+    def _find_end(self, text: str, first: list[Message], tools: list[Any]) -> int:
         """Return where the first messages end in the text of all of them.
 
         A template may render them differently alone, with a thought that it drops
         later: then it is after as many special strings, and the lines after these that
         both texts share.
         """
-        alone, _ = self._apply(first, prompt)
+        alone, _ = self._apply(first, prompt=False, tools=tools)
         if text.startswith(alone):
             return len(alone)
         found = list(self._special.finditer(alone))
@@ -196,14 +277,28 @@ class ChatEncoder:
         return end + (len(rest) if shared == rest else shared.rfind("\n") + 1)
 
     def _apply(
-        self, messages: list[Message], prompt: bool, answers: bool = False
+        self,
+        messages: Sequence[Message],
+        prompt: bool,
+        answers: bool = False,
+        tools: Sequence[Any] = (),
+        switches: Mapping[str, bool] = MappingProxyType({}),
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and if asked for, begin and end of the marked answers."""
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template
         try:
-            texts, spans = self._render_template(
-                [messages],
+            texts, spans = render(
+                [list(messages)],
+                tools=list(tools) or None,
+                chat_template=self._template,
                 return_assistant_tokens_mask=answers,
                 add_generation_prompt=prompt,
+                bos_token=self.spec.bos_token,
+                eos_token=self.spec.eos_token,
+                pad_token=self.spec.pad_token,
+                **switches,
             )
         except (ImportError, TimeoutError):
             raise
@@ -213,16 +308,6 @@ class ChatEncoder:
                 "chat_template", f"the tokenizer's chat template fails: {what}"
             ) from error
         return texts[0], spans[0] if answers else []
-
-
-def _join(segments: list[_Segment], ids: Iterator[np.ndarray]) -> Encoded:
-    """Join the segments, whose ids come next."""
-    parts, marks = [], []
-    for (_, first, mark), part in zip(segments, ids, strict=False):
-        parts.append(part)
-        marks.append(np.full(len(part), mark, np.uint8))
-        marks[-1][:1] |= first
-    return np.concatenate(parts), np.concatenate(marks)
 
 
 @contextlib.contextmanager

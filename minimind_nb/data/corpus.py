@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import ResolvedConfig
 from .batches import TrainingStream, ValidationRows
+from .conversations import find_stage
 from .demo import DEMO
 from .jsonl import DataError, check_file, iter_chunks, read_rows
 from .packing import TruncatedDocuments, split_by_hash, truncate_documents
@@ -25,18 +26,17 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
     if path == DEMO:
         return "pretrain" if demo == "pretrain" else "sft"
     check_file(path)
-    rows, tally = read_rows(next(iter_chunks(path)), lambda _: None)
+    rows, tally = read_rows(next(iter_chunks(path)), lambda row: row)
     if not rows:
         tally.raise_if_too_many(path)
-    keys = list(rows[0][1])
-    if "conversations" in keys:
-        return "sft"
-    if "text" in keys:
-        return "pretrain"
-    raise DataError(
-        f"{path} has neither texts nor conversations, its first row the keys {keys}: "
-        'expected is one {"text": "…"} or {"conversations": […]} a line'
-    )
+    found = find_stage(rows[0][1])
+    if found not in ("pretrain", "sft"):
+        raise DataError(
+            f"{path} has neither texts nor conversations, its first row the keys "
+            f'{list(rows[0][1])}: expected is one {{"text": "…"}} or '
+            '{"conversations": […]} a line'
+        )
+    return found
 
 
 class Corpus:

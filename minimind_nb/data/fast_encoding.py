@@ -63,6 +63,14 @@ class BulkEncoder:
         if self._tiktoken and not self._agrees_on_probe():
             self._tiktoken = None
         self.backend = "tiktoken" if self._tiktoken else "tokenizers"
+        self._sizes: np.ndarray | None = None  # bytes of each token
+        if self._tiktoken:
+            added = {one["id"] for one in content["added_tokens"]}
+            known = sorted(added.union(content["model"]["vocab"].values()))
+            spelled = self._tiktoken.decode_tokens_bytes(known)
+            sizes = np.zeros(known[-1] + 1, np.int64)
+            sizes[known] = [len(one) for one in spelled]
+            self._sizes = sizes
 
     def encode(self, texts: Sequence[str], ordinary: bool = False) -> list[Ids]:
         """Return the ids of each text; special strings in it become special ids.
@@ -80,6 +88,26 @@ class BulkEncoder:
             else encode(text, allowed_special=allowed, disallowed_special=())
             for text in texts
         ]
+
+    def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """Return the ids of each text, apart for each of the parts that it is given in.
+
+        They are those of the text as a whole; a token that spells the end of a part and
+        the beginning of the next goes to the next.
+        """
+        whole = ["".join(parts) for parts in texts]
+        encoded = []
+        for parts, text, ids in zip(texts, whole, self.encode(whole), strict=True):
+            if self._sizes is None:
+                offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+                ends = np.maximum.accumulate([0, *(end for _, end in offsets)])[1:]
+                sizes = [len(part) for part in parts]
+            else:
+                ends = np.cumsum(self._sizes[ids])
+                sizes = [len(part.encode()) for part in parts]
+            cuts = np.cumsum(sizes[:-1])
+            encoded.append(np.split(ids, np.searchsorted(ends, cuts, side="right")))
+        return encoded
 
     def _encode_slowly(self, texts: Sequence[str], ordinary: bool) -> list[Ids]:
         self._tokenizer.encode_special_tokens = ordinary

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 MAX_LINE_BYTES = 16_000_000
 # About 40 MB, all bad rows of ten million rows at the default limit of 1 %.
@@ -71,7 +71,7 @@ class DataError(ValueError):
         self.problems = list(problems)
 
 
-Check = Callable[[Row], Fault | None]
+Content = TypeVar("Content")
 
 
 class Chunk(NamedTuple):
@@ -83,11 +83,17 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Tally:
-    """The rows of a chunk or of a file, counted; of the bad ones the first are kept."""
+    """The rows of a chunk or of a file, counted; of the bad ones the first are kept.
+
+    `forms` has the first line of each form of rows, `ignored` the number of rows with
+    each key that means nothing.
+    """
 
     good: int = 0
     blank: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
+    forms: dict[str, int] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
     problems: list[BadRow] = field(default_factory=list)
 
     def refuse(self, line: int, raw: bytes, error: ValueError) -> None:
@@ -102,6 +108,8 @@ class Tally:
         self.good += other.good
         self.blank += other.blank
         self.kinds += other.kinds
+        self.ignored += other.ignored
+        self.forms = other.forms | self.forms
         self.problems += other.problems[: KEPT_PROBLEMS - len(self.problems)]
 
     def raise_if_too_many(
@@ -110,10 +118,16 @@ class Tally:
         on_bad_line: str = "error",
         max_bad_fraction: float = 0.01,
     ) -> None:
-        """Raise `DataError` unless there are rows, and few enough bad ones.
+        """Raise `DataError` unless there are rows, of one form, and few enough bad ones.
 
         `on_bad_line="error"` allows none, "skip" a share of `max_bad_fraction`.
         """
+        if len(self.forms) > 1:
+            found = (f"{form} (line {line})" for form, line in self.forms.items())
+            raise DataError(
+                f"{path} has rows of several forms: {', '.join(found)}; put each into a "
+                "file of its own"
+            )
         bad = self.kinds.total()
         total = self.good + bad
         if not total:
@@ -183,46 +197,29 @@ def _open(path: Path) -> Iterator[io.BufferedIOBase]:
         raise DataError(f"{path} cannot be unpacked ({error}): {advice}") from error
 
 
-def read_rows(chunk: Chunk, check: Check) -> tuple[list[tuple[int, Row]], Tally]:
-    """Return line and row of the good rows of a chunk, and all its rows counted.
+def read_rows(
+    chunk: Chunk, read: Callable[[Row], Content]
+) -> tuple[list[tuple[int, Content]], Tally]:
+    """Return line and content of the good rows of a chunk, and all its rows counted.
 
-    A byte order mark on line 1, CRLF, blank lines and a missing last newline are
-    accepted. Costs little more than `json.loads` on each line.
+    `read` takes a row and raises a `Fault` for a bad one. A byte order mark on line 1,
+    CRLF, blank lines and a missing last newline are accepted.
     """
     data = chunk.data.removesuffix(b"\n")
     if chunk.first_line == 1:
         data = data.removeprefix(_BOM)
-    rows: list[tuple[int, Row]] = []
+    rows: list[tuple[int, Content]] = []
     tally = Tally()
     for number, raw in enumerate(data.split(b"\n"), chunk.first_line):
         if not raw.strip():
             tally.blank += 1
             continue
         try:
-            row = _parse(raw)
-            if fault := check(row):
-                raise fault
-            rows.append((number, row))
+            rows.append((number, read(_parse(raw))))
         except ValueError as error:
             tally.refuse(number, raw, error)
     tally.good = len(rows)
     return rows, tally
-
-
-_STAGES = {"conversations": "sft", "messages": "sft", "chosen": "dpo"}
-
-
-def check_text_row(row: Row) -> Fault | None:
-    """Check a row of plain text, `{"text": "…"}`, which may be empty."""
-    if "text" not in row:
-        keys = json.dumps(list(row)[:5], ensure_ascii=False)[:80]
-        stage = next((_STAGES[key] for key in row if key in _STAGES), None)
-        hint = f'; these rows are for stage="{stage}"' if stage else ""
-        return Fault("missing_text", f'no "text" in the row, its keys: {keys}{hint}')
-    if not isinstance(row["text"], str):
-        found = json.dumps(row["text"], ensure_ascii=False)[:40]
-        return Fault("not_a_string", f'"text" is {found}, not a string', '"text"')
-    return None
 
 
 def _parse(raw: bytes) -> Row:

@@ -1,7 +1,7 @@
 """Rows become documents of token ids, as their record format says.
 
-Change `VERSION` whenever this gives other ids for the same row: it is part of the token
-cache's key.
+Change `IDS_VERSION` whenever this gives other ids for the same row: it is part of the
+name of a token cache.
 """
 
 from __future__ import annotations
@@ -11,31 +11,17 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat_template import Chat, ChatEncoder
-from .conversations import (
-    IN_LOSS,
-    check_conversation,
-    check_pair,
-    count_shared,
-    plain,
-)
+from .chat_template import ChatEncoder
+from .conversations import IN_LOSS, PASSED_ON, Chat, Message, Understood, understand
 from .fast_encoding import BulkEncoder
-from .jsonl import Chunk, Fault, Row, Tally, check_text_row, read_rows
+from .jsonl import Chunk, Fault, Tally, read_rows
 from .tokenizer import TokenizerSpec
 
-VERSION = 3
-
-CHECKS = {
-    "pretrain": check_text_row,
-    "sft": check_conversation,
-    "rlaif": functools.partial(check_conversation, answered=True),
-    "dpo": check_pair,
-}
-"""Checks of a row by record format: the stages, and "rlaif" for other programs."""
+IDS_VERSION = {"pretrain": 3, "sft": 4, "rlaif": 4, "dpo": 4}
 
 Arrays = dict[str, np.ndarray]
 
@@ -72,9 +58,12 @@ def encode_chunk(
     `token_cache.TokenCache` says what they hold; `offsets` are the documents' ends.
     """
     encoder, vocab_size = _encoder(tokenizer), tokenizer.vocab_size
-    rows, tally = read_rows(chunk, CHECKS[record_format])
+    rows, tally = read_rows(chunk, functools.partial(understand, record_format))
+    for line, row in rows:
+        tally.forms.setdefault(row.form, line)
+        tally.ignored.update(row.ignored)
     if record_format == "pretrain":
-        documents = _encode_texts(rows, encoder)
+        documents = _encode_texts([(line, row.content) for line, row in rows], encoder)
     else:
         documents = _encode_chats(rows, record_format, encoder, tally)
     ids = [document.ids for document in documents]
@@ -107,7 +96,7 @@ def encode_chunk(
 
 
 def _encode_texts(
-    rows: Sequence[tuple[int, Row]], encoder: BulkEncoder
+    rows: Sequence[tuple[int, str]], encoder: BulkEncoder
 ) -> list[Document]:
     """Encode texts that are not empty between begin and end token.
 
@@ -116,7 +105,7 @@ def _encode_texts(
     """
     spec = encoder.spec
     begin, end = np.array([[spec.bos_id], [spec.eos_id]], np.uint32)
-    texts = [(line, row["text"]) for line, row in rows if row["text"]]
+    texts = [(line, text) for line, text in rows if text]
     documents = []
     encoded = encoder.encode([text for _, text in texts])
     for (line, text), ids in zip(texts, encoded, strict=True):
@@ -128,7 +117,7 @@ def _encode_texts(
 
 
 def _encode_chats(
-    rows: Sequence[tuple[int, Row]],
+    rows: Sequence[tuple[int, Understood]],
     record_format: str,
     encoder: BulkEncoder,
     tally: Tally,
@@ -137,37 +126,42 @@ def _encode_chats(
 
     A row that the chat template refuses is counted as a bad one in `tally`.
     """
-    chats = [_chats(row, record_format) for _, row in rows]
     chat_encoder = ChatEncoder(encoder.spec, encoder)
-    encoded = iter(chat_encoder.encode(list(itertools.chain(*chats))))
+    chats = list(itertools.chain(*(row.content for _, row in rows)))
+    encoded = iter(chat_encoder.encode(chats))
     documents = []
-    for (line, row), conversations in zip(rows, chats, strict=True):
-        said = [list(one.values()) for chat, _ in conversations for one in chat]
+    for line, row in rows:
+        said = [
+            [m["role"], m["content"]] for chat in row.content for m in chat.messages
+        ]
         content = json.dumps(said, ensure_ascii=False).encode()
-        made = [next(encoded) for _ in conversations]
+        made: list[Any] = [next(encoded) for _ in row.content]
         if faults := [one for one in made if isinstance(one, Fault)]:
             tally.good -= 1
-            tally.refuse(line, json.dumps(row, ensure_ascii=False).encode(), faults[0])
+            tally.refuse(line, content, faults[0])
             continue
-        whole = [one for one in made if not isinstance(one, Fault)]
-        for (ids, marks), (chat, context) in zip(whole, conversations, strict=True):
-            end = int(np.flatnonzero(marks & IN_LOSS)[-1]) + 1
-            answers = [one for one in chat[context:] if one["role"] == "assistant"]
-            sizes = [len(one["content"].encode()) for one in answers]
+        tally.ignored.update(_unwritten(row.content, chat_encoder))
+        for (ids, marks), chat in zip(made, row.content, strict=True):
+            end = len(ids)  # of a prompt without an answer
+            if any(chat.in_loss):
+                end = int(np.flatnonzero(marks & IN_LOSS)[-1]) + 1
+            answers = itertools.compress(chat.messages, chat.in_loss)
+            sizes = [_count_bytes(answer) for answer in answers]
             documents.append(Document(line, content, ids[:end], marks[:end], sizes))
     tally.problems.sort()
     return documents
 
 
-def _chats(row: Row, record_format: str) -> list[Chat]:
-    """Return the conversations of a row.
+def _unwritten(chats: Sequence[Chat], encoder: ChatEncoder) -> set[str]:
+    """Return what conversations have and the chat template does not write."""
+    keys = {key for chat in chats for message in chat.messages for key in message}
+    keys = keys.intersection(PASSED_ON) | {"tools" for chat in chats if chat.tools}
+    return {key for key in keys if not encoder.writes(key)}
 
-    In the loss are every answer of "sft", the last one of "rlaif", and of pairs the
-    answers after the messages that both share.
-    """
-    if record_format == "dpo":
-        chosen, rejected = plain(row["chosen"]), plain(row["rejected"])
-        shared = count_shared(chosen, rejected)
-        return [(chosen, shared), (rejected, shared)]
-    messages = plain(row["conversations"])
-    return [(messages, len(messages) - 1 if record_format == "rlaif" else 0)]
+
+def _count_bytes(answer: Message) -> int:
+    """Return the UTF-8 bytes of an answer, with its thought and tool calls."""
+    texts = [answer["content"], answer.get("reasoning_content") or ""]
+    if calls := answer.get("tool_calls"):
+        texts.append(json.dumps(calls, ensure_ascii=False))
+    return sum(len(text.encode()) for text in texts)

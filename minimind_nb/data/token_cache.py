@@ -27,7 +27,7 @@ from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
 from .conversations import IN_LOSS
 from .jsonl import DataError, Tally, iter_chunks
-from .record_formats import VERSION, Arrays, encode_chunk, per_row, token_type
+from .record_formats import IDS_VERSION, Arrays, encode_chunk, per_row, token_type
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -38,6 +38,7 @@ _GZIP_RATIO = 3
 _ALONE_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
 _REJECTED = "rejected.jsonl"
+_CONTENT_VERSION = 3  # of the hash by which runs know their data
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +56,14 @@ class Source:
     def content(self) -> str:
         """Return a hash of the file's bytes and format, by which runs know their data."""
         parts = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
-        return _hash(*parts, self.record_format, VERSION)
+        return _hash(*parts, self.record_format, _CONTENT_VERSION)
 
     def name(self, content: str) -> str:
         """Return the name of the cache of this content."""
-        key = _hash(content, self.tokenizer.fingerprint, self.on_bad_line)
-        return f"tokens-{key[:24]}"
+        parts: list[Any] = [content, self.tokenizer.fingerprint, self.on_bad_line]
+        if (version := IDS_VERSION[self.record_format]) != _CONTENT_VERSION:
+            parts.append(version)
+        return f"tokens-{_hash(*parts)[:24]}"
 
 
 def names_before_version_3(
@@ -218,6 +221,8 @@ def _build(
             "bad_rows": dict(tally.kinds),
             "blank": tally.blank,
             "empty": tally.good - full,
+            "form": next(iter(tally.forms), ""),
+            "ignored": dict(tally.ignored),
             "record_format": source.record_format,
             "content": content,
             "token_type": token_type(source.tokenizer.vocab_size),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .conversations import check_conversation
-from .jsonl import Fault, Row, Tally, check_file, check_text_row, iter_chunks, read_rows
+from .conversations import find_stage, understand
+from .jsonl import Row, Tally, check_file, iter_chunks, read_rows
 from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -74,9 +74,9 @@ def _read(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
     for path in paths:
         tally = Tally()
         for chunk in iter_chunks(path):
-            rows, counted = read_rows(chunk, _check_row)
+            rows, counted = read_rows(chunk, _read_texts)
             tally.add(counted)
-            yield from (_texts(row) for _, row in rows)
+            yield from (texts for _, texts in rows)
         tally.raise_if_too_many(path)
 
 
@@ -88,13 +88,9 @@ def _sample(rows: Iterator[list[str]], share: float) -> Iterator[str]:
                 yield from _SPECIAL_STRINGS.split(text)
 
 
-def _check_row(row: Row) -> Fault | None:
-    if "conversations" in row:
-        return check_conversation(row)
-    return check_text_row(row)
-
-
-def _texts(row: Row) -> list[str]:
-    if "conversations" in row:
-        return [turn["content"] for turn in row["conversations"]]
-    return [row["text"]]
+def _read_texts(row: Row) -> list[str]:
+    stage = "sft" if find_stage(row) == "sft" else "pretrain"
+    content = understand(stage, row).content
+    if stage == "pretrain":
+        return [content]
+    return [message["content"] for message in content[0].messages]

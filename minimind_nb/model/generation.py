@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, StaticCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from ..data.chat_template import ChatEncoder
-from ..data.conversations import Message, check_messages
+from ..data.conversations import Message, read_chat
 from ..data.tokenizer import read_tokenizer
 from .architecture import MiniMindForCausalLM
 
@@ -150,15 +150,17 @@ def _encode(
             begin: Any = [tokenizer.bos_token_id]
             rows.append(row if row[:1] == begin else begin + row)
             continue
-        if fault := check_messages(prompt):
-            raise ValueError(f"invalid conversation: {fault}")
-        if prompt[-1]["role"] == "assistant":
+        try:
+            chat, _ = read_chat(prompt)
+        except ValueError as fault:
+            raise ValueError(f"invalid conversation: {fault}") from None
+        if chat.messages[-1]["role"] == "assistant":
             raise ValueError(
                 "the conversation ends with the assistant's turn: end it with the user's "
                 "or a tool's, which can be answered"
             )
         encoder = encoder or ChatEncoder(read_tokenizer(tokenizer))
-        rows.append(encoder.prompt(prompt).tolist())
+        rows.append(encoder.prompt(chat.messages, chat.tools).tolist())
     longest, room = max(map(len, rows)), model.config.max_position_embeddings
     if longest + sampling.max_new_tokens > room:
         raise ValueError(

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ..data.chat_template import ChatEncoder
-from ..data.conversations import Message, check_messages
+from ..data.conversations import Message, read_chat
 from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load
@@ -57,8 +57,10 @@ class Chat:
         Raises `ValueError` if `text` is empty, too long or not a string.
         """
         messages = [*self.history, {"role": "user", "content": text}]
-        if reason := check_messages(messages):
-            raise ValueError(f"invalid message: {reason}")
+        try:
+            read_chat(messages)
+        except ValueError as reason:
+            raise ValueError(f"invalid message: {reason}") from None
         ids, left_out = self._fit(messages)
         if left_out and not self._shortened:
             self._shortened = True

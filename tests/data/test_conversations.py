@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.chats import talk
+from support.chats import chat, talk
 from tokenizers import Tokenizer
 
 from minimind_nb.data import chat_template
@@ -19,12 +20,10 @@ from minimind_nb.data.conversations import (
     IN_LOSS,
     TURN,
     USER,
-    check_conversation,
-    check_messages,
-    check_pair,
+    read_chat,
+    understand,
 )
 from minimind_nb.data.jsonl import Fault
-from minimind_nb.data.record_formats import CHECKS
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 
 SHIPPED = read_tokenizer()
@@ -82,7 +81,7 @@ def encoder_of(template, spec=SHIPPED):
 
 
 def encode_one(encoder, messages):
-    (encoded,) = encoder.encode([(messages, 0)])
+    (encoded,) = encoder.encode([chat(messages)])
     assert not isinstance(encoded, Fault), encoded.reason
     return encoded
 
@@ -196,7 +195,7 @@ def test_thoughts_and_tools_in_a_template_that_rewrites_earlier_turns():
     assert turns[5].startswith("<|im_start|>assistant\n<think>\n\n</think>\n\ng")
     thoughtful = talk("u: a", f"a: {thought}b")
     answers, _ = read_spans(spec, *encode_one(ChatEncoder(spec), thoughtful))
-    assert answers == ["hm\n</think>\n\nb<|im_end|>\n"]
+    assert answers == [f"{thought}b<|im_end|>\n"]
 
 
 def test_forged_turns_give_no_special_ids():
@@ -224,7 +223,7 @@ def test_a_template_may_trim_or_cut_what_holds_special_strings():
 def test_the_first_messages_may_stay_out_of_the_loss():
     messages = talk("u: a", "a: b", "u: c", "a: d")
     encoded = encoder_of(SHIPPED.chat_template).encode(
-        [(messages, n) for n in (0, 2, 4)]
+        [chat(messages, n) for n in (0, 2, 4)]
     )
     spans = [
         read_spans(SHIPPED, *one)[0] for one in encoded if not isinstance(one, Fault)
@@ -286,7 +285,7 @@ def test_ids_are_those_of_transformers(transformers_ids, template, messages):
 
 @settings(max_examples=40)
 @given(messages=conversations())
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["shipped", "unmarked", "talkative"])
 def test_a_prompt_is_what_stands_before_the_answer(template, messages):
     encoder = encoder_of(TEMPLATES[template])
     ids, marks = encode_one(encoder, messages)
@@ -315,22 +314,38 @@ def test_a_tokenizer_without_a_template_is_refused():
         ("{{ raise_exception('no thanks') }}", "template fails: no thanks"),
         ("{% if %}", "template fails: Expected an expression"),
         ("{{ messages[0].content + 1 }}", "template fails: can only concatenate"),
-        ("{{ messages[0].content }}", "hides where the answers are"),
-        ("{{ messages|length }}{{ messages[-1].content }}", "in another way when"),
+        ("{{ messages[0].content }}", "closes an answer with 'question'"),
+        (f"{PLAIN}".replace(" + eos_token", ""), "closes an answer with ''"),
+    ],
+)
+def test_a_template_that_serves_no_chat_is_refused(template, reason):
+    with pytest.raises(ValueError, match=reason):
+        encoder_of(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
         (
-            "{% for one in messages %}{{ messages|length - loop.index }}{{ one.content }}"
-            "{% endfor %}",
+            "{{ messages|length }}{{ messages[-1].content }}{{ eos_token }}",
+            "it shows 2 of 2, or empty ones",
+        ),
+        (
+            "{% for one in messages %}{{ messages|length - loop.index }}"
+            "{{ one.content }}{% endfor %}{{ eos_token if messages|length < 4 }}",
             "in another way when",
         ),
         (
             "{% for one in messages %}{{ one.content }}{% endfor %}"
-            "{% if messages|length > 3 %}{% generation %}b{% endgeneration %}{% endif %}",
+            "{% if messages|length > 3 %}{% generation %}b{% endgeneration %}{% endif %}"
+            "{{ eos_token }}",
             r"it shows 1 of 2, or empty ones\): put {% generation %}",
         ),
     ],
 )
-def test_a_template_that_does_not_serve_is_named(template, reason):
-    (fault,) = encoder_of(template).encode([(talk("u: a", "a: b", "u: c", "a: d"), 0)])
+def test_a_template_that_hides_answers_is_named(template, reason):
+    encoder = encoder_of(template)
+    (fault,) = encoder.encode([chat(talk("u: a", "a: b", "u: c", "a: d"))])
     assert isinstance(fault, Fault)
     assert fault.kind == "chat_template"
     assert re.search(reason, fault.reason)
@@ -339,21 +354,18 @@ def test_a_template_that_does_not_serve_is_named(template, reason):
 @pytest.mark.fault("F64")
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
     monkeypatch.setattr(chat_template, "_SECONDS", 0.05)
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}"
-    encoder = encoder_of(loop + "{% endfor %}{% endfor %}")
+    loop = (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
     before = signal.getsignal(signal.SIGVTALRM)
-    for use in (encoder.prompt, lambda messages: encoder.encode([(messages, 0)] * 9)):
+    encoder = encoder_of(f"{{% if messages|length > 2 %}}{loop}{{% endif %}}{UNMARKED}")
+    for use in (encoder.prompt, lambda messages: encoder.encode([chat(messages)] * 9)):
         with pytest.raises(TimeoutError, match="template timed out: give"):
-            use(GOOD)
+            use(UNANSWERED)
+    with pytest.raises(TimeoutError, match="template timed out: give"):
+        encoder_of(loop)
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
-
-
-def test_other_keys_of_a_message_are_ignored():
-    more = [{**message, "weight": 0.5} for message in GOOD]
-    encoder = encoder_of(UNMARKED)
-    both = (encode_one(encoder, messages) for messages in (more, GOOD))
-    assert all(map(np.array_equal, *both))
 
 
 def test_templates_serve_on_other_threads_too():
@@ -367,7 +379,7 @@ def test_a_conversation_that_the_template_refuses_stands_among_others():
     encoder = encoder_of(template + UNMARKED)
     good = talk("u: a", "a: b")
     bad = talk("u: a", "a: b", "u: c", "a: d")
-    encoded = encoder.encode([(good, 0), (bad, 0), (good, 0)])
+    encoded = encoder.encode([chat(good), chat(bad), chat(good)])
     kinds = [isinstance(one, Fault) for one in encoded]
     assert kinds == [False, True, False]
     with pytest.raises(ValueError, match="chat template fails: long"):
@@ -377,7 +389,14 @@ def test_a_conversation_that_the_template_refuses_stands_among_others():
 GOOD = talk("u: a", "a: b")
 USERS, OTHER = GOOD[0], talk("u: c", "a: d")
 UNANSWERED = [*GOOD, *OTHER[:1]]
-PAIR = {"chosen": GOOD, "rejected": GOOD}
+PAIR = {"chosen": GOOD, "rejected": talk("u: a", "a: c")}
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+def refused(record_format, row):
+    with pytest.raises(Fault) as caught:
+        understand(record_format, row)
+    return caught.value
 
 
 @pytest.mark.fault("F43")
@@ -388,17 +407,14 @@ PAIR = {"chosen": GOOD, "rejected": GOOD}
         ({}, "not_a_list", "{} is not a list of messages"),
         ([], "no_messages", "the list of messages is empty"),
         (["hi"], "not_a_message", 'message 1 is "hi", not an object with role and'),
-        ([{"from": "gpt", "value": "a"}], "missing_role", 'keys: ["from", "value"]'),
+        ([{"value": "a"}], "missing_role", 'has no "role", its keys: ["value"]'),
         ([{"role": "user"}], "missing_content", 'no "content", its keys: ["role"]'),
         ([{"role": "bot", "content": "a"}], "unknown_role", 'has the role "bot", not'),
         ([{"role": [1], "content": "a"}], "unknown_role", "has the role [1], not syst"),
-        ([USERS | {"content": None}], "content_not_a_string", "null, not a string"),
-        (
-            [USERS | {"content": ["a"]}],
-            "content_not_a_string",
-            '1 has the content ["a"]',
-        ),
+        ([USERS | {"content": 3}], "content_not_a_string", "3, not a string"),
+        ([USERS | {"content": [{"image": 1}]}], "content_not_a_string", "text parts"),
         ([USERS | {"content": ""}], "empty_content", "is the user's and empty"),
+        ([USERS | {"content": None}], "empty_content", "is the user's and empty"),
         (talk("u: a", "a:  \n"), "empty_answer", "2 is the assistant's and empty"),
         (GOOD[1:], "role_order", "assistant's at the beginning, where there must"),
         (talk("t: a"), "role_order", "must be system or user"),
@@ -412,21 +428,33 @@ PAIR = {"chosen": GOOD, "rejected": GOOD}
         ),
         (talk("s: a", "s: b"), "role_order", "the system's, where there must be user"),
         (talk("u: a", "a: b", "t: c", "u: d"), "role_order", "be tool or assistant"),
+        (
+            [USERS, GOOD[1] | {"tool_calls": "[{"}],
+            "broken_json",
+            "calls that are no JSON",
+        ),
+        ([USERS, GOOD[1] | {"tool_calls": [1]}], "tool_calls", 'needs "name" and "arg'),
+        (
+            [USERS, GOOD[1] | {"tool_calls": [CALL | {"arguments": "{a"}]}],
+            "broken_json",
+            "arguments of a tool call that are no JSON",
+        ),
+        (
+            [USERS, GOOD[1] | {"weight": 0.5}],
+            "weight",
+            "weight 0.5; expected is 0 or 1",
+        ),
+        ([USERS | {"tools": "{}"}, GOOD[1]], "tools", "not a list of schemas"),
     ],
 )
 def test_malformed_messages_are_refused_in_plain_words(messages, kind, reason):
-    fault = check_conversation({"conversations": messages})
-    assert fault is not None
+    fault = refused("sft", {"conversations": messages})
     assert (fault.kind, reason in fault.reason) == (kind, True), fault.reason
     assert fault.reason.startswith('in "conversations", ')
-    assert reason in str(check_messages(messages))
-    for check, row in (
-        (CHECKS["rlaif"], {"conversations": messages}),
-        (check_pair, {"chosen": messages, "rejected": GOOD}),
-        (check_pair, {"chosen": GOOD, "rejected": messages}),
-    ):
-        again = check(row)
-        assert again is not None and again.kind == kind
+    with pytest.raises(Fault, match=re.escape(reason)):
+        read_chat(messages)
+    if messages:
+        assert refused("dpo", PAIR | {"chosen": messages}).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -435,49 +463,152 @@ def test_malformed_messages_are_refused_in_plain_words(messages, kind, reason):
         GOOD,
         tuple(GOOD),
         talk("s: a", "u: b", "a: c", "t: d", "t: e", "a: f", "u: g", "a: h"),
-        [{"role": "user", "content": "a", "name": 1}, *GOOD[1:]],
     ],
 )
 def test_rows_with_whole_answers_are_good(messages):
-    assert check_conversation({"conversations": messages, "id": 1}) is None
-    assert CHECKS["rlaif"]({"conversations": messages}) is None
-    assert check_messages(messages) is None
+    read = understand("sft", {"conversations": messages, "id": 1})
+    assert read.content[0].messages == list(messages)
+    assert (read.form, read.ignored) == ("conversations", {"id"})
     for turn in ("u: c", "t: c"):  # no answer is needed to talk, or at a row's end
         unanswered = [*messages, *talk(turn)]
-        assert check_messages(unanswered) is None
-        assert check_conversation({"conversations": unanswered}) is None
+        assert understand("sft", {"messages": unanswered}).form == "messages"
+
+
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("record_format", "row", "expected"),
+    [
+        ("sft", {"conversations": SHAREGPT}, GOOD),
+        ("sft", {"messages": SHAREGPT, "system": "s"}, [*talk("s: s"), *GOOD]),
+        ("sft", {"instruction": "a", "input": "", "output": "b"}, GOOD),
+        (
+            "sft",
+            {"instruction": "a", "input": "x", "output": "b"},
+            talk("u: a\nx", "a: b"),
+        ),
+        (
+            "sft",
+            {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": ""},
+            [*GOOD, *OTHER],
+        ),
+        ("sft", {"prompt": "a", "completion": "b"}, GOOD),
+        ("sft", {"prompt": GOOD[:1], "completion": GOOD[1:]}, GOOD),
+        ("sft", {"question": "a", "answer": "b"}, GOOD),
+        (
+            "sft",
+            {"messages": [USERS, GOOD[1] | {"content": PARTS}]},
+            talk("u: a", "a: ab"),
+        ),
+        ("rlaif", {"conversations": [*GOOD, *talk("u: c", "a: ")]}, UNANSWERED),
+        ("dpo", PAIR, GOOD),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}, GOOD),
+        ("dpo", PAIR | {"prompt": "a"}, GOOD),
+        (
+            "dpo",
+            {"chosen_messages": GOOD, "rejected_messages": talk("u: a", "a: c")},
+            GOOD,
+        ),
+        (
+            "dpo",
+            {
+                "conversations": SHAREGPT[:1],
+                "chosen": SHAREGPT[1],
+                "rejected": {"from": "gpt", "value": "c"},
+            },
+            GOOD,
+        ),
+    ],
+)
+def test_every_usual_form_becomes_messages(record_format, row, expected):
+    read = understand(record_format, row)
+    assert read.content[0].messages == expected
+    assert not read.ignored
+    if record_format == "dpo":
+        assert read.content[1].messages == talk("u: a", "a: c")
+        assert [chat.in_loss for chat in read.content] == [[False, True]] * 2
+
+
+def test_tools_and_thoughts_are_kept():
+    calls = json.dumps([CALL])
+    row = {
+        "conversations": [
+            {"role": "system", "content": "", "tools": json.dumps([{"name": "add"}])},
+            {"from": "human", "value": "1+?"},
+            {
+                "from": "gpt",
+                "content": "",
+                "tool_calls": calls,
+                "reasoning_content": "h",
+            },
+            {"from": "observation", "value": "2"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"role": "function", "content": "3", "name": "add"},
+            {"role": "assistant", "content": None, "function_call": CALL, "weight": 0},
+            {"role": "tool", "content": ""},
+            {"role": "assistant", "content": "4", "loss_weight": 1.0, "train": True},
+        ]
+    }
+    (chat_read,) = understand("sft", row).content
+    messages = chat_read.messages
+    assert chat_read.tools == [{"name": "add"}]
+    assert messages[2] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [CALL],
+        "reasoning_content": "h",
+    }
+    assert [one["role"] for one in messages[3:]] == ["tool", "assistant"] * 3
+    assert messages[4]["tool_calls"] == messages[6]["tool_calls"] == [CALL]
+    assert messages[5]["name"] == "add"
+    assert chat_read.in_loss == [n in (2, 4, 8) for n in range(9)]
 
 
 @pytest.mark.fault("F43")
 @pytest.mark.parametrize(
     ("row", "kind", "reason"),
     [
-        ({"text": GOOD}, "missing_conversations", 'in the row, its keys: ["text"]'),
-        ({"text": GOOD}, "missing_conversations", 'rows are for stage="pretrain"'),
+        ({"text": "a"}, "unknown_form", 'keys of the row are ["text"]: these rows are'),
+        ({"text": "a"}, "unknown_form", 'these rows are for stage="pretrain"'),
+        (PAIR, "unknown_form", 'these rows are for stage="dpo"'),
+        ({"instruction": "a"}, "unknown_form", '"output" is missing'),
+        (
+            {"id": 1},
+            "unknown_form",
+            "expected conversations or messages or instruction +",
+        ),
         ({"conversations": GOOD[:1]}, "no_answer", "there is nothing to learn"),
-        ({"rejected": GOOD}, "missing_chosen", 'no "chosen" in the row'),
-        ({"chosen": GOOD}, "missing_rejected", 'its keys: ["chosen"]'),
-        (PAIR | {"rejected": UNANSWERED}, "no_last_answer", 'in "rejected", the last'),
-        (PAIR, "no_difference", "one is the other"),
-        (PAIR | {"rejected": OTHER}, "no_common_prompt", "have no prompt in common"),
-        (PAIR | {"chosen": [*GOOD, *OTHER]}, "no_difference", "or its beginning"),
+        (
+            {"messages": [USERS, GOOD[1] | {"train": False}]},
+            "no_answer",
+            "every answer has the weight 0",
+        ),
+        ({"messages": GOOD, "label": True}, "rated_answer", "make pairs of"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused(row, kind, reason):
-    fault = (check_pair if PAIR.keys() & row else check_conversation)(row)
-    assert fault is not None
+    fault = refused("sft", row)
     assert (fault.kind, reason in fault.reason) == (kind, True), fault.reason
 
 
-def test_a_prompt_row_ends_with_the_answer_that_is_held_back():
-    fault = CHECKS["rlaif"]({"conversations": UNANSWERED})
-    assert fault is not None and fault.kind == "no_last_answer"
-    assert "the last turn is the user's, not the assistant's" in fault.reason
-
-
-def test_pairs_differ_after_a_common_prompt():
-    pair = {"chosen": GOOD, "rejected": talk("u: a", "a: c")}
-    assert check_pair(pair) is None
-    noted = [{**GOOD[0], "note": "other keys are ignored"}, GOOD[1]]
-    fault = check_pair({"chosen": GOOD, "rejected": noted})
-    assert fault is not None and fault.kind == "no_difference"
+@pytest.mark.fault("F43")
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        ({"rejected": GOOD}, "unknown_form", '"chosen" is missing'),
+        ({"conversations": GOOD}, "unknown_form", 'these rows are for stage="sft"'),
+        (PAIR | {"rejected": UNANSWERED}, "no_last_answer", 'in "rejected", the last'),
+        (PAIR | {"rejected": GOOD}, "no_difference", "one is the other"),
+        (PAIR | {"rejected": OTHER}, "no_common_prompt", "have no prompt in common"),
+        (
+            PAIR | {"chosen": [*GOOD, *OTHER], "rejected": GOOD},
+            "no_difference",
+            "or its",
+        ),
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused(row, kind, reason):
+    fault = refused("dpo", row)
+    assert (fault.kind, reason in fault.reason) == (kind, True), fault.reason

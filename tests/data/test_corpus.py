@@ -93,7 +93,7 @@ def test_bad_rows_are_refused_or_left_out_as_the_configuration_says(
     file = tmp_path / "some.jsonl"
     file.write_text('{"text": "a"}\n{"txt": "b"}\n')
     cfg = dataclasses.replace(cfg, data_path=str(file))
-    with pytest.raises(DataError, match=r"some\.jsonl:2:1: no \"text\" in the row"):
+    with pytest.raises(DataError, match=r"some\.jsonl:2:1: the keys of the row are"):
         Corpus.prepare(cfg, byte_spec, tmp_path, 1, 0.01)
     cfg = dataclasses.replace(cfg, on_bad_line="skip", max_bad_fraction=0.5)
     corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1, 0.01)

@@ -1,13 +1,14 @@
 """The shipped demo corpora: found by name, and the questions that they hold out."""
 
+import functools
 import hashlib
 from pathlib import Path
 
 import pytest
 
 from minimind_nb.data import demo
+from minimind_nb.data.conversations import understand
 from minimind_nb.data.jsonl import DataError, iter_chunks, read_rows
-from minimind_nb.data.record_formats import CHECKS
 
 # A run knows its data by these bytes: with others it cannot be resumed.
 SHIPPED = {
@@ -25,8 +26,8 @@ def test_demo_is_unpacked_whole_and_once(tmp_path, record_format):
     assert demo.locate("demo", tmp_path / "cache", record_format).stat() == unpacked
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert digest[:16] == SHIPPED[record_format]
-    check = CHECKS[record_format]
-    read = [read_rows(chunk, check) for chunk in iter_chunks(file)]
+    reading = functools.partial(understand, record_format)
+    read = [read_rows(chunk, reading) for chunk in iter_chunks(file)]
     assert sum(len(rows) for rows, _ in read) >= 1500
     assert not any(tally.kinds or tally.blank for _, tally in read)
 

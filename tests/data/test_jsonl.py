@@ -1,5 +1,6 @@
 """Each malformed row of the promise, its line and its column; and what is accepted."""
 
+import functools
 import gzip
 import json
 import pickle
@@ -11,27 +12,29 @@ from pathlib import Path
 import pytest
 
 from minimind_nb.data import jsonl
+from minimind_nb.data.conversations import understand
 from minimind_nb.data.jsonl import (
     Chunk,
     DataError,
     Tally,
     check_file,
-    check_text_row,
     iter_chunks,
     read_rows,
 )
+
+read_text = functools.partial(understand, "pretrain")
 
 GOOD = b'{"text": "\xe4\xbd\xa0\xe5\xa5\xbd, world"}'
 
 
 def read(data: bytes, first_line: int = 1):
-    return read_rows(Chunk(first_line, data), check_text_row)
+    return read_rows(Chunk(first_line, data), read_text)
 
 
 def read_file(path: Path, size: int = 1 << 20):
     rows, problems = [], []
     for chunk in iter_chunks(path, size):
-        good, tally = read_rows(chunk, check_text_row)
+        good, tally = read_rows(chunk, read_text)
         rows += good
         problems += tally.problems
     return rows, problems
@@ -69,10 +72,14 @@ REFUSED = {
     b'{"text": "a", "text": "b"}': ("duplicate_key", 15, "'text' comes twice"),
     b'{"b": {"c": 1, "c": 1}}': ("duplicate_key", 16, "'c' comes twice"),
     b'{"\\ud800": 1, "\\ud800": 1}': ("duplicate_key", 1, r"'\\ud800' comes twice"),
-    b'{"content": "a", "n": 1}': ("missing_text", 1, r'its keys: \["content", "n"\]'),
-    b'{"conversations": []}': ("missing_text", 1, 'rows are for stage="sft"$'),
-    b'{"messages": []}': ("missing_text", 1, 'rows are for stage="sft"'),
-    b'{"chosen": [], "rejected": []}': ("missing_text", 1, 'rows are for stage="dpo"'),
+    b'{"body": "a", "n": 1}': (
+        "unknown_form",
+        1,
+        r'row are \["body", "n"\]: expected text or',
+    ),
+    b'{"conversations": []}': ("unknown_form", 1, 'rows are for stage="sft"$'),
+    b'{"messages": []}': ("unknown_form", 1, 'rows are for stage="sft"'),
+    b'{"chosen": [], "rejected": []}': ("unknown_form", 1, 'rows are for stage="dpo"'),
     b'{"text": null}': ("not_a_string", 2, '"text" is null, not a string'),
     b'{"n": 1, "text": 5}': ("not_a_string", 10, '"text" is 5, not a string'),
     b'{"text": ["a"]}': ("not_a_string", 2, r'"text" is \["a"\], not'),
@@ -114,7 +121,7 @@ ACCEPTED = {
 def test_unusual_but_valid_line_is_accepted_with_its_text_unchanged(line):
     rows, tally = read(line)
     assert not tally.problems
-    assert [row["text"] for _, row in rows] == [ACCEPTED[line]]
+    assert [row.content for _, row in rows] == [ACCEPTED[line]]
 
 
 def test_blank_lines_are_counted_and_keep_the_numbers_physical():
@@ -183,7 +190,7 @@ def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
         "import resource, sys\n"
         "from minimind_nb.data.jsonl import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "parts = [read_rows(c, check_text_row) for c in iter_chunks(sys.argv[1])]\n"
+        "parts = [read_rows(c, dict) for c in iter_chunks(sys.argv[1])]\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
         "bad = parts[-1][1].problems[0]\n"
         "print(bad.kind, bad.line)\n"
@@ -290,7 +297,7 @@ def test_of_endless_bad_rows_all_are_counted_and_few_are_kept(monkeypatch):
     total = Tally()
     for first_line in (1, 6, 11):
         total.add(read(b"{}\n" * 5, first_line)[1])
-    assert total.kinds == {"missing_text": 15}
+    assert total.kinds == {"unknown_form": 15}
     assert [row.line for row in total.problems] == list(range(1, 8))
     assert len(read(b"{}\n" * 5000)[1].problems) == 7
 

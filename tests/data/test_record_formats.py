@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minimind_nb.config import STAGES
-from minimind_nb.data.conversations import IN_LOSS
+from minimind_nb.data.conversations import FORMS, IN_LOSS
 from minimind_nb.data.jsonl import Chunk
-from minimind_nb.data.record_formats import CHECKS, encode_chunk
+from minimind_nb.data.record_formats import encode_chunk
 
 A, B, C = 67, 68, 69
 PAD, BEGIN, END = 0, 1, 2
@@ -56,14 +56,14 @@ def test_documents_keep_their_order(byte_spec):
     assert tally.good == 3
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", FORMS)
 def test_no_rows_have_no_documents(byte_spec, name):
     arrays, ids, *_ = encode(name, [], byte_spec)
     assert ids == [] and not any(map(len, arrays.values()))
 
 
 def test_every_stage_has_a_record_format():
-    assert STAGES.keys() | {"rlaif"} == CHECKS.keys()
+    assert STAGES.keys() | {"rlaif"} == FORMS.keys()
 
 
 def talk(*contents):

@@ -413,7 +413,7 @@ def test_key_depends_on_all_that_decides_about_ids(make_source, monkeypatch):
     ]
     keys = [key_of(dataclasses.replace(source, **other)) for other in others]
     keys.append(key_of(source))
-    monkeypatch.setattr(token_cache, "VERSION", "another")
+    monkeypatch.setattr(token_cache, "_CONTENT_VERSION", "another")
     keys.append(key_of(source))
     assert len(set(keys)) == len(keys)
 

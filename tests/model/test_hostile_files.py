@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.chats import chat
 
 from minimind_nb.data import chat_template
 from minimind_nb.data.chat_template import ChatEncoder
@@ -148,7 +149,7 @@ def test_a_chat_template_does_no_harm(
         json.dumps({"chat_template": template})
     )
     with contextlib.suppress(ValueError, TimeoutError):
-        (said,) = ChatEncoder(read_tokenizer("t")).encode([(CONVERSATION, 0)])
+        (said,) = ChatEncoder(read_tokenizer("t")).encode([chat(CONVERSATION)])
         assert isinstance(said, Fault)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.chats import chat
 from support.runs import (
     HeldStop,
     Settings,
@@ -380,7 +381,7 @@ def test_the_answers_of_chats_are_measured_as_by_hand(
     chats = [json.loads(line)["conversations"] for line in chat_file.open()]
     encoder = ChatEncoder(read_tokenizer())
     texts = []
-    for ids, marks in encoder.encode([(chat, 0) for chat in chats]):  # pyright: ignore[reportGeneralTypeIssues]
+    for ids, marks in encoder.encode([chat(one) for one in chats]):  # pyright: ignore[reportGeneralTypeIssues]
         texts.append((ids.tolist(), [bool(mark & IN_LOSS) for mark in marks]))
     size = sum(
         len(message["content"].encode())
