@@ -10,9 +10,10 @@ import numpy as np
 
 from ..config import ResolvedConfig
 from .batches import TrainingStream, ValidationRows
+from .containers import check_file, iter_chunks
 from .conversations import find_stage
 from .demo import DEMO
-from .jsonl import DataError, check_file, iter_chunks, read_rows
+from .jsonl import DataError, read_rows
 from .packing import TruncatedDocuments, split_by_hash, truncate_documents
 from .token_cache import Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec

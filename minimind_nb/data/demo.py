@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..storage import verified
-from .jsonl import check_file
+from .containers import check_file
 
 DEMO = "demo"
 _FILES = {

@@ -6,16 +6,11 @@ Python's own `json` accepts lone surrogates, NaN and duplicate keys, and
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import gzip
-import io
+import itertools
 import json
 import os
-import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -26,16 +21,7 @@ KEPT_PROBLEMS = 100_000
 LISTED_PROBLEMS = 5
 EXCERPT_CHARACTERS = 80
 
-_BOM = b"\xef\xbb\xbf"
-_HEAD_BYTES = 1 << 10
-# How files begin that are not JSON Lines, and what they are.
-_OTHER_FILES = (
-    (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
-    (rb"\x1f\x8b", "compressed with gzip: give it a name that ends in .gz"),
-    (rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0", "UTF-16: use iconv -f UTF-16 -t UTF-8"),
-    (rb"\s*\[\s*[\[{]", "a JSON array: write each of its objects on a line of its own"),
-    (rb"\s*[^\s{\[].*\n\s*[^\s{\[]", "CSV or plain text: write one JSON object a line"),
-)
+BOM = b"\xef\xbb\xbf"
 
 Row = dict[str, Any]
 
@@ -75,10 +61,14 @@ Content = TypeVar("Content")
 
 
 class Chunk(NamedTuple):
-    """Whole physical lines of a file, the first of them number `first_line` (from 1)."""
+    """Whole lines of JSON, the first of them number `first_line` (from 1).
+
+    Of a file of another kind, `numbers` are the line or row that each is made of.
+    """
 
     first_line: int
     data: bytes
+    numbers: Sequence[int] = ()
 
 
 @dataclass
@@ -151,52 +141,6 @@ class Tally:
         raise DataError("\n".join(lines), self.problems)
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise `OSError` or `DataError` if the first kilobyte cannot be JSON Lines."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a .jsonl file in it")
-    if not path.is_file():
-        names = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-        hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
-        raise FileNotFoundError(f"{path} does not exist, or is no file: {hint}")
-    with _open(path) as stream:
-        head = stream.read(_HEAD_BYTES).removeprefix(_BOM)
-    for beginning, what in _OTHER_FILES:
-        if re.match(beginning, head):
-            raise DataError(f"{path} is {what}")
-
-
-def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[Chunk]:
-    """Yield the text of a file, or of a `.gz`, in chunks of about `size` bytes.
-
-    Memory stays within twice `size` + 16 MB: a longer line, which `read_rows` refuses,
-    is cut off. Raises `DataError` for a damaged gzip.
-    """
-    line = 1
-    with _open(Path(path)) as stream:
-        while data := stream.read(size):
-            if not data.endswith(b"\n"):
-                data += stream.readline(MAX_LINE_BYTES + 1)
-            yield Chunk(line, data)
-            line += data.count(b"\n")
-            if not data.endswith(b"\n"):  # too long, or the end of the file
-                while (rest := stream.readline(size)) and not rest.endswith(b"\n"):
-                    pass
-                line += 1
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedIOBase]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            yield stream
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        advice = "copy it again, or take .gz off its name if it is not compressed"
-        raise DataError(f"{path} cannot be unpacked ({error}): {advice}") from error
-
-
 def read_rows(
     chunk: Chunk, read: Callable[[Row], Content]
 ) -> tuple[list[tuple[int, Content]], Tally]:
@@ -207,10 +151,11 @@ def read_rows(
     """
     data = chunk.data.removesuffix(b"\n")
     if chunk.first_line == 1:
-        data = data.removeprefix(_BOM)
+        data = data.removeprefix(BOM)
     rows: list[tuple[int, Content]] = []
     tally = Tally()
-    for number, raw in enumerate(data.split(b"\n"), chunk.first_line):
+    numbers = chunk.numbers or itertools.count(chunk.first_line)
+    for number, raw in zip(numbers, data.split(b"\n"), strict=False):
         if not raw.strip():
             tally.blank += 1
             continue

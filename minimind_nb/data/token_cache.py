@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
+from .containers import iter_chunks
 from .conversations import IN_LOSS
-from .jsonl import DataError, Tally, iter_chunks
+from .jsonl import DataError, Tally
 from .record_formats import IDS_VERSION, Arrays, encode_chunk, per_row, token_type
 from .tokenizer import TokenizerSpec
 

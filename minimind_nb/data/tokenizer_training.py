@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from .containers import check_file, iter_chunks
 from .conversations import find_stage, understand
-from .jsonl import Row, Tally, check_file, iter_chunks, read_rows
+from .jsonl import Row, Tally, read_rows
 from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

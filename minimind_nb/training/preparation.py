@@ -25,9 +25,9 @@ from ..config import (
     resolve,
     shorten_home,
 )
+from ..data.containers import check_file
 from ..data.corpus import Corpus
 from ..data.demo import DEMO
-from ..data.jsonl import check_file
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..hardware import Hardware
 from ..model.loading import FoundWeights

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from minimind_nb.data import demo
+from minimind_nb.data.containers import iter_chunks
 from minimind_nb.data.conversations import understand
-from minimind_nb.data.jsonl import DataError, iter_chunks, read_rows
+from minimind_nb.data.jsonl import DataError, read_rows
 
 # A run knows its data by these bytes: with others it cannot be resumed.
 SHIPPED = {

@@ -12,15 +12,9 @@ from pathlib import Path
 import pytest
 
 from minimind_nb.data import jsonl
+from minimind_nb.data.containers import iter_chunks
 from minimind_nb.data.conversations import understand
-from minimind_nb.data.jsonl import (
-    Chunk,
-    DataError,
-    Tally,
-    check_file,
-    iter_chunks,
-    read_rows,
-)
+from minimind_nb.data.jsonl import Chunk, DataError, Tally, read_rows
 
 read_text = functools.partial(understand, "pretrain")
 
@@ -189,6 +183,7 @@ def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
     script = (
         "import resource, sys\n"
         "from minimind_nb.data.jsonl import *\n"
+        "from minimind_nb.data.containers import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "parts = [read_rows(c, dict) for c in iter_chunks(sys.argv[1])]\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -204,56 +199,6 @@ def test_memory_stays_flat_on_a_line_of_a_hundred_megabytes(tmp_path):
     grown_kib, kind, line = done.stdout.split()
     assert (kind, line) == ("too_long", "2")
     assert int(grown_kib) < 60 * 1024
-
-
-WHOLE_FILE = {
-    "empty.jsonl": (b"", "is empty: write one row a line"),
-    "empty.jsonl.gz": (gzip.compress(b""), "is empty"),
-    "hidden.jsonl": (gzip.compress(GOOD), r"compressed with gzip: .*\.gz"),
-    "plain.jsonl.gz": (GOOD, r"cannot be unpacked .*: .*take \.gz off its name"),
-    "cut.jsonl.gz": (gzip.compress(GOOD)[:-4], r"cannot be unpacked \(.*copy it again"),
-    "bom16.jsonl": ('{"text": "a"}'.encode("utf-16"), "is UTF-16: use iconv -f UTF-16"),
-    "le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "is UTF-16"),
-    "be.jsonl": ('{"text": "a"}'.encode("utf-16-be"), "is UTF-16"),
-    "array.jsonl": (b'[\n{"text": "a"},\n{"text": "b"}\n]', "is a JSON array: write"),
-    "array2.jsonl": (b' [{"text": "a"}, {"text": "b"}]\n', "is a JSON array"),
-    "table.csv": (b"text\nhello\n", "is CSV or plain text: write one JSON object"),
-    "binary.jsonl": (b"PAR1\1\2\xff\n..", "is CSV or plain text"),
-}
-
-
-@pytest.mark.fault("F40")
-@pytest.mark.parametrize("name", WHOLE_FILE)
-def test_other_formats_get_one_line_with_cause_and_fix(tmp_path, name):
-    data, message = WHOLE_FILE[name]
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(DataError, match=message) as caught:
-        check_file(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_gzip_damaged_far_from_its_beginning_is_named(tmp_path):
-    path = tmp_path / "cut.jsonl.gz"
-    text = b"".join(GOOD + f"{n}\n".encode() for n in range(50_000))
-    path.write_bytes(gzip.compress(text, 1)[:-40])
-    check_file(path)
-    with pytest.raises(DataError, match=r"cut\.jsonl\.gz cannot be unpacked"):
-        list(iter_chunks(path, 1 << 16))
-
-
-@pytest.mark.fault("F42")
-def test_missing_file_suggests_a_near_name(tmp_path):
-    (tmp_path / "corpus.jsonl").write_bytes(GOOD)
-    with pytest.raises(FileNotFoundError, match=r"did you mean .*/corpus\.jsonl\?"):
-        check_file(tmp_path / "corpsu.jsonl")
-    with pytest.raises(FileNotFoundError, match="does not exist, or is no file: check"):
-        check_file(tmp_path / "nowhere" / "x.jsonl")
-
-
-@pytest.mark.fault("F42")
-def test_folder_is_no_file(tmp_path):
-    with pytest.raises(IsADirectoryError, match=r"is a folder: name a \.jsonl file"):
-        check_file(tmp_path)
 
 
 def test_array_on_the_first_line_only_is_a_bad_row_not_a_bad_file(tmp_path):

@@ -100,7 +100,7 @@ def test_existing_vocabulary_is_not_replaced(file: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"words": "x"}, 'the keys of the row are'),
+        ({"words": "x"}, "the keys of the row are"),
         ({"conversations": [{"role": "user"}]}, 'message 1 has no "content"'),
     ],
 )

@@ -1,0 +1,207 @@
+"""Data files of every usual kind, read as lines of JSON.
+
+JSON Lines are read as they are. The objects of a JSON array, the rows of a parquet file
+and the documents of a plain text, parted by blank lines, become a line each. All but
+parquet may be compressed with gzip, whatever their name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from .jsonl import BOM, MAX_LINE_BYTES, Chunk, DataError
+
+MOST_ARRAY_BYTES = 256_000_000
+_HEAD_BYTES = 1 << 10
+_PARQUET_ROWS = 1000
+_GZIP, _PARQUET, _ARRAY = rb"\x1f\x8b", rb"PAR1", rb"\s*\[\s*[\[{\]]"
+# How files begin that cannot be read, and what they are.
+_OTHER_FILES = (
+    (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
+    (rb"PK\x03\x04", "a zip archive: unpack it with unzip"),
+    (rb"\xfd7zXZ", "compressed with xz: unpack it with xz -d"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it with zstd -d"),
+    (rb"BZh", "compressed with bzip2: unpack it with bunzip2"),
+    (rb"\xff\xfe|\xfe\xff|\0[^\0]|[^\0]\0", "UTF-16: use iconv -f UTF-16 -t UTF-8"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file: run git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)", "an HTML page: download the file itself again"),
+)
+_TABLE = rb"\s*[^\s{\[].*\n\s*[^\s{\[]"
+_Numbered = tuple[int, str]  # the number of a row, and its JSON on one line
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise `OSError` or `DataError` if a file's beginning is of no kind to be read."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not path.is_file():
+        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
+        raise FileNotFoundError(f"{path} does not exist, or is no file: {hint}")
+    head = _read_head(path)
+    for beginning, what in _OTHER_FILES:
+        if re.match(beginning, head):
+            raise DataError(f"{path} is {what}")
+    if re.match(_TABLE, head) and not (_is_text(path) or re.match(_PARQUET, head)):
+        raise DataError(
+            f"{path} is CSV or plain text: write one JSON object a line, or name it .txt "
+            "if blank lines part its documents"
+        )
+
+
+def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[Chunk]:
+    """Yield the rows of a file as JSON Lines, in chunks of about `size` bytes.
+
+    Memory stays within twice `size` + 16 MB, but for a JSON array: a longer line, which
+    `read_rows` refuses, is cut off. Raises `DataError` for a damaged file.
+    """
+    path = Path(path)
+    head = _read_head(path)
+    if re.match(_PARQUET, head):
+        yield from _group(_read_parquet(path), size)
+    elif _is_text(path):
+        yield from _group(_read_text(path), size)
+    elif re.match(_ARRAY, head):
+        yield from _group(_read_array(path), size)
+    else:
+        yield from _read_lines(path, size)
+
+
+def _is_text(path: Path) -> bool:
+    return ".txt" in (suffix.lower() for suffix in path.suffixes[-2:])
+
+
+def _read_head(path: Path) -> bytes:
+    with _open(path) as stream:
+        return stream.read(_HEAD_BYTES).removeprefix(BOM)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[io.BufferedIOBase]:
+    with path.open("rb") as file:
+        packed = re.match(_GZIP, file.read(2))
+        file.seek(0)
+        try:
+            yield gzip.GzipFile(fileobj=file) if packed else file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(
+                f"{path} cannot be unpacked ({error}): copy it again"
+            ) from error
+
+
+def _group(rows: Iterator[_Numbered], size: int) -> Iterator[Chunk]:
+    """Yield rows in chunks."""
+    numbers: list[int] = []
+    data = bytearray()
+    for number, line in rows:
+        numbers.append(number)
+        data += line.encode() + b"\n"
+        if len(data) >= size:
+            yield Chunk(1, bytes(data), numbers)
+            numbers, data = [], bytearray()
+    if numbers:
+        yield Chunk(1, bytes(data), numbers)
+
+
+def _read_lines(path: Path, size: int) -> Iterator[Chunk]:
+    line = 1
+    with _open(path) as stream:
+        while data := stream.read(size):
+            if not data.endswith(b"\n"):
+                data += stream.readline(MAX_LINE_BYTES + 1)
+            yield Chunk(line, data)
+            line += data.count(b"\n")
+            if not data.endswith(b"\n"):  # too long, or the end of the file
+                while (rest := stream.readline(size)) and not rest.endswith(b"\n"):
+                    pass
+                line += 1
+
+
+def _read_array(path: Path) -> Iterator[_Numbered]:
+    """Yield the objects of a JSON array, and the line where each begins."""
+    with _open(path) as stream:
+        data = stream.read(MOST_ARRAY_BYTES + 1)
+    if len(data) > MOST_ARRAY_BYTES:
+        raise DataError(
+            f"{path} is a JSON array of more than {MOST_ARRAY_BYTES // 10**6} MB: make "
+            f"it JSON Lines with  jq -c '.[]' {path} > {path.stem}.jsonl"
+        )
+    text = _decode(path, data.removeprefix(BOM), 1)
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+
+    def skip(position: int) -> int:
+        return blank.match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+    line, counted, at, follows = 1, 0, skip(0), "["
+    while text[at : at + 1] == follows:
+        begin = skip(at + 1)
+        if follows == "[" and text[begin : begin + 1] == "]":
+            at = begin
+            break
+        try:
+            _, end = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            line = text.count("\n", 0, getattr(error, "pos", begin)) + 1
+            raise DataError(f"{path}:{line} is broken JSON: {error}") from None
+        line, counted = line + text.count("\n", counted, begin), begin
+        yield line, text[begin:end].replace("\n", " ")
+        at, follows = skip(end), ","
+    if text[at:].strip() != "]":
+        line = text.count("\n", 0, at) + 1
+        raise DataError(f'{path}:{line} is a JSON array that does not end with "]"')
+
+
+def _read_text(path: Path) -> Iterator[_Numbered]:
+    """Yield the documents of a plain text, and the line where each begins."""
+    with _open(path) as stream:
+        lines = (_decode(path, line, n) for n, line in enumerate(stream, 1))
+        numbered = enumerate(lines, 1)
+        for written, group in itertools.groupby(
+            numbered, lambda one: one[1].strip() != ""
+        ):
+            if written:
+                parts = list(group)
+                document = "".join(line for _, line in parts).strip("\r\n")
+                yield parts[0][0], json.dumps({"text": document}, ensure_ascii=False)
+
+
+def _read_parquet(path: Path) -> Iterator[_Numbered]:
+    """Yield the rows of a parquet file and their numbers, from 1."""
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError(
+            f"{path} is parquet: pip install 'minimind_nb[parquet]', or convert it to "
+            "JSON Lines"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
+        for number, row in enumerate(itertools.chain.from_iterable(batches), 1):
+            present = {key: value for key, value in row.items() if value is not None}
+            yield number, json.dumps(present, ensure_ascii=False, default=str)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is a damaged parquet file: {error}") from error
+
+
+def _decode(path: Path, data: bytes, line: int) -> str:
+    try:
+        return data.removeprefix(BOM if line == 1 else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{path}:{line} is not UTF-8; from GBK: iconv -f GB18030 -t UTF-8"
+        ) from None
