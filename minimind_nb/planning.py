@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -14,8 +16,9 @@ from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.tables import Facts
 from .storage.run_folder import RunFolder
+from .training.initial_weights import NoInitialWeights
 from .training.preparation import draft
-from .training.run_plan import describe_truncated
+from .training.run_plan import describe_rows, describe_truncated
 
 # The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
 _SUSTAINED_FLOPS = {"Tesla T4": 24e12}
@@ -66,6 +69,7 @@ def plan(cfg: TrainConfig) -> Facts:
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
         "existing run": f"{run.root}, {existing}" if run.exists() else "",
         "begins from": drafted.config["began_from"],
+        "data": describe_rows(corpus, cfg),
         ("pairs" if pairs else "documents"): documents,
         "too long": "; ".join(describe_truncated(corpus, cfg)),
         "an epoch": epoch,
@@ -129,14 +133,29 @@ def _product_rate(cfg: ResolvedConfig, hardware: Hardware) -> float | None:
     return count * 2 * _GEMM_SIZE**3 / (time.monotonic() - began)
 
 
-def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
+class Preview(list[str]):
+    """Samples as text, below a line that says how the rows were understood."""
+
+    def __init__(self, title: str, samples: Iterable[str]) -> None:
+        super().__init__(samples)
+        self.title = title
+
+    def __repr__(self) -> str:
+        return "\n\n".join([self.title, *self])
+
+
+def preview(cfg: TrainConfig, rows: int = 2) -> Preview:
     """Return the first samples of the first epoch as text, as the model gets them.
 
     Documents follow each other within a row, each with its end; special tokens are
     shown. A document that is cut continues in another row. In the chat stages, tokens
     that count in the loss are between ⟦ and ⟧; the chosen answer of a pair comes first.
+    Without a run to start from the shipped tokenizer is used, unless one is set.
     """
-    drafted = draft(cfg)
+    try:
+        drafted = draft(cfg)
+    except NoInitialWeights:
+        drafted = draft(dataclasses.replace(cfg, init_from="none"))
     resolved, tokenizer = drafted.cfg, drafted.tokenizer
     stream = drafted.corpus.training_stream(resolved, tokenizer.pad_id)
     decode = load_tokenizer(tokenizer).decode
@@ -154,4 +173,4 @@ def preview(cfg: TrainConfig, rows: int = 2) -> list[str]:
         if resolved.stage == "dpo":
             pieces = ["chosen: ", pieces[0], "\nrejected: ", pieces[1]]
         shown.append("".join(pieces))
-    return shown
+    return Preview(describe_rows(drafted.corpus, resolved), shown)

@@ -40,7 +40,10 @@ class Fault(ValueError):
 
 
 class BadRow(NamedTuple):
-    """A refused row: physical line and column (in characters), both from 1, and why."""
+    """A refused row: physical line and column (in characters), both from 1, and why.
+
+    The column is 0 for a row that is no line of its file.
+    """
 
     line: int
     column: int
@@ -86,9 +89,13 @@ class Tally:
     ignored: Counter[str] = field(default_factory=Counter)
     problems: list[BadRow] = field(default_factory=list)
 
-    def refuse(self, line: int, raw: bytes, error: ValueError) -> None:
+    def refuse(
+        self, line: int, raw: bytes, error: ValueError, has_column: bool = True
+    ) -> None:
         """Count a bad row, with the cause and place of its error."""
         row = _explain(line, raw, error)
+        if not has_column:
+            row = row._replace(column=0)
         self.kinds[row.kind] += 1
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(row)
@@ -129,11 +136,13 @@ class Tally:
         lines = [
             f"{path}: {bad} of {total} rows read cannot be used: {', '.join(kinds)}"
         ]
-        for row in self.problems[:LISTED_PROBLEMS]:
-            place = f"{Path(path).name}:{row.line}:{row.column}"
+        listed = LISTED_PROBLEMS if self.good else 1
+        for row in self.problems[:listed]:
+            place = f"{Path(path).name}:{row.line}"
+            place += f":{row.column}" if row.column else ""
             lines += [f"  {place}: {row.reason}", f"      {row.excerpt}"]
-        if bad > LISTED_PROBLEMS:
-            lines.append(f"  … and {bad - LISTED_PROBLEMS} more")
+        if bad > listed:
+            lines.append(f"  … and {bad - listed} more")
         lines.append(
             f'Fix these lines; on_bad_line="skip" leaves out at most max_bad_fraction='
             f"{max_bad_fraction:g} of the rows, here {bad / total:.3%}."
@@ -162,7 +171,7 @@ def read_rows(
         try:
             rows.append((number, read(_parse(raw))))
         except ValueError as error:
-            tally.refuse(number, raw, error)
+            tally.refuse(number, raw, error, not chunk.numbers)
     tally.good = len(rows)
     return rows, tally
 

@@ -138,7 +138,7 @@ def _encode_chats(
         made: list[Any] = [next(encoded) for _ in row.content]
         if faults := [one for one in made if isinstance(one, Fault)]:
             tally.good -= 1
-            tally.refuse(line, content, faults[0])
+            tally.refuse(line, content, faults[0], has_column=False)
             continue
         tally.ignored.update(_unwritten(row.content, chat_encoder))
         for (ids, marks), chat in zip(made, row.content, strict=True):

@@ -37,6 +37,10 @@ _NOT_IN_PTH = (
 ).split()
 
 
+class NoInitialWeights(FileNotFoundError):
+    """There is no run of the previous stage to start from."""
+
+
 def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
     """Return the weights that `init_from` names, or None for a random initialisation.
 
@@ -151,7 +155,7 @@ def _newest_before(cfg: TrainConfig) -> Path:
             + "".join(f"\n  init_from={place}" for place in places)
         )
     found = ", ".join(sorted(file.parent.name for file in out_dir.glob(_RUNS)))
-    raise FileNotFoundError(
+    raise NoInitialWeights(
         f"stage={cfg.stage!r} starts from a trained model, and out_dir={cfg.out_dir!r} "
         f"has no run of stage={stage!r} and no {weights} (runs found: "
         f'{found or "none"}). Train one first, name the weights with init_from="…", or '

@@ -45,7 +45,7 @@ from .resuming import (
     recover,
     source_run,
 )
-from .run_plan import RunPlan, describe_truncated, open_corpus
+from .run_plan import RunPlan, describe_rows, describe_truncated, open_corpus
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 100
@@ -176,8 +176,8 @@ def _resolve(
     else:
         if not cfg.data_path:
             raise ValueError(
-                f"data_path is not set: name a JSONL file with one {_ROWS[cfg.stage]} per "
-                'line, or use data_path="demo"'
+                f"data_path is not set: name a file with rows like {_ROWS[cfg.stage]}, or "
+                'use data_path="demo"'
             )
         initial = initial or find_initial_weights(cfg)
         tokenizer = read_tokenizer(cfg.tokenizer or (initial and initial.tokenizer))
@@ -257,6 +257,7 @@ def _move_aside(plan: RunPlan, old: Path) -> None:
 def _describe_start(plan: RunPlan, done: int) -> Iterator[str]:
     """Yield what a user should know of the run before it starts."""
     cfg, total = plan.cfg, plan.total_steps
+    yield describe_rows(plan.corpus, cfg)
     if plan.checkpoint:
         yield f"{plan.folder.root} is resumed from step {done:,} of {total:,}"
         before = plan.folder.settings()

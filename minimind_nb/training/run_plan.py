@@ -102,6 +102,16 @@ def open_corpus(
     return Corpus.prepare(cfg, tokenizer, root, count_cores(), most)
 
 
+def describe_rows(corpus: Corpus, cfg: ResolvedConfig) -> str:
+    """Say how the rows of the data were understood, and what of them is ignored."""
+    facts = corpus.cache.facts
+    text = f"{facts['rows']:,} rows of {cfg.data_path}"
+    if form := facts.get("form"):
+        text += f" are read as {form}"
+    ignored = (f'"{key}" in {n:,} rows' for key, n in facts.get("ignored", {}).items())
+    return "; ignored: ".join(filter(None, [text, ", ".join(ignored)]))
+
+
 def describe_truncated(corpus: Corpus, cfg: ResolvedConfig) -> list[str]:
     """Say how many conversations are longer than a row, and what becomes of them."""
     noun = "pairs" if cfg.stage == "dpo" else "conversations"

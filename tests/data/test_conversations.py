@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chats import chat, talk
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from minimind_nb.data import chat_template
 from minimind_nb.data.chat_template import ChatEncoder
@@ -612,3 +613,87 @@ def test_rows_that_teach_nothing_are_refused(row, kind, reason):
 def test_pairs_that_teach_nothing_are_refused(row, kind, reason):
     fault = refused("dpo", row)
     assert (fault.kind, reason in fault.reason) == (kind, True), fault.reason
+
+
+def byte_level(add_prefix_space=False, split=None):
+    tokenizer = Tokenizer(models.BPE())
+    parts = [pre_tokenizers.ByteLevel(add_prefix_space, use_regex=split is None)]
+    if split:
+        parts.insert(0, pre_tokenizers.Split(Regex(split), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[*SPECIAL], initial_alphabet=alphabet
+    )
+
+
+def metaspace(scheme, kind=models.Unigram):
+    tokenizer = Tokenizer(kind())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    specials = {"special_tokens": [*SPECIAL, "<unk>"]}
+    if kind is models.Unigram:
+        return tokenizer, trainers.UnigramTrainer(
+            vocab_size=300, unk_token="<unk>", **specials
+        )
+    return tokenizer, trainers.BpeTrainer(vocab_size=300, **specials)
+
+
+def prepending():
+    """Llama 2's way: a normalizer writes the blanks, and bytes are spelled out."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(parts)
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[*SPECIAL, "<unk>"]
+    )
+
+
+def word_pieces():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer, trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=[*SPECIAL, "[UNK]"]
+    )
+
+
+LLAMA_3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+KINDS = {
+    "byte-level": byte_level,
+    "byte-level, prefix space": functools.partial(byte_level, True),
+    "byte-level, Llama 3's split": functools.partial(byte_level, split=LLAMA_3),
+    "Metaspace, always": functools.partial(metaspace, "always"),
+    "Metaspace, first": functools.partial(metaspace, "first"),
+    "Metaspace, never": functools.partial(metaspace, "never", models.BPE),
+    "blanks by a normalizer": prepending,
+    "word pieces": word_pieces,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["shipped", "unmarked", "plain"])
+def test_ids_are_those_of_transformers_for_every_kind_of_tokenizer(kind, template):
+    tokenizer, trainer = KINDS[kind]()
+    said = ["Is it 3.14?", "It's so:\n  yes, 你好。", "a  b", "No . . ."]
+    tokenizer.train_from_iterator(
+        [*said, "<user assistant Q: A: question answer>"] * 9, trainer
+    )
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATES[template],
+    )
+    encoder = ChatEncoder(read_tokenizer(theirs))
+    messages = talk(*(f"{'ua'[n % 2]}: {text}" for n, text in enumerate(said)))
+    ids, marks = encode_one(encoder, messages)
+    assert ids.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+    asked = theirs.apply_chat_template(
+        messages[:3], return_dict=False, add_generation_prompt=True
+    )
+    assert encoder.prompt(messages[:3]).tolist() == asked
+    assert encoder.end_id == theirs.eos_token_id
+    learned = theirs.decode(ids[marks & IN_LOSS > 0])
+    letters = re.sub("[^a-z]", "", learned.lower())
+    assert letters == "itssoyesimendnoimend"
