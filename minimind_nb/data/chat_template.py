@@ -94,19 +94,17 @@ class ChatEncoder:
         """Return whether the template uses a key of a message, or an argument."""
         return key in self._template
 
-    def encode(
-        self, chats: Sequence[Chat], answered: bool = True, **switches: bool
-    ) -> list[Encoded | Fault]:
+    def encode(self, chats: Sequence[Chat], **switches: bool) -> list[Encoded | Fault]:
         """Encode conversations; a `Fault` stands for one that the template fails.
 
-        Unless `answered`, they are prompts, and end where an answer begins. `switches`
-        are arguments of the template.
+        One that does not end with an answer is a prompt, and ends where the answer
+        begins. `switches` are arguments of the template.
         """
         rendered: list[list[_Segment] | Fault] = []
         with _limited([chat.messages for chat in chats]):
             for chat in chats:
                 try:
-                    rendered.append(self._render(chat, answered, switches))
+                    rendered.append(self._render(chat, switches))
                 except Fault as fault:
                     rendered.append(fault)
         good = iter(
@@ -134,7 +132,7 @@ class ChatEncoder:
                     f"({', '.join(_SWITCHES)}): leave thinking out"
                 )
         chat = Chat(messages, [False] * len(messages), tools)
-        (encoded,) = self.encode([chat], answered=False, **switches)
+        (encoded,) = self.encode([chat], **switches)
         if isinstance(encoded, Fault):
             raise encoded
         return encoded[0]
@@ -192,9 +190,7 @@ class ChatEncoder:
             text = text.replace(stand_in, each)
         return text
 
-    def _render(
-        self, chat: Chat, answered: bool, switches: Mapping[str, bool]
-    ) -> list[_Segment]:
+    def _render(self, chat: Chat, switches: Mapping[str, bool]) -> list[_Segment]:
         """Render a conversation, cut where its turns and answers begin and end."""
         messages: list[Message] = self._escape(chat.messages)
         if any("tool_calls" in one for one in messages) and not self.writes(
@@ -207,9 +203,10 @@ class ChatEncoder:
         tools = [one if callable(one) else self._escape(one) for one in chat.tools]
         roles = [one["role"] for one in messages]
         answering = [n for n, role in enumerate(roles) if role == "assistant"]
-        roles += [] if answered else ["assistant"]
+        asks = roles[-1] != "assistant"
+        roles += ["assistant"] if asks else []
         text, answers = self._apply(
-            messages, not answered, self._marks_answers, tools, switches
+            messages, asks, self._marks_answers, tools, switches
         )
         turns = self._find_turns(messages, tools, text, roles)
         ends = [*turns[1:], len(text)]

@@ -123,7 +123,8 @@ class RLAIFDataset(_Rows):
     """Conversations as `prompt` and `answer`, the assistant's last turn, held back.
 
     The prompt is text as the chat template writes it, up to where the answer begins;
-    the answer is without what closes it. For trainers that generate answers themselves.
+    the answer, "" if the row leaves it empty, is without what closes it. For trainers
+    that generate answers themselves.
     """
 
     _record_format = "rlaif"
@@ -137,7 +138,8 @@ class RLAIFDataset(_Rows):
     def __getitem__(self, index: int) -> dict[str, str]:
         number = range(len(self))[index]
         ids = self.cache.document(number)
-        begin = int(np.argmax(self.cache.marks_of(number) & IN_LOSS))
+        answered = self.cache.marks_of(number) & IN_LOSS > 0
+        begin = int(np.argmax(answered)) if answered.any() else len(ids)
         prompt, answer = (
             self._tokenizer.decode(part.tolist(), skip_special_tokens=False)
             for part in (ids[:begin], ids[begin:])

@@ -186,6 +186,10 @@ def test_prompts_are_text_with_the_last_answer_held_back(open_chats):
     blanks = [{"conversations": talk("a b ,", "c .\n")}]
     (row,) = open_chats(RLAIFDataset, blanks, tokenizer=None)
     assert row["answer"] == "c .\n" and "a b ,<|im_end|>" in row["prompt"]
+    empty = [{"conversations": [*CHATS[1]["conversations"][:1], *talk("a", "")[1:]]}]
+    assert open_chats(RLAIFDataset, empty, tokenizer=None)[0] == rows[1] | {
+        "answer": ""
+    }
 
 
 @pytest.mark.parametrize(
