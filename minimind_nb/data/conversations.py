@@ -61,8 +61,8 @@ class Form(NamedTuple):
     """A form of rows: the keys that it must have and may have, and how it is read."""
 
     keys: str
-    optional: str
     read: Callable[[Row], Any]
+    optional: str = ""
 
 
 def understand(record_format: str, row: Row) -> Understood:
@@ -90,10 +90,9 @@ def understand(record_format: str, row: Row) -> Understood:
     system = _said("system", row["system"]) if row.get("system") else []
     for key, said in zip(form.keys.split()[-len(content) :], content, strict=True):
         messages = [*system, *said] if system and isinstance(said, list) else said
-        empty_end = record_format == "rlaif" and _is_placeholder(messages)
         try:
             chat, unused = read_chat(
-                messages[:-1] if empty_end else messages, row.get("tools")
+                messages, row.get("tools"), open_end=record_format == "rlaif"
             )
             _check_answers(record_format, chat)
         except Fault as fault:
@@ -110,10 +109,13 @@ def understand(record_format: str, row: Row) -> Understood:
     return Understood(named, ignored, chats)
 
 
-def read_chat(messages: Any, tools: Any = None) -> tuple[Chat, set[str]]:
+def read_chat(
+    messages: Any, tools: Any = None, open_end: bool = False
+) -> tuple[Chat, set[str]]:
     """Read a conversation, answered or not, and the keys in it that mean nothing.
 
-    `tools` is a list of schemas, or its JSON; a system message may have it, too. Raises
+    `tools` is a list of schemas, or its JSON; a system message may have it, too. With
+    `open_end` an empty last answer stands for one that is still to be written. Raises
     `Fault`.
     """
     if not isinstance(messages, list | tuple):
@@ -126,17 +128,24 @@ def read_chat(messages: Any, tools: Any = None) -> tuple[Chat, set[str]]:
         left = dict(given) if isinstance(given, dict) else given
         try:
             message = _read_message(left, read[-1]["role"] if read else None)
-            tools = left.pop("tools", None) or tools
+            role, tools = message["role"], left.pop("tools", None) or tools
             if not (message["content"].strip() or "tool_calls" in message):
-                _refuse_empty(message["role"], tools)
+                if open_end and role == "assistant" and number == len(messages):
+                    break
+                if role != "tool" and not (role == "system" and tools):
+                    kind = "empty_answer" if role == "assistant" else "empty_content"
+                    raise Fault(kind, f"is the {role}'s and empty")
             weights = [_read_weight(left.pop(key)) for key in _WEIGHTS if key in left]
         except Fault as fault:
             mark = fault.mark or _show(given, None)
             raise Fault(fault.kind, f"message {number} {fault.reason}", mark) from None
         read.append(message)
-        in_loss.append(message["role"] == "assistant" and all(weights))
+        in_loss.append(role == "assistant" and all(weights))
         ignored |= left.keys()
-    return Chat(read, in_loss, _read_tools(tools)), ignored
+    tools = _parse(tools or [], '"tools"')
+    if not isinstance(tools, list):
+        raise Fault("tools", f'"tools" is {_show(tools)}, not a list of schemas')
+    return Chat(read, in_loss, tools), ignored
 
 
 def find_stage(row: Row) -> str | None:
@@ -222,13 +231,6 @@ def _read_calls(calls: Any) -> list[Any]:
     return calls
 
 
-def _read_tools(tools: Any) -> Sequence[Any]:
-    tools = _parse(tools or [], '"tools"')
-    if not isinstance(tools, list):
-        raise Fault("tools", f'"tools" is {_show(tools)}, not a list of schemas')
-    return tools
-
-
 def _parse(value: Any, what: str) -> Any:
     """Return a value that may be given as its JSON."""
     if not isinstance(value, str):
@@ -244,12 +246,6 @@ def _read_weight(weight: Any) -> bool:
     if weight not in (0, 1):
         raise Fault("weight", f"has the weight {_show(weight)}; expected is 0 or 1")
     return bool(weight)
-
-
-def _refuse_empty(role: str, tools: Any) -> None:
-    if role != "tool" and not (role == "system" and tools):
-        kind = "empty_answer" if role == "assistant" else "empty_content"
-        raise Fault(kind, f"is the {role}'s and empty")
 
 
 def _check_answers(record_format: str, chat: Chat) -> None:
@@ -284,16 +280,6 @@ def _compare(chosen: Chat, rejected: Chat) -> list[Chat]:
     ]
 
 
-def _is_placeholder(messages: Any) -> bool:
-    """Return whether a conversation ends with an empty answer, for a policy to write."""
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or len(messages) == 1:
-        return False
-    content = last.get("content", last.get("value"))
-    role = _ROLES.get(str(last.get("role", last.get("from"))))
-    return role == "assistant" and not content and not last.get("tool_calls")
-
-
 def _said(role: str, value: Any) -> list[Any]:
     """Return what was said as messages: a string of a role, a message, or several."""
     if isinstance(value, str):
@@ -311,10 +297,17 @@ def _answered(prompt: Any, answer: Any) -> list[Any]:
 
 
 def _read_alpaca(row: Row) -> list[list[Any]]:
-    before = itertools.starmap(_answered, row.get("history") or [])
-    asked = row["instruction"]
-    if row.get("input"):
-        asked = f"{asked}\n{row['input']}"
+    asked, more = row["instruction"], row.get("input") or ""
+    if not isinstance(more, str):
+        raise Fault(
+            "not_a_string", f'"input" is {_show(more)}, not a string', '"input"'
+        )
+    try:
+        before = [_answered(*turn) for turn in row.get("history") or []]
+    except TypeError:
+        reason = '"history" is not a list of [question, answer]'
+        raise Fault("not_a_list", reason, '"history"') from None
+    asked = f"{asked}\n{more}" if more else asked
     return [[*itertools.chain(*before), *_answered(asked, row["output"])]]
 
 
@@ -324,32 +317,27 @@ def _read_pair(row: Row) -> list[list[Any]]:
 
 
 _CHATS = [
-    Form("conversations", "", lambda row: [row["conversations"]]),
-    Form("messages", "", lambda row: [row["messages"]]),
-    Form("instruction output", "input history", _read_alpaca),
+    Form("conversations", lambda row: [row["conversations"]]),
+    Form("messages", lambda row: [row["messages"]]),
+    Form("instruction output", _read_alpaca, optional="input history"),
     Form(
-        "prompt completion",
-        "",
-        lambda row: [_answered(row["prompt"], row["completion"])],
+        "prompt completion", lambda row: [_answered(row["prompt"], row["completion"])]
     ),
-    Form(
-        "question answer", "", lambda row: [_answered(row["question"], row["answer"])]
-    ),
+    Form("question answer", lambda row: [_answered(row["question"], row["answer"])]),
 ]
 _PAIRS = [
     Form(
         "chosen_messages rejected_messages",
-        "",
         lambda row: [row["chosen_messages"], row["rejected_messages"]],
     ),
-    Form("conversations chosen rejected", "", _read_pair),
-    Form("prompt chosen rejected", "", _read_pair),
-    Form("chosen rejected", "", _read_pair),
+    Form("conversations chosen rejected", _read_pair),
+    Form("prompt chosen rejected", _read_pair),
+    Form("chosen rejected", _read_pair),
 ]
 FORMS: dict[str, list[Form]] = {
     "pretrain": [
-        Form("text", "", lambda row: row["text"]),
-        Form("content", "", lambda row: row["content"]),
+        Form("text", lambda row: row["text"]),
+        Form("content", lambda row: row["content"]),
     ],
     "sft": _CHATS,
     "dpo": _PAIRS,

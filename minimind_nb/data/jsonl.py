@@ -1,6 +1,6 @@
 """Validated reading of JSON Lines: bytes become rows, or faults with a place.
 
-Python's own `json` accepts lone surrogates, NaN and duplicate keys, and
+Python's own `json` accepts lone surrogates and duplicate keys, and
 `str.splitlines` splits inside strings at U+2028; neither happens here.
 """
 
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 MAX_LINE_BYTES = 16_000_000
 # About 40 MB, all bad rows of ten million rows at the default limit of 1 %.
@@ -201,13 +201,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise Fault("not_finite", f"{name} is not a JSON number", name)
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
 
 
 def _explain(line: int, raw: bytes, error: ValueError) -> BadRow:

@@ -587,6 +587,16 @@ def test_tools_and_thoughts_are_kept():
             "every answer has the weight 0",
         ),
         ({"messages": GOOD, "label": True}, "rated_answer", "make pairs of"),
+        (
+            {"instruction": "a", "output": "b", "input": float("nan")},
+            "not_a_string",
+            '"input" is NaN, not a string',
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [1]},
+            "not_a_list",
+            '"history" is not a list of [question, answer]',
+        ),
     ],
 )
 def test_rows_that_teach_nothing_are_refused(row, kind, reason):

@@ -61,8 +61,7 @@ REFUSED = {
     b"\0\0\0\0": ("nul", 1, "cut off or damaged"),
     b'{"text": "\\ud83d"}': ("lone_surrogate", 11, r"\\ud83d is half"),
     b'{"text": "\\n", "b": ["\\uDE00"]}': ("lone_surrogate", 23, r"\\ude00 is half"),
-    b'{"text": "a", "b": NaN}': ("not_finite", 20, "NaN is not a JSON number"),
-    b'{"text": "NaN", "b": [-Infinity]}': ("not_finite", 23, "-Infinity is not"),
+    b'{"text": NaN, "b": 1}': ("not_a_string", 2, '"text" is NaN, not a string'),
     b'{"text": "a", "text": "b"}': ("duplicate_key", 15, "'text' comes twice"),
     b'{"b": {"c": 1, "c": 1}}': ("duplicate_key", 16, "'c' comes twice"),
     b'{"\\ud800": 1, "\\ud800": 1}': ("duplicate_key", 1, r"'\\ud800' comes twice"),
@@ -105,6 +104,7 @@ ACCEPTED = {
     b'{"id": 7, "text": "a", "tags": ["x"]}': "a",
     b'{"text": ""}': "",
     b'{"text": " \\n\\u0000\\ud83d\\ude00 \\\\ud83d"}': " \n\0😀 \\ud83d",
+    b'{"text": "a", "b": [NaN, -Infinity]}': "a",
     b'{"text": "NaN [[[", "b": ' + b"[" * 99 + b"]" * 99 + b"}": "NaN [[[",
     json.dumps({"text": "x" * 12_000_000}).encode(): "x" * 12_000_000,
 }

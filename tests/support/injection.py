@@ -42,7 +42,7 @@ POINTS = {
     "weights_file": ("training.loop", "write_pth", "before"),
     "exit": ("launch.process_group", "Group.close", "before"),
     "validation": ("training.evaluation", "Evaluator.evaluate", "before"),
-    "answer": ("training.loop", "write_samples", "before"),
+    "answer": ("training.loop", "answer_prompts", "before"),
     "reference": ("training.evaluation", "with_reference", "before"),
 }
 SAVING: list[str] = [
