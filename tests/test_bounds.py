@@ -13,7 +13,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 BOUNDS = {
     requirement.name.lower(): Version(str(requirement.specifier).lstrip(">="))
     for requirement in map(
-        Requirement, PROJECT["dependencies"] + EXTRAS["test"] + EXTRAS["gguf"]
+        Requirement,
+        PROJECT["dependencies"] + EXTRAS["test"] + EXTRAS["gguf"] + EXTRAS["parquet"],
     )
     if requirement.name != PROJECT["name"]
 }
