@@ -28,8 +28,8 @@ class TrainConfig:
     stage: str = "pretrain"
     """What to train: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
     data_path: str | None = None
-    """JSON Lines file, {"text": "…"}, {"conversations": [{"role": "user", "content": "…"},
-    …]} or {"chosen": […], "rejected": […]} a line; "demo" is the embedded corpus."""
+    """File to train on: JSON Lines, a JSON array, parquet or text, see docs/data.md;
+    "demo" is the embedded corpus."""
     val_path: str | None = None
     """Validation file in the same format; default: a held-out part of data_path."""
     tokenizer: str | None = None
