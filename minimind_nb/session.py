@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PATH_FIELDS, STAGE_BEFORE, TrainConfig
+from .config import PATH_FIELDS, STAGE_BEFORE, TrainConfig, change_path
 from .lifetime import oldest_age_seconds
 from .storage.run_folder import RunFolder
 
@@ -116,7 +116,7 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
         return cfg
     out_dir, before = Path(cfg.out_dir), STAGE_BEFORE.get(cfg.stage)
     names = [name for name in PATH_FIELDS if name != "out_dir"]
-    found = {name: find_input(getattr(cfg, name)) for name in names}
+    found = {name: change_path(find_input, getattr(cfg, name)) for name in names}
     resumes = runs_below(out_dir, cfg.stage, cfg.run_name) and cfg.resume is not False
     if cfg.resume == "auto" and not resumes:
         runs = input_runs(cfg.stage, cfg.run_name)

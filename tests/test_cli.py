@@ -22,7 +22,7 @@ from minimind_nb.storage.run_folder import RunLocked
 
 # Frozen: scripts depend on these names.
 OPTIONS = """
-    data_path val_path tokenizer out_dir run_name resume allow_change init_from preset
+    data_path data_weights val_path tokenizer out_dir run_name resume allow_change init_from preset
     recipe
     hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout

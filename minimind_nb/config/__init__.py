@@ -20,6 +20,7 @@ from .presets import resolve_batch as resolve_batch
 from .settings import PATH_FIELDS as PATH_FIELDS
 from .settings import ResolvedConfig as ResolvedConfig
 from .settings import TrainConfig as TrainConfig
+from .settings import change_path as change_path
 from .settings import kinds as kinds
 from .settings import resolve as resolve
 from .settings import shorten_home as shorten_home

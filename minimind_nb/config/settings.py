@@ -6,6 +6,7 @@ import functools
 import os
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,9 +28,12 @@ class TrainConfig:
 
     stage: str = "pretrain"
     """What to train: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
-    data_path: str | None = None
-    """File to train on: JSON Lines, a JSON array, parquet or text, see docs/data.md;
-    "demo" is the embedded corpus."""
+    data_path: str | tuple[str, ...] | None = None
+    """What to train on: a file (JSON Lines, a JSON array, parquet or text), several,
+    a folder of them or a pattern such as "data/*.jsonl"; "demo" is the embedded corpus."""
+    data_weights: tuple[float, ...] | None = None
+    """Share of each of several files in the samples, in their order, such as 5, 3, 2: an
+    epoch ends where one is used up; default: every token once an epoch."""
     val_path: str | None = None
     """Validation file in the same format; default: a held-out part of data_path."""
     tokenizer: str | None = None
@@ -175,8 +179,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             plain = _plain(value)
-            if name in PATH_FIELDS and isinstance(plain, str):
-                plain = os.path.expanduser(plain)  # noqa: PTH111 - a Path drops "./"
+            if name in PATH_FIELDS:
+                plain = change_path(os.path.expanduser, plain)
             object.__setattr__(self, name, plain)
         validate(vars(self), kinds(type(self)), isinstance(self, ResolvedConfig))
 
@@ -198,7 +202,7 @@ class TrainConfig:
 class ResolvedConfig(TrainConfig):
     """The settings of a run with every default filled in; None means not used."""
 
-    data_path: str = ""
+    data_path: str | tuple[str, ...] = ""
 
     @property
     def weights_name(self) -> str:
@@ -221,7 +225,14 @@ def shorten_home(path: Any) -> Any:
     home = os.path.expanduser("~")  # noqa: PTH111 - "~" where there is none
     if isinstance(path, str) and path.startswith(f"{home}/") and home.strip("/~"):
         return f"~{path.removeprefix(home)}"
-    return path
+    return path if isinstance(path, str) else change_path(shorten_home, path)
+
+
+def change_path(change: Callable[[str], Any], path: Any) -> Any:
+    """Return a path, or several, changed; another value as it is."""
+    if isinstance(path, tuple):
+        return tuple(change_path(change, one) for one in path)
+    return change(path) if isinstance(path, str) else path
 
 
 @functools.cache

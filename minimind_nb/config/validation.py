@@ -103,9 +103,13 @@ def _value_problem(
     kind, allowed = type(value), kinds[name]
     if kind is float and not math.isfinite(value):
         return f"{name}={value} is not a finite number"
-    names_only = kind is not tuple or all(isinstance(part, str) for part in value)
-    if not (names_only and (kind in allowed or (kind is int and float in allowed))):
-        special = {type(None): "None", tuple: "tuple of strings"}
+    member = int | float if name == "data_weights" else str
+    uniform = kind is not tuple or all(isinstance(part, member) for part in value)
+    if not (uniform and (kind in allowed or (kind is int and float in allowed))):
+        special = {
+            type(None): "None",
+            tuple: f"tuple of {'numbers' if name == 'data_weights' else 'strings'}",
+        }
         expected = " or ".join(special.get(one, one.__name__) for one in allowed)
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _CHOICES.get(name)
@@ -118,6 +122,8 @@ def _value_problem(
 def _out_of_range(name: str, value: Any) -> str | None:
     if name in _MINIMUM and value < _MINIMUM[name]:
         return f"{name}={value} must be at least {_MINIMUM[name]}"
+    if name == "data_weights" and min(value, default=0) <= 0:
+        return f"data_weights={value} must be above 0; leave a file out of data_path"
     if name in _POSITIVE and value <= 0:
         return f"{name}={value} must be above 0"
     if name in _FRACTIONS and not 0 <= value < 1:

@@ -10,12 +10,22 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..config import ResolvedConfig
-from .packing import Piece, TruncatedDocuments, arrange_epoch, make_rows, pack
+from .containers import find_files
+from .packing import (
+    Piece,
+    TruncatedDocuments,
+    arrange_epoch,
+    make_rows,
+    mix_epoch,
+    pack,
+)
 from .token_cache import TokenCache
 
 IGNORED = -100
@@ -130,16 +140,23 @@ class TrainingStream:
         self._read = functools.partial(read_samples, cache, cfg, pad_id)
         self.rank = rank
         self.samples = samples
-        parts = (truncated.pieces, cfg.stage, cfg.max_seq_len)
-        self.tokens = int(truncated.pieces[:, 2].sum())
+        pieces, shape = truncated.pieces, (cfg.stage, cfg.max_seq_len, cfg.seed)
+        arrange = functools.partial(arrange_epoch, pieces, *shape)
+        if cfg.data_weights:
+            files = cache.file_of(pieces[:, 0])
+            sources = [pieces[files == n] for n in range(len(cache.starts))]
+            arrange = functools.partial(
+                mix_epoch, sources, *shape, weights=cfg.data_weights
+            )
         # A step may reach across the end of an epoch.
-        self.arrange = functools.lru_cache(maxsize=2)(
-            functools.partial(arrange_epoch, *parts, cfg.seed)
-        )
-        if cfg.stage == "pretrain":  # not worth a packing
+        self.arrange = functools.lru_cache(maxsize=2)(arrange)
+        self.tokens = int(pieces[:, 2].sum())
+        if cfg.stage == "pretrain" and not cfg.data_weights:  # not worth a packing
             self.rows = -(-self.tokens // cfg.max_seq_len)
         else:
             self.rows = len(self.arrange(0))
+        if cfg.data_weights:  # an epoch leaves some out
+            self.tokens = self.arrange(0).tokens
             self._loss_tokens = np.zeros(len(cache), np.int64)
             self._loss_tokens[truncated.documents] = truncated.loss_tokens
         self.total_samples = cfg.epochs * self.rows
@@ -175,10 +192,15 @@ class TrainingStream:
             for piece in self._row(sample)
         ]
 
-    def lines(self, samples: Iterable[int]) -> list[int]:
-        """Return the physical lines of the file that samples come from."""
-        documents = {piece[0] for n in samples for piece in self._row(n)}
-        return sorted(set(self.cache.lines[sorted(documents)].tolist()))
+    def lines(self, samples: Iterable[int]) -> list[Any]:
+        """Return the lines that samples come from; of several files "name:line"."""
+        documents = sorted({piece[0] for n in samples for piece in self._row(n)})
+        lines = self.cache.lines[documents].tolist()
+        if len(self.cache.starts) == 1:
+            return sorted(set(lines))
+        names = [Path(file).name for file in find_files(self.cfg.data_path)]
+        places = zip(self.cache.file_of(documents).tolist(), lines, strict=True)
+        return [f"{names[file]}:{line}" for file, line in sorted({*places})]
 
     def _row(self, sample: int) -> list[Piece]:
         epoch, row = divmod(sample, self.rows)
@@ -188,9 +210,9 @@ class TrainingStream:
 class ValidationRows:
     """The held-out samples, packed once; their order means nothing.
 
-    Whole documents or pairs are taken in the file's order, except those with more tokens
-    than remain of `eval_tokens`; if all have more, the shortest is taken. `references`
-    keeps what the reference model says of each micro-batch.
+    Whole documents or pairs of each file are taken in its order, except those with more
+    tokens than remain of its part of `eval_tokens`; if all have more, the shortest is
+    taken. `references` keeps what the reference model says of each micro-batch.
     """
 
     def __init__(
@@ -205,21 +227,30 @@ class ValidationRows:
         self._read = functools.partial(read_samples, cache, cfg, pad_id)
         together = 2 if cfg.stage == "dpo" else 1
         targets = truncated.pieces[:, 2].reshape(-1, together).sum(1)
-        left = max(cfg.eval_tokens, int(targets.min()))
+        files = cache.file_of(truncated.documents[::together])
         taken = np.zeros(len(targets), bool)
-        for index, count in enumerate(targets.tolist()):
-            if count <= left:
-                taken[index] = True
-                left -= count
+        for file in range(len(cache.starts)):
+            (indices,) = np.nonzero(files == file)
+            least = int(targets[indices].min(initial=1 << 62))
+            left = max(cfg.eval_tokens // len(cache.starts), least)
+            for index in indices.tolist():
+                if targets[index] <= left:
+                    taken[index] = True
+                    left -= int(targets[index])
         kept = np.repeat(taken, together)
         self.documents = truncated.documents[kept]
         self.text_bytes = int(truncated.text_bytes[kept].sum())
-        self.rows = make_rows(truncated.pieces[kept], cfg.stage, cfg.max_seq_len)
+        pieces, files = truncated.pieces[kept], cache.file_of(self.documents)
+        self.sources = [
+            make_rows(pieces[files == file], cfg.stage, cfg.max_seq_len)
+            for file in range(len(cache.starts))
+        ]
 
     def micro_batches(
         self, batch_size: int, rank: int, size: int
-    ) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the samples, `batch_size` at a time."""
-        mine = [self.rows.row(n) for n in range(rank, len(self.rows), size)]
-        for begin in range(0, len(mine), batch_size):
-            yield self._read(mine[begin : begin + batch_size])
+    ) -> Iterator[tuple[int, MicroBatch]]:
+        """Yield this rank's share of each file's samples, `batch_size` at a time."""
+        for file, rows in enumerate(self.sources):
+            mine = [rows.row(n) for n in range(rank, len(rows), size)]
+            for begin in range(0, len(mine), batch_size):
+                yield file, self._read(mine[begin : begin + batch_size])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import glob
 import gzip
 import io
 import itertools
@@ -36,8 +37,35 @@ _OTHER_FILES = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file: run git lfs pull"),
     (rb"(?i)\s*<(!doctype|html)", "an HTML page: download the file itself again"),
 )
+_PATTERN = re.compile(r"[*?\[]")
+_SUFFIXES = re.compile(r"^[^.].*\.(jsonl|json|parquet|txt)(\.gz)?$", re.IGNORECASE)
 _TABLE = rb"\s*[^\s{\[].*\n\s*[^\s{\[]"
 _Numbered = tuple[int, str]  # the number of a row, and its JSON on one line
+
+
+def find_files(data_path: str | tuple[str, ...]) -> list[str]:
+    """Return the files that a data path means: its own, or those of a list (a tuple, a
+    JSON list or names parted by commas), of a folder or of a pattern, in order.
+
+    Raises `FileNotFoundError` if a folder or pattern has none.
+    """
+    if isinstance(data_path, tuple):
+        return list(itertools.chain(*map(find_files, data_path)))
+    path = Path(data_path)
+    if data_path.startswith("["):
+        return find_files(tuple(json.loads(data_path)))
+    if "," in data_path and not path.exists():
+        return find_files(tuple(part.strip() for part in data_path.split(",")))
+    if not path.is_dir() and (path.exists() or not _PATTERN.search(data_path)):
+        return [data_path]
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(data_path))
+    files = [str(file) for file in sorted(found) if _SUFFIXES.search(file.name)]
+    if not files:
+        raise FileNotFoundError(
+            f"{data_path} has no data: expected are files that end in .jsonl, .json, "
+            ".parquet or .txt"
+        )
+    return files
 
 
 def check_file(path: str | os.PathLike[str]) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 
 from ..config import ResolvedConfig
 from .batches import TrainingStream, ValidationRows
-from .containers import check_file, iter_chunks
+from .containers import check_file, find_files, iter_chunks
 from .conversations import find_stage
 from .demo import DEMO
 from .jsonl import DataError, read_rows
 from .packing import TruncatedDocuments, split_by_hash, truncate_documents
-from .token_cache import Source, TokenCache, open_cache
+from .token_cache import JoinedCache, Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
 
 
@@ -43,18 +43,20 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
 class Corpus:
     """The token caches of a run, and which of their documents are for what.
 
-    Without a second cache, validation is a part of the first, taken by content hash.
-    `documents` and `val_documents` are numbers in `cache` and `val_cache`, `truncated`
+    There is one a file, the last of them of `val_path` if it is set. Otherwise a part of
+    the documents, taken by content hash, is held out. `documents` and `val_documents` are numbers in `cache` and `val_cache`, `truncated`
     and `val_truncated` the parts of them that rows can hold.
     """
 
     def __init__(self, caches: Sequence[TokenCache], cfg: ResolvedConfig) -> None:
         self.caches = caches
-        self.cache, self.val_cache = caches[0], caches[-1]
-        if len(caches) == 1:
-            split = split_by_hash(self.cache.hashes, cfg.val_fraction)
-        else:
+        files = caches[:-1] if cfg.val_path else caches
+        self.cache = files[0] if len(files) == 1 else JoinedCache(files)
+        self.val_cache = caches[-1] if cfg.val_path else self.cache
+        if cfg.val_path:
             split = np.arange(len(self.cache)), np.arange(len(self.val_cache))
+        else:
+            split = split_by_hash(self.cache.hashes, cfg.val_fraction)
         self.documents, self.val_documents = split
         width = cfg.max_seq_len
         self.truncated = truncate_documents(self.cache, self.documents, width)
@@ -77,13 +79,19 @@ class Corpus:
         more than a share of `max_dropped` of the conversations has no answer that fits.
         """
         policy = (cfg.on_bad_line, cfg.max_bad_fraction)
-        paths = [path for path in (cfg.data_path, cfg.val_path) if path]
+        files = find_files(cfg.data_path)
+        if cfg.data_weights and len(cfg.data_weights) != len(files):
+            raise ValueError(
+                f"data_weights={cfg.data_weights} has {len(cfg.data_weights)} numbers for "
+                f"{len(files)} files: set one for each of {', '.join(files)}"
+            )
+        paths = [*files, *filter(None, [cfg.val_path])]
         opened = {  # an evaluation names one file twice
             path: open_cache(Source(path, cfg.stage, spec, *policy), root, processes)
             for path in dict.fromkeys(paths)
         }
         corpus = cls([opened[path] for path in paths], cfg)
-        _check(cfg, cfg.data_path, corpus.truncated, max_dropped)
+        _check(cfg, ", ".join(files), corpus.truncated, max_dropped)
         if cfg.val_path:
             _check(cfg, cfg.val_path, corpus.val_truncated, 1.0)
         return corpus

@@ -31,6 +31,13 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.spans)
 
+    @property
+    def tokens(self) -> int:
+        """The targets of all rows."""
+        before = np.append(0, np.cumsum(self.pieces[:, 2]))
+        begins, ends = self.spans.T
+        return int((before[ends] - before[begins]).sum())
+
     def row(self, number: int) -> list[Piece]:
         """Return the pieces of one row."""
         begin, end = self.spans[number]
@@ -102,14 +109,51 @@ def make_rows(pieces: np.ndarray, stage: str, width: int) -> PackedRows:
 
 
 def arrange_epoch(
-    pieces: np.ndarray, stage: str, width: int, seed: int, epoch: int
+    pieces: np.ndarray, stage: str, width: int, seed: int, epoch: int, *source: int
 ) -> PackedRows:
     """Return the samples of one epoch: shuffled pieces, packed, and the rows shuffled."""
     if stage != "dpo":
-        pieces = pieces[shuffled(len(pieces), seed, epoch, 0)]
+        pieces = pieces[shuffled(len(pieces), seed, epoch, *source, 0)]
     rows = make_rows(pieces, stage, width)
-    order = shuffled(len(rows), seed, epoch, 1)
+    order = shuffled(len(rows), seed, epoch, *source, 1)
     return PackedRows(rows.pieces, rows.spans[order])
+
+
+def mix_epoch(
+    sources: Sequence[np.ndarray],
+    stage: str,
+    width: int,
+    seed: int,
+    epoch: int,
+    *,
+    weights: Sequence[float],
+) -> PackedRows:
+    """Return the samples of one epoch of several sources, mixed by their weights.
+
+    Each source is arranged by itself. The source of row k is the one that is furthest
+    behind its share of k + 1 rows; the epoch ends where one has no row left.
+    """
+    arranged = [
+        arrange_epoch(pieces, stage, width, seed, epoch, number)
+        for number, pieces in enumerate(sources)
+    ]
+    shares = [weight / sum(weights) for weight in weights]
+    taken = [0] * len(sources)
+    order: list[int] = []
+    while True:
+        rows = len(order) + 1
+        behind = [share * rows - n for share, n in zip(shares, taken, strict=True)]
+        source = behind.index(max(behind))
+        if taken[source] == len(arranged[source]):
+            break
+        taken[source] += 1
+        order.append(source)
+    spans = np.empty((len(order), 2), np.int64)
+    begin = 0
+    for number, rows in enumerate(arranged):
+        spans[np.array(order) == number] = rows.spans[: taken[number]] + begin
+        begin += len(rows.pieces)
+    return PackedRows(np.concatenate([rows.pieces for rows in arranged]), spans)
 
 
 def shuffled(n: int, *keys: int) -> np.ndarray:

@@ -14,8 +14,8 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Generator
+from collections import Counter, deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ _GZIP_RATIO = 3
 # one process alone tokenises 16 MB in 2.1 s.
 _ALONE_BYTES = 16 << 20
 _LOG_SECONDS = 10.0
-_REJECTED = "rejected.jsonl"
+REJECTED = "rejected.jsonl"
 _CONTENT_VERSION = 3  # of the hash by which runs know their data
 
 logger = logging.getLogger(__name__)
@@ -86,17 +86,20 @@ class TokenCache:
     Chats also have `marks` (uint8 a token, bits as in `conversations`), and a document
     `loss_tokens` and `answers`, the numbers of tokens and of answers in the loss, and
     in `answer_sizes` the UTF-8 bytes of each of these. All are None for plain text.
+    `starts` are the numbers of the first document of each file.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
-        self.tokens = self._map("tokens", facts["token_type"])
+        self.starts = np.zeros(1, np.int64)
+        self.tokens: Any = self._map("tokens", facts["token_type"])
         self.offsets = self._map("offsets")
         self.lines = self._map("lines")
         self.sizes = self._map("sizes")
         self.hashes = self._map("hashes", np.uint64)
-        self.marks = self.loss_tokens = self.answers = self.answer_sizes = None
+        self.marks: Any = None
+        self.loss_tokens = self.answers = self.answer_sizes = None
         if facts["record_format"] != "pretrain":
             self.marks = self._map("marks", np.uint8)
             self.loss_tokens = self._map("trained")
@@ -111,6 +114,10 @@ class TokenCache:
 
     def __len__(self) -> int:
         return len(self.lines)
+
+    def file_of(self, documents: npt.ArrayLike) -> np.ndarray:
+        """Return the number of the file, from 0, that documents come from."""
+        return np.searchsorted(self.starts, documents, side="right") - 1
 
     def document(self, number: int) -> np.ndarray:
         """Return the ids of one document."""
@@ -138,11 +145,52 @@ class TokenCache:
         """The number of predicted tokens of each document: all but its first."""
         return np.maximum(np.diff(self.offsets) - 1, 0)
 
-    @property
-    def rejected_file(self) -> Path | None:
-        """The list of skipped rows, if there are any."""
-        file = self.folder / _REJECTED
-        return file if file.exists() else None
+
+class JoinedCache(TokenCache):
+    """The caches of several files as one, whose documents are numbered through."""
+
+    def __init__(self, caches: Sequence[TokenCache]) -> None:
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(cache, name) for cache in caches])
+
+        counts = [len(cache) for cache in caches]
+        lengths = np.concatenate([np.diff(cache.offsets) for cache in caches])
+        self.starts = np.cumsum([0, *counts[:-1]])
+        self.offsets = np.append(0, np.cumsum(lengths))
+        self.tokens = _JoinedArray([cache.tokens for cache in caches])
+        self.lines, self.sizes, self.hashes = map(joined, ("lines", "sizes", "hashes"))
+        self.marks = self.loss_tokens = self.answers = self.answer_sizes = None
+        if caches[0].marks is not None:
+            self.marks = _JoinedArray([cache.marks for cache in caches])
+            per_document = ("loss_tokens", "answers", "answer_sizes")
+            self.loss_tokens, self.answers, self.answer_sizes = map(
+                joined, per_document
+            )
+        facts = [cache.facts for cache in caches]
+        counted = {
+            key: sum((Counter(one.get(key, {})) for one in facts), Counter())
+            for key in ("bad_rows", "ignored")
+        }
+        forms = dict.fromkeys(one.get("form", "") for one in facts)
+        self.facts = facts[0] | {
+            "content": _hash([one["content"] for one in facts]),
+            "rows": sum(one["rows"] for one in facts),
+            "form": " and ".join(filter(None, forms)),
+            **{key: dict(counts) for key, counts in counted.items()},
+        }
+
+
+class _JoinedArray:
+    """Arrays as one, of which slices within one of them are read."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+        self._begins = np.cumsum([0, *(len(array) for array in arrays[:-1])])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        number = int(np.searchsorted(self._begins, span.start, side="right")) - 1
+        begin = self._begins[number]
+        return self._arrays[number][span.start - begin : span.stop - begin]
 
 
 def open_cache(source: Source, root: Path, processes: int = 1) -> TokenCache:
@@ -213,7 +261,7 @@ def _build(
             raise DataError(f"{path} changed while it was read: start again afterwards")
         tally.raise_if_too_many(*policy)
         if tally.problems:
-            with (aside / _REJECTED).open("w", encoding="utf-8") as file:
+            with (aside / REJECTED).open("w", encoding="utf-8") as file:
                 for row in tally.problems:
                     file.write(f"{json.dumps(row._asdict(), ensure_ascii=False)}\n")
         full = facts["documents"] // per_row(source.record_format)

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _RETRIES: dict[str, list[dict[str, str]]] = {
 
 
 def train(
-    cfg: TrainConfig | str | os.PathLike[str],
+    cfg: TrainConfig | str | os.PathLike[str] | Sequence[str],
     view: bool | Callable[[History], object] | None = None,
     **settings: Any,
 ) -> Run:
@@ -65,8 +65,9 @@ def train(
     traceback of the rank that failed first. Under torchrun all its processes make this
     call and get the run; rank 0 shows it.
     """
-    if isinstance(cfg, str | os.PathLike):
-        cfg = TrainConfig(data_path=os.fspath(cfg), **settings)
+    if not isinstance(cfg, TrainConfig):
+        data_path: Any = cfg  # which TrainConfig checks
+        cfg = TrainConfig(data_path=data_path, **settings)
     elif settings:
         raise TypeError(
             f"{', '.join(settings)}: put settings into the TrainConfig, or call "

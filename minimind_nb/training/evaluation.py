@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,34 +76,44 @@ class Evaluator:
             return self.stage.objective(self.model, batch, self.cfg)
 
     @torch.no_grad()
-    def evaluate(self, rows: ValidationRows) -> dict[str, float]:
+    def evaluate(self, rows: ValidationRows) -> dict[str, Any]:
         """Return the mean loss per target; uses no randomness.
 
         Beside a loss per token are perplexity and bits per UTF-8 byte of the documents
-        or answers; beside a loss per pair, the stage's metrics.
+        or answers; beside a loss per pair, the stage's metrics. Of several files there
+        is the loss of each, too.
         """
         metrics = self.stage.metrics
-        sums = torch.zeros(3 + len(metrics), dtype=torch.float64, device=self.device)
+        size = (len(rows.sources), 3 + len(metrics))
+        sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self.model.eval()
-        ranks = (self.group.rank, self.group.size)
-        for n, batch in enumerate(rows.micro_batches(self.cfg.batch_size, *ranks)):
+        share = rows.micro_batches(
+            self.cfg.batch_size, self.group.rank, self.group.size
+        )
+        for n, (file, batch) in enumerate(share):
             complete = self.to_device(batch, rows.references.get(n))
             rows.references[n] = complete.reference
             losses = self.losses(complete)
-            sums[0] += losses.loss
-            sums[1] += (batch.targets != IGNORED).sum()
-            sums[2] += batch.samples
-            sums[3:] += losses.metrics
+            sums[file, 0] += losses.loss
+            sums[file, 1] += (batch.targets != IGNORED).sum()
+            sums[file, 2] += batch.samples
+            sums[file, 3:] += losses.metrics
             self.record.beat()
         self.model.train()
         self.group.sum(sums)
-        total, targets, samples, *totals = sums.tolist()
+        total, targets, samples, *totals = sums.sum(0).tolist()
+        by_file = {}
+        if len(rows.sources) > 1:
+            counted = sums[:, 2 if metrics else 1]
+            by_file["loss_by_file"] = (sums[:, 0] / counted).tolist()
         if metrics:
             means = [value / samples for value in totals]
-            return {"loss": total / samples, **dict(zip(metrics, means, strict=True))}
+            named = dict(zip(metrics, means, strict=True))
+            return {"loss": total / samples, **named, **by_file}
         loss = total / targets
         return {
             "loss": loss,
+            **by_file,
             "perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
             "bits_per_byte": total / math.log(2) / max(1, rows.text_bytes),
         }

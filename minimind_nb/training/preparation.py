@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import math
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,9 +25,10 @@ from ..config import (
     resolve,
     shorten_home,
 )
-from ..data.containers import check_file
+from ..data.containers import check_file, find_files
 from ..data.corpus import Corpus
 from ..data.demo import DEMO
+from ..data.token_cache import REJECTED
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..hardware import Hardware
 from ..model.loading import FoundWeights
@@ -130,7 +131,7 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     if not isinstance(cfg, TrainConfig):
         found = type(cfg).__name__
         raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
-    for path in (cfg.data_path, cfg.val_path):
+    for path in (*find_files(cfg.data_path or DEMO), cfg.val_path):
         if path and path != DEMO:
             check_file(path)
     name, initial = cfg.run_name, None
@@ -231,16 +232,26 @@ def _begin(plan: RunPlan, done: int) -> None:
     check_writable(folder.checkpoints)
     for text in _describe_start(plan, done):
         logger.info(text)
-    cache = plan.corpus.cache
-    if cache.rejected_file:
-        target = folder.root / cache.rejected_file.name
-        shutil.copyfile(cache.rejected_file, target)
-        count = sum(cache.facts["bad_rows"].values())
+    if count := sum(plan.corpus.cache.facts["bad_rows"].values()):
+        target = folder.root / REJECTED
+        verified.write_text(target, _list_rejected(plan))
         logger.info(f"{count:,} malformed rows are skipped; see {target}")
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
     keep_reference(plan)
     plan.write()
+
+
+def _list_rejected(plan: RunPlan) -> str:
+    """Return the lines of rejected.jsonl; of several files with the file's name."""
+    files, text = find_files(plan.cfg.data_path), ""
+    for file, cache in zip(files, plan.corpus.caches, strict=False):
+        rejected = cache.folder / REJECTED
+        for line in rejected.read_text().splitlines() if rejected.exists() else ():
+            named = {"file": Path(file).name} if len(files) > 1 else {}
+            row = json.dumps(named | json.loads(line), ensure_ascii=False)
+            text += f"{row}\n"
+    return text
 
 
 def _move_aside(plan: RunPlan, old: Path) -> None:

@@ -178,7 +178,8 @@ def keep_identity(
     files = {"data": resolved.data_path, "validation": resolved.val_path}
     for key, file in files.items():
         # Earlier states wrote the name of a token cache.
-        if file and Path(file).is_file() and then[key].startswith("tokens-"):
+        one_file = isinstance(file, str) and Path(file).is_file()
+        if one_file and then[key].startswith("tokens-"):
             how = (cfg.stage, str(now["tokenizer"]), resolved.on_bad_line)
             if then[key] in names_before_version_3(file, *how):
                 then[key] = now[key]

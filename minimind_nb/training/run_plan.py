@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ResolvedConfig, shorten_home
+from ..data.containers import find_files
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
 from ..data.token_cache import TokenCache
@@ -105,7 +106,7 @@ def open_corpus(
 def describe_rows(corpus: Corpus, cfg: ResolvedConfig) -> str:
     """Say how the rows of the data were understood, and what of them is ignored."""
     facts = corpus.cache.facts
-    text = f"{facts['rows']:,} rows of {cfg.data_path}"
+    text = f"{facts['rows']:,} rows of {', '.join(find_files(cfg.data_path))}"
     if form := facts.get("form"):
         text += f" are read as {form}"
     ignored = (f'"{key}" in {n:,} rows' for key, n in facts.get("ignored", {}).items())

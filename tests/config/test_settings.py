@@ -123,6 +123,7 @@ def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
     cfg = resolve(TrainConfig(use_moe=True))
     open_fields = {n for n, v in dataclasses.asdict(cfg).items() if v is None}
     assert open_fields == {
+        "data_weights",
         "val_path",
         "tokenizer",
         "preset",

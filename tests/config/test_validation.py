@@ -75,13 +75,19 @@ def test_a_choice_that_is_none_lists_the_choices(settings, text):
         ({"use_moe": 1}, "use_moe=1 is int, expected bool or None"),
         ({"use_moe": "false"}, "use_moe='false' is str, expected bool or None"),
         ({"resume": None}, "resume=None is NoneType, expected str or bool"),
-        ({"data_path": Corpus()}, "data_path=Corpus() is Corpus, expected str or None"),
+        (
+            {"data_path": Corpus()},
+            "data_path=Corpus() is Corpus, expected str or tuple of strings or None",
+        ),
         (
             {"sample_prompts": "a, b"},
             "sample_prompts='a, b' is str, expected tuple of strings or None",
         ),
         ({"preset": ["demo"]}, "preset=('demo',) is tuple, expected str or None"),
-        ({"data_path": b"a"}, "data_path=b'a' is bytes, expected str or None"),
+        (
+            {"data_path": b"a"},
+            "data_path=b'a' is bytes, expected str or tuple of strings or None",
+        ),
         (
             {"allow_change": "seed"},
             "allow_change='seed' is str, expected tuple of strings",

@@ -304,14 +304,16 @@ def validation_rows(cache: TokenCache, width: int, most: int) -> ValidationRows:
 
 def test_validation_takes_each_document_once(make_cache):
     rows = validation_rows(make_cache(["ab", "cd", "ef"]), width=3, most=1000)
-    (batch,) = rows.micro_batches(batch_size=8, rank=0, size=1)
+    ((_, batch),) = rows.micro_batches(batch_size=8, rank=0, size=1)
     assert batch.inputs.tolist() == [[1, 67, 68], [1, 69, 70], [1, 71, 72]]
     assert rows.text_bytes == 6
 
 
 def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
     cache = make_cache(["ab", "cd", "ef"])  # 3 targets each
-    lengths = [len(validation_rows(cache, 3, most).rows) for most in (3, 5, 6, 8, 9)]
+    lengths = [
+        len(validation_rows(cache, 3, most).sources[0]) for most in (3, 5, 6, 8, 9)
+    ]
     assert lengths == [1, 1, 2, 2, 3]
     assert validation_rows(cache, 3, 6).text_bytes == 4
     cache = make_cache(["a" * 99, "ab", "b" * 30, "c"])  # 100, 3, 31 and 2 targets
@@ -320,7 +322,7 @@ def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
     assert validation_rows(cache, 4, most=105).text_bytes == 99 + 2 + 1
     # If all are above the cap, the shortest is taken.
     rows = validation_rows(make_cache(["abcdef", "abc", "abcd"]), width=2, most=1)
-    assert (len(rows.rows), rows.text_bytes) == (2, 3)
+    assert (len(rows.sources[0]), rows.text_bytes) == (2, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -328,10 +330,12 @@ def test_validation_takes_as_many_whole_documents_as_the_cap_allows(make_cache):
 def test_ranks_share_the_validation_rows(cache, batch_size, size):
     rows = validation_rows(cache, WIDTH, most=1500)
     batches = [
-        batch for r in range(size) for batch in rows.micro_batches(batch_size, r, size)
+        batch
+        for r in range(size)
+        for _, batch in rows.micro_batches(batch_size, r, size)
     ]
     taken = [tuple(row) for batch in batches for row in batch.inputs.tolist()]
-    (alone,) = rows.micro_batches(1000, 0, 1)
+    ((_, alone),) = rows.micro_batches(1000, 0, 1)
     assert sorted(taken) == sorted(map(tuple, alone.inputs.tolist()))
     assert pairs_of(batches) == pairs_of([alone])
     assert 1500 - 61 < sum(pairs_of(batches).values()) <= 1500
@@ -521,10 +525,10 @@ def test_validation_takes_pairs_whole_and_counts_bytes_of_answers(open_chats):
     cache = open_chats(pairs, "dpo")  # 23 + 22, 25 + 22 and 27 + 22 targets
     cfg = resolve(TrainConfig(stage="dpo", max_seq_len=64, eval_tokens=95))
     rows = ValidationRows(cache, truncated_of(cache, 64), cfg, PAD)
-    assert len(rows.rows) == 2
+    assert len(rows.sources[0]) == 2
     assert rows.documents.tolist() == [0, 1, 2, 3]
     assert rows.text_bytes == 2 + 1 + 4 + 1
-    batches = [b for r in range(2) for b in rows.micro_batches(4, rank=r, size=2)]
+    batches = [b for r in range(2) for _, b in rows.micro_batches(4, rank=r, size=2)]
     assert [batch.samples for batch in batches] == [1, 1]
 
 
@@ -533,7 +537,7 @@ def test_validation_packs_conversations_whole(open_chats):
     cache = open_chats(talks, "sft")
     cfg = resolve(TrainConfig(stage="sft", max_seq_len=52, eval_tokens=1000))
     rows = ValidationRows(cache, truncated_of(cache, 52), cfg, PAD)
-    (batch,) = rows.micro_batches(8, rank=0, size=1)
+    ((_, batch),) = rows.micro_batches(8, rank=0, size=1)
     assert rows.text_bytes == 33
     assert int((batch.targets != IGNORED).sum()) == 3 + 4 + 32
     assert [int((row >= 0).sum()) for row in numbered(batch)] == [51, 45]

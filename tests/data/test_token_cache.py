@@ -165,7 +165,7 @@ def test_what_a_cache_holds_at_literal_points(make_source, root):
     assert int(cache.hashes[0]) == 0x5995D533D814BBD8
     assert (cache.tokens.dtype, cache.hashes.dtype) == (np.uint16, np.uint64)
     assert len(cache) == 2
-    assert cache.rejected_file is None
+    assert not (cache.folder / token_cache.REJECTED).exists()
     assert cache.facts["tokens"] == 10
     assert cache.facts["text_bytes"] == 6
     assert cache.facts["record_format"] == "pretrain"
@@ -474,8 +474,8 @@ def test_skipped_rows_are_listed_and_counted(source_of_bytes, root):
     assert cache.lines.tolist() == [1, 3]
     assert cache.facts["bad_rows"] == {"not_json": 1, "not_a_string": 1}
     assert cache.facts["rows"] == 2
-    assert cache.rejected_file is not None
-    listed = map(json.loads, cache.rejected_file.read_text().splitlines())
+    rejected = cache.folder / token_cache.REJECTED
+    listed = map(json.loads, rejected.read_text().splitlines())
     assert [(row["line"], row["kind"]) for row in listed] == [
         (2, "not_json"),
         (4, "not_a_string"),

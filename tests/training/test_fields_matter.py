@@ -68,6 +68,7 @@ ELSEWHERE = {
     "val_path": "test_a_validation_file_replaces_the_held_out_part",
     "tokenizer": "test_another_tokenizer_gives_other_tokens",
     "init_from": "test_initial_weights",
+    "data_weights": "test_mixture",
     "dpo_beta": "test_stages",
     "global_batch": "test_settings",
     "resume": "test_resuming",
