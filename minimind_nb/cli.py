@@ -53,8 +53,8 @@ _COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
     "export": ("export", "Write a model in another program's format.", _EXPORT),
     "tokenizer": (
         "train_tokenizer",
-        "Train a tokenizer on JSONL files.",
-        ["data_path", "out_dir", "vocab_size"],
+        "Train a tokenizer on data files.",
+        ["data_path", "out_dir", "vocab_size", "special"],
     ),
     "plan": ("plan", "Estimate what a run takes.", [*_TRAINING, "stage"]),
     "doctor": ("doctor", "Report problems of this machine.", ["out_dir"]),
@@ -78,12 +78,14 @@ _HELP = {
     "format": "llama, qwen3, qwen3_moe, minimind, pth or gguf; the one that fits",
     "chat seed": "seed of the sampling",
     "export dtype": "precision of the weights: float16, bfloat16 or float32",
-    "tokenizer data_path": "JSONL files, separated by commas",
+    "tokenizer data_path": "data files, separated by commas",
+    "special": "further special strings, separated by commas",
     "tokenizer vocab_size": "entries (6400)",
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **kinds(),
     "ddp": (bool,),
+    "special": (tuple,),
     **dict.fromkeys(["temperature", "top_p", "repetition_penalty"], (float,)),
     **dict.fromkeys(["top_k", "max_new_tokens"], (int,)),
 }

@@ -51,7 +51,7 @@ COMMANDS = {
     "eval": EVALUATION,
     "chat": CHAT,
     "export": ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
-    "tokenizer": ["data_path", "out_dir", "vocab_size"],
+    "tokenizer": ["data_path", "out_dir", "vocab_size", "special"],
     "plan": [*OPTIONS, "ddp", "stage"],
     "doctor": ["out_dir"],
     "verify": [],
@@ -550,6 +550,7 @@ def test_tokenizer_trains_a_vocabulary(corpus, tmp_path, capsys):
     out = tmp_path / "vocabulary"
     both = f"{corpus}, {corpus}"
     options = ("--data_path", both, "--out_dir", str(out), "--vocab_size", "280")
+    options += ("--special", "<think>,</think>")
     assert exit_code("tokenizer", *options) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert (out / "tokenizer.json").is_file()

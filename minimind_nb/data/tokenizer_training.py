@@ -16,7 +16,6 @@ from .jsonl import Row, Tally, read_rows
 from .tokenizer import read_tokenizer, write_tokenizer
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_SPECIAL_STRINGS = re.compile("|".join(map(re.escape, _SPECIAL)))
 
 
 def train_tokenizer(
@@ -24,10 +23,12 @@ def train_tokenizer(
     out_dir: str | os.PathLike[str],
     vocab_size: int = 6400,
     max_bytes: int = 64 << 20,
+    special: Sequence[str] = (),
 ) -> Path:
-    """Train a vocabulary on one or more JSONL files and return its folder, `out_dir`.
+    """Train a vocabulary on one or more data files and return its folder, `out_dir`.
 
-    Rows are those of pretraining or SFT. The folder holds `tokenizer.json` and
+    Rows are those of pretraining or SFT. `special` are further special strings, which
+    get an entry each, such as "<tool_call>". The folder holds `tokenizer.json` and
     `tokenizer_config.json`: all 256 bytes, GPT-2's split, `<|endoftext|>` 0 (pad),
     `<|im_start|>` 1 (begin), `<|im_end|>` 2 (end), and the package's ChatML template.
     The same rows in the same order give the same file. 50 MB take half a minute.
@@ -53,14 +54,16 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    named = list(dict.fromkeys([*_SPECIAL, *special]))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL],
+        special_tokens=[AddedToken(token, special=True) for token in named],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     share = min(1.0, max_bytes / max(total, 1))
-    tokenizer.train_from_iterator(_sample(_read(paths), share), trainer)
+    texts = _sample(_read(paths), share, re.compile("|".join(map(re.escape, named))))
+    tokenizer.train_from_iterator(texts, trainer)
     if (found := tokenizer.get_vocab_size()) != vocab_size:
         raise ValueError(
             f"{total:,} bytes of text yield {found} entries, not {vocab_size}: add text,"
@@ -81,12 +84,14 @@ def _read(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
         tally.raise_if_too_many(path)
 
 
-def _sample(rows: Iterator[list[str]], share: float) -> Iterator[str]:
+def _sample(
+    rows: Iterator[list[str]], share: float, special: re.Pattern[str]
+) -> Iterator[str]:
     """Yield the texts to train on, without the special strings in them."""
     for texts in rows:
         if zlib.crc32("\n".join(texts).encode()) < int(share * 2**32):
             for text in texts:
-                yield from _SPECIAL_STRINGS.split(text)
+                yield from special.split(text)
 
 
 def _read_texts(row: Row) -> list[str]:

@@ -62,6 +62,14 @@ def test_conversations_are_read_and_special_strings_left_out(tmp_path: Path):
     assert not any("im" in entry for entry in entries)
 
 
+def test_further_special_strings_get_an_entry_each(file: Path, tmp_path: Path):
+    special = ["<tool_call>", "<|im_end|>"]
+    folder = train_tokenizer([file], tmp_path / "out", vocab_size=320, special=special)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("<tool_call>a")["input_ids"][0] == 3
+    assert len(tokenizer) == 320
+
+
 def test_only_a_part_of_a_large_file_is_read(file: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"entries, not 6400: add text"):
         train_tokenizer([file], tmp_path / "all")
