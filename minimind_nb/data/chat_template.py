@@ -63,6 +63,10 @@ class ChatEncoder:
                 "the tokenizer has no chat template: put one beside its tokenizer.json "
                 "as chat_template.jinja, or set tokenizer.chat_template"
             )
+        # Before any limit of time, since it takes seconds.
+        from transformers.utils import chat_template_utils
+
+        self._render_template: Any = chat_template_utils.render_jinja_template
         self.spec = spec
         self._encoder = encoder or BulkEncoder(spec)
         self._template = spec.chat_template
@@ -282,11 +286,8 @@ class ChatEncoder:
         switches: Mapping[str, bool] = MappingProxyType({}),
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and if asked for, begin and end of the marked answers."""
-        from transformers.utils import chat_template_utils
-
-        render: Any = chat_template_utils.render_jinja_template
         try:
-            texts, spans = render(
+            texts, spans = self._render_template(
                 [list(messages)],
                 tools=list(tools) or None,
                 chat_template=self._template,
