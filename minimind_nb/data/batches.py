@@ -157,8 +157,9 @@ class TrainingStream:
             self.rows = len(self.arrange(0))
         if cfg.data_weights:  # an epoch leaves some out
             self.tokens = self.arrange(0).tokens
-        self._loss_tokens = np.zeros(len(cache), np.int64)
-        self._loss_tokens[truncated.documents] = truncated.loss_tokens
+        if cfg.stage == "sft":
+            self._loss_tokens = np.zeros(len(cache), np.int64)
+            self._loss_tokens[truncated.documents] = truncated.loss_tokens
         self.total_samples = cfg.epochs * self.rows
 
     def next_step(self) -> StepBatch:

@@ -132,7 +132,7 @@ def test_validation_is_as_the_configuration_says(prepare):
     corpus, cfg = prepare(TEXTS, eval_tokens=100, **wanted)
     rows = corpus.validation_rows(cfg, pad_id=0)
     assert rows is not None
-    (batch,) = rows.micro_batches(100, rank=0, size=1)
+    ((_, batch),) = rows.micro_batches(100, rank=0, size=1)
     assert batch.inputs.shape[1] == 24
     assert batch.documents is not None
     assert 80 < int((batch.targets != IGNORED).sum()) <= 100
@@ -213,7 +213,7 @@ def test_both_answers_of_a_pair_are_on_the_same_side(prepare_rows):
         assert (documents[1::2] == documents[::2] + 1).all()
     rows = corpus.validation_rows(cfg, pad_id=0)
     assert rows is not None
-    assert len(rows.rows) == len(corpus.val_documents) // 2
+    assert len(rows.sources[0]) == len(corpus.val_documents) // 2
 
 
 def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
