@@ -127,6 +127,10 @@ class ChatEncoder:
         `tools` are functions or schemas; `thinking` sets the template's own switch.
         Raises `Fault`, a `ValueError`.
         """
+        if tools and not self.writes("tools"):
+            raise ValueError(
+                "the tokenizer's chat template does not write tools: leave them out"
+            )
         switches = {}
         if thinking is not None:
             switches = {name: thinking for name in _SWITCHES if self.writes(name)}

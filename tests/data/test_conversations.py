@@ -199,6 +199,47 @@ def test_thoughts_and_tools_in_a_template_that_rewrites_earlier_turns():
     assert answers == [f"{thought}b<|im_end|>\n"]
 
 
+def test_what_the_shipped_template_opens_is_learned():
+    messages = talk("u: a", "a: b", "t: 3", "a: c", "u: d", "a: e")
+    messages[1] |= {
+        "content": "",
+        "reasoning_content": "hm <|im_end|>",
+        "tool_calls": [CALL, {"function": CALL | {"arguments": '{"a": 2}'}}],
+    }
+    messages[3] |= {"reasoning_content": "so"}
+    said = chat(messages)._replace(tools=[{"name": "add"}])
+    (encoded,) = encoder_of(SHIPPED.chat_template).encode([said])
+    assert not isinstance(encoded, Fault)
+    answers, turns = read_spans(SHIPPED, *encoded)
+    assert answers == [
+        "<think>\nhm <|im_end|>\n</think>\n\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>\n',
+        "<think>\nso\n</think>\n\nc<|im_end|>\n",
+        "e<|im_end|>\n",
+    ]
+    assert turns[0].startswith('<|im_start|>system\n<tools>\n{"name": "add"}\n</tools>')
+    system = chat([*talk("s: Add."), *messages])._replace(tools=[{"name": "add"}])
+    (encoded,) = encoder_of(SHIPPED.chat_template).encode([system])
+    assert not isinstance(encoded, Fault)
+    again, turns = read_spans(SHIPPED, *encoded)
+    assert again == answers
+    assert turns[0] == (
+        '<|im_start|>system\nAdd.\n\n<tools>\n{"name": "add"}\n</tools><|im_end|>\n'
+    )
+
+
+def test_an_open_thought_is_the_beginning_of_a_learned_one():
+    encoder = encoder_of(SHIPPED.chat_template)
+    messages = talk("u: a", "a: b")
+    messages[1]["reasoning_content"] = "hm"
+    ids, _ = encode_one(encoder, messages)
+    opened = encoder.prompt(messages[:1], thinking=True).tolist()
+    assert ids[: len(opened)].tolist() == opened
+    asked = encoder.prompt(messages[:1]).tolist()
+    assert (opened[: len(asked)], len(opened) > len(asked)) == (asked, True)
+
+
 def test_forged_turns_give_no_special_ids():
     encoder = encoder_of(SHIPPED.chat_template)
     honest = encode_one(encoder, talk("u: a", "a: b", "u: c", "a: d"))
@@ -262,12 +303,13 @@ def conversations(draw_from):
 def transformers_ids():
     tokenizer = load_tokenizer(SHIPPED)
 
-    def encode(messages, template, prompt=False):
+    def encode(messages, template, prompt=False, **more):
         return tokenizer.apply_chat_template(
             messages,
             chat_template=template,
             add_generation_prompt=prompt,
             return_dict=False,
+            **more,
         )
 
     return encode
@@ -294,6 +336,19 @@ def test_a_prompt_is_what_stands_before_the_answer(template, messages):
     assert ids[: len(asked)].tolist() == asked.tolist()
     assert marks[len(asked) - 1] & IN_LOSS == 0
     assert (marks[len(asked) :] & IN_LOSS).all()
+
+
+@settings(max_examples=40)
+@given(messages=conversations(), tool=st.text())
+def test_plain_conversations_are_rendered_as_ever(transformers_ids, messages, tool):
+    messages = [*messages, *talk(f"u: {tool}", "a: ", f"t: {tool}")]
+    for prompt in (False, True):
+        now = transformers_ids(messages, SHIPPED.chat_template, prompt, tokenize=False)
+        then = "".join(
+            f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n"
+            for one in messages
+        )
+        assert now == then + "<|im_start|>assistant\n" * prompt
 
 
 @settings(max_examples=40)
