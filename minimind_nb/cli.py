@@ -38,8 +38,8 @@ _EVALUATION = (
     "max_bad_fraction"
 ).split() + SHAPE_FIELDS
 _SAMPLING = (
-    "system temperature top_p top_k repetition_penalty max_new_tokens seed".split()
-)
+    "system thinking temperature top_p top_k repetition_penalty max_new_tokens seed"
+).split()
 _CHAT = ["SOURCE", "TEXT", "which", "tokenizer", *SHAPE_FIELDS, *_SAMPLING]
 _EXPORT = ["SOURCE", "FOLDER", *"format which dtype tokenizer".split(), *SHAPE_FIELDS]
 # The public function that a command calls, its help and arguments: the positional ones
@@ -70,6 +70,7 @@ _HELP = {
     "which": 'checkpoint of a run: "last", or "best" on validation (last)',
     "ddp": "Accepted for compatibility with MiniMind; DDP is always on.",
     "system": "system turn at the start of the conversation",
+    "thinking": "think before an answer, or not (the model's own choice)",
     "temperature": "0 takes the likeliest token (0.8)",
     "top_p": "sample from the likeliest tokens of this total probability (0.9)",
     "top_k": "sample from this many likeliest tokens; 0 from all (0)",
@@ -84,7 +85,7 @@ _HELP = {
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **kinds(),
-    "ddp": (bool,),
+    **dict.fromkeys(["ddp", "thinking"], (bool,)),
     "special": (tuple,),
     **dict.fromkeys(["temperature", "top_p", "repetition_penalty"], (float,)),
     **dict.fromkeys(["top_k", "max_new_tokens"], (int,)),

@@ -43,7 +43,9 @@ EVALUATION = (
     + SHAPE_FIELDS
 )
 CHAT = ["which", "tokenizer", *SHAPE_FIELDS]
-CHAT += "system temperature top_p top_k repetition_penalty max_new_tokens seed".split()
+CHAT += """
+    system thinking temperature top_p top_k repetition_penalty max_new_tokens seed
+""".split()
 COMMANDS = {
     "pretrain": [*OPTIONS, "ddp"],
     "sft": [*OPTIONS, "ddp"],

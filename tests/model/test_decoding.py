@@ -18,7 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "eager": {"attn_implementation": "eager"},
 }
 EOS, PAD = 2, 0
-GREEDY: dict[str, Any] = {"eos_id": EOS, "temperature": 0}
+GREEDY: dict[str, Any] = {"ends": {EOS}, "temperature": 0}
 ROWS = [[5], [7, 8, 9, 10, 11], list(range(3, 20)), list(range(40, 73))]
 
 
@@ -60,7 +60,7 @@ def test_greedy_equals_transformers_generate(tiny, penalty):
         model,
         [row],
         max_new_tokens=20,
-        **{**GREEDY, "eos_id": -1},
+        **{**GREEDY, "ends": ()},
         repetition_penalty=penalty,
     )
     assert found == [theirs[0, len(row) :].tolist()]
@@ -89,12 +89,12 @@ def test_rows_may_be_arrays_as_an_encoder_gives_them(tiny):
 
 def test_a_row_ends_at_its_first_end_token_and_the_loop_with_the_last_row(tiny):
     model = tiny()
-    free = continue_ids(model, ROWS, max_new_tokens=12, **{**GREEDY, "eos_id": -1})
+    free = continue_ids(model, ROWS, max_new_tokens=12, **{**GREEDY, "ends": ()})
     end = free[0][3]
-    ended = continue_ids(model, ROWS, max_new_tokens=12, **{**GREEDY, "eos_id": end})
+    ended = continue_ids(model, ROWS, max_new_tokens=12, **{**GREEDY, "ends": {end}})
     assert ended == [row[: row.index(end)] if end in row else row for row in free]
     sampling = Sampling(temperature=0, max_new_tokens=12)
-    steps = list(decode(model, ROWS[:1], eos_id=end, sampling=sampling))
+    steps = list(decode(model, ROWS[:1], ends={end}, sampling=sampling))
     assert len(steps) == free[0].index(end) + 1
 
 
@@ -102,7 +102,7 @@ def test_a_row_ends_at_its_first_end_token_and_the_loop_with_the_last_row(tiny):
 def test_the_mode_is_restored_also_when_a_loop_is_left(tiny, training):
     model = tiny(dropout=0.5).train(training)
     sampling = Sampling(temperature=0)
-    loop = decode(model, ROWS, eos_id=EOS, sampling=sampling)
+    loop = decode(model, ROWS, ends={EOS}, sampling=sampling)
     next(loop)
     assert not model.training
     assert torch.is_grad_enabled(), "between two tokens the caller's setting holds"
@@ -112,7 +112,7 @@ def test_the_mode_is_restored_also_when_a_loop_is_left(tiny, training):
 
 def test_an_unknown_setting_is_refused(tiny):
     with pytest.raises(TypeError, match="temprature"):
-        continue_ids(tiny(), ROWS, eos_id=EOS, temprature=1)
+        continue_ids(tiny(), ROWS, ends={EOS}, temprature=1)
 
 
 @pytest.mark.skipif(
@@ -132,5 +132,5 @@ def test_continuous_batching_of_transformers_gives_the_same_greedy_ids(tiny, kin
         ),
         progress_bar=False,
     )
-    expected = continue_ids(model, ROWS, max_new_tokens=24, **{**GREEDY, "eos_id": -1})
+    expected = continue_ids(model, ROWS, max_new_tokens=24, **{**GREEDY, "ends": ()})
     assert [one.generated_tokens for one in found.values()] == expected

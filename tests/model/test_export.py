@@ -82,7 +82,7 @@ def test_plain_transformers_computes_and_generates_the_same(kind, exported, spec
         assert torch.equal(back(rows).logits, expected)
         theirs = plain.generate(rows, max_new_tokens=12, do_sample=False)[:, 8:]
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0}
-    answers = continue_ids(ours, rows.tolist(), eos_id=2, **settings)
+    answers = continue_ids(ours, rows.tolist(), ends={2}, **settings)
     for answer, other in zip(answers, theirs.tolist(), strict=True):
         until = other.index(2) if 2 in other else len(other)
         assert answer == other[:until]

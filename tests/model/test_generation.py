@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.small_models import make_model, make_tokenizer, teach
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import get_json_schema
 
 from minimind_nb.data.chat_template import ChatEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
@@ -40,7 +41,7 @@ def asking(text: str) -> list[dict[str, str]]:
 def rows_of(monkeypatch, counter, tokenizer):
     """A function that gives the ids that prompts are continued from."""
 
-    def rows(prompts: Any) -> list[list[int]]:
+    def rows(prompts: Any, **settings: Any) -> list[list[int]]:
         seen: list[list[int]] = []
 
         def keep(_: Any, rows: list[list[int]], **__: Any) -> list[list[int]]:
@@ -48,7 +49,7 @@ def rows_of(monkeypatch, counter, tokenizer):
             return [[] for _ in rows]
 
         monkeypatch.setattr(generation, "continue_ids", keep)
-        generate(counter, tokenizer, prompts)
+        generate(counter, tokenizer, prompts, **settings)
         return seen
 
     return rows
@@ -141,6 +142,55 @@ def test_a_conversation_is_rendered_with_the_generation_prompt(rows_of, tokenize
     talk = [{"role": "system", "content": "one"}, *asking("two")]
     encoder = ChatEncoder(read_tokenizer(tokenizer))
     assert rows_of(talk) == [encoder.prompt(talk).tolist()]
+
+
+def add(a: int, b: int) -> int:
+    """Add.
+
+    Args:
+        a: summand
+        b: summand
+    """
+    return a + b
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_tools_and_thinking_go_to_the_template(rows_of, tokenizer, thinking):
+    template, switch = read_tokenizer(tokenizer).chat_template, {}
+    if thinking is not None:
+        switch = {"open_thinking": thinking}
+    expected = tokenizer.apply_chat_template(
+        asking("two"),
+        tools=[add, get_json_schema(add)],
+        chat_template=template,
+        add_generation_prompt=True,
+        return_dict=False,
+        **switch,
+    )
+    tools = [add, get_json_schema(add)]
+    assert rows_of(asking("two"), tools=tools, thinking=thinking) == [expected]
+    assert '"name": "add"' in tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("setting", [{"tools": [add]}, {"thinking": False}])
+def test_tools_and_thinking_are_for_conversations(counter, tokenizer, setting):
+    with pytest.raises(ValueError, match="are for conversations.*a text: make it"):
+        generate(counter, tokenizer, [asking("six"), "one"], **setting)
+    plain = make_tokenizer()
+    plain.chat_template = "{{ messages[-1].content + eos_token }}"
+    with pytest.raises(ValueError, match=r"template (has no switch|does not write)"):
+        stream(counter, plain, asking("six"), **setting)
+
+
+def test_an_answer_ends_at_what_closes_it_in_the_template(counter):
+    """Whatever the eos token is; a text goes on to that."""
+    other = make_tokenizer()
+    other.eos_token = other.pad_token
+    assert generate(counter, other, asking("six"), temperature=0) == "five"
+    assert "".join(stream(counter, other, asking("six"), temperature=0)) == "five"
+    text = generate(counter, other, "one", temperature=0, max_new_tokens=20)
+    assert str(text).startswith(" two three four five six")
+    assert len(text) > len(" two three four five six")
 
 
 def test_a_message_cannot_forge_a_turn(rows_of, tokenizer):

@@ -67,7 +67,7 @@ def test_llama_cpp_answers_as_the_model_does(family, tmp_path, capsys):
     compared = re.search(r"greatest difference (\S+)\.\n", capsys.readouterr().out)
     assert compared and float(compared[1]) <= 1e-5
     ids = [[5 + n, 300 + 7 * n, 999, 42 + n] for n in range(16)]
-    ours = continue_ids(model, ids, eos_id=2, max_new_tokens=12, temperature=0)
+    ours = continue_ids(model, ids, ends={2}, max_new_tokens=12, temperature=0)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.cpuparams.n_threads, params.warmup = 512, 1, False

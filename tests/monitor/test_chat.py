@@ -1,7 +1,9 @@
 """Chats: the prompts of a model, the history, and where answers are shown."""
 
 import builtins
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,29 @@ def answers(monkeypatch) -> Any:
                 yield piece
 
         monkeypatch.setattr(chat_module, "stream_ids", say)
+
+    return lay_down
+
+
+@pytest.fixture
+def turns(monkeypatch) -> Any:
+    """A function that sets what the model says one time after the other.
+
+    The list that it returns gets the prompts.
+    """
+
+    def lay_down(*texts: Any) -> list[str]:
+        rest, prompts = iter(texts), []
+
+        def say(_: Any, tokenizer: Any, ids: list[int], **__: Any) -> Iterator[str]:
+            prompts.append(tokenizer.decode(ids))
+            for piece in next(rest):
+                if not isinstance(piece, str):
+                    raise piece
+                yield piece
+
+        monkeypatch.setattr(chat_module, "stream_ids", say)
+        return prompts
 
     return lay_down
 
@@ -213,6 +238,155 @@ def test_the_widget_shows_why_a_message_is_refused(pair, capsys):
     button.click()
     assert "say less" in capsys.readouterr().out
     assert talk.history == []
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply.
+
+    Args:
+        a: factor
+        b: factor
+    """
+    return a * b
+
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+CALL = {"name": "multiply", "arguments": {"a": 6, "b": 7}}
+
+
+def calling(*calls: Any) -> str:
+    texts = [one if isinstance(one, str) else json.dumps(one) for one in calls]
+    return "".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+
+
+def test_functions_that_are_called_are_run_and_their_results_answered(
+    pair, turns, capsys
+):
+    prompts = turns(f"Well:\n{calling(CALL, CALL)}", "It is 42.", "You too.")
+    talk = Chat(*pair, tools=[multiply])
+    answer = talk.say("6 times 7?")
+    assert (answer, answer.calls, answer.thought) == ("It is 42.", [CALL, CALL], "")
+    asked = said("assistant", "Well:") | {"tool_calls": [CALL, CALL]}
+    results = [said("tool", "42")] * 2
+    final = said("assistant", "It is 42.")
+    assert talk.history == [said("user", "6 times 7?"), asked, *results, final]
+    written = f"Well:\n{calling(CALL)}\n{calling(CALL)}<|im_end|>\n"
+    shown = capsys.readouterr().out
+    assert shown == f"Well:\n{calling(CALL, CALL)}\n[42]\n[42]\nIt is 42.\n"
+    assert '"name": "multiply"' in prompts[0]
+    assert written in prompts[1]
+    talk.say("Thank you.")
+    assert prompts[2].startswith(prompts[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ({"name": "multiply", "arguments": {"a": 6}}, "TypeError.*missing 1 required"),
+        ({"name": "divide", "arguments": {}}, "KeyError.*divide"),
+        ({"name": "stop", "arguments": {}}, "KeyboardInterrupt"),
+        ({"name": "fail", "arguments": {}}, "ZeroDivisionError.*by zero"),
+    ],
+)
+def test_a_call_that_fails_gives_its_error_to_the_model(pair, turns, call, error):
+    def fail() -> float:
+        """Fail."""
+        return 1 / 0
+
+    def stop() -> None:
+        """Stop."""
+        raise KeyboardInterrupt
+
+    turns(calling(call), "Sorry.")
+    talk = Chat(*pair, tools=[multiply, fail, stop])
+    assert talk.say("Go.") == "Sorry."
+    assert re.search(error, json.loads(talk.history[2]["content"])["error"])
+
+
+def test_rounds_of_calls_have_a_limit(pair, turns):
+    turns(*[calling(CALL)] * 9)
+    talk = Chat(*pair, tools=[multiply], max_rounds=2)
+    answer = talk.say("Go.")
+    assert (answer, answer.calls) == ("", [CALL] * 3)
+    roles = [message["role"] for message in talk.history]
+    assert roles == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert Chat(*pair, tools=[multiply], max_rounds=0).say("Go.").calls == [CALL]
+
+
+def test_a_call_of_a_schema_is_shown_and_left_to_the_caller(pair, turns, capsys):
+    calls = [CALL, {"name": "weather", "arguments": {}}]
+    turns(calling(*calls))
+    talk = Chat(*pair, tools=[multiply, WEATHER])
+    assert talk.say("Go.").calls == calls
+    assert len(talk.history) == 2
+    assert capsys.readouterr().out == f"{calling(*calls)}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        calling("multiply(6, 7)"),
+        calling("{'name': 'multiply', 'arguments': {}}"),
+        calling('{"name": "multiply", "arguments": "dict()"}'),
+        calling('{"name": ["multiply"], "arguments": {}}'),
+        calling('{"name": "multiply", "arguments": {}, "code": "1"}'),
+        calling("[" * 100_000),
+        calling(CALL, "multiply(6, 7)"),
+        f"<tool_call>{json.dumps(CALL)}",
+        "```python\nmultiply(6, 7)\n```",
+    ],
+)
+def test_text_that_is_not_the_json_of_a_call_stays_text(pair, turns, text):
+    turns([text])  # a second time it would not answer
+    answer = Chat(*pair, tools=[multiply]).say("Go.")
+    assert (answer, answer.calls) == (text, [])
+
+
+def test_an_interrupted_answer_calls_nothing(pair, turns):
+    turns([calling(CALL), KeyboardInterrupt()])
+    assert Chat(*pair, tools=[multiply]).say("Go.").calls == []
+
+
+def test_a_chat_without_tools_takes_calls_as_text(pair, turns):
+    turns(calling(CALL))
+    assert Chat(*pair).say("Go.") == calling(CALL)
+
+
+def test_a_thought_is_shown_apart_and_kept_apart(pair, turns, capsys):
+    prompts = turns("hm\n\nso\n</think>\n\nsix <b", "<think>\nno")
+    talk = Chat(*pair, thinking=True)
+    answer = talk.say("one")
+    assert (answer, answer.thought) == ("six <b", "hm\n\nso")
+    assert capsys.readouterr().out == "| hm\n| \n| so\nsix <b\n"
+    kept = said("assistant", "six <b") | {"reasoning_content": "hm\n\nso"}
+    assert talk.history == [said("user", "one"), kept]
+    assert prompts[0].endswith("assistant\n<think>\n")
+    assert talk.say("two") == "", "a thought alone is no answer"
+    assert capsys.readouterr().out.startswith("| ")
+    assert talk.history == [said("user", "one"), kept]
+    assert "<think>\nhm\n\nso\n</think>\n\nsix <b<|im_end|>" in prompts[1]
+
+
+def test_a_thought_that_the_model_opens_itself_is_a_thought(pair, turns):
+    turns("<think>\nhm\n</think>\n\nsix", "six")
+    talk = Chat(*pair)
+    answer = talk.say("one")
+    assert (answer, answer.thought) == ("six", "hm")
+    talk = Chat(*pair, thinking=False)
+    assert talk.say("one").thought == ""
+
+
+def test_tools_and_thinking_need_a_template_with_them(pair):
+    plain = make_tokenizer()
+    plain.chat_template = (
+        "{% for one in messages %}{{ one.content + eos_token }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="does not write tools: leave them out"):
+        Chat(pair[0], plain, tools=[multiply])
+    with pytest.raises(ValueError, match="no switch for thinking"):
+        Chat(pair[0], plain, thinking=False)
+    with pytest.raises(ValueError, match="<lambda> because it has no docstring"):
+        Chat(*pair, tools=[lambda: 1])
 
 
 @pytest.fixture
