@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .jsonl import Fault, Row
@@ -21,11 +21,29 @@ IN_LOSS, TURN, USER = 1, 2, 4
 PASSED_ON = ("reasoning_content", "name", "tool_call_id")
 """Keys of a message that go to the chat template as they are."""
 
-_WEIGHTS = (
-    "weight",
-    "loss_weight",
-    "train",
-)  # 0 or 1: whether an answer is in the loss
+_CHATS = (
+    "conversations",
+    "messages",
+    "instruction output",
+    "prompt completion",
+    "question answer",
+)
+FORMS = {
+    "pretrain": ("text", "content"),
+    "sft": _CHATS,
+    "dpo": (
+        "chosen_messages rejected_messages",
+        "conversations chosen rejected",
+        "prompt chosen rejected",
+        "chosen rejected",
+    ),
+    "rlaif": _CHATS,
+}
+"""The keys of each form of rows by record format: the stages, and "rlaif" for other
+programs. The last key has the answer, or the last two a pair of them."""
+
+_MORE = {"instruction": ("input", "history")}  # keys that a form may have as well
+_WEIGHTS = ("weight", "loss_weight", "train")  # 0 keeps an answer out of the loss
 _ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "function_call": "assistant"},
@@ -57,42 +75,32 @@ class Understood(NamedTuple):
     content: Any
 
 
-class Form(NamedTuple):
-    """A form of rows: the keys that it must have and may have, and how it is read."""
-
-    keys: str
-    read: Callable[[Row], Any]
-    optional: str = ""
-
-
 def understand(record_format: str, row: Row) -> Understood:
     """Read a row for a record format. Raises `Fault` saying what to write instead.
 
     In the loss are every answer of "sft", the last one of "rlaif", and of pairs the
     answers after the messages that both share; never an answer of weight 0.
     """
-    form = _recognise(record_format, row)
+    keys = _recognise(record_format, row)
     if isinstance(row.get("label"), bool):
         reason = (
             'answers rated by "label" are not supported: make pairs of "chosen" and '
         )
         raise Fault("rated_answer", f'{reason}"rejected" of them', '"label"')
-    named = form.keys.replace(" ", ", ")
-    ignored = row.keys() - {*form.keys.split(), *form.optional.split()}
-    content = form.read(row)
+    form, ignored = ", ".join(keys), row.keys() - {*keys, *_MORE.get(keys[0], ())}
     if record_format == "pretrain":
-        if not isinstance(content, str):
-            found = f'"{named}" is {_show(content)}, not a string'
-            raise Fault("not_a_string", found, f'"{named}"')
-        return Understood(named, ignored, content)
+        return Understood(form, ignored, _text(row, keys[0]))
     ignored -= {"system", "tools"}
+    count = 2 if record_format == "dpo" else 1
+    asked, answers = _read_question(row, keys[:-count]), keys[-count:]
     chats = []
-    system = _said("system", row["system"]) if row.get("system") else []
-    for key, said in zip(form.keys.split()[-len(content) :], content, strict=True):
-        messages = [*system, *said] if system and isinstance(said, list) else said
+    for key in answers:
         try:
+            messages = _answered(asked, row[key]) if asked else row[key]
+            if row.get("system") and isinstance(messages, list):
+                messages = [*_said("system", row["system"]), *messages]
             chat, unused = read_chat(
-                messages, row.get("tools"), open_end=record_format == "rlaif"
+                messages, row.get("tools"), record_format == "rlaif"
             )
             _check_answers(record_format, chat)
         except Fault as fault:
@@ -100,13 +108,16 @@ def understand(record_format: str, row: Row) -> Understood:
             raise Fault(fault.kind, f'in "{key}", {fault.reason}', mark) from None
         ignored |= unused
         chats.append(chat)
+    first = 0  # message that may be in the loss
     if record_format == "dpo":
-        chats = _compare(*chats)
+        first = _count_shared(*chats)
     elif record_format == "rlaif":
-        (chat,) = chats
-        last = [False] * (len(chat.messages) - 1) + [chat.in_loss[-1]]
-        chats = [chat._replace(in_loss=last)]
-    return Understood(named, ignored, chats)
+        first = len(chats[0].messages) - 1
+    chats = [
+        chat._replace(in_loss=[*[False] * first, *chat.in_loss[first:]])
+        for chat in chats
+    ]
+    return Understood(form, ignored, chats)
 
 
 def read_chat(
@@ -135,7 +146,10 @@ def read_chat(
                 if role != "tool" and not (role == "system" and tools):
                     kind = "empty_answer" if role == "assistant" else "empty_content"
                     raise Fault(kind, f"is the {role}'s and empty")
-            weights = [_read_weight(left.pop(key)) for key in _WEIGHTS if key in left]
+            weights = [left.pop(key) for key in _WEIGHTS if key in left]
+            if odd := [weight for weight in weights if weight not in (0, 1)]:
+                found = f"has the weight {_show(odd[0])}; expected is 0 or 1"
+                raise Fault("weight", found)
         except Fault as fault:
             mark = fault.mark or _show(given, None)
             raise Fault(fault.kind, f"message {number} {fault.reason}", mark) from None
@@ -151,27 +165,26 @@ def read_chat(
 def find_stage(row: Row) -> str | None:
     """Return the stage that a row's keys are for, or None."""
     for stage in ("dpo", "sft", "pretrain"):
-        if any(row.keys() >= {*form.keys.split()} for form in FORMS[stage]):
+        if any(row.keys() >= {*form.split()} for form in FORMS[stage]):
             return stage
     return None
 
 
-def _recognise(record_format: str, row: Row) -> Form:
-    """Return the first form whose keys a row has."""
-    forms = FORMS[record_format]
-    for form in forms:
-        if row.keys() >= {*form.keys.split()}:
-            return form
-    hint = f'these rows are for stage="{stage}"' if (stage := find_stage(row)) else ""
-    named = [form.keys.split() for form in forms]
-    near = [keys for keys in named if row.keys() & {*keys}]
-    if not hint and near:
-        missing = min(([k for k in keys if k not in row] for keys in near), key=len)
-        hint = f'"{missing[0]}" is missing'
-    listed = " or ".join(form.keys.replace(" ", " + ") for form in forms)
+def _recognise(record_format: str, row: Row) -> list[str]:
+    """Return the keys of the first form that a row has all keys of."""
+    forms = [form.split() for form in FORMS[record_format]]
+    missing = [[key for key in form if key not in row] for form in forms]
+    if [] in missing:
+        return forms[missing.index([])]
+    near = [lack for lack, form in zip(missing, forms, strict=True) if lack != form]
+    if stage := find_stage(row):
+        hint = f'these rows are for stage="{stage}"'
+    elif near:
+        hint = f'"{min(near, key=len)[0]}" is missing'
+    else:
+        hint = f"expected {' or '.join(map(' + '.join, forms))}"
     found = _show(list(row), 80)
-    reason = f"the keys of the row are {found}: {hint or f'expected {listed}'}"
-    raise Fault("unknown_form", reason)
+    raise Fault("unknown_form", f"the keys of the row are {found}: {hint}")
 
 
 def _read_message(left: Any, before: str | None) -> Message:
@@ -242,28 +255,21 @@ def _parse(value: Any, what: str) -> Any:
         raise Fault("broken_json", reason, _show(value, None)) from None
 
 
-def _read_weight(weight: Any) -> bool:
-    if weight not in (0, 1):
-        raise Fault("weight", f"has the weight {_show(weight)}; expected is 0 or 1")
-    return bool(weight)
-
-
 def _check_answers(record_format: str, chat: Chat) -> None:
     """Check that there is something to learn, and at the end if it must be there."""
     roles = [message["role"] for message in chat.messages]
-    if record_format == "sft":
-        if "assistant" not in roles:
-            reason = "no turn is the assistant's: there is nothing to learn"
-            raise Fault("no_answer", reason)
-        if not any(chat.in_loss):
-            raise Fault("no_answer", "every answer has the weight 0")
-    elif record_format == "dpo" and (last := roles[-1]) != "assistant":
+    if record_format == "sft" and not any(chat.in_loss):
+        reason = "no turn is the assistant's: there is nothing to learn"
+        if "assistant" in roles:
+            reason = "every answer has the weight 0"
+        raise Fault("no_answer", reason)
+    if record_format == "dpo" and (last := roles[-1]) != "assistant":
         reason = f"the last turn is the {last}'s, not the assistant's"
         raise Fault("no_last_answer", reason, f'"{last}"')
 
 
-def _compare(chosen: Chat, rejected: Chat) -> list[Chat]:
-    """Return a pair whose loss begins after the messages that both share."""
+def _count_shared(chosen: Chat, rejected: Chat) -> int:
+    """Return how many messages a pair has in common, its prompt."""
     both = zip(chosen.messages, rejected.messages, strict=False)
     shared = len(list(itertools.takewhile(lambda each: each[0] == each[1], both)))
     if not shared:
@@ -272,12 +278,7 @@ def _compare(chosen: Chat, rejected: Chat) -> list[Chat]:
     if shared == min(len(chosen.messages), len(rejected.messages)):
         reason = 'of "chosen" and "rejected" one is the other, or its beginning'
         raise Fault("no_difference", reason, '"rejected"')
-    return [
-        chat._replace(
-            in_loss=[n >= shared and one for n, one in enumerate(chat.in_loss)]
-        )
-        for chat in (chosen, rejected)
-    ]
+    return shared
 
 
 def _said(role: str, value: Any) -> list[Any]:
@@ -287,63 +288,38 @@ def _said(role: str, value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _answered(prompt: Any, answer: Any) -> list[Any]:
-    """Return a prompt with its answer, which may be the whole conversation already."""
+def _answered(asked: list[Any], answer: Any) -> list[Any]:
+    """Return messages with an answer, which may be the whole conversation already."""
     answer = _said("assistant", answer)
     first = answer[0] if answer else None
     given = first.get("role", first.get("from")) if isinstance(first, dict) else None
     whole = _ROLES.get(str(given), "assistant") != "assistant"
-    return answer if whole else [*_said("user", prompt), *answer]
+    return answer if whole else [*asked, *answer]
 
 
-def _read_alpaca(row: Row) -> list[list[Any]]:
-    asked, more = row["instruction"], row.get("input") or ""
-    if not isinstance(more, str):
-        raise Fault(
-            "not_a_string", f'"input" is {_show(more)}, not a string', '"input"'
-        )
+def _read_question(row: Row, keys: list[str]) -> list[Any]:
+    """Return the messages before an answer; none if its key has them, too."""
+    if keys != ["instruction"]:
+        return [*itertools.chain(*(_said("user", row[key]) for key in keys))]
+    asked = row["instruction"]
+    if row.get("input"):
+        asked = f"{asked}\n{_text(row, 'input')}"
     try:
-        before = [_answered(*turn) for turn in row.get("history") or []]
-    except TypeError:
+        before = [
+            [*_said("user", question), *_said("assistant", answer)]
+            for question, answer in row.get("history") or []
+        ]
+    except (TypeError, ValueError):
         reason = '"history" is not a list of [question, answer]'
         raise Fault("not_a_list", reason, '"history"') from None
-    asked = f"{asked}\n{more}" if more else asked
-    return [[*itertools.chain(*before), *_answered(asked, row["output"])]]
+    return [*itertools.chain(*before), *_said("user", asked)]
 
 
-def _read_pair(row: Row) -> list[list[Any]]:
-    prompt = row.get("conversations") or row.get("prompt") or []
-    return [_answered(prompt, row[key]) for key in ("chosen", "rejected")]
-
-
-_CHATS = [
-    Form("conversations", lambda row: [row["conversations"]]),
-    Form("messages", lambda row: [row["messages"]]),
-    Form("instruction output", _read_alpaca, optional="input history"),
-    Form(
-        "prompt completion", lambda row: [_answered(row["prompt"], row["completion"])]
-    ),
-    Form("question answer", lambda row: [_answered(row["question"], row["answer"])]),
-]
-_PAIRS = [
-    Form(
-        "chosen_messages rejected_messages",
-        lambda row: [row["chosen_messages"], row["rejected_messages"]],
-    ),
-    Form("conversations chosen rejected", _read_pair),
-    Form("prompt chosen rejected", _read_pair),
-    Form("chosen rejected", _read_pair),
-]
-FORMS: dict[str, list[Form]] = {
-    "pretrain": [
-        Form("text", lambda row: row["text"]),
-        Form("content", lambda row: row["content"]),
-    ],
-    "sft": _CHATS,
-    "dpo": _PAIRS,
-    "rlaif": _CHATS,
-}
-"""The forms of rows by record format: the stages, and "rlaif" for other programs."""
+def _text(row: Row, key: str) -> str:
+    if not isinstance(row[key], str):
+        found = f'"{key}" is {_show(row[key])}, not a string'
+        raise Fault("not_a_string", found, f'"{key}"')
+    return row[key]
 
 
 def _show(value: Any, length: int | None = 40) -> str:
