@@ -150,13 +150,12 @@ class TrainingStream:
             )
         # A step may reach across the end of an epoch.
         self.arrange = functools.lru_cache(maxsize=2)(arrange)
-        self.tokens = int(pieces[:, 2].sum())
         if cfg.stage == "pretrain" and not cfg.data_weights:  # not worth a packing
+            self.tokens = int(pieces[:, 2].sum())
             self.rows = -(-self.tokens // cfg.max_seq_len)
         else:
-            self.rows = len(self.arrange(0))
-        if cfg.data_weights:  # an epoch leaves some out
-            self.tokens = self.arrange(0).tokens
+            first = self.arrange(0)
+            self.tokens, self.rows = first.tokens, len(first)
         if cfg.stage == "sft":
             self._loss_tokens = np.zeros(len(cache), np.int64)
             self._loss_tokens[truncated.documents] = truncated.loss_tokens

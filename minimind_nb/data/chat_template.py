@@ -154,26 +154,20 @@ class ChatEncoder:
                 if in_loss and text[:1].isspace():
                     texts.append([])  # encoded apart, as when the answer is generated
                 texts[-1].append(text)
-        parts = iter(itertools.chain(*self._encode_texts(texts)))
-        encoded = []
-        for segments in chats:
-            ids = [next(parts) for _ in segments]
-            marks = [
-                np.full(len(part), mark, np.uint8)
-                for part, (_, _, mark) in zip(ids, segments, strict=True)
-            ]
-            for part, (_, first, _) in zip(marks, segments, strict=True):
-                part[:1] |= first
-            encoded.append((np.concatenate(ids), np.concatenate(marks)))
-        return encoded
-
-    def _encode_texts(self, texts: list[list[str]]) -> list[list[np.ndarray]]:
-        """Return the ids of each part of each text."""
         encoded = self._encoder.encode_parts(texts)
         for number, parts in enumerate(texts):
             if any(_ESCAPE in part for part in parts):
                 encoded[number] = [self._encode_escaped(part) for part in parts]
-        return encoded
+        parts = itertools.chain(*encoded)
+        marked = []
+        for segments in chats:
+            ids, marks = [], []
+            for _, first, mark in segments:
+                ids.append(next(parts))
+                marks.append(np.full(len(ids[-1]), mark, np.uint8))
+                marks[-1][:1] |= first
+            marked.append((np.concatenate(ids), np.concatenate(marks)))
+        return marked
 
     def _encode_escaped(self, text: str) -> np.ndarray:
         parts = self._special.split(text)  # every second one is special

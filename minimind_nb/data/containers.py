@@ -25,7 +25,7 @@ from .jsonl import BOM, MAX_LINE_BYTES, Chunk, DataError
 MOST_ARRAY_BYTES = 256_000_000
 _HEAD_BYTES = 1 << 10
 _PARQUET_ROWS = 1000
-_GZIP, _PARQUET, _ARRAY = rb"\x1f\x8b", rb"PAR1", rb"\s*\[\s*[\[{\]]"
+_GZIP, _PARQUET, _ARRAY = rb"\x1f\x8b", rb"PAR1", rb"\s*\[\s*[\[{]"
 # How files begin that cannot be read, and what they are.
 _OTHER_FILES = (
     (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
@@ -166,18 +166,11 @@ def _read_array(path: Path) -> Iterator[_Numbered]:
             f"{path} is a JSON array of more than {MOST_ARRAY_BYTES // 10**6} MB: make "
             f"it JSON Lines with  jq -c '.[]' {path} > {path.stem}.jsonl"
         )
-    text = _decode(path, data.removeprefix(BOM), 1)
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
-
-    def skip(position: int) -> int:
-        return blank.match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
-
-    line, counted, at, follows = 1, 0, skip(0), "["
-    while text[at : at + 1] == follows:
-        begin = skip(at + 1)
-        if follows == "[" and text[begin : begin + 1] == "]":
-            at = begin
-            break
+    text = _decode(path, data, 1)
+    decoder, before = json.JSONDecoder(), re.compile(r"\s*([\[,])\s*")
+    line, counted, end, expected = 1, 0, 0, "["
+    while (found := before.match(text, end)) and found[1] == expected:
+        begin, expected = found.end(), ","
         try:
             _, end = decoder.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
@@ -185,9 +178,9 @@ def _read_array(path: Path) -> Iterator[_Numbered]:
             raise DataError(f"{path}:{line} is broken JSON: {error}") from None
         line, counted = line + text.count("\n", counted, begin), begin
         yield line, text[begin:end].replace("\n", " ")
-        at, follows = skip(end), ","
-    if text[at:].strip() != "]":
-        line = text.count("\n", 0, at) + 1
+    rest = text[end:].lstrip()
+    if rest.rstrip() != "]":
+        line = text.count("\n", 0, len(text) - len(rest)) + 1
         raise DataError(f'{path}:{line} is a JSON array that does not end with "]"')
 
 
@@ -196,13 +189,11 @@ def _read_text(path: Path) -> Iterator[_Numbered]:
     with _open(path) as stream:
         lines = (_decode(path, line, n) for n, line in enumerate(stream, 1))
         numbered = enumerate(lines, 1)
-        for written, group in itertools.groupby(
-            numbered, lambda one: one[1].strip() != ""
-        ):
-            if written:
-                parts = list(group)
-                document = "".join(line for _, line in parts).strip("\r\n")
-                yield parts[0][0], json.dumps({"text": document}, ensure_ascii=False)
+        for blank, group in itertools.groupby(numbered, lambda one: not one[1].strip()):
+            if not blank:
+                numbers, parts = zip(*group, strict=True)
+                document = "".join(parts).strip("\r\n")
+                yield numbers[0], json.dumps({"text": document}, ensure_ascii=False)
 
 
 def _read_parquet(path: Path) -> Iterator[_Numbered]:

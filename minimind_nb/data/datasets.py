@@ -69,13 +69,10 @@ class _PaddedRows(_Rows):
     def _example(self, number: int) -> Example:
         document, start, count = self._pieces[number].tolist()
         ids = self.cache.piece(document, start, count).astype(np.int64)
-        padded = torch.full((self.max_seq_len,), self.spec.pad_id, dtype=torch.int64)
-        padded[: len(ids)] = torch.from_numpy(ids)
-        mask = torch.zeros(self.max_seq_len - 1, dtype=torch.int64)
-        if self._has_loss[number]:
-            in_loss = self.cache.loss_mask(document, start, count)
-            mask[:count] = torch.from_numpy(in_loss)
-        return padded[:-1], padded[1:], mask
+        mask = self.cache.loss_mask(document, start, count) & self._has_loss[number]
+        room = (0, self.max_seq_len - 1 - count)
+        padded = torch.from_numpy(np.pad(ids, room, constant_values=self.spec.pad_id))
+        return padded[:-1], padded[1:], torch.from_numpy(np.pad(mask, room)).long()
 
 
 class PretrainDataset(_PaddedRows):

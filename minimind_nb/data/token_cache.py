@@ -150,22 +150,24 @@ class JoinedCache(TokenCache):
     """The caches of several files as one, whose documents are numbered through."""
 
     def __init__(self, caches: Sequence[TokenCache]) -> None:
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(cache, name) for cache in caches])
-
         counts = [len(cache) for cache in caches]
         lengths = np.concatenate([np.diff(cache.offsets) for cache in caches])
         self.starts = np.cumsum([0, *counts[:-1]])
         self.offsets = np.append(0, np.cumsum(lengths))
+        for name in (
+            "lines",
+            "sizes",
+            "hashes",
+            "loss_tokens",
+            "answers",
+            "answer_sizes",
+        ):
+            arrays = [getattr(cache, name) for cache in caches]
+            setattr(self, name, None if arrays[0] is None else np.concatenate(arrays))
         self.tokens = _JoinedArray([cache.tokens for cache in caches])
-        self.lines, self.sizes, self.hashes = map(joined, ("lines", "sizes", "hashes"))
-        self.marks = self.loss_tokens = self.answers = self.answer_sizes = None
+        self.marks = None
         if caches[0].marks is not None:
             self.marks = _JoinedArray([cache.marks for cache in caches])
-            per_document = ("loss_tokens", "answers", "answer_sizes")
-            self.loss_tokens, self.answers, self.answer_sizes = map(
-                joined, per_document
-            )
         facts = [cache.facts for cache in caches]
         counted = {
             key: sum((Counter(one.get(key, {})) for one in facts), Counter())
