@@ -226,25 +226,24 @@ class ValidationRows:
         self.references: dict[int, torch.Tensor | None] = {}
         self._read = functools.partial(read_samples, cache, cfg, pad_id)
         together = 2 if cfg.stage == "dpo" else 1
-        targets = truncated.pieces[:, 2].reshape(-1, together).sum(1)
-        files = cache.file_of(truncated.documents[::together])
-        taken = np.zeros(len(targets), bool)
+        pieces = truncated.pieces.reshape(-1, together, 3)
+        text_bytes = truncated.text_bytes.reshape(-1, together)
+        targets, files = pieces[:, :, 2].sum(1), cache.file_of(pieces[:, 0, 0])
+        taken: list[int] = []
+        self.sources = []
         for file in range(len(cache.starts)):
             (indices,) = np.nonzero(files == file)
             least = int(targets[indices].min(initial=1 << 62))
             left = max(cfg.eval_tokens // len(cache.starts), least)
+            begin = len(taken)
             for index in indices.tolist():
                 if targets[index] <= left:
-                    taken[index] = True
+                    taken.append(index)
                     left -= int(targets[index])
-        kept = np.repeat(taken, together)
-        self.documents = truncated.documents[kept]
-        self.text_bytes = int(truncated.text_bytes[kept].sum())
-        pieces, files = truncated.pieces[kept], cache.file_of(self.documents)
-        self.sources = [
-            make_rows(pieces[files == file], cfg.stage, cfg.max_seq_len)
-            for file in range(len(cache.starts))
-        ]
+            chosen = pieces[taken[begin:]].reshape(-1, 3)
+            self.sources.append(make_rows(chosen, cfg.stage, cfg.max_seq_len))
+        self.documents = pieces[taken, :, 0].ravel()
+        self.text_bytes = int(text_bytes[taken].sum())
 
     def micro_batches(
         self, batch_size: int, rank: int, size: int

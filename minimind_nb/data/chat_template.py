@@ -15,7 +15,6 @@ import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -195,21 +194,15 @@ class ChatEncoder:
     def _render(self, chat: Chat, switches: Mapping[str, bool]) -> list[_Segment]:
         """Render a conversation, cut where its turns and answers begin and end."""
         messages: list[Message] = self._escape(chat.messages)
-        if any("tool_calls" in one for one in messages) and not self.writes(
-            "tool_calls"
-        ):
-            raise Fault(
-                "chat_template",
-                "the tokenizer's chat template does not write tool_calls: take another",
-            )
+        calls = any("tool_calls" in one for one in messages)
+        if calls and not self.writes("tool_calls"):
+            raise _fault("does not write tool_calls: take another")
         tools = [one if callable(one) else self._escape(one) for one in chat.tools]
         roles = [one["role"] for one in messages]
         answering = [n for n, role in enumerate(roles) if role == "assistant"]
         asks = roles[-1] != "assistant"
         roles += ["assistant"] if asks else []
-        text, answers = self._apply(
-            messages, asks, self._marks_answers, tools, switches
-        )
+        text, answers = self._apply(messages, asks, tools, switches)
         turns = self._find_turns(messages, tools, text, roles)
         ends = [*turns[1:], len(text)]
         if not self._marks_answers:
@@ -279,31 +272,28 @@ class ChatEncoder:
         self,
         messages: Sequence[Message],
         prompt: bool,
-        answers: bool = False,
         tools: Sequence[Any] = (),
-        switches: Mapping[str, bool] = MappingProxyType({}),
+        switches: Mapping[str, bool] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text, and if asked for, begin and end of the marked answers."""
+        """Return the text, and where the answers that the template marks begin and end."""
         try:
             texts, spans = self._render_template(
                 [list(messages)],
                 tools=list(tools) or None,
                 chat_template=self._template,
-                return_assistant_tokens_mask=answers,
+                return_assistant_tokens_mask=self._marks_answers,
                 add_generation_prompt=prompt,
                 bos_token=self.spec.bos_token,
                 eos_token=self.spec.eos_token,
                 pad_token=self.spec.pad_token,
-                **switches,
+                **(switches or {}),
             )
         except (ImportError, TimeoutError):
             raise
         except Exception as error:  # a template may fail in any way that Python does
             what = str(error) or type(error).__name__
-            raise Fault(
-                "chat_template", f"the tokenizer's chat template fails: {what}"
-            ) from error
-        return texts[0], spans[0] if answers else []
+            raise _fault(f"fails: {what}") from error
+        return texts[0], spans[0] if self._marks_answers else []
 
 
 @contextlib.contextmanager
@@ -332,8 +322,11 @@ def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
 
 
 def _refusal(what: str) -> Fault:
-    return Fault(
-        "chat_template",
-        f"the tokenizer's chat template hides where the answers are ({what}): put "
-        "{% generation %} and {% endgeneration %} around them in it",
+    return _fault(
+        f"hides where the answers are ({what}): put "
+        "{% generation %} and {% endgeneration %} around them in it"
     )
+
+
+def _fault(what: str) -> Fault:
+    return Fault("chat_template", f"the tokenizer's chat template {what}")

@@ -84,9 +84,9 @@ def understand(record_format: str, row: Row) -> Understood:
     keys = _recognise(record_format, row)
     if isinstance(row.get("label"), bool):
         reason = (
-            'answers rated by "label" are not supported: make pairs of "chosen" and '
+            'answers rated by "label": make pairs of "chosen" and "rejected" of them'
         )
-        raise Fault("rated_answer", f'{reason}"rejected" of them', '"label"')
+        raise Fault("rated_answer", reason, '"label"')
     form, ignored = ", ".join(keys), row.keys() - {*keys, *_MORE.get(keys[0], ())}
     if record_format == "pretrain":
         return Understood(form, ignored, _text(row, keys[0]))

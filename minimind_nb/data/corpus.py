@@ -44,8 +44,9 @@ class Corpus:
     """The token caches of a run, and which of their documents are for what.
 
     There is one a file, the last of them of `val_path` if it is set. Otherwise a part of
-    the documents, taken by content hash, is held out. `documents` and `val_documents` are numbers in `cache` and `val_cache`, `truncated`
-    and `val_truncated` the parts of them that rows can hold.
+    the documents, taken by content hash, is held out. `documents` and `val_documents`
+    are numbers in `cache` and `val_cache`, `truncated` and `val_truncated` the parts of
+    them that rows can hold.
     """
 
     def __init__(self, caches: Sequence[TokenCache], cfg: ResolvedConfig) -> None:

@@ -183,9 +183,7 @@ def _parse(raw: bytes) -> Row:
     try:
         row = _DECODER.decode(text)
         if "\\" in text and ("\\ud" in text or "\\uD" in text):
-            json.dumps(
-                row, ensure_ascii=False
-            ).encode()  # refuses half a surrogate pair
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair fails
     except RecursionError:
         raise Fault("too_deep", "nested too deep to be read") from None
     if not isinstance(row, dict):

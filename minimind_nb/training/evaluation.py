@@ -102,18 +102,15 @@ class Evaluator:
         self.model.train()
         self.group.sum(sums)
         total, targets, samples, *totals = sums.sum(0).tolist()
-        by_file = {}
+        counted = 2 if metrics else 1  # the column of what the loss is a mean over
+        result = {"loss": total / (samples if metrics else targets)}
         if len(rows.sources) > 1:
-            counted = sums[:, 2 if metrics else 1]
-            by_file["loss_by_file"] = (sums[:, 0] / counted).tolist()
+            result["loss_by_file"] = (sums[:, 0] / sums[:, counted]).tolist()
         if metrics:
             means = [value / samples for value in totals]
-            named = dict(zip(metrics, means, strict=True))
-            return {"loss": total / samples, **named, **by_file}
-        loss = total / targets
-        return {
-            "loss": loss,
-            **by_file,
+            return result | dict(zip(metrics, means, strict=True))
+        loss = result["loss"]
+        return result | {
             "perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
             "bits_per_byte": total / math.log(2) / max(1, rows.text_bytes),
         }
