@@ -110,10 +110,9 @@ class ChatEncoder:
                     rendered.append(self._render(chat, switches))
                 except Fault as fault:
                     rendered.append(fault)
-        good = iter(
-            self._encode_segments([r for r in rendered if not isinstance(r, Fault)])
-        )
-        return [one if isinstance(one, Fault) else next(good) for one in rendered]
+        good = [one for one in rendered if not isinstance(one, Fault)]
+        encoded = iter(self._encode_segments(good))
+        return [one if isinstance(one, Fault) else next(encoded) for one in rendered]
 
     def prompt(
         self,

@@ -93,9 +93,7 @@ class Tally:
         self, line: int, raw: bytes, error: ValueError, has_column: bool = True
     ) -> None:
         """Count a bad row, with the cause and place of its error."""
-        row = _explain(line, raw, error)
-        if not has_column:
-            row = row._replace(column=0)
+        row = _explain(line, raw, error, has_column)
         self.kinds[row.kind] += 1
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(row)
@@ -202,7 +200,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Row:
 _DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
 
 
-def _explain(line: int, raw: bytes, error: ValueError) -> BadRow:
+def _explain(line: int, raw: bytes, error: ValueError, has_column: bool) -> BadRow:
     """Return the place, kind and cause of a line's error, in plain words."""
     text = raw.decode("utf-8", "backslashreplace")
     at = 0
@@ -221,7 +219,8 @@ def _explain(line: int, raw: bytes, error: ValueError) -> BadRow:
         at = max(0, text.rfind(error.mark))
     shown = text[max(0, at - EXCERPT_CHARACTERS // 2) :][:EXCERPT_CHARACTERS]
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
-    return BadRow(line, at + 1, error.kind, error.reason, shown[:EXCERPT_CHARACTERS])
+    column = at + 1 if has_column else 0
+    return BadRow(line, column, error.kind, error.reason, shown[:EXCERPT_CHARACTERS])
 
 
 def _explain_syntax(text: str, at: int, message: str) -> Fault:

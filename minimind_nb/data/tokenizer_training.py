@@ -95,8 +95,7 @@ def _sample(
 
 
 def _read_texts(row: Row) -> list[str]:
-    stage = "sft" if find_stage(row) == "sft" else "pretrain"
-    content = understand(stage, row).content
-    if stage == "pretrain":
-        return [content]
-    return [message["content"] for message in content[0].messages]
+    if find_stage(row) == "sft":
+        (chat,) = understand("sft", row).content
+        return [message["content"] for message in chat.messages]
+    return [understand("pretrain", row).content]

@@ -150,18 +150,13 @@ def answer_prompts(evaluator: Evaluator, prompts: list[str], seed: int) -> list[
     """Return the model's answer to each prompt."""
     if not prompts:
         return []
-    asked = [
-        text
-        if evaluator.cfg.stage == "pretrain"
-        else [{"role": "user", "content": text}]
-        for text in prompts
-    ]
-    most, tokenizer = evaluator.cfg.sample_tokens, evaluator.tokenizer
+    asked: list[Any] = prompts
+    if evaluator.cfg.stage != "pretrain":
+        asked = [[{"role": "user", "content": text}] for text in prompts]
+    model, tokenizer = evaluator.model, evaluator.tokenizer
+    most = evaluator.cfg.sample_tokens
     with evaluator.autocast:
-        answers = generate(
-            evaluator.model, tokenizer, asked, max_new_tokens=most, seed=seed
-        )
-    return list(answers)
+        return [*generate(model, tokenizer, asked, max_new_tokens=most, seed=seed)]
 
 
 def seed_of(*keys: int) -> int:
