@@ -154,14 +154,7 @@ class JoinedCache(TokenCache):
         lengths = np.concatenate([np.diff(cache.offsets) for cache in caches])
         self.starts = np.cumsum([0, *counts[:-1]])
         self.offsets = np.append(0, np.cumsum(lengths))
-        for name in (
-            "lines",
-            "sizes",
-            "hashes",
-            "loss_tokens",
-            "answers",
-            "answer_sizes",
-        ):
+        for name in "lines sizes hashes loss_tokens answers answer_sizes".split():
             arrays = [getattr(cache, name) for cache in caches]
             setattr(self, name, None if arrays[0] is None else np.concatenate(arrays))
         self.tokens = _JoinedArray([cache.tokens for cache in caches])
