@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
             shown = _HELP.get(f"{command} {name}") or _HELP.get(name)
             parser.add_argument(
                 name.lower() if name.isupper() else f"--{name}",
-                type=_converter(types, name == "data_weights"),
+                type=_converter(types),
                 metavar=name if name.isupper() else "VALUE",
                 help=(shown or field_docstrings()[name]).replace("%", "%%"),
                 **more,
@@ -193,17 +193,13 @@ def field_docstrings() -> dict[str, str]:
     }
 
 
-def _converter(
-    types: tuple[type, ...], of_numbers: bool = False
-) -> Callable[[str], Any]:
+def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
     """Return a parser of an option's text: the first of a field's types that fits."""
 
     def convert(text: str) -> Any:
         if bool in types and text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
         if tuple in types and str not in types:
-            if of_numbers:
-                return tuple(map(float, text.strip("[]").split(",")))
             if text.startswith("["):
                 return tuple(json.loads(text))
             return tuple(part.strip() for part in text.split(",") if part.strip())

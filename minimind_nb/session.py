@@ -91,7 +91,10 @@ def find_input(path: Any) -> Any:
         return path
     if Path(path).is_absolute() or Path(path).exists() or ".." in Path(path).parts:
         return path
-    found = sorted(inputs.rglob(glob.escape(os.fspath(Path(path)))))
+    name = os.fspath(Path(path))
+    if glob.has_magic(name):
+        return tuple(map(str, sorted(inputs.rglob(name)))) or path
+    found = sorted(inputs.rglob(glob.escape(name)))
     return _only(found, os.fspath(path)) or path
 
 

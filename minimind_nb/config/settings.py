@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import os
 import types
@@ -179,6 +181,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             plain = _plain(value)
+            if name == "data_path" and isinstance(plain, str):
+                plain = _split_paths(plain)
+            if name == "data_weights":
+                plain = _read_numbers(plain)
             if name in PATH_FIELDS:
                 plain = change_path(os.path.expanduser, plain)
             object.__setattr__(self, name, plain)
@@ -245,6 +251,24 @@ def kinds(config: type[TrainConfig] = TrainConfig) -> dict[str, tuple[type, ...]
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         found[name] = tuple(typing.get_origin(part) or part for part in parts)
     return found
+
+
+def _split_paths(text: str) -> Any:
+    """Return the paths in a list as text, or parted by commas; a single one as it is."""
+    if text.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return _plain(ast.literal_eval(text))
+    if "," in text and not os.path.exists(text):  # noqa: PTH110 - no Path is needed
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text
+
+
+def _read_numbers(value: Any) -> Any:
+    """Return numbers that may be given as text, "5, 3, 2"."""
+    parts = value.strip("[]").split(",") if isinstance(value, str) else value
+    with contextlib.suppress(TypeError, ValueError):
+        return tuple(map(float, parts))
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -122,7 +122,7 @@ def _value_problem(
 def _out_of_range(name: str, value: Any) -> str | None:
     if name in _MINIMUM and value < _MINIMUM[name]:
         return f"{name}={value} must be at least {_MINIMUM[name]}"
-    if name == "data_weights" and min(value, default=0) <= 0:
+    if name == "data_weights" and not all(0 < one < math.inf for one in value):
         return f"data_weights={value} must be above 0; leave a file out of data_path"
     if name in _POSITIVE and value <= 0:
         return f"{name}={value} must be above 0"

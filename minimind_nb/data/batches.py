@@ -10,7 +10,6 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,7 +197,7 @@ class TrainingStream:
         lines = self.cache.lines[documents].tolist()
         if len(self.cache.starts) == 1:
             return sorted(set(lines))
-        names = [Path(file).name for file in find_files(self.cfg.data_path)]
+        names = find_files(self.cfg.data_path)
         places = zip(self.cache.file_of(documents).tolist(), lines, strict=True)
         return [f"{names[file]}:{line}" for file, line in sorted({*places})]
 

@@ -195,7 +195,7 @@ class ChatEncoder:
         messages: list[Message] = self._escape(chat.messages)
         calls = any("tool_calls" in one for one in messages)
         if calls and not self.writes("tool_calls"):
-            raise _fault("does not write tool_calls: take another")
+            raise _fault("does not write tool_calls: name another tokenizer")
         tools = [one if callable(one) else self._escape(one) for one in chat.tools]
         roles = [one["role"] for one in messages]
         answering = [n for n, role in enumerate(roles) if role == "assistant"]

@@ -19,13 +19,15 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .jsonl import BOM, MAX_LINE_BYTES, Chunk, DataError
 
 MOST_ARRAY_BYTES = 256_000_000
 _HEAD_BYTES = 1 << 10
 _PARQUET_ROWS = 1000
-_GZIP, _PARQUET, _ARRAY = rb"\x1f\x8b", rb"PAR1", rb"\s*\[\s*[\[{]"
+_GZIP, _PARQUET = rb"\x1f\x8b", rb"PAR1"
+_ARRAY, _OBJECT = rb"\s*\[\s*[\[{]", rb"\s*\{\s*\""
 # How files begin that cannot be read, and what they are.
 _OTHER_FILES = (
     (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
@@ -44,18 +46,14 @@ _Numbered = tuple[int, str]  # the number of a row, and its JSON on one line
 
 
 def find_files(data_path: str | tuple[str, ...]) -> list[str]:
-    """Return the files that a data path means: its own, or those of a list (a tuple, a
-    JSON list or names parted by commas), of a folder or of a pattern, in order.
+    """Return the files that a data path means: its own, or those of several paths, of a
+    folder or of a pattern, in order.
 
     Raises `FileNotFoundError` if a folder or pattern has none.
     """
     if isinstance(data_path, tuple):
         return list(itertools.chain(*map(find_files, data_path)))
     path = Path(data_path)
-    if data_path.startswith("["):
-        return find_files(tuple(json.loads(data_path)))
-    if "," in data_path and not path.exists():
-        return find_files(tuple(part.strip() for part in data_path.split(",")))
     if not path.is_dir() and (path.exists() or not _PATTERN.search(data_path)):
         return [data_path]
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(data_path))
@@ -82,7 +80,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
     for beginning, what in _OTHER_FILES:
         if re.match(beginning, head):
             raise DataError(f"{path} is {what}")
-    if re.match(_TABLE, head) and not (_is_text(path) or re.match(_PARQUET, head)):
+    if re.match(_TABLE, head) and find_kind(path) == "lines":
         raise DataError(
             f"{path} is CSV or plain text: write one JSON object a line, or name it .txt "
             "if blank lines part its documents"
@@ -96,19 +94,21 @@ def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[C
     `read_rows` refuses, is cut off. Raises `DataError` for a damaged file.
     """
     path = Path(path)
-    head = _read_head(path)
-    if re.match(_PARQUET, head):
-        yield from _group(_read_parquet(path), size)
-    elif _is_text(path):
-        yield from _group(_read_text(path), size)
-    elif re.match(_ARRAY, head):
-        yield from _group(_read_array(path), size)
-    else:
+    read = {"parquet": _read_parquet, "text": _read_text, "array": _read_array}
+    if (kind := find_kind(path)) == "lines":
         yield from _read_lines(path, size)
+    else:
+        yield from _group(read[kind](path), size)
 
 
-def _is_text(path: Path) -> bool:
-    return ".txt" in (suffix.lower() for suffix in path.suffixes[-2:])
+def find_kind(path: str | os.PathLike[str]) -> str:
+    """Return how a file is read: as "lines" (of JSON), "array", "text" or "parquet"."""
+    head, name = _read_head(Path(path)), os.fspath(path).lower().removesuffix(".gz")
+    if re.match(_PARQUET, head):
+        return "parquet"
+    if name.endswith(".txt") and not re.match(_OBJECT, head):
+        return "text"
+    return "array" if re.match(_ARRAY, head) else "lines"
 
 
 def _read_head(path: Path) -> bytes:
@@ -210,10 +210,16 @@ def _read_parquet(path: Path) -> Iterator[_Numbered]:
         file = pyarrow.parquet.ParquetFile(path)
         batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
         for number, row in enumerate(itertools.chain.from_iterable(batches), 1):
-            present = {key: value for key, value in row.items() if value is not None}
-            yield number, json.dumps(present, ensure_ascii=False, default=str)
-    except pyarrow.ArrowException as error:
+            yield number, json.dumps(_present(row), ensure_ascii=False, default=str)
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is a damaged parquet file: {error}") from error
+
+
+def _present(value: Any) -> Any:
+    """Return a value without nulls: parquet has each key of a column in every row."""
+    if isinstance(value, dict):
+        return {k: _present(v) for k, v in value.items() if v is not None}
+    return [*map(_present, value)] if isinstance(value, list) else value
 
 
 def _decode(path: Path, data: bytes, line: int) -> str:

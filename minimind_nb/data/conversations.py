@@ -146,7 +146,8 @@ def read_chat(
                 if role != "tool" and not (role == "system" and tools):
                     kind = "empty_answer" if role == "assistant" else "empty_content"
                     raise Fault(kind, f"is the {role}'s and empty")
-            weights = [left.pop(key) for key in _WEIGHTS if key in left]
+            weights = [left.pop(key, None) for key in _WEIGHTS]
+            weights = [weight for weight in weights if weight is not None]
             if odd := [weight for weight in weights if weight not in (0, 1)]:
                 found = f"has the weight {_show(odd[0])}; expected is 0 or 1"
                 raise Fault("weight", found)
@@ -214,8 +215,18 @@ def _read_message(left: Any, before: str | None) -> Message:
     message: Message = {"role": role, "content": _read_content(content)}
     if calls:
         message["tool_calls"] = _read_calls(calls)
-    passed_on = {key: left.pop(key) for key in PASSED_ON if key in left}
-    return message | {key: v for key, v in passed_on.items() if v is not None}
+    return message | _read_more(left)
+
+
+def _read_more(left: dict[str, Any]) -> Message:
+    """Return what is passed on, and remove it from `left`."""
+    found = {key: left.pop(key, None) for key in PASSED_ON}
+    # pandas writes NaN for nothing.
+    given = {k: v for k, v in found.items() if v is not None and repr(v) != "nan"}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise Fault("not_a_string", f'has "{key}" {_show(value)}, not a string')
+    return given
 
 
 def _read_content(content: Any) -> str:
@@ -236,7 +247,8 @@ def _read_calls(calls: Any) -> list[Any]:
     calls = _parse(calls, "tool_calls")
     calls = calls if isinstance(calls, list) else [calls]
     for each in calls:
-        call = each.get("function", each) if isinstance(each, dict) else {}
+        call = (each.get("function") or each) if isinstance(each, dict) else {}
+        call = call if isinstance(call, dict) else {}
         arguments = _parse(call.get("arguments"), "arguments of a tool call")
         if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
             wanted = 'each needs "name" and "arguments", an object'
@@ -301,18 +313,16 @@ def _read_question(row: Row, keys: list[str]) -> list[Any]:
     """Return the messages before an answer; none if its key has them, too."""
     if keys != ["instruction"]:
         return [*itertools.chain(*(_said("user", row[key]) for key in keys))]
-    asked = row["instruction"]
+    asked = _text(row, "instruction")
     if row.get("input"):
         asked = f"{asked}\n{_text(row, 'input')}"
-    try:
-        before = [
-            [*_said("user", question), *_said("assistant", answer)]
-            for question, answer in row.get("history") or []
-        ]
-    except (TypeError, ValueError):
-        reason = '"history" is not a list of [question, answer]'
-        raise Fault("not_a_list", reason, '"history"') from None
-    return [*itertools.chain(*before), *_said("user", asked)]
+    before = []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, list) or [type(said) for said in turn] != [str, str]:
+            reason = f'"history" has {_show(turn)}, not [question, answer]'
+            raise Fault("not_a_list", reason, '"history"')
+        before += [*_said("user", turn[0]), *_said("assistant", turn[1])]
+    return [*before, *_said("user", asked)]
 
 
 def _text(row: Row, key: str) -> str:

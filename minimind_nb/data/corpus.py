@@ -93,6 +93,10 @@ class Corpus:
         }
         corpus = cls([opened[path] for path in paths], cfg)
         _check(cfg, ", ".join(files), corpus.truncated, max_dropped)
+        trained = corpus.cache.file_of(corpus.truncated.documents)
+        for number, file in enumerate(files if cfg.data_weights else ()):
+            if number not in trained:
+                raise ValueError(f"{file} has no row to train on: leave it out")
         if cfg.val_path:
             _check(cfg, cfg.val_path, corpus.val_truncated, 1.0)
         return corpus

@@ -126,7 +126,10 @@ class Tally:
         bad = self.kinds.total()
         total = self.good + bad
         if not total:
-            raise DataError(f"{path} has only blank lines, {self.blank} of them")
+            found = (
+                f"only blank lines, {self.blank} of them" if self.blank else "no rows"
+            )
+            raise DataError(f"{path} has {found}")
         allowed = max_bad_fraction * total if on_bad_line == "skip" else 0
         if bad <= allowed and self.good:
             return

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
-from .containers import iter_chunks
+from .containers import find_kind, iter_chunks
 from .conversations import IN_LOSS
 from .jsonl import DataError, Tally
 from .record_formats import IDS_VERSION, Arrays, encode_chunk, per_row, token_type
@@ -57,7 +57,10 @@ class Source:
     def content(self) -> str:
         """Return a hash of the file's bytes and format, by which runs know their data."""
         parts = [verified.hash_file(Path(self.path)), self.path.endswith(".gz")]
-        return _hash(*parts, self.record_format, _CONTENT_VERSION)
+        parts += [self.record_format, _CONTENT_VERSION]
+        if (kind := find_kind(self.path)) != "lines":
+            parts.append(kind)
+        return _hash(*parts)
 
     def name(self, content: str) -> str:
         """Return the name of the cache of this content."""

@@ -232,9 +232,9 @@ def _begin(plan: RunPlan, done: int) -> None:
     check_writable(folder.checkpoints)
     for text in _describe_start(plan, done):
         logger.info(text)
-    if count := sum(plan.corpus.cache.facts["bad_rows"].values()):
-        target = folder.root / REJECTED
-        verified.write_text(target, _list_rejected(plan))
+    if rejected := _list_rejected(plan):
+        target, count = folder.root / REJECTED, rejected.count("\n")
+        verified.write_text(target, rejected)
         logger.info(f"{count:,} malformed rows are skipped; see {target}")
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
@@ -244,11 +244,12 @@ def _begin(plan: RunPlan, done: int) -> None:
 
 def _list_rejected(plan: RunPlan) -> str:
     """Return the lines of rejected.jsonl; of several files with the file's name."""
-    files, text = find_files(plan.cfg.data_path), ""
-    for file, cache in zip(files, plan.corpus.caches, strict=False):
+    paths = (*find_files(plan.cfg.data_path), plan.cfg.val_path)
+    files, text = [path for path in paths if path], ""
+    for file, cache in zip(files, plan.corpus.caches, strict=True):
         rejected = cache.folder / REJECTED
         for line in rejected.read_text().splitlines() if rejected.exists() else ():
-            named = {"file": Path(file).name} if len(files) > 1 else {}
+            named = {"file": file} if len(files) > 1 else {}
             row = json.dumps(named | json.loads(line), ensure_ascii=False)
             text += f"{row}\n"
     return text

@@ -60,9 +60,19 @@ def test_parquet_gives_the_same_rows(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     rows, _ = read_file(path)
     assert rows == list(enumerate(["你好\u2028", "b", "c"], 1))
+    nested = [{"text": "a", "x": {"b": 1}}, {"text": "b", "x": {"c": [{"d": 2}]}}]
+    parquet.write_table(pyarrow.Table.from_pylist(nested), path)
+    (chunk,) = iter_chunks(path)
+    assert [json.loads(line) for line in chunk.data.splitlines()] == nested
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="is a damaged parquet file"):
         read_file(path)
+
+
+def test_rows_in_a_file_named_as_text_are_rows(tmp_path):
+    for name in ("rows.txt", "rows.txt.jsonl"):
+        (tmp_path / name).write_bytes(lines(ROWS))
+        assert len(read_file(tmp_path / name)[0]) == 3
 
 
 def test_a_fault_in_an_array_has_its_line(tmp_path):

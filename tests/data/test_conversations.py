@@ -501,6 +501,16 @@ def refused(record_format, row):
             "weight 0.5; expected is 0 or 1",
         ),
         ([USERS | {"tools": "{}"}, GOOD[1]], "tools", "not a list of schemas"),
+        (
+            [USERS, GOOD[1] | {"tool_calls": [{"function": None}]}],
+            "tool_calls",
+            'needs "name" and "arguments"',
+        ),
+        (
+            [USERS, GOOD[1] | {"reasoning_content": ["a"]}],
+            "not_a_string",
+            'has "reasoning_content" ["a"], not a string',
+        ),
     ],
 )
 def test_malformed_messages_are_refused_in_plain_words(messages, kind, reason):
@@ -587,6 +597,14 @@ def test_every_usual_form_becomes_messages(record_format, row, expected):
         assert [chat.in_loss for chat in read.content] == [[False, True]] * 2
 
 
+def test_what_pandas_and_parquet_write_for_nothing_is_nothing():
+    messages = [
+        USERS | {"weight": None, "reasoning_content": float("nan")},
+        GOOD[1] | {"weight": 1, "tool_calls": None, "name": None},
+    ]
+    assert understand("sft", {"messages": messages}).content[0].messages == GOOD
+
+
 def test_tools_and_thoughts_are_kept():
     calls = json.dumps([CALL])
     row = {
@@ -650,7 +668,7 @@ def test_tools_and_thoughts_are_kept():
         (
             {"instruction": "a", "output": "b", "history": [1]},
             "not_a_list",
-            '"history" is not a list of [question, answer]',
+            '"history" has 1, not [question, answer]',
         ),
     ],
 )

@@ -589,3 +589,13 @@ def test_memory_does_not_grow_with_the_file(make_source, root, monkeypatch):
     small = peak([f"{n} {ENGLISH}" for n in range(300)])
     large = peak([f"{n} {ENGLISH}" for n in range(3_000)])
     assert large < 1.2 * small
+
+
+def test_a_file_that_is_read_in_another_way_has_another_cache(root, tmp_path):
+    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("a\n\nb\n")
+    tokenizer = read_tokenizer()
+    assert len(open_cache(Source(str(text), "pretrain", tokenizer), root)) == 2
+    rows.write_bytes(text.read_bytes())
+    with pytest.raises(DataError):
+        open_cache(Source(str(rows), "pretrain", tokenizer), root)

@@ -140,14 +140,12 @@ def test_rows_that_are_left_out_name_their_file(
     (row,) = map(
         json.loads, (plan.folder.root / "rejected.jsonl").read_text().splitlines()
     )
-    assert (row["file"], row["line"]) == ("a.jsonl", 61)
+    assert (row["file"], row["line"]) == (files[0], 61)
     assert any(
         "135 rows of" in text and "c.txt are read as text" in text for text in texts
     )
     stream = plan.corpus.training_stream(plan.cfg, 0)
-    assert {place.split(":")[0] for place in stream.lines(range(20))} == {
-        *("a.jsonl", "b.json", "c.txt")
-    }
+    assert {place.split(":")[0] for place in stream.lines(range(20))} == {*files}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +154,11 @@ def test_rows_that_are_left_out_name_their_file(
         ({"data_weights": (5, 3)}, ValueError, "has 2 numbers for 3 files"),
         ({"data_weights": (5, 3, 0)}, ValueError, "must be above 0; leave a file out"),
         ({"data_weights": ("a",)}, ValueError, "expected tuple of numbers or None"),
+        (
+            {"data_weights": "5, nan, 1"},
+            ValueError,
+            "must be above 0; leave a file out",
+        ),
         (
             {"data_path": "{empty}"},
             FileNotFoundError,
@@ -177,6 +180,6 @@ def test_what_cannot_be_mixed_is_refused(
 
 def test_weights_change_a_run(mixed: Settings) -> None:
     train_here(mixed, stop_at=1)
-    with pytest.raises(RuntimeError, match=r"data_weights: \(5, 3, 2\) in the run"):
+    with pytest.raises(RuntimeError, match=r"data_weights: \(5.0, 3.0, 2.0\) in the run"):
         prepare_here(mixed | {"data_weights": (5, 3, 1)})
     assert TrainConfig(**mixed).portable()["data_path"] == tuple(mixed["data_path"])
