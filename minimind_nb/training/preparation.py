@@ -269,7 +269,6 @@ def _move_aside(plan: RunPlan, old: Path) -> None:
 def _describe_start(plan: RunPlan, done: int) -> Iterator[str]:
     """Yield what a user should know of the run before it starts."""
     cfg, total = plan.cfg, plan.total_steps
-    yield describe_rows(plan.corpus, cfg)
     if plan.checkpoint:
         yield f"{plan.folder.root} is resumed from step {done:,} of {total:,}"
         before = plan.folder.settings()
@@ -279,7 +278,9 @@ def _describe_start(plan: RunPlan, done: int) -> Iterator[str]:
                 "changed: the schedule is recomputed for the new total, which differs from "
                 "a run planned that long from the start"
             )
-    elif plan.initial:
+    else:
+        yield describe_rows(plan.corpus, cfg)
+    if plan.initial and not plan.checkpoint:
         yield f"starting from {plan.config['began_from']}"
     if cfg.max_steps and total < cfg.max_steps:
         yield (

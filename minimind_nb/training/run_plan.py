@@ -105,8 +105,8 @@ def open_corpus(
 
 def describe_rows(corpus: Corpus, cfg: ResolvedConfig) -> str:
     """Say how the rows of the data were understood, and what of them is ignored."""
-    facts = corpus.cache.facts
-    text = f"{facts['rows']:,} rows of {', '.join(find_files(cfg.data_path))}"
+    facts, files = corpus.cache.facts, find_files(cfg.data_path)
+    text = f"{facts['rows']:,} rows of {', '.join(map(shorten_home, files))}"
     if form := facts.get("form"):
         text += f" are read as {form}"
     ignored = (f'"{key}" in {n:,} rows' for key, n in facts.get("ignored", {}).items())

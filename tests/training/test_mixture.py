@@ -180,6 +180,8 @@ def test_what_cannot_be_mixed_is_refused(
 
 def test_weights_change_a_run(mixed: Settings) -> None:
     train_here(mixed, stop_at=1)
-    with pytest.raises(RuntimeError, match=r"data_weights: \(5.0, 3.0, 2.0\) in the run"):
+    with pytest.raises(
+        RuntimeError, match=r"data_weights: \(5.0, 3.0, 2.0\) in the run"
+    ):
         prepare_here(mixed | {"data_weights": (5, 3, 1)})
     assert TrainConfig(**mixed).portable()["data_path"] == tuple(mixed["data_path"])
