@@ -92,10 +92,10 @@ def find_input(path: Any) -> Any:
     if Path(path).is_absolute() or Path(path).exists() or ".." in Path(path).parts:
         return path
     name = os.fspath(Path(path))
-    if glob.has_magic(name):
+    found = _only(sorted(inputs.rglob(glob.escape(name))), os.fspath(path))
+    if found is None and glob.has_magic(name):
         return tuple(map(str, sorted(inputs.rglob(name)))) or path
-    found = sorted(inputs.rglob(glob.escape(name)))
-    return _only(found, os.fspath(path)) or path
+    return found or path
 
 
 def input_runs(stage: str | None = None, run_name: str | None = None) -> list[Path]:

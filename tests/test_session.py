@@ -85,6 +85,9 @@ def test_a_file_is_found_below_the_inputs_by_its_name(mount):
     file.parent.mkdir(parents=True)
     file.touch()
     assert find_input("a [1].jsonl") == str(file)
+    assert find_input("texts/*.jsonl") == find_input("*[[]1].jsonl") == (str(file),)
+    several = find_inputs(TrainConfig(data_path="a [1].jsonl, texts/a [1].jsonl"))
+    assert several.data_path == (str(file), str(file))
     for path in (None, "demo", "auto", "b.jsonl", "/a [1].jsonl"):
         assert find_input(path) == path
     Path("a [1].jsonl").touch()
