@@ -29,9 +29,9 @@ class TrainConfig:
     """
 
     stage: str = "pretrain"
-    """What to train: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
+    """Stage of training: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
     data_path: str | tuple[str, ...] | None = None
-    """What to train on: a file (JSON Lines, a JSON array, parquet or text), several,
+    """Training data: a file (JSON Lines, a JSON array, parquet or text), several,
     a folder of them or a pattern such as "data/*.jsonl"; "demo" is the embedded corpus."""
     data_weights: tuple[float, ...] | None = None
     """Share of each of several files in the samples, in their order, such as 5, 3, 2: an
@@ -81,9 +81,9 @@ class TrainConfig:
     dropout: float = _DEFAULT
     """Dropout probability."""
     qk_norm: bool = _DEFAULT
-    """Whether to RMS-normalise queries and keys (MiniMind's third generation)."""
+    """RMS-normalise queries and keys (MiniMind's third generation)."""
     use_moe: bool = _DEFAULT
-    """Whether feed-forward layers are mixtures of experts."""
+    """Make feed-forward layers mixtures of experts."""
     n_routed_experts: int | None = None
     """Experts that the router of a layer chooses from."""
     num_experts_per_tok: int | None = None
@@ -95,14 +95,14 @@ class TrainConfig:
     seq_aux: bool | None = None
     """Balance per sequence (second generation) or over the batch (third)."""
     norm_topk_prob: bool | None = None
-    """Whether the weights of the chosen experts are normalised to sum to one."""
+    """Normalise the weights of the chosen experts to sum to one."""
     inference_rope_scaling: bool = _DEFAULT
-    """Whether to extend the rotary frequencies with YaRN."""
+    """Extend the rotary frequencies with YaRN."""
     max_seq_len: int = _DEFAULT
     """Tokens per packed row. A longer text is split, a longer conversation truncated at a
     turn; a pair's prompt loses its oldest turns."""
     document_mask: bool = _DEFAULT
-    """Whether documents in a row are hidden from each other; always on for sft and dpo."""
+    """Hide documents in a row from each other; always on for sft and dpo."""
     epochs: int = _DEFAULT
     """Passes over the training documents."""
     global_batch: int = _DEFAULT
@@ -146,7 +146,7 @@ class TrainConfig:
     log_interval: int = _DEFAULT
     """Optimizer steps between rows of metrics."""
     use_wandb: bool = _DEFAULT
-    """Whether to also log to Weights & Biases, offline, into the run folder. Needs pip
+    """Also log to Weights & Biases, offline, into the run folder. Needs pip
     install 'minimind_nb[wandb]'."""
     wandb_project: str = _DEFAULT
     """Name of the project there; default MiniMind."""

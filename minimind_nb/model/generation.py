@@ -74,7 +74,7 @@ def generate(
     - `seed=None`: with a seed the same batch gives the same text on the same device,
       and torch's global generators are not touched;
     - `thinking=None`, for conversations: True or False sets the chat template's switch.
-      The shipped one's opens a thought, with which the text goes on, or gives an empty one;
+      In the shipped template True opens a thought, and False gives an empty one;
     - `tools=()`, for conversations: functions, described by signature and docstring, or
       schemas. The text may then have calls; `chat` runs them.
 

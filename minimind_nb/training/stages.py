@@ -126,4 +126,4 @@ OBJECTIVES: dict[str, Stage] = {
     "sft": Stage(next_token_loss),
     "dpo": Stage(preference_loss, ("reward_margin", "accuracy", "kl")),
 }
-"""What each stage trains on; `config.presets` has its defaults."""
+"""Objectives by stage; `config.presets` has its defaults."""
