@@ -52,7 +52,7 @@ def measure(preset: str, device: str, out_dir: str) -> str:
     record = RankRecord(plan.folder.record_file(0), 0)
     stop = StopRequest()
     place = torch.device(device)
-    trainer = Trainer(plan, Group(0, 1, "", device, 60), place, record, stop)
+    trainer = Trainer(plan, Group(0, 1, "", device), place, record, stop)
     parts = trainer.model, trainer.optimizer, trainer.scaler
     steps, saves, verifying, size = [], [], [], 0
     for _ in range(TIMES):

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except TrainingFailed as failure:
-        if _is_first() or str(failure.rank) == os.environ.get("RANK"):
+        if _is_first():
             print(f"minimind-nb: {failure}", file=sys.stderr)
         code = 1
     except (ValueError, OSError, RuntimeError) as error:

@@ -127,7 +127,7 @@ class Exit(NamedTuple):
     `reason` is the parent's, if the parent killed it.
     """
 
-    code: int | None
+    code: int
     time: float
     reason: str = ""
 
@@ -157,7 +157,7 @@ def collect_outcome(folder: RunFolder, exits: list[Exit], less_memory: str = "")
     if lines := logs[rank].splitlines()[-_LOG_LINES:]:
         parts.append("\n  ".join([f"The end of {folder.log_file(rank)}:", *lines]))
     if not end.reason and cause.status == "running":
-        parts.append(_HINTS.get(-(end.code or 0), ""))
+        parts.append(_HINTS.get(-end.code, ""))
         parts.append(less_memory if end.code == -signal.SIGKILL else "")
     if folder.checkpoint_folders():
         parts.append("The same call resumes from the newest checkpoint that verifies.")
@@ -193,7 +193,7 @@ def _first_line(record: RankRecord, end: Exit) -> str:
         return f"{rank} failed {where}: {record.error}"
     if end.reason:
         return f"{rank} was ended {where}: {end.reason}"
-    if end.code is None or end.code >= 0:
+    if end.code >= 0:
         return f"{rank} left {where} (exit code {end.code})"
     return f"{rank} was killed by {signal.Signals(-end.code).name} {where}"
 

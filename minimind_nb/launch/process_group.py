@@ -6,30 +6,28 @@ import datetime
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+
+# The parent notices a hang, and can tell it from a machine that slept.
+_LONG = datetime.timedelta(days=7)
 
 
 class Group:
     """The ranks that train together; one process is a group that sums nothing.
 
-    They meet in a file or in a store that they have in common: no port is ever taken.
+    They meet in the file `store`: no port is ever taken.
     """
 
-    def __init__(
-        self, rank: int, size: int, store: str | Store, device: str, timeout: float
-    ) -> None:
+    def __init__(self, rank: int, size: int, store: str, device: str) -> None:
         self.rank = rank
         self.size = size
         if size == 1:
             return
-        if not isinstance(store, Store):
-            store = dist.FileStore(store, size)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=store,
+            store=dist.FileStore(store, size),  # pyright: ignore[reportPrivateImportUsage]
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=_LONG,
         )
 
     def sum(self, tensor: torch.Tensor) -> None:

@@ -36,29 +36,10 @@ _SPAWN = multiprocessing.get_context("spawn")  # a fork is lost once CUDA was to
 
 
 class RankInfo(NamedTuple):
-    """The place of one process among all, and among those on its machine."""
+    """The place of one process among all."""
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> RankInfo | None:
-        """Return the place that torchrun set, or None if RANK is not set.
-
-        Raises `RuntimeError` if RANK is set and another variable is missing.
-        """
-        if not os.environ.get("RANK"):
-            return None
-        names = [name.upper() for name in cls._fields]
-        needed = (*names, "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in needed if not os.environ.get(name)]:
-            raise RuntimeError(
-                f"RANK is set, as torchrun does, but not {', '.join(missing)}: start "
-                "with torchrun, or unset RANK"
-            )
-        return cls(*(int(os.environ[name]) for name in names))
 
 
 @dataclass(frozen=True)
@@ -78,22 +59,6 @@ class Job:
     hang_timeout: float = math.inf
     less_memory: str = ""
     lock: int | None = None
-
-    def run(
-        self, info: RankInfo, store: Any, record: RankRecord, stop: StopRequest
-    ) -> None:
-        """Run the part of one rank in this process, and record how it ended."""
-        record.update()
-        if info.local_world_size == info.world_size:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        module, _, name = self.target.partition(":")
-        try:
-            run = getattr(importlib.import_module(module), name)
-            status = run(info, self.folder, store, record, stop)
-        except BaseException as error:
-            record.fail(error)
-            raise
-        record.update(status=status)
 
 
 def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
@@ -133,7 +98,7 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
     try:
         with without_main_script():
             for rank in range(job.num_processes):
-                info = RankInfo(rank, job.num_processes, rank, job.num_processes)
+                info = RankInfo(rank, job.num_processes)
                 arguments = (info, job, store, os.getpid(), lock)
                 process = _SPAWN.Process(target=_enter, args=arguments)
                 process.start()
@@ -161,7 +126,7 @@ def _watch(
         connection.wait([p.sentinel for p in living], timeout=POLL_SECONDS)
         for rank, process in enumerate(processes):
             if rank not in exits and not process.is_alive():
-                exits[rank] = Exit(process.exitcode, time.time(), reason)
+                exits[rank] = Exit(process.exitcode or 0, time.time(), reason)
         on_poll()
         records = read_records(job.folder, len(processes))
         if stop.signal:
@@ -229,10 +194,12 @@ class HangWatch:
 
 
 def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) -> None:
-    """Set up a worker process, in which signals are still blocked, and run its part."""
+    """Set up a worker process, in which signals are still blocked, run its part of the
+    job, and record how it ended."""
     die_with_parent(parent_pid)
     if os.getppid() != parent_pid:
         return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(job.environment)
     # What native libraries print goes to the log, too.
     log = job.folder.log_file(info.rank).open("a", encoding="utf-8", buffering=1)
@@ -245,7 +212,15 @@ def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) ->
     stop = StopRequest()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     record = RankRecord(job.folder.record_file(info.rank), info.rank)
-    job.run(info, store, record, stop)
+    record.update()
+    module, _, name = job.target.partition(":")
+    try:
+        run = getattr(importlib.import_module(module), name)
+        status = run(info, job.folder, store, record, stop)
+    except BaseException as error:
+        record.fail(error)
+        raise
+    record.update(status=status)
 
 
 def end_orphans(folder: RunFolder) -> list[int]:

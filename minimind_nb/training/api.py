@@ -1,7 +1,4 @@
-"""`train` and `evaluate`: run worker processes from a cell, a script or a shell.
-
-Under torchrun the processes exist already: each makes the call and works in place.
-"""
+"""`train` and `evaluate`: run worker processes from a cell, a script or a shell."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from ..data.tokenizer import read_tokenizer
 from ..hardware import choose_threads, count_cores
 from ..launch.outcome import TrainingFailed
 from ..launch.spawn import Job, run_processes
-from ..launch.torchrun import TorchrunSession, join_torchrun
+from ..launch.torchrun import on_first_rank
 from ..model.loading import find_weights
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
@@ -63,7 +60,7 @@ def train(
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
     before anything is started, and `TrainingFailed` if the run failed, with the
     traceback of the rank that failed first. Under torchrun all its processes make this
-    call and get the run; rank 0 shows it.
+    call and get the run; the first of them starts the workers and shows it.
     """
     if not isinstance(cfg, TrainConfig):
         data_path: Any = cfg  # which TrainConfig checks
@@ -73,20 +70,10 @@ def train(
             f"{', '.join(settings)}: put settings into the TrainConfig, or call "
             'mm.train("corpus.jsonl", …) with a path'
         )
-    return Run(_on_first_rank(functools.partial(_train, cfg, view)))
+    return Run(on_first_rank(functools.partial(_train, cfg, view)))
 
 
-def _on_first_rank(work: Callable[[TorchrunSession | None], Any]) -> Any:
-    """Return what `work` returns, plain data; under torchrun rank 0 calls it for all."""
-    session = join_torchrun()
-    return session.run(lambda: work(session)) if session else work(None)
-
-
-def _train(
-    cfg: TrainConfig,
-    view: bool | Callable[[History], object] | None,
-    session: TorchrunSession | None,
-) -> str:
+def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) -> str:
     """Train, and return the run folder."""
     shown = choose_view(view)
     if getattr(cfg, "use_wandb", False):
@@ -103,13 +90,11 @@ def _train(
             )
             shown.attempt(shown.finish, run.history, run.status)
         else:
-            _run(plan, lock, run, shown, session)
+            _run(plan, lock, run, shown)
     return str(run.folder)
 
 
-def _run(
-    plan: RunPlan, lock: int, run: Run, shown: View, session: TorchrunSession | None
-) -> None:
+def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
     """Carry out a plan while its lock is held."""
     history = run.history
     history.rewind(int(plan.checkpoint.name[-8:]) if plan.checkpoint else -1)
@@ -125,7 +110,7 @@ def _run(
     shown.attempt(follower.start)
     status = "failed"
     try:
-        status = _launch("run", plan, show, session, lock)
+        status = _launch("run", plan, show, lock)
     except KeyboardInterrupt:
         status = "killed"
         raise
@@ -156,7 +141,7 @@ def evaluate(
     `train` raises.
     """
     work = functools.partial(_evaluate, source, data_path, which, settings)
-    return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", _on_first_rank(work))
+    return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", on_first_rank(work))
 
 
 def _evaluate(
@@ -164,7 +149,6 @@ def _evaluate(
     data_path: str | os.PathLike[str],
     which: str,
     settings: Mapping[str, Any],
-    session: TorchrunSession | None,
 ) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
@@ -183,23 +167,17 @@ def _evaluate(
     cfg = resolve(asked, **machine_defaults(asked), **weights.shape())
     tokenizer = read_tokenizer(weights.tokenizer)
     corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)
-    # Other machines see the cache, but not this one's temporary folder.
-    shared = caches if session else None
-    with tempfile.TemporaryDirectory(prefix="minimind_nb_", dir=shared) as folder:
+    with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
         config, place = {"settings": cfg.portable()}, RunFolder(folder)
         plan = RunPlan(config, place, tokenizer, corpus, weights.file)
         plan.write()
-        _launch("measure", plan, lambda: None, session)
+        _launch("measure", plan, lambda: None)
         scores = json.loads((place.root / "scores.json").read_bytes())
     return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
 
 
 def _launch(
-    target: str,
-    plan: RunPlan,
-    on_poll: Callable[[], None],
-    session: TorchrunSession | None,
-    lock: int | None = None,
+    target: str, plan: RunPlan, on_poll: Callable[[], None], lock: int | None = None
 ) -> str:
     """Start the workers, again in another environment if they do not connect."""
     cfg = plan.cfg
@@ -213,8 +191,6 @@ def _launch(
         less_memory=smaller_batch(cfg),
         lock=lock,
     )
-    if session:
-        return session.launch(job, on_poll)
     for changes in _RETRIES[cfg.device]:
         try:
             return run_processes(job, on_poll)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import TrainConfig, count_parameters
 from ..hardware import Hardware, choose_dtype, detect_hardware
-from ..launch.spawn import RankInfo
+from ..launch.torchrun import find_torchrun
 from .run_plan import RunPlan
 
 # Per parameter: an fp32 weight and two fp32 moments; the fp16 weights, old and new.
@@ -31,21 +31,17 @@ def machine_defaults(
     device = cfg.device or ("cuda" if gpus else "cpu")
     if device == "cuda" and not gpus:
         raise ValueError('device="cuda", but no GPU was found; use device="cpu"')
-    torchrun = RankInfo.from_environment()
-    if torchrun and cfg.num_processes not in (None, torchrun.world_size):
-        raise ValueError(
-            f"num_processes={cfg.num_processes}, but torchrun started "
-            f"{torchrun.world_size} (WORLD_SIZE); leave num_processes out"
-        )
     most, default, limit = 4 * cores, 1, f"{cores} CPU cores"
     if device == "cuda":
         most, default, limit = gpus, gpus, f"{gpus} GPUs"
     if not sys.platform.startswith("linux"):
         most = default = 1
-    here = torchrun.local_world_size if torchrun else cfg.num_processes or default
-    if here > most:
+    if place := find_torchrun():
+        default = place[1]
+    processes = cfg.num_processes or default
+    if processes > most:
         raise ValueError(
-            f"num_processes={here} is too many for {limit} on {sys.platform}; use at "
+            f"num_processes={processes} is too many for {limit} on {sys.platform}; use at "
             f"most {most}"
         )
     used = hardware.gpus if device == "cuda" else ()
@@ -53,7 +49,7 @@ def machine_defaults(
     dtype = choose_dtype(capability, hardware.cpu_native_bf16)
     return {
         "device": device,
-        "num_processes": torchrun.world_size if torchrun else here,
+        "num_processes": processes,
         "dtype": cfg.dtype or dtype,
     }
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -24,11 +23,10 @@ from .run_plan import RunPlan
 from .trainer import Trainer
 
 _OUT_OF_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
-_LONG_SECONDS = 7 * 24 * 3600.0
 
 
 def run(
-    info: RankInfo, folder: RunFolder, store: Any, record: RankRecord, stop: StopRequest
+    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
 ) -> str:
     """Train as the plan in `folder` says, from its checkpoint on; return the status."""
     plan = RunPlan.read(folder)
@@ -42,7 +40,7 @@ def run(
 
 
 def measure(
-    info: RankInfo, folder: RunFolder, store: Any, record: RankRecord, stop: StopRequest
+    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
 ) -> str:
     """Evaluate the initial weights of a plan on all its documents, into `scores.json`."""
     plan = RunPlan.read(folder)
@@ -58,22 +56,19 @@ def measure(
 
 @contextlib.contextmanager
 def _joined(
-    info: RankInfo, cfg: ResolvedConfig, store: Any, record: RankRecord
+    info: RankInfo, cfg: ResolvedConfig, store: str, record: RankRecord
 ) -> Iterator[tuple[Group, torch.device]]:
     """Take this rank's threads and device, and meet the other ranks.
 
     Raises `MemoryError` with settings that need less if the block runs out of memory.
     """
-    torch.set_num_threads(choose_threads(info.local_world_size, count_cores()))
+    torch.set_num_threads(choose_threads(info.world_size, count_cores()))
     device = torch.device("cpu")
     if cfg.device == "cuda":
-        device = torch.device(f"cuda:{info.local_rank}")
+        device = torch.device(f"cuda:{info.rank}")
         torch.cuda.set_device(device)
     record.update(phase="meeting")
-    # A parent, which gives a file as the store, notices a hang, and can tell it from a
-    # machine that slept.
-    timeout = _LONG_SECONDS if isinstance(store, str) else cfg.hang_timeout_seconds
-    group = Group(info.rank, info.world_size, store, cfg.device, timeout)
+    group = Group(info.rank, info.world_size, store, cfg.device)
     group.meet(device)
     record.update(phase="training")
     try:

@@ -16,7 +16,7 @@ from minimind_nb.launch.process_group import Group
 
 
 def test_one_process_sums_nothing_and_needs_no_store() -> None:
-    group = Group(0, 1, "nowhere", "cpu", 1.0)
+    group = Group(0, 1, "nowhere", "cpu")
     tensor = torch.tensor([1.0, 2.0])
     group.sum(tensor)
     assert tensor.tolist() == [1.0, 2.0]
@@ -25,7 +25,7 @@ def test_one_process_sums_nothing_and_needs_no_store() -> None:
 
 
 def test_ranks_that_do_not_add_up_are_refused() -> None:
-    group = Group(0, 1, "nowhere", "cpu", 1.0)
+    group = Group(0, 1, "nowhere", "cpu")
     group.size = 3
     group.sum = lambda tensor: None  # noqa: ARG005
     with pytest.raises(RuntimeError, match="3 ranks summed ones to 1"):

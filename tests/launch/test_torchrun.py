@@ -1,11 +1,11 @@
-"""Ranks of torchrun: where they are, what they send each other, what each raises."""
+"""Processes of torchrun: rank 0 makes a call, and the others get what comes of it."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +13,11 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from minimind_nb.launch import torchrun
 from minimind_nb.launch.outcome import TrainingFailed
-from minimind_nb.launch.spawn import Job, RankInfo
-from minimind_nb.launch.torchrun import TorchrunSession
-from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.launch.torchrun import find_torchrun, on_first_rank
 
 ENVIRON = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
     "LOCAL_RANK": "1",
     "LOCAL_WORLD_SIZE": "2",
     "MASTER_ADDR": "127.0.0.1",
@@ -27,16 +25,11 @@ ENVIRON = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchrun, "_HEAD_START_SECONDS", 0.0)
-
-
-def test_a_rank_is_where_torchrun_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_and_size_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", ENVIRON)
-    assert RankInfo.from_environment() == RankInfo(3, 4, 1, 2)
+    assert find_torchrun() == (1, 2)
     monkeypatch.setattr(os, "environ", ENVIRON | {"RANK": ""})
-    assert RankInfo.from_environment() is None
+    assert find_torchrun() is None
 
 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,35 +40,55 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         "MASTER_PORT: start with torchrun, or unset RANK"
     )
     with pytest.raises(RuntimeError, match=text):
-        RankInfo.from_environment()
+        find_torchrun()
 
 
-def on_all_ranks(lead: Callable[[], Any], size: int = 3) -> list[Any]:
-    """What each rank, a thread here, gets from one session: a result or an error."""
-    store = HashStore()
-    got: list[Any] = [None] * size
-
-    def run(rank: int) -> None:
-        session = TorchrunSession(RankInfo(rank, size, rank, size), store)
-        try:
-            got[rank] = session.run(lead)
-        except BaseException as error:
-            got[rank] = error
-
-    together(run, size)
-    return got
+def test_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", ENVIRON | {"WORLD_SIZE": "4"})
+    with pytest.raises(
+        RuntimeError, match="4 processes, of which 2 are here: training"
+    ):
+        find_torchrun()
 
 
-def together(run: Callable[[int], None], size: int) -> None:
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+@pytest.fixture
+def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """What each rank, a thread here, gets from one call: a result or an error."""
+    store, place = HashStore(), threading.local()
+    monkeypatch.setattr(torchrun, "_HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(torchrun, "_connect", lambda: store)
+    monkeypatch.setattr(torchrun, "find_torchrun", lambda: (place.rank, 3))
+
+    def call(work: Callable[[], Any], *ranks: int) -> list[Any]:
+        got: list[Any] = [None] * len(ranks)
+
+        def run(at: int) -> None:
+            place.rank = ranks[at]
+            try:
+                got[at] = on_first_rank(work)
+            except BaseException as error:
+                got[at] = error
+
+        threads = [threading.Thread(target=run, args=(at,)) for at in range(len(ranks))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return got
+
+    return call
 
 
-def test_what_rank_0_returns_all_return() -> None:
-    assert on_all_ranks(lambda: {"loss": 1.5}) == [{"loss": 1.5}] * 3
+def test_the_work_is_done_once_and_all_get_its_result(on_ranks: Any) -> None:
+    done: list[int] = []
+
+    def work() -> list[int]:
+        time.sleep(0.2)
+        done.append(len(done))
+        return done
+
+    assert on_ranks(work, 0, 1, 2) == [[0]] * 3
+    assert on_ranks(work, 0, 1, 2) == [[0, 1]] * 3
 
 
 @pytest.mark.parametrize(
@@ -87,36 +100,22 @@ def test_what_rank_0_returns_all_return() -> None:
         KeyboardInterrupt(),
     ],
 )
-def test_what_rank_0_raises_the_others_quote(error: BaseException) -> None:
+def test_what_rank_0_raises_the_others_quote(
+    error: BaseException, on_ranks: Any
+) -> None:
     def fail() -> None:
         raise error
 
-    first, *others = on_all_ranks(fail)
+    first, *others = on_ranks(fail, 0, 1, 2)
     assert first is error
     assert [type(one) for one in others] == [RuntimeError] * 2
     text = f"rank 0 failed: {type(error).__name__}: {error}"
     assert [str(one) for one in others] == [text] * 2
 
 
-def test_a_rank_that_receives_nothing_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchrun, "PREPARATION_SECONDS", 0.1)
-    session = TorchrunSession(RankInfo(1, 2, 1, 2), HashStore())
-    with pytest.raises(TimeoutError, match="rank 1 timed out after 0 s waiting"):
-        session.run(lambda: None)
-
-
-def test_a_machine_that_does_not_see_the_run_folder_names_the_missing_file(
-    tmp_path: Path,
+def test_the_others_do_not_wait_for_a_dead_rank_0(
+    on_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = HashStore()
-    sessions = [TorchrunSession(RankInfo(rank, 2, 0, 1), store) for rank in range(2)]
-    job = Job("minimind_nb.training.worker:run", RunFolder(tmp_path / "run"), 2)
-    raised: list[Any] = [None, None]
-
-    def run(rank: int) -> None:
-        with pytest.raises(FileNotFoundError) as error:
-            sessions[rank].run(lambda: sessions[0].launch(job, lambda: None))
-        raised[rank] = error.value.filename
-
-    together(run, 2)
-    assert raised == [str(job.folder.plan_file)] * 2
+    monkeypatch.setattr(torchrun, "identify_process", lambda pid: f"boot/{pid}/never")
+    _, waiting = on_ranks(lambda: time.sleep(1), 0, 1)
+    assert str(waiting) == "rank 0 has ended; see its output"

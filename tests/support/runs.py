@@ -109,7 +109,7 @@ def run_here(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "choose_threads", lambda *_: 1)
         try:
-            return target(RankInfo(0, 1, 0, 1), folder, "", record, stop)
+            return target(RankInfo(0, 1), folder, "", record, stop)
         finally:
             torch.set_num_threads(threads)
 
