@@ -310,19 +310,23 @@ class FeedForward(nn.Module):
         return self.dropout(self.down_proj(gated))
 
 
-def balance_loss(scores_BTE: Tensor, count_BE: Tensor, seq_aux: bool) -> Tensor:
+def balance_loss(
+    scores_BE: Tensor, count_BE: Tensor, tokens_B: Tensor, seq_aux: bool
+) -> Tensor:
     """Return Σ_i f_i·p_i, smallest when the experts share the tokens evenly.
 
+    The scores and choices are summed over the tokens of each row, `tokens_B` of them.
     `p_i` is an expert's mean probability, `f_i` its tokens over those of an even split:
     within each sequence and averaged with `seq_aux` (second generation, 1 when even),
     else over the batch, where a token's K choices add up (third, K when even).
     """
-    B, T, E = scores_BTE.shape
+    E = scores_BE.shape[1]
     if seq_aux:
-        load_BE = count_BE * E / count_BE.sum(1, keepdim=True)
-        return (load_BE * scores_BTE.mean(1)).sum(1).mean()
-    load_E = count_BE.sum(0) * E / (B * T)
-    return (load_E * scores_BTE.mean((0, 1))).sum()
+        load_BE = count_BE * E / count_BE.sum(1, keepdim=True).clamp(min=1)
+        mean_BE = scores_BE / tokens_B.clamp(min=1)[:, None]
+        return (load_BE * mean_BE).sum(1).mean()
+    tokens = tokens_B.sum().clamp(min=1)
+    return (count_BE.sum(0) * E / tokens * scores_BE.sum(0) / tokens).sum()
 
 
 class MoEGate(nn.Module):
@@ -337,19 +341,34 @@ class MoEGate(nn.Module):
         self.normalise = config.norm_topk_prob and (self.top_k > 1 or config.qk_norm)
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return experts [B, T, K], their weights, tokens an expert [B, E], loss."""
+    def forward(
+        self, x_BTD: Tensor, real_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return experts [B, T, K], their weights, choices of each expert, and loss.
+
+        The choices [2, E] are those of all tokens, and of the `real_BT` (default: all).
+        """
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.weight.float()).softmax(-1)
             weight_BTK, expert_BTK = scores_BTE.topk(self.top_k, dim=-1, sorted=False)
             if self.normalise:
                 weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdim=True) + 1e-20)
             every_E = torch.arange(len(self.weight), device=x_BTD.device)
-            count_BE = (expert_BTK.unsqueeze(-1) == every_E).float().sum((1, 2))
+            choices_BTE = (expert_BTK.unsqueeze(-1) == every_E).float().sum(2)
+            real_BT1 = torch.ones_like(scores_BTE[..., :1])
+            if real_BT is not None:
+                real_BT1 = real_BT.unsqueeze(-1).type_as(scores_BTE)
+            count_BE = (choices_BTE * real_BT1).sum(1)
             aux_loss = scores_BTE.new_zeros(())
             if self.training and self.alpha > 0:
-                aux_loss = balance_loss(scores_BTE, count_BE, self.seq_aux) * self.alpha
-        return expert_BTK, weight_BTK, count_BE, aux_loss
+                scores_BE, tokens_B = (
+                    (scores_BTE * real_BT1).sum(1),
+                    real_BT1.sum((1, 2)),
+                )
+                loss = balance_loss(scores_BE, count_BE, tokens_B, self.seq_aux)
+                aux_loss = loss * self.alpha
+        choices_2E = torch.stack([choices_BTE.sum((0, 1)), count_BE.sum(0)])
+        return expert_BTK, weight_BTK, choices_2E, aux_loss
 
 
 class MoEFeedForward(nn.Module):
@@ -363,16 +382,18 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(shared))
         self.expert_load = [0] * routed
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, real_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return [B, T, D] and the layer's auxiliary loss."""
-        expert_BTK, weight_BTK, count_BE, aux_loss = self.gate(x_BTD)
-        self.expert_load = count_BE.sum(0).long().tolist()  # the host waits here
+        expert_BTK, weight_BTK, choices_2E, aux_loss = self.gate(x_BTD, real_BT)
+        sizes, self.expert_load = choices_2E.long().tolist()  # the host waits here
         order = expert_BTK.flatten().argsort(stable=True)
         place = torch.arange(len(order), device=order.device)
         back = torch.empty_like(order).scatter_(0, order, place)
         rows = x_BTD.flatten(0, 1).index_select(0, order // expert_BTK.shape[-1])
         # An expert without tokens gets zero gradients, not none, from its empty slice.
-        parts = zip(self.experts, rows.split(self.expert_load), strict=True)
+        parts = zip(self.experts, rows.split(sizes), strict=True)
         rows = torch.cat([expert(part) for expert, part in parts])
         out_BTKD = rows.index_select(0, back).view(*expert_BTK.shape, -1)
         y_BTD = (out_BTKD * weight_BTK.unsqueeze(-1)).sum(2)
@@ -393,13 +414,17 @@ class MiniMindBlock(nn.Module):
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], **kwargs: Any
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        real_BT: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | float]:
         """Return the stream [B, T, D] and this layer's auxiliary loss (0 if dense)."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, **kwargs)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoEFeedForward):
-            y_BTD, aux_loss = self.mlp(normed_BTD)
+            y_BTD, aux_loss = self.mlp(normed_BTD, real_BT)
             return x_BTD + y_BTD, aux_loss
         return x_BTD + self.mlp(normed_BTD), 0.0
 
@@ -450,10 +475,17 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
+        real_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> MiniMindModelOutput:
-        """Return hidden states [B, T, D]; arguments as for `MiniMindForCausalLM`."""
+        """Return hidden states [B, T, D]; arguments as for `MiniMindForCausalLM`.
+
+        `real_tokens` [B, T] are false for padding, which the experts' balance leaves
+        out; by default they are an `attention_mask` of that shape.
+        """
         x_BTD = self.dropout(self.embed_tokens(input_ids))
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            real_tokens = attention_mask if real_tokens is None else real_tokens
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if cache_position is None:
@@ -484,7 +516,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         rotary = rotary_tables(self.config, position_BT)
         aux_loss = x_BTD.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
-            x_BTD, layer_aux_loss = layer(x_BTD, rotary, **kwargs)
+            x_BTD, layer_aux_loss = layer(x_BTD, rotary, real_tokens, **kwargs)
             aux_loss = aux_loss + layer_aux_loss
         x_BTD = self.norm(x_BTD)
         return MiniMindModelOutput(x_BTD, past_key_values, aux_loss=aux_loss)
@@ -544,6 +576,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         )
 
     def expert_load(self) -> list[list[int]]:
-        """Return the tokens of each layer's routed experts in the last forward; [] if dense."""
+        """Return the real tokens of each layer's routed experts in the last forward; []
+        if dense."""
         mixtures = (layer.mlp for layer in self.model.layers)
         return [m.expert_load for m in mixtures if isinstance(m, MoEFeedForward)]

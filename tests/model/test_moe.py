@@ -21,16 +21,16 @@ def mixture(**fields) -> MoEFeedForward:
 
 
 def test_balance_loss_at_literal_values():
-    scores = torch.tensor([[[0.7, 0.3], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]])
-    count = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    scores = torch.tensor([[1.6, 0.4], [0.8, 1.2]])  # summed over two tokens a row
+    count, tokens = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([2.0, 2.0])
     # First sequence: f = (2, 0), p = (0.8, 0.2); second: f = (1, 1), p = (0.4, 0.6).
-    assert balance_loss(scores, count, True).item() == pytest.approx((1.6 + 1) / 2)
+    loss = balance_loss(scores, count, tokens, True).item()
+    assert loss == pytest.approx((1.6 + 1) / 2)
     # Over the batch: f = (3, 1) · 2 / 4, p = (0.6, 0.4).
-    assert balance_loss(scores, count, False).item() == pytest.approx(1.5 * 0.6 + 0.2)
-    even = (
-        torch.full((3, 4, 4), 0.25),
-        torch.full((3, 4), 2.0),
-    )  # to 2 of 4 experts each
+    loss = balance_loss(scores, count, tokens, False).item()
+    assert loss == pytest.approx(1.5 * 0.6 + 0.2)
+    # To 2 of 4 experts each.
+    even = torch.ones(3, 4), torch.full((3, 4), 2.0), torch.full((3,), 4.0)
     assert [balance_loss(*even, seq_aux).item() for seq_aux in (True, False)] == [1, 2]
 
 
@@ -38,12 +38,28 @@ def test_balance_loss_at_literal_values():
 def test_gate_weighs_the_loss_in_training_only(seq_aux):
     gate = mixture(aux_loss_alpha=0.1, seq_aux=seq_aux).gate
     x = torch.randn(3, 5, 8)
-    expert, weight, count, aux = gate(x)
-    scores = (x @ gate.weight.T).softmax(-1)
-    torch.testing.assert_close(aux, 0.1 * balance_loss(scores, count, seq_aux))
-    assert count.sum(1).tolist() == [10.0] * 3
+    expert, weight, choices, aux = gate(x)
+    scores = (x @ gate.weight.T).softmax(-1).sum(1)
+    count = torch.stack([row.flatten().bincount(minlength=4) for row in expert])
+    loss = balance_loss(scores, count, torch.full((3,), 5.0), seq_aux)
+    torch.testing.assert_close(aux, 0.1 * loss)
+    assert choices.tolist() == [count.sum(0).tolist()] * 2
     torch.testing.assert_close(weight.sum(-1), torch.ones(3, 5))
     assert gate.eval()(x)[3].item() == 0
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+@pytest.mark.parametrize("length", [43, 128, 1024])
+def test_padding_changes_neither_loss_nor_load(seq_aux, length):
+    layer = mixture(aux_loss_alpha=0.02, seq_aux=seq_aux)
+    x = torch.randn(2, 1024, 8)
+    alone, aux = layer(x[:, :43])
+    load = layer.expert_load
+    assert sum(load) == 2 * 43 * 2
+    padded, padded_aux = layer(x[:, :length], (torch.arange(length) < 43).expand(2, -1))
+    torch.testing.assert_close(padded_aux, aux, rtol=1e-6, atol=0)
+    torch.testing.assert_close(padded[:, :43], alone)
+    assert layer.expert_load == load
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,14 @@ def backward(model: MiniMindForCausalLM, ids: torch.Tensor) -> None:
     next_token_loss(model, batch, CFG).loss.backward()
 
 
-def tiny_model() -> MiniMindForCausalLM:
+def tiny_model(**more: bool) -> MiniMindForCausalLM:
     torch.manual_seed(0)
     shape = MiniMindConfig(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=50,
+        **more,
     )
     return MiniMindForCausalLM(shape).train()
 
@@ -77,13 +78,17 @@ def test_packed_with_a_document_mask_equals_separate_documents() -> None:
     assert abs(float(unmasked.detach()) - separate) > 1e-3
 
 
+@pytest.mark.parametrize("more", [{}, {"use_moe": True}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_is_independent_of_padding(masked: bool) -> None:
-    model = tiny_model()
+def test_the_losses_are_independent_of_padding(
+    masked: bool, more: dict[str, bool]
+) -> None:
+    model = tiny_model(**more)
     ids = torch.randint(3, 50, (1, 10))
     numbers = torch.zeros(1, 9, dtype=torch.int32) if masked else None
     alone = MicroBatch(ids[:, :-1], ids[:, 1:], numbers, 1)
-    plain = next_token_loss(model, alone, CFG).loss
+    plain = next_token_loss(model, alone, CFG)
+    load = model.expert_load()
     pad = torch.zeros(1, 6, dtype=torch.int64)
     padded = MicroBatch(
         torch.cat([ids[:, :-1], pad], 1),
@@ -91,9 +96,11 @@ def test_the_loss_is_independent_of_padding(masked: bool) -> None:
         torch.cat([numbers, pad.int() - 1], 1) if numbers is not None else None,
         samples=1,
     )
-    loss = next_token_loss(model, padded, CFG).loss
-    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
-    loss.backward()
+    losses = next_token_loss(model, padded, CFG)
+    torch.testing.assert_close(losses, plain, rtol=1e-6, atol=0)
+    assert model.expert_load() == load
+    assert bool(load) == bool(losses.aux_loss) == bool(more)
+    losses.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
