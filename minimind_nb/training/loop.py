@@ -182,16 +182,28 @@ def save(trainer: Trainer, final: bool) -> None:
 
 
 def log_progress(trainer: Trainer) -> None:
-    """Append a row of metrics with the means since the last one."""
+    """Append a row of metrics with the means since the last one.
+
+    Raises `RuntimeError` if the weights of the ranks, which all make the same updates,
+    are not the same.
+    """
     window, group = trainer.window, trainer.group
-    memory = torch.zeros(group.size, dtype=torch.float64)
-    memory[group.rank] = peak_memory_gib(trainer.device.type)
+    ranks = torch.zeros(2, group.size, dtype=torch.float64)
+    ranks[0, group.rank] = peak_memory_gib(trainer.device.type)
+    sums = [p.detach().sum(dtype=torch.float64) for p in trainer.model.parameters()]
+    ranks[1, group.rank] = torch.stack(sums).sum()
     positions = torch.tensor([window.positions], dtype=torch.float64)
     load = torch.tensor(trainer.model.expert_load(), dtype=torch.float64)
     choices = torch.zeros_like(load) + window.expert_choices
-    total = torch.cat([memory, positions, choices.flatten()]).to(trainer.device)
-    group.sum(total)
-    memory, positions, choices = total.cpu().split([group.size, 1, load.numel()])
+    parts = [ranks.flatten(), positions, choices.flatten()]
+    group.sum(total := torch.cat(parts).to(trainer.device))
+    ranks, positions, choices = total.cpu().split([len(part) for part in parts])
+    memory, checksums = ranks.view(2, -1)
+    if not checksums.allclose(checksums[:1], rtol=0, atol=0, equal_nan=True):
+        raise RuntimeError(
+            f"the weights of the ranks have drifted apart by step {trainer.progress.step}: "
+            f"they sum up to {checksums.tolist()}. A device computes wrongly"
+        )
     names = ("loss", "aux_loss", *trainer.stage.metrics)
     means = torch.as_tensor(window.losses) / window.num_targets
     experts = {}

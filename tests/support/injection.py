@@ -147,6 +147,11 @@ def _spoil_gradients(given: tuple[Any, ...]) -> None:
     given[0].flat[0] = float("nan")
 
 
+def _drift(given: tuple[Any, ...]) -> None:
+    """Change one weight, as a device that computes wrongly does."""
+    next(given[0].model.parameters()).data[0, 0] += 1e-4
+
+
 def _skew_clock(_: Any) -> None:
     wall, steady = time.time, time.monotonic
     time.time = lambda: wall() + 3600
@@ -198,6 +203,7 @@ _ACTIONS: dict[str, Callable[[Any], None]] = {
     "hang": _hang,
     "sleep_deaf": _sleep_deaf,
     "nan": _spoil_gradients,
+    "drift": _drift,
     "corrupt": _corrupt,
     "fill_disk": _fill_disk,
     "skew": _skew_clock,

@@ -154,6 +154,14 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on(
     witness.resume()
 
 
+def test_ranks_whose_weights_drift_apart_end_the_run(witness: Witness) -> None:
+    witness.inject("after_step", "drift")
+    text = "the weights of the ranks have drifted apart by step 6: they sum up to"
+    with pytest.raises(mm.TrainingFailed, match=text):
+        mm.train(witness.cfg, view=False)
+    witness.resume()
+
+
 @row("F07")
 @slow
 def test_two_errors_are_both_told_the_first_first(
