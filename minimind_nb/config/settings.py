@@ -57,7 +57,8 @@ class TrainConfig:
     preset: str | None = None
     """Shape: demo, minimind2-small, minimind2, minimind2-moe, minimind-3, minimind-3-moe."""
     recipe: str | None = None
-    """Optimisation settings: demo, demo-sft, demo-dpo, minimind or minimind-sft."""
+    """Optimisation settings: demo, demo-sft, demo-dpo, minimind, minimind-sft,
+    minimind-3-sft, founding or founding-sft."""
     hidden_size: int = _DEFAULT
     """Width of the residual stream."""
     num_hidden_layers: int = _DEFAULT
@@ -115,11 +116,18 @@ class TrainConfig:
     learning_rate: float = _DEFAULT
     """Peak learning rate; default 5e-4, for dpo 1e-5."""
     min_learning_rate: float = _DEFAULT
-    """Learning rate at the end of the cosine; default: a tenth of the peak."""
+    """Learning rate at the end; default: 0, for a cosine a tenth of the peak."""
+    optimizer: str = _DEFAULT
+    """"muon" (the layers' matrices; AdamW for the rest) or "adamw"."""
+    schedule: str = _DEFAULT
+    """After the warm-up: "linear", constant until the last part of the steps, which
+    decays in a straight line; or "cosine", MiniMind's."""
+    decay_fraction: float = _DEFAULT
+    """Share of the steps in which a linear schedule decays."""
     warmup_iters: int = _DEFAULT
-    """Optimizer steps of linear warm-up, capped at a tenth of all steps."""
+    """Optimizer steps of linear warm-up; for a cosine at most a tenth of all steps."""
     weight_decay: float = _DEFAULT
-    """AdamW's weight decay, applied to matrices only."""
+    """Weight decay, applied to matrices only."""
     beta1: float = _DEFAULT
     """AdamW's decay rate of the first moment."""
     beta2: float = _DEFAULT
@@ -129,7 +137,7 @@ class TrainConfig:
     dpo_beta: float | None = None
     """β of the DPO loss: strength of the pull towards the initial weights; default 0.1."""
     max_steps: int | None = None
-    """Cap on optimizer steps, and then the horizon of the schedule."""
+    """Cap on optimizer steps; a lower one ends a run that trains, with its decay."""
     seed: int = _DEFAULT
     """Seed of initialisation, data order and dropout; default 42."""
     val_fraction: float = _DEFAULT

@@ -26,6 +26,8 @@ _CHOICES: dict[str, Iterable[str]] = {
     "device": ("cuda", "cpu"),
     "dtype": ("float16", "bfloat16", "float32"),
     "on_bad_line": ("error", "skip"),
+    "optimizer": ("muon", "adamw"),
+    "schedule": ("linear", "cosine"),
 }
 _AT_LEAST = {
     0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
@@ -41,7 +43,7 @@ _POSITIVE = (
     "learning_rate rope_theta rms_norm_eps max_session_hours hang_timeout_seconds "
     "dpo_beta"
 ).split()
-_FRACTIONS = "dropout beta1 beta2 val_fraction max_bad_fraction".split()
+_FRACTIONS = "decay_fraction dropout beta1 beta2 val_fraction max_bad_fraction".split()
 _AT_MOST = {
     "num_experts_per_tok": "n_routed_experts",
     "max_seq_len": "max_position_embeddings",

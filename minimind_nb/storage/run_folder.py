@@ -22,6 +22,7 @@ from . import verified
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+SHORTER = "shorter"  # suffix of what a run made that is extended
 LOCK_SECONDS = 0.3  # threads of a rank that was killed outlive it for some 0.1 s
 _STEPS = "step_" + "[0-9]" * 8
 logger = logging.getLogger(__name__)
@@ -205,12 +206,14 @@ class RunFolder:
                 logger.warning("Checkpoint %s is not used: %s", folder, damage)
         return None
 
-    def prune_checkpoints(self, keep: int) -> None:
-        """Remove all checkpoints but the `keep` newest and the best one."""
+    def prune_checkpoints(self, keep: int, decay_start: int, complete: bool) -> None:
+        """Remove all checkpoints but the `keep` newest, the best one, and the one at
+        which the decay began; of a `complete` run also those of a shorter one."""
         folders = self.checkpoint_folders()
         best = min(folders, key=_manifest_loss, default=None)  # the newest of equals
-        for folder in folders[keep:]:
-            if folder == best:
+        shorter = self.checkpoints.glob(f"{_STEPS}.{SHORTER}*") if complete else ()
+        for folder in (*folders[keep:], *shorter):
+            if folder in (best, self.checkpoint_folder(decay_start)):
                 continue
             try:
                 shutil.rmtree(folder)

@@ -97,7 +97,7 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
 def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
     """Carry out a plan while its lock is held."""
     history = run.history
-    history.rewind(int(plan.checkpoint.name[-8:]) if plan.checkpoint else -1)
+    history.rewind(plan.done if plan.checkpoint else -1)
 
     def show() -> None:
         with contextlib.suppress(OSError):  # the metrics may be there at the next look

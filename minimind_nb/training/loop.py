@@ -36,7 +36,8 @@ def fit(trainer: Trainer) -> str:
             log_progress(trainer)
         if last or (not stopping and progress.step % cfg.eval_interval == 0):
             validate(trainer)
-        if stopping or progress.step % cfg.save_interval == 0:
+        at_decay = progress.step == trainer.plan.decay_start
+        if stopping or at_decay or progress.step % cfg.save_interval == 0:
             save(trainer, final=stopping)
         if stop_reason and not last:
             return stop_reason
@@ -70,7 +71,8 @@ def update_weights(trainer: Trainer, norm: float) -> None:
     All ranks hold the same sum, so all take the same branch.
     """
     cfg, progress = trainer.cfg, trainer.progress
-    rate = learning_rate(progress.step, trainer.plan.total_steps, cfg)
+    plan = trainer.plan
+    rate = learning_rate(progress.step, plan.total_steps, cfg, plan.decay_start)
     for parameters in trainer.optimizer.param_groups:
         parameters["lr"] = rate
     if math.isfinite(norm):
@@ -165,7 +167,9 @@ def save(trainer: Trainer, final: bool) -> None:
     try:
         parts = trainer.model, trainer.optimizer, trainer.scaler
         folder = save_checkpoint(plan, trainer.progress, *parts)
-        plan.folder.prune_checkpoints(trainer.cfg.keep_checkpoints)
+        complete = trainer.progress.step == plan.total_steps
+        keep = trainer.cfg.keep_checkpoints
+        plan.folder.prune_checkpoints(keep, plan.decay_start, complete)
         write_pth(trainer.model.state_dict(), plan.weights_file)
     except (OSError, SafetensorError, DamagedFolder) as error:
         trainer.failed_saves += 1

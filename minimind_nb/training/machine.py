@@ -69,11 +69,13 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_room(plan: RunPlan, steps: int) -> None:
-    """Raise `OSError` if the checkpoints of `steps` more steps do not fit on the disk."""
+def check_room(plan: RunPlan) -> None:
+    """Raise `OSError` if the checkpoints of the steps left do not fit on the disk."""
     cfg, run = plan.cfg, plan.folder
     parameters = count_parameters(cfg.shape())["total"]
-    kept = cfg.keep_checkpoints + 2  # the best one, and the one being written
+    steps = plan.total_steps - plan.done
+    # The best one, the one at which the decay begins, and the one being written.
+    kept = cfg.keep_checkpoints + 3
     existing = len(run.checkpoint_folders()) if plan.checkpoint else 0
     missing = max(1, min(kept - existing, math.ceil(steps / cfg.save_interval)))
     reference = _REFERENCE_BYTES if cfg.stage == "dpo" else 0

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ResolvedConfig
 from ..launch.cancellation import STOP_REASONS
 from .stages import Losses
+
+_MOMENTUM = 0.95
+_ITERATIONS = 5
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class FlatGradients:
@@ -54,28 +58,104 @@ class FlatGradients:
             self.gradients.mul_(most / norm)
 
 
-def build_optimizer(model: nn.Module, cfg: ResolvedConfig) -> torch.optim.AdamW:
-    """Return AdamW, with weight decay on matrices (embeddings included) only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for `matrices`, and AdamW for the rest.
+
+    The momentum of a matrix [r, c] is orthogonalised, and scaled by 0.2 · √max(r, c) to
+    the size of AdamW's updates (Liu et al. 2025), so that one rate serves both. Matrices
+    of one shape are updated together. Every rank makes the whole update.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        weight_decay: float,
+        adamw: torch.optim.AdamW,
+    ) -> None:
+        defaults = {"lr": adamw.defaults["lr"], "weight_decay": weight_decay}
+        super().__init__([{"params": matrices}], defaults)
+        self.adamw = adamw
+        self.param_groups += adamw.param_groups
+        self.state = adamw.state
+        self._stacks: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            self._stacks.setdefault(matrix.shape, []).append(matrix)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        group = self.param_groups[0]
+        for shape, matrices in self._stacks.items():
+            gradients = [matrix.grad for matrix in matrices]
+            states = [self.state[matrix] for matrix in matrices]
+            for state, matrix in zip(states, matrices, strict=True):
+                state.setdefault("momentum", torch.zeros_like(matrix))
+            momenta = [state["momentum"] for state in states]
+            torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+            nesterov = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
+            updates = orthogonalise(torch.stack(nesterov))
+            rate = group["lr"] * 0.2 * max(shape) ** 0.5
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
+        self.adamw.step()
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Return matrices [n, r, c] with all singular values near 1, by Newton–Schulz.
+
+    Five steps of the quintic iteration with Jordan's coefficients, which leave the
+    values between 0.7 and 1.2.
+    """
+    norms = matrices.norm(dim=(1, 2), keepdim=True)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT) / (norms + 1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x if wide else x.mT
+
+
+def build_optimizer(model: nn.Module, cfg: ResolvedConfig) -> torch.optim.Optimizer:
+    """Return Muon or AdamW, with weight decay on matrices (embeddings included) only.
+
+    Muon is for the matrices of the layers; embeddings, norms and routers have AdamW.
+    """
+    muon = cfg.optimizer == "muon"
+    hidden = {
+        name: p
+        for name, p in model.named_parameters()
+        if muon and ".layers." in name and p.ndim > 1 and "mlp.gate.weight" not in name
+    }
+    rest = [p for name, p in model.named_parameters() if name not in hidden]
     groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+    return Muon([*hidden.values()], cfg.weight_decay, adamw) if muon else adamw
 
 
-def learning_rate(step: int, total: int, cfg: ResolvedConfig) -> float:
-    """Return the learning rate at 0-based `step`: linear warm-up, then a cosine.
+def learning_rate(
+    step: int, total: int, cfg: ResolvedConfig, decay_start: int
+) -> float:
+    """Return the learning rate at 0-based `step` of `total`: linear warm-up to
+    `learning_rate` in `warmup_iters` steps, then the schedule.
 
-    `learning_rate · (step + 1) / warmup_iters` at first; the last step of `total` gets
-    `min_learning_rate`. The warm-up takes a tenth of the steps at most.
+    "linear" is constant up to `decay_start`, and falls to `min_learning_rate` behind the
+    last step. "cosine" reaches it at the last step; there the warm-up takes a tenth of
+    the steps at most.
     """
     highest, lowest = cfg.learning_rate, cfg.min_learning_rate
-    warmup = min(cfg.warmup_iters, total // 10)
+    warmup = cfg.warmup_iters
+    if cfg.schedule == "cosine":
+        warmup = min(warmup, total // 10)
     if step < warmup:
         return highest * (step + 1) / warmup
+    if cfg.schedule == "linear":
+        left = (total - step) / max(1, total - decay_start)
+        return lowest + (highest - lowest) * min(1.0, max(0.0, left))
     progress = (step - warmup) / max(1, total - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return lowest + (highest - lowest) * cosine

@@ -34,7 +34,7 @@ from ..hardware import Hardware
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
-from ..storage.run_folder import Checkpoint, RunFolder
+from ..storage.run_folder import SHORTER, Checkpoint, RunFolder
 from .checkpoint import Progress, read_state
 from .initial_weights import find_initial_weights, find_runs, keep_reference
 from .machine import check_room, check_writable, machine_defaults
@@ -42,14 +42,17 @@ from .resuming import (
     copy_run,
     find_checkpoint,
     keep_identity,
+    plan_decay,
     reconcile_with_existing_run,
     recover,
     source_run,
+    undo_decay,
 )
 from .run_plan import RunPlan, describe_rows, describe_truncated, open_corpus
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 100
+_LENGTH = ("epochs", "max_steps")
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 _ROWS = {
     "pretrain": '{"text": "…"}',
@@ -74,14 +77,13 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         checkpoint = find_checkpoint(folder, cfg, repair=True)
         plan = _draft(cfg, machine, folder, initial, checkpoint)
         if checkpoint and checkpoint.run.root != folder.root:
-            plan.checkpoint = copy_run(checkpoint, folder).folder
+            plan.checkpoint = copy_run(plan.checkpoint, folder)
         hours, spent = plan.cfg.max_session_hours, time.monotonic() - began
         left = current_session().seconds_left(hours, spent)
         plan.deadline = None if left is None else time.monotonic() + left
         if not plan.complete:
-            done = checkpoint.step if checkpoint else 0
-            check_room(plan, plan.total_steps - done)
-            _begin(plan, done)
+            check_room(plan)
+            _begin(plan)
         yield plan, lock
 
 
@@ -108,14 +110,18 @@ def _draft(
     if checkpoint:
         keep_identity(checkpoint.run, config, cfg, resolved)
     total = count_steps(corpus, resolved, checkpoint)
+    resumed = checkpoint and undo_decay(total, resolved, checkpoint)
+    if resumed != checkpoint:  # whose steps may have had another global batch
+        total = count_steps(corpus, resolved, resumed)
+    start = plan_decay(total, resolved, resumed)
+    config |= {"total_steps": total, "decay_start": start}
     return RunPlan(
         config=config,
         folder=folder,
         tokenizer=tokenizer,
         corpus=corpus,
         initial=initial.file if initial else None,
-        checkpoint=checkpoint and checkpoint.folder,
-        total_steps=total,
+        checkpoint=resumed and resumed.folder,
         complete=checkpoint is not None
         and checkpoint.run.status() == "finished"
         and checkpoint.step >= total,
@@ -219,18 +225,22 @@ def describe_run(
     }
 
 
-def _begin(plan: RunPlan, done: int) -> None:
+def _begin(plan: RunPlan) -> None:
     """Move aside what is not resumed, and write down what the run starts with."""
     cfg, folder = plan.cfg, plan.folder
     if not plan.checkpoint:
         _move_aside(plan, plan.weights_file)
+    elif later := [f for f in folder.checkpoint_folders() if f > plan.checkpoint]:
+        for file in (*later, plan.weights_file):
+            if file.exists():
+                verified.rename_aside(file, SHORTER, 1)
     if cfg.resume is False:
         _move_aside(plan, folder.root)
     verified.remove_leftovers(folder.root)
     for name in (folder.root.name, cfg.weights_name):
         verified.remove_leftovers(folder.root.parent, name)
     check_writable(folder.checkpoints)
-    for text in _describe_start(plan, done):
+    for text in _describe_start(plan):
         logger.info(text)
     if rejected := _list_rejected(plan):
         target, count = folder.root / REJECTED, rejected.count("\n")

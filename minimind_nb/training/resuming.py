@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,6 +29,8 @@ from .checkpoint import read_state
 from .initial_weights import FIXED_SHAPE
 
 logger = logging.getLogger(__name__)
+# What runs did whose config.json does not know the setting.
+_BEFORE = {"optimizer": "adamw", "schedule": "cosine"}
 # Copied with a run, in addition to two checkpoints.
 _COPIED = (
     "config.json metrics.jsonl rejected.jsonl wandb.json loss.png summary.md rank*.json "
@@ -142,7 +146,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     known = ResolvedConfig.__dataclass_fields__
     try:
         recorded = {k: v for k, v in config["settings"].items() if k in known}
-        run = STAGES[recorded["stage"]] | recorded
+        run = STAGES[recorded["stage"]] | _BEFORE | recorded
         steps = run["accumulation_steps"] * run["num_processes"]
         run.setdefault("global_batch", run["batch_size"] * steps)
         return {
@@ -245,14 +249,55 @@ def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeErro
     return RuntimeError(text)
 
 
-def copy_run(checkpoint: Checkpoint, folder: RunFolder) -> Checkpoint:
-    """Copy the run of a checkpoint, with this and its best one, whole or not at all.
+def undo_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint to resume from if a run is to have so many steps.
+
+    Before its decay nothing depends on the length of a run. One that is extended when
+    it decays already goes on from the checkpoint at which that began, and so equals one
+    planned that long. A cosine is never undone.
+    """
+    before = read_state(checkpoint.folder)["config"]
+    start = before.get("decay_start", math.inf)
+    if cfg.schedule == "cosine" or checkpoint.step <= start:
+        return checkpoint
+    if total <= before["total_steps"]:
+        return checkpoint
+    run = checkpoint.run
+    for folder in run.checkpoint_folders():
+        if folder <= run.checkpoint_folder(start):
+            with contextlib.suppress(verified.DamagedFolder):
+                return run.check(folder)
+    logger.warning(
+        f"no checkpoint in {run.checkpoints} is from before the decay of the learning "
+        "rate, so it rises again: this differs from a run planned that long"
+    )
+    return checkpoint
+
+
+def plan_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint | None) -> int:
+    """Return the step at which the decay begins; of a run that is shortened, at once."""
+    if cfg.schedule == "cosine":
+        return total
+    start = total - round(total * cfg.decay_fraction)
+    if checkpoint is None:
+        return start
+    before = read_state(checkpoint.folder)["config"]
+    if checkpoint.step > before["decay_start"] and total <= before["total_steps"]:
+        return before["decay_start"]
+    return max(start, checkpoint.step)
+
+
+def copy_run(checkpoint: Path, folder: RunFolder) -> Path:
+    """Copy the run of a checkpoint whole or not at all: with this checkpoint, the best
+    one, and the one at which the decay began.
 
     Returns the copy of the checkpoint. Raises `ValueError` for a link out of the run.
     """
-    source = checkpoint.run
-    best = source.best_checkpoint() or checkpoint
-    steps = {f"checkpoints/{one.folder.name}/*" for one in (checkpoint, best)}
+    source = RunFolder(checkpoint.parents[1])
+    best = source.best_checkpoint()
+    decay = source.checkpoint_folder(source.read_config().get("decay_start", 0))
+    names = {checkpoint.name, decay.name, *([best.folder.name] if best else [])}
+    steps = [f"checkpoints/{name}/*" for name in names]
     found = (file for name in (*_COPIED, *steps) for file in source.root.glob(name))
     files = [file for file in found if file.is_file()]
     for file in files:
@@ -266,8 +311,8 @@ def copy_run(checkpoint: Checkpoint, folder: RunFolder) -> Checkpoint:
             target = aside / file.relative_to(source.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        copied = checkpoint.folder.relative_to(source.root)
+        copied = checkpoint.relative_to(source.root)
         verified.verify(aside / copied)
         aside.rename(folder.root)
     logger.info(f"copied {source.root} to {folder.root}")
-    return Checkpoint(folder.root / copied, checkpoint.facts)
+    return folder.root / copied

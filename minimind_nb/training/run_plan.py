@@ -26,8 +26,8 @@ class RunPlan:
     """A run that can start; the ranks read it from the run folder.
 
     `config` is the content of config.json, `initial` the file with the initial weights,
-    if any, `checkpoint` the folder to resume from, `total_steps` the horizon. If
-    `complete`, nothing is left to do. `deadline` is on the monotonic clock, in seconds.
+    if any, `checkpoint` the folder to resume from. If `complete`, nothing is left to do.
+    `deadline` is on the monotonic clock, in seconds.
     """
 
     config: dict[str, Any]
@@ -36,7 +36,6 @@ class RunPlan:
     corpus: Corpus
     initial: Path | None = None
     checkpoint: Path | None = None
-    total_steps: int = 0
     complete: bool = False
     deadline: float | None = None
 
@@ -44,6 +43,21 @@ class RunPlan:
     def cfg(self) -> ResolvedConfig:
         """The settings in `config`."""
         return ResolvedConfig(**self.config["settings"])
+
+    @property
+    def total_steps(self) -> int:
+        """The optimizer steps of the whole run."""
+        return self.config["total_steps"]
+
+    @property
+    def decay_start(self) -> int:
+        """The step after which a linear schedule decays; for a cosine the last one."""
+        return self.config["decay_start"]
+
+    @property
+    def done(self) -> int:
+        """The steps made before this session."""
+        return int(self.checkpoint.name[-8:]) if self.checkpoint else 0
 
     @property
     def weights_file(self) -> Path:
@@ -61,7 +75,6 @@ class RunPlan:
             ],
             "initial": shorten_home(self.initial and str(self.initial)),
             "checkpoint": self.checkpoint and self.checkpoint.name,
-            "total_steps": self.total_steps,
             "deadline": self.deadline,
         }
         text = json.dumps(plan, indent=2, ensure_ascii=False)
@@ -83,7 +96,6 @@ class RunPlan:
             corpus=Corpus(caches, ResolvedConfig(**config["settings"])),
             initial=plan["initial"] and Path(plan["initial"]).expanduser(),
             checkpoint=checkpoint and folder.checkpoints / checkpoint,
-            total_steps=plan["total_steps"],
             deadline=plan["deadline"],
         )
 

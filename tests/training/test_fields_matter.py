@@ -35,7 +35,10 @@ CHANGES: dict[str, Any] = {
     "accumulation_steps": 1,
     "learning_rate": 1e-2,
     "min_learning_rate": 2e-3,
-    "warmup_iters": 1,
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "decay_fraction": 0.5,
+    "warmup_iters": 3,
     "weight_decay": 0.9,
     "beta1": 0.5,
     "beta2": 0.5,
@@ -52,6 +55,8 @@ CHANGES: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_session_hours": 1e-6,
 }
+# What two steps do not show.
+LONGER = {"min_learning_rate", "warmup_iters", "decay_fraction", "save_interval"}
 # Of mixtures: set beside use_moe=True, and compared with that.
 MIXTURE_CHANGES: dict[str, Any] = {
     "n_routed_experts": 3,
@@ -125,7 +130,7 @@ def test_the_field_changes_something(name: str, base: Settings, tmp_path: Path) 
     changed = {**base, "out_dir": str(tmp_path / "out"), name: CHANGES[name]}
     if name == "out_dir":
         changed[name] = str(tmp_path / CHANGES[name])
-    if name == "warmup_iters":  # at most a tenth of all steps
+    if name in LONGER:
         base, changed = ({**each, "max_steps": 10} for each in (base, changed))
     if name in ("preset", "recipe"):  # an explicit value goes before either
         kept = "data_path out_dir max_steps device dtype num_processes sample_tokens"

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.data.batches import IGNORED, MicroBatch
@@ -14,6 +16,7 @@ from minimind_nb.training.optim import (
     FlatGradients,
     build_optimizer,
     learning_rate,
+    orthogonalise,
 )
 from minimind_nb.training.stages import Losses, document_mask, next_token_loss
 from minimind_nb.training.trainer import SessionClock
@@ -41,8 +44,8 @@ def tiny_model(**more: bool) -> MiniMindForCausalLM:
 
 def rates(warmup: int, total: int, steps: int) -> list[float]:
     decay = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_iters": warmup}
-    cfg = resolve(TrainConfig(**decay))
-    return [learning_rate(step, total, cfg) for step in range(steps)]
+    cfg = resolve(TrainConfig(**decay, schedule="cosine"))
+    return [learning_rate(step, total, cfg, total) for step in range(steps)]
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -58,6 +61,76 @@ def test_a_warm_up_takes_a_tenth_of_a_short_run(total: int, warmup: int) -> None
     assert found.index(max(found)) == max(0, warmup - 1)
     assert max(found) == 1.0
     assert found[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+
+
+def test_a_linear_schedule_is_constant_before_its_decay() -> None:
+    cfg = resolve(TrainConfig(learning_rate=1.0, warmup_iters=4))
+    found = [learning_rate(step, 20, cfg, 15) for step in range(20)]
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(found[4:16]) == {1.0}
+    assert found[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_warm_up_that_was_set_is_taken_as_set() -> None:
+    cfg = resolve(TrainConfig(learning_rate=1.0, warmup_iters=10))
+    found = [learning_rate(step, 12, cfg, 8) for step in range(12)]
+    assert found == pytest.approx([n / 10 for n in range(1, 11)] + [0.5, 0.25])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (4, 32, 32)])
+def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None, None]
+    found = orthogonalise(matrices)
+    values = torch.linalg.svdvals(found)
+    assert found.shape == shape
+    assert 0.4 < values.min() and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = F.cosine_similarity((u @ v).flatten(1), found.flatten(1))
+    assert cosine.min() > 0.95
+
+
+def test_muon_is_for_the_matrices_of_the_layers() -> None:
+    model = tiny_model(use_moe=True)
+    optimizer = build_optimizer(model, CFG)
+    muon, decayed, plain = (group["params"] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0]
+    names = {id(p): name for name, p in model.named_parameters()}
+    kinds = [{names[id(p)].split(".")[-2] for p in group} for group in (muon, decayed)]
+    attention = {f"{name}_proj" for name in "qkvo"}
+    assert kinds[0] == attention | {"gate_proj", "up_proj", "down_proj"}
+    assert kinds[1] == {"embed_tokens", "gate"}
+    assert {p.ndim for p in plain} == {1}
+    assert len(muon) + len(decayed) + len(plain) == len(names)
+
+
+def test_muon_updates_as_written_down() -> None:
+    """Two steps of each matrix by itself; the others as AdamW has them."""
+    model, other = tiny_model(), tiny_model()
+    optimizer = build_optimizer(model, CFG)
+    adamw = build_optimizer(other, replace(CFG, optimizer="adamw"))
+    muon = {id(p) for p in optimizer.param_groups[0]["params"]}
+    rate, decay = CFG.learning_rate, CFG.weight_decay
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for _ in range(2):
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            two.grad = one.grad.clone()
+        for name, p in model.named_parameters():
+            if id(p) in muon:
+                assert p.grad is not None
+                momenta[name] = 0.95 * momenta[name] + 0.05 * p.grad
+                update = orthogonalise((0.05 * p.grad + 0.95 * momenta[name])[None])[0]
+                size = rate * 0.2 * max(p.shape) ** 0.5
+                expected[name] = expected[name] * (1 - rate * decay) - size * update
+        optimizer.step()
+        adamw.step()
+    for (name, one), two in zip(
+        model.named_parameters(), other.parameters(), strict=True
+    ):
+        wanted = expected[name] if id(one) in muon else two
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_packed_with_a_document_mask_equals_separate_documents() -> None:
@@ -147,7 +220,8 @@ def test_gradients_are_views_of_one_tensor_and_stay_so() -> None:
 
 def test_only_matrices_decay() -> None:
     model = tiny_model()
-    cfg = resolve(TrainConfig(weight_decay=0.3, learning_rate=0.1))
+    adamw = {"optimizer": "adamw", "weight_decay": 0.3, "learning_rate": 0.1}
+    cfg = resolve(TrainConfig(**adamw))
     decaying, plain = build_optimizer(model, cfg).param_groups
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert all(p.ndim == 2 for p in decaying["params"])
