@@ -9,7 +9,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .config import ResolvedConfig, TrainConfig, count_parameters
+from .config import (
+    ResolvedConfig,
+    TrainConfig,
+    batch_follows_corpus,
+    count_parameters,
+)
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware
 from .monitor.metrics import History
@@ -42,7 +47,7 @@ def plan(cfg: TrainConfig) -> Facts:
     Raises what `train` raises for the configuration, the data and an existing run.
     """
     hardware = detect_hardware()
-    drafted = draft(cfg, hardware)
+    drafted, asked = draft(cfg, hardware), cfg.explicit().keys()
     checkpoint = drafted.checkpoint
     run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
     history = History(run.metrics_file)
@@ -64,6 +69,10 @@ def plan(cfg: TrainConfig) -> Facts:
         epoch += f" of {cfg.max_seq_len} (fill {fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
+    why = ", for this corpus" if batch_follows_corpus(vars(cfg), asked) else ""
+    falls = "falls in a cosine"
+    if cfg.schedule == "linear":
+        falls = f"falls from step {drafted.decay_start:,} on"
     facts = {
         "parameters": f"{count['total']:,}{active}",
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
@@ -75,7 +84,9 @@ def plan(cfg: TrainConfig) -> Facts:
         "an epoch": epoch,
         "global batch": f"{cfg.global_batch:,} {row} = batch_size {cfg.batch_size} "
         f"× accumulation_steps {cfg.accumulation_steps} × num_processes "
-        f"{cfg.num_processes}",
+        f"{cfg.num_processes}{why}",
+        "learning rate": f"{cfg.learning_rate:g} by {cfg.optimizer}, rises for "
+        f"{cfg.warmup_iters} steps, {falls}",
         "steps": f"{steps:,} optimizer steps, about {tokens:,} text tokens",
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "

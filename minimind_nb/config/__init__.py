@@ -13,9 +13,11 @@ from .presets import STAGE_BEFORE as STAGE_BEFORE
 from .presets import STAGES as STAGES
 from .presets import TRAINING_SHAPE_FIELDS as TRAINING_SHAPE_FIELDS
 from .presets import WEIGHTS_NAMES as WEIGHTS_NAMES
+from .presets import batch_follows_corpus as batch_follows_corpus
 from .presets import count_parameters as count_parameters
 from .presets import default_run_name as default_run_name
 from .presets import fill_defaults as fill_defaults
+from .presets import fit_batch as fit_batch
 from .presets import resolve_batch as resolve_batch
 from .settings import PATH_FIELDS as PATH_FIELDS
 from .settings import ResolvedConfig as ResolvedConfig

@@ -6,6 +6,7 @@ Cheap checks come first, and nothing that exists is changed until all have passe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -22,6 +23,7 @@ from ..config import (
     TrainConfig,
     default_run_name,
     fill_defaults,
+    fit_batch,
     resolve,
     shorten_home,
 )
@@ -106,6 +108,10 @@ def _draft(
 ) -> RunPlan:
     resolved, tokenizer, initial = _resolve(cfg, machine, initial, checkpoint)
     corpus = open_corpus(resolved, tokenizer)
+    if not checkpoint:
+        tokens = int(corpus.truncated.pieces[:, 2].sum())
+        batch = fit_batch(vars(resolved), cfg.explicit(), tokens)
+        resolved = dataclasses.replace(resolved, **batch)
     config = describe_run(cfg, resolved, tokenizer, corpus, initial)
     if checkpoint:
         keep_identity(checkpoint.run, config, cfg, resolved)
@@ -276,13 +282,14 @@ def _move_aside(plan: RunPlan, old: Path) -> None:
         plan.initial = kept / initial.relative_to(old.resolve())
 
 
-def _describe_start(plan: RunPlan, done: int) -> Iterator[str]:
+def _describe_start(plan: RunPlan) -> Iterator[str]:
     """Yield what a user should know of the run before it starts."""
     cfg, total = plan.cfg, plan.total_steps
     if plan.checkpoint:
-        yield f"{plan.folder.root} is resumed from step {done:,} of {total:,}"
+        yield f"{plan.folder.root} is resumed from step {plan.done:,} of {total:,}"
         before = plan.folder.settings()
-        if any(before[name] != getattr(cfg, name) for name in ("epochs", "max_steps")):
+        changed = any(before[name] != getattr(cfg, name) for name in _LENGTH)
+        if changed and cfg.schedule == "cosine":
             yield (
                 f"epochs={before['epochs']} and max_steps={before['max_steps']} have "
                 "changed: the schedule is recomputed for the new total, which differs from "

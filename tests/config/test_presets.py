@@ -8,6 +8,7 @@ from minimind_nb.config import (
     STAGES,
     TrainConfig,
     count_parameters,
+    fit_batch,
     kinds,
     resolve,
 )
@@ -72,7 +73,7 @@ def test_a_mixture_has_the_second_generations_defaults():
 
 def test_the_stage_fills_what_nobody_set():
     cfg = resolve(TrainConfig())
-    assert (cfg.batch_size, cfg.learning_rate, cfg.beta2) == (32, 5e-4, 0.95)
+    assert (cfg.batch_size, cfg.learning_rate, cfg.beta2) == (32, 3e-3, 0.95)
     assert (cfg.device, cfg.num_processes, cfg.dtype) == ("cpu", 1, "float32")
 
 
@@ -146,3 +147,44 @@ def test_a_resumed_run_may_change_its_length_and_display_but_not_its_model():
     assert {"epochs", "max_steps", "log_interval", "use_wandb"} <= CHANGEABLE_ON_RESUME
     fixed = {*SHAPE_FIELDS, "seed", "global_batch", "learning_rate", "max_seq_len"}
     assert not fixed & CHANGEABLE_ON_RESUME
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "processes", "batch"),
+    [
+        (1000, 256, 1, (2, 2, 1)),
+        (600_000, 256, 1, (4, 4, 1)),
+        (600_000, 256, 2, (4, 2, 1)),
+        (600_000, 256, 3, (6, 2, 1)),
+        (3_000_000, 256, 1, (8, 8, 1)),
+        (300_000_000, 512, 1, (64, 32, 2)),
+        (300_000_000, 512, 2, (64, 32, 1)),
+    ],
+)
+def test_the_batch_follows_from_the_tokens_of_a_corpus(tokens, width, processes, batch):
+    cfg = resolve(TrainConfig(max_seq_len=width), num_processes=processes)
+    names = ("global_batch", "batch_size", "accumulation_steps")
+    assert fit_batch(vars(cfg), (), tokens) == dict(zip(names, batch, strict=True))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"batch_size": 4}, {"global_batch": 16}, {"recipe": "demo"}, {"stage": "dpo"}],
+)
+def test_a_batch_that_is_set_stays(asked):
+    cfg = resolve(TrainConfig(**asked))
+    found = fit_batch(vars(cfg), asked, 10**9)
+    assert found == {name: getattr(cfg, name) for name in found}
+
+
+def test_the_founding_recipe_is_the_documents_table():
+    names = """epochs batch_size accumulation_steps learning_rate warmup_iters grad_clip
+        max_seq_len save_interval log_interval hidden_size num_hidden_layers""".split()
+    pretrain = resolve(TrainConfig(recipe="founding"))
+    found = [getattr(pretrain, name) for name in names]
+    assert found == [2, 32, 1, 5e-4, 0, 1.0, 512, 500, 100, 512, 8]
+    tuned = resolve(TrainConfig(stage="sft", recipe="founding-sft"))
+    assert [getattr(tuned, n) for n in names] == [2, 16, 1, 5e-7, *found[4:]]
+    assert (pretrain.optimizer, pretrain.schedule) == ("adamw", "cosine")
+    third = resolve(TrainConfig(stage="sft", recipe="minimind-3-sft"))
+    assert (third.learning_rate, third.max_seq_len) == (1e-5, 768)

@@ -1,0 +1,89 @@
+"""What a model learns from a corpus with some settings; one row a trial into a file.
+
+    python benchmarks/learning.py CORPUS.jsonl --tokens 600000 --out trials.jsonl \
+        [--name NAME] [SETTING=VALUE ...]
+
+Trains the demo's shape (1.6 M parameters, rows of 256) on documents of so many text
+tokens, drawn from the corpus by `--draw`, and measures the loss on others, the same for
+all trials. The row has the settings, the steps, the final loss and the curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import minimind_nb as mm
+from minimind_nb.data.fast_encoding import BulkEncoder
+from minimind_nb.data.tokenizer import read_tokenizer
+
+HELD_OUT_TOKENS = 65_536
+SHAPE = {"preset": "demo", "max_seq_len": 256}
+PLACE = {"device": "cpu", "num_processes": 1, "dtype": "float32"}
+QUIET = {"sample_tokens": 0, "save_interval": 10**6, "eval_tokens": HELD_OUT_TOKENS}
+
+
+def split(corpus: Path, tokens: int, draw: int, folder: Path) -> tuple[Path, Path]:
+    """Write documents of so many tokens, and others to validate with, to two files."""
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    encoder = BulkEncoder(read_tokenizer())
+    sizes = [len(ids) for ids in encoder.encode([json.loads(x)["text"] for x in lines])]
+
+    def write(name: str, order: list[int], most: int) -> Path:
+        taken = 0
+        path = folder / name
+        with path.open("w", encoding="utf-8") as file:
+            while taken < most and order:
+                number = order.pop()
+                file.write(f"{lines[number]}\n")
+                taken += sizes[number]
+        return path
+
+    order = list(range(len(lines)))
+    held_out = write("held_out.jsonl", order, HELD_OUT_TOKENS)
+    random.Random(draw).shuffle(order)
+    return write("corpus.jsonl", order, tokens), held_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--draw", type=int, default=1, help="which documents")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
+    options = parser.parse_intermixed_args()
+    asked: dict[str, Any] = {}
+    for pair in options.settings:
+        name, _, value = pair.partition("=")
+        try:
+            asked[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            asked[name] = value
+    with tempfile.TemporaryDirectory() as folder:
+        paths = split(options.corpus, options.tokens, options.draw, Path(folder))
+        data = dict(zip(("data_path", "val_path"), map(str, paths), strict=True))
+        settings = SHAPE | PLACE | QUIET | data | {"out_dir": folder} | asked
+        run = mm.train(mm.TrainConfig(**settings), view=False)
+        history = run.history
+        last, evals = history.last("train") or {}, history.select("eval")
+        row = {
+            **{"name": options.name, "asked": asked, "draw": options.draw},
+            **{"steps": last["step"], "tokens": last["tokens"]},
+            **{"seconds": round(last["seconds"], 1), "loss": evals[-1]["loss"]},
+            "curve": [(one["tokens"], round(one["loss"], 4)) for one in evals],
+        }
+    with options.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps({k: v for k, v in row.items() if k != "curve"}))
+
+
+if __name__ == "__main__":
+    main()
