@@ -2,10 +2,13 @@
 
     python benchmarks/learning.py CORPUS.jsonl --tokens 600000 --out trials.jsonl \
         [--name NAME] [SETTING=VALUE ...]
+    python benchmarks/learning.py --plot docs/learning.png --out trials.jsonl
 
 Trains the demo's shape (1.6 M parameters, rows of 256) on documents of so many text
 tokens, drawn from the corpus by `--draw`, and measures the loss on others, the same for
-all trials. The row has the settings, the steps, the final loss and the curve.
+all trials. The row has the settings, the steps, the final loss and the curve. The
+second form draws the mean curve of each name, and prints the share of tokens and time
+after which the first name reaches the final loss of each other one.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import random
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import minimind_nb as mm
 from minimind_nb.data.fast_encoding import BulkEncoder
@@ -51,15 +56,57 @@ def split(corpus: Path, tokens: int, draw: int, folder: Path) -> tuple[Path, Pat
     return write("corpus.jsonl", order, tokens), held_out
 
 
+def summarise(trials: Path, picture: Path) -> None:
+    """Draw the mean curves, and print what the first name needs for the others' ends."""
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[Any]] = {}
+    for line in trials.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        groups.setdefault(row["name"], []).append(row)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in groups.items():
+        tokens = np.linspace(0, min(row["tokens"] for row in rows), 200)
+        curves = [np.interp(tokens, *zip(*row["curve"], strict=True)) for row in rows]
+        axes.plot(tokens / 1e6, np.mean(curves, 0), label=name)
+        ends = [row["loss"] for row in rows]
+        print(f"{name}: ends at {np.mean(ends):.3f} ({', '.join(map(str, ends))})")
+    axes.set(xlabel="text tokens (million)", ylabel="validation loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    first, *others = groups.values()
+    for rows in others:
+        for own, other in zip(first, rows, strict=True):
+            tokens, losses = map(np.array, zip(*own["curve"], strict=True))
+            reached = np.flatnonzero(losses <= other["loss"])[0]
+            after = np.interp(
+                -other["loss"],
+                -losses[reached - 1 : reached + 1],
+                tokens[reached - 1 :][:2],
+            )
+            share = after / other["tokens"]
+            seconds = own["seconds"] * after / own["tokens"] / other["seconds"]
+            print(
+                f"{own['name']} reaches the {other['loss']:.3f} of {other['name']} after "
+                f"{share:.3f} of its tokens and {seconds:.3f} of its time"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("corpus", type=Path)
+    parser.add_argument("corpus", type=Path, nargs="?")
+    parser.add_argument("--plot", type=Path, help="draw the trials instead")
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--draw", type=int, default=1, help="which documents")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
     options = parser.parse_intermixed_args()
+    if options.plot:
+        summarise(options.out, options.plot)
+        return
     asked: dict[str, Any] = {}
     for pair in options.settings:
         name, _, value = pair.partition("=")

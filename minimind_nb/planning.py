@@ -69,7 +69,8 @@ def plan(cfg: TrainConfig) -> Facts:
         epoch += f" of {cfg.max_seq_len} (fill {fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
-    why = ", for this corpus" if batch_follows_corpus(vars(cfg), asked) else ""
+    follows = not checkpoint and batch_follows_corpus(vars(cfg), asked)
+    why = ", for this corpus" if follows else ""
     falls = "falls in a cosine"
     if cfg.schedule == "linear":
         falls = f"falls from step {drafted.decay_start:,} on"
@@ -90,7 +91,7 @@ def plan(cfg: TrainConfig) -> Facts:
         "steps": f"{steps:,} optimizer steps, about {tokens:,} text tokens",
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
-        f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 1} kept",
+        f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",
         "time": "" if drafted.complete else _time(cfg, hardware, tokens, history),
     }
     known = {name: text for name, text in facts.items() if text}

@@ -59,7 +59,7 @@ def test_a_plan_counts_without_starting_a_run(settings, tmp_path):
     assert (
         facts["steps"] == f"{steps:,} optimizer steps, about {3 * tokens:,} text tokens"
     )
-    assert facts["checkpoints"] == "0.02 GiB each, 2 to 3 kept"
+    assert facts["checkpoints"] == "0.02 GiB each, 2 to 4 kept"
     assert re.fullmatch(
         r"about 0:00:0\d at [\d,]+ text tokens/s \(expected at 50% of the rate of "
         r"matrix products\)",

@@ -303,12 +303,11 @@ def fit_batch(
     """
     if not batch_follows_corpus(settings, explicit):
         return {name: settings[name] for name in _BATCH}
-    processes = settings["num_processes"]
     rows = 1.5 * math.sqrt(max(1, tokens)) / settings["max_seq_len"]
     total = max(2 ** round(math.log2(rows)), _FEWEST_ROWS)
-    total = math.ceil(total / processes) * processes
-    defaults = {name: STAGES[settings["stage"]][name] for name in _BATCH[1:]}
-    return resolve_batch({**settings, **defaults, "global_batch": total}, ())
+    at_once = min(total, STAGES[settings["stage"]]["batch_size"])
+    batch = dict(zip(_BATCH, (None, at_once, total // at_once), strict=True))
+    return resolve_batch({**settings, **batch}, ())
 
 
 def count_parameters(shape: Mapping[str, Any]) -> dict[str, int]:

@@ -159,6 +159,11 @@ class RunFolder:
         """List all checkpoint folders, newest first, not yet verified."""
         return sorted(self.checkpoints.glob(_STEPS), reverse=True)
 
+    def furthest(self) -> str:
+        """Return the name of the last step of which there is, or was, a checkpoint."""
+        found = self.checkpoints.glob(f"{_STEPS}*")
+        return max((path.name[:13] for path in found), default="step 0")
+
     def newest_good_checkpoint(self, repair: bool = False) -> Checkpoint | None:
         """Return the newest checkpoint that verifies, or None if none was written.
 
@@ -206,12 +211,14 @@ class RunFolder:
                 logger.warning("Checkpoint %s is not used: %s", folder, damage)
         return None
 
-    def prune_checkpoints(self, keep: int, decay_start: int, complete: bool) -> None:
+    def prune_checkpoints(self, keep: int, decay_start: int, complete: int = 0) -> None:
         """Remove all checkpoints but the `keep` newest, the best one, and the one at
-        which the decay began; of a `complete` run also those of a shorter one."""
+        which the decay began; when a run is `complete` with so many steps, also those
+        that a shorter one had made."""
         folders = self.checkpoint_folders()
         best = min(folders, key=_manifest_loss, default=None)  # the newest of equals
-        shorter = self.checkpoints.glob(f"{_STEPS}.{SHORTER}*") if complete else ()
+        shorter = self.checkpoints.glob(f"{_STEPS}.{SHORTER}*")
+        shorter = [f for f in shorter if f < self.checkpoint_folder(complete)]
         for folder in (*folders[keep:], *shorter):
             if folder in (best, self.checkpoint_folder(decay_start)):
                 continue
@@ -223,6 +230,11 @@ class RunFolder:
     def is_aside(self) -> bool:
         """Return whether `rename_aside`, or an unfinished copy, gave it its name."""
         return re.search(r"\.old\d+$|^\.", self.root.name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint folder."""
+    return int(folder.name[5:13])
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

@@ -167,8 +167,8 @@ def save(trainer: Trainer, final: bool) -> None:
     try:
         parts = trainer.model, trainer.optimizer, trainer.scaler
         folder = save_checkpoint(plan, trainer.progress, *parts)
-        complete = trainer.progress.step == plan.total_steps
-        keep = trainer.cfg.keep_checkpoints
+        total, keep = plan.total_steps, trainer.cfg.keep_checkpoints
+        complete = total if trainer.progress.step == total else 0
         plan.folder.prune_checkpoints(keep, plan.decay_start, complete)
         write_pth(trainer.model.state_dict(), plan.weights_file)
     except (OSError, SafetensorError, DamagedFolder) as error:

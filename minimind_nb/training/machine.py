@@ -12,6 +12,7 @@ from typing import Any
 from ..config import TrainConfig, count_parameters
 from ..hardware import Hardware, choose_dtype, detect_hardware
 from ..launch.torchrun import find_torchrun
+from ..storage.run_folder import step_of
 from .run_plan import RunPlan
 
 # Per parameter: an fp32 weight and two fp32 moments; the fp16 weights, old and new.
@@ -76,8 +77,10 @@ def check_room(plan: RunPlan) -> None:
     steps = plan.total_steps - plan.done
     # The best one, the one at which the decay begins, and the one being written.
     kept = cfg.keep_checkpoints + 3
-    existing = len(run.checkpoint_folders()) if plan.checkpoint else 0
-    missing = max(1, min(kept - existing, math.ceil(steps / cfg.save_interval)))
+    existing = sum(step_of(one) <= plan.done for one in run.checkpoint_folders())
+    existing *= plan.checkpoint is not None
+    saves = math.ceil(steps / cfg.save_interval) + 1
+    missing = max(1, min(kept - existing, saves))
     reference = _REFERENCE_BYTES if cfg.stage == "dpo" else 0
     needed = parameters * (_CHECKPOINT_BYTES * missing + _EXPORT_BYTES + reference)
     place = run.checkpoints if run.checkpoints.is_dir() else run.root.parent

@@ -93,6 +93,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
             nesterov = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
             updates = orthogonalise(torch.stack(nesterov))
+            # An expert without tokens would go on at full size along its last gradient.
+            updates *= torch.stack(gradients).flatten(1).any(1)[:, None, None]
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)

@@ -36,7 +36,7 @@ from ..hardware import Hardware
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
-from ..storage.run_folder import SHORTER, Checkpoint, RunFolder
+from ..storage.run_folder import SHORTER, Checkpoint, RunFolder, step_of
 from .checkpoint import Progress, read_state
 from .initial_weights import find_initial_weights, find_runs, keep_reference
 from .machine import check_room, check_writable, machine_defaults
@@ -79,7 +79,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         checkpoint = find_checkpoint(folder, cfg, repair=True)
         plan = _draft(cfg, machine, folder, initial, checkpoint)
         if checkpoint and checkpoint.run.root != folder.root:
-            plan.checkpoint = copy_run(plan.checkpoint, folder)
+            plan.checkpoint = copy_run(plan.checkpoint, checkpoint.folder, folder)
         hours, spent = plan.cfg.max_session_hours, time.monotonic() - began
         left = current_session().seconds_left(hours, spent)
         plan.deadline = None if left is None else time.monotonic() + left
@@ -128,9 +128,9 @@ def _draft(
         corpus=corpus,
         initial=initial.file if initial else None,
         checkpoint=resumed and resumed.folder,
-        complete=checkpoint is not None
-        and checkpoint.run.status() == "finished"
-        and checkpoint.step >= total,
+        complete=resumed is not None
+        and resumed.run.status() == "finished"
+        and resumed.step >= total,
     )
 
 
@@ -236,10 +236,6 @@ def _begin(plan: RunPlan) -> None:
     cfg, folder = plan.cfg, plan.folder
     if not plan.checkpoint:
         _move_aside(plan, plan.weights_file)
-    elif later := [f for f in folder.checkpoint_folders() if f > plan.checkpoint]:
-        for file in (*later, plan.weights_file):
-            if file.exists():
-                verified.rename_aside(file, SHORTER, 1)
     if cfg.resume is False:
         _move_aside(plan, folder.root)
     verified.remove_leftovers(folder.root)
@@ -255,6 +251,11 @@ def _begin(plan: RunPlan) -> None:
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
     keep_reference(plan)
+    later = [f for f in folder.checkpoint_folders() if plan.done < step_of(f)]
+    if plan.checkpoint and later:
+        for file in (plan.weights_file, *later):
+            if file.exists():
+                verified.rename_aside(file, SHORTER, 1)
     plan.write()
 
 
@@ -297,6 +298,11 @@ def _describe_start(plan: RunPlan) -> Iterator[str]:
             )
     else:
         yield describe_rows(plan.corpus, cfg)
+    if plan.checkpoint and cfg.schedule == "linear" and plan.decay_start >= total:
+        yield (
+            f"max_steps={cfg.max_steps} leaves no step in which the learning rate decays: "
+            "set some more to end the run well"
+        )
     if plan.initial and not plan.checkpoint:
         yield f"starting from {plan.config['began_from']}"
     if cfg.max_steps and total < cfg.max_steps:

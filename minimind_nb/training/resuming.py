@@ -78,10 +78,7 @@ def find_checkpoint(
     source = source_run(cfg)
     run = folder if folder.exists() else source
     if source and run is folder and source.root.resolve() != folder.root.resolve():
-        own, theirs = (
-            max((one.name for one in each.checkpoint_folders()), default="step 0")
-            for each in (folder, source)
-        )
+        own, theirs = folder.furthest(), source.furthest()
         if own < theirs:
             raise FileExistsError(
                 f"{folder.root} exists already and is at {own}, {source.root} at {theirs}; "
@@ -258,9 +255,7 @@ def undo_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint) -> Check
     """
     before = read_state(checkpoint.folder)["config"]
     start = before.get("decay_start", math.inf)
-    if cfg.schedule == "cosine" or checkpoint.step <= start:
-        return checkpoint
-    if total <= before["total_steps"]:
+    if checkpoint.step <= start or not _is_extended(total, cfg, before):
         return checkpoint
     run = checkpoint.run
     for folder in run.checkpoint_folders():
@@ -282,21 +277,29 @@ def plan_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint | None) -
     if checkpoint is None:
         return start
     before = read_state(checkpoint.folder)["config"]
-    if checkpoint.step > before["decay_start"] and total <= before["total_steps"]:
+    decays = checkpoint.step > before.get("decay_start", math.inf)
+    if decays and not _is_extended(total, cfg, before):
         return before["decay_start"]
     return max(start, checkpoint.step)
 
 
-def copy_run(checkpoint: Path, folder: RunFolder) -> Path:
-    """Copy the run of a checkpoint whole or not at all: with this checkpoint, the best
-    one, and the one at which the decay began.
+def _is_extended(total: int, cfg: ResolvedConfig, before: dict[str, Any]) -> bool:
+    """Return whether there are more steps, of the same global batch, than before."""
+    same = before["settings"]["global_batch"] == cfg.global_batch
+    return cfg.schedule == "linear" and same and total > before["total_steps"]
+
+
+def copy_run(checkpoint: Path, newest: Path, folder: RunFolder) -> Path:
+    """Copy the run of a checkpoint whole or not at all: with this checkpoint, the newest
+    and the best one, and the one at which the decay began.
 
     Returns the copy of the checkpoint. Raises `ValueError` for a link out of the run.
     """
     source = RunFolder(checkpoint.parents[1])
     best = source.best_checkpoint()
     decay = source.checkpoint_folder(source.read_config().get("decay_start", 0))
-    names = {checkpoint.name, decay.name, *([best.folder.name] if best else [])}
+    names = {checkpoint.name, newest.name, decay.name}
+    names |= {best.folder.name} if best else set()
     steps = [f"checkpoints/{name}/*" for name in names]
     found = (file for name in (*_COPIED, *steps) for file in source.root.glob(name))
     files = [file for file in found if file.is_file()]

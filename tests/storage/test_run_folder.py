@@ -240,7 +240,7 @@ def test_without_losses_the_newest_checkpoint_is_the_best(run):
 def test_pruning_keeps_the_newest_and_the_best(losses, kept, run):
     for step, loss in enumerate(losses, 1):
         save(run, step, loss)
-    run.prune_checkpoints(2, 0, complete=False)
+    run.prune_checkpoints(2, 0)
     assert steps(run) == kept
 
 
@@ -249,7 +249,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(loss, run):
     save(run, 4, 1.0)
     for step in (8, 12, 16):
         save(run, step, loss)
-    run.prune_checkpoints(2, 0, complete=False)
+    run.prune_checkpoints(2, 0)
     assert steps(run) == [16, 12, 4]
     best = run.best_checkpoint()
     assert best is not None and best.step == 4
@@ -267,7 +267,7 @@ def test_pruning_goes_on_where_a_folder_cannot_be_removed(run, monkeypatch, capl
         remove(path)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    run.prune_checkpoints(2, 0, complete=False)
+    run.prune_checkpoints(2, 0)
     assert steps(run) == [16, 12, 8]
     assert "step_00000008 could not be removed: not yours" in caplog.text
 

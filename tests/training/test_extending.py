@@ -111,12 +111,38 @@ def test_a_run_that_is_killed_within_a_forced_decay_keeps_it(short: Settings) ->
     assert [rates(folder)[n] for n in range(8, 13)] == pytest.approx(falling)
 
 
+def test_what_a_shorter_run_ended_with_outlives_a_change_of_mind(
+    short: Settings,
+) -> None:
+    _, folder = train_here(short)
+    train_here(longer(short), stop_at=8)
+    assert train_here(short)[0] == "finished"
+    assert "step_00000010.shorter1" in names(folder)
+    assert train_here(longer(short))[0] == "finished"
+    assert names(folder) == [f"step_000000{n}" for n in ("09", 12, 15)]
+
+
+def test_a_max_steps_without_a_decay_is_named(short: Settings) -> None:
+    train_here(longer(short), stop_at=7)
+    texts, _ = notes_of({**longer(short), "max_steps": 7})
+    assert [text for text in texts if "max_steps=7 leaves no step in which" in text]
+
+
+def test_another_global_batch_does_not_undo_a_decay(short: Settings) -> None:
+    _, folder = train_here(short, stop_at=8)
+    changed = {"global_batch": 4, "allow_change": ("global_batch",)}
+    changed |= {"batch_size": 4, "accumulation_steps": 1}
+    texts, _ = notes_of({**short, **changed, "max_steps": 15})
+    assert f"{folder.root} is resumed from step 8 of 15" in texts
+
+
 def test_a_copied_run_is_extended_as_well(
     short: Settings, planned: RunFolder, tmp_path: Path
 ) -> None:
     _, folder = train_here({**short, "out_dir": str(tmp_path / "first")})
     shutil.rmtree(folder.checkpoint_folder(8))
     place = {"out_dir": str(tmp_path / "copy"), "resume": str(folder.root)}
+    train_here(longer(short, **place), stop_at=8)
     _, copy = train_here(longer(short, **place))
     assert copy.root != folder.root
     assert state_hashes(copy) == state_hashes(planned)

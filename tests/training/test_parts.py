@@ -133,6 +133,20 @@ def test_muon_updates_as_written_down() -> None:
         torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_muon_leaves_a_matrix_without_gradient_where_it_is() -> None:
+    model = tiny_model(use_moe=True)
+    optimizer = build_optimizer(model, replace(CFG, weight_decay=0.0))
+    idle = model.model.layers[0].mlp.experts[3].up_proj.weight
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    before = idle.detach().clone()
+    idle.grad = torch.zeros_like(idle)
+    optimizer.step()
+    assert idle.equal(before)
+    assert optimizer.state[idle]["momentum"].any()
+
+
 def test_packed_with_a_document_mask_equals_separate_documents() -> None:
     model = tiny_model()
     documents = [torch.randint(3, 50, (n,)) for n in (7, 12, 9)]
