@@ -71,9 +71,12 @@ def choose_threads(num_processes: int, cpu_cores: int) -> int:
     """Return the threads for each of `num_processes` workers that share `cpu_cores`.
 
     More threads than cores is the costly mistake: two workers of two threads each
-    on two cores took 300 ms a step, of one thread each 90 ms.
+    on two cores took 300 ms a step, of one thread each 90 ms. OMP_NUM_THREADS, if it
+    is set, is the most.
     """
-    return max(1, cpu_cores // num_processes)
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    threads = max(1, cpu_cores // num_processes)
+    return min(threads, int(most)) if most.isdecimal() and int(most) else threads
 
 
 def detect_hardware() -> Hardware:

@@ -146,8 +146,8 @@ def test_a_pushed_notebook_goes_on_from_the_version_before(
     working, _ = run_on_stand_in(lacking, mount, *papermill)
     run = working / "out" / "pretrain_32"
     assert (run / "checkpoints" / f"step_{STEPS:08}").is_dir()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    rows = minimind_nb.History(run / "metrics.jsonl").select("train")
+    steps = [row["step"] for row in rows]
     assert steps == [*range(1, STEPS + 1)]
 
 
