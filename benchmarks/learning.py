@@ -68,7 +68,7 @@ def summarise(trials: Path, picture: Path) -> None:
     axes = figure.subplots()
     for name, rows in groups.items():
         tokens = np.linspace(0, min(row["tokens"] for row in rows), 200)
-        curves = [np.interp(tokens, *zip(*row["curve"], strict=True)) for row in rows]
+        curves = [np.interp(tokens, *np.array(row["curve"]).T) for row in rows]
         axes.plot(tokens / 1e6, np.mean(curves, 0), label=name)
         ends = [row["loss"] for row in rows]
         print(f"{name}: ends at {np.mean(ends):.3f} ({', '.join(map(str, ends))})")
@@ -117,7 +117,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = split(options.corpus, options.tokens, options.draw, Path(folder))
         data = dict(zip(("data_path", "val_path"), map(str, paths), strict=True))
-        settings = SHAPE | PLACE | QUIET | data | {"out_dir": folder} | asked
+        settings: dict[str, Any] = (
+            SHAPE | PLACE | QUIET | data | {"out_dir": folder} | asked
+        )
         run = mm.train(mm.TrainConfig(**settings), view=False)
         history = run.history
         last, evals = history.last("train") or {}, history.select("eval")

@@ -39,14 +39,17 @@ def test_a_cpu_takes_bfloat16_only_where_it_is_native():
 @pytest.mark.parametrize(
     ("processes", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (2, 5, 2), (4, 2, 1)]
 )
-@pytest.mark.parametrize(
-    ("given", "most"), [(None, 9), ("", 9), ("0", 9), ("many", 9), ("1", 1), ("2", 2)]
-)
-def test_workers_share_the_cores(processes, cores, threads, given, most, monkeypatch):
+def test_workers_share_the_cores(processes, cores, threads, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert choose_threads(processes, cores) == min(threads, most)
+    assert choose_threads(processes, cores) == threads
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [("", 4), ("0", 4), ("many", 4), ("1", 1), ("9", 4)]
+)
+def test_a_number_of_threads_that_is_set_is_the_most(given, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert choose_threads(1, 4) == threads
 
 
 def test_hardware_is_described_in_a_line():

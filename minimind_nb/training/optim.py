@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,22 +83,23 @@ class Muon(torch.optim.Optimizer):
             self._stacks.setdefault(matrix.shape, []).append(matrix)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        group = self.param_groups[0]
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update all weights from their gradients."""
+        rate, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         for shape, matrices in self._stacks.items():
-            gradients = [matrix.grad for matrix in matrices]
-            states = [self.state[matrix] for matrix in matrices]
-            for state, matrix in zip(states, matrices, strict=True):
-                state.setdefault("momentum", torch.zeros_like(matrix))
-            momenta = [state["momentum"] for state in states]
-            torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
-            nesterov = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
-            updates = orthogonalise(torch.stack(nesterov))
+            gradients = torch.stack([p.grad for p in matrices if p.grad is not None])
+            for matrix in matrices:
+                self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+            momenta = torch.stack([self.state[p]["momentum"] for p in matrices])
+            momenta.lerp_(gradients, 1 - _MOMENTUM)
+            updates = orthogonalise(gradients.lerp(momenta, _MOMENTUM))
             # An expert without tokens would go on at full size along its last gradient.
-            updates *= torch.stack(gradients).flatten(1).any(1)[:, None, None]
-            rate = group["lr"] * 0.2 * max(shape) ** 0.5
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
+            updates *= gradients.flatten(1).any(1)[:, None, None]
+            size = rate * 0.2 * max(shape) ** 0.5
+            parts = zip(matrices, momenta, updates, strict=True)
+            for matrix, momentum, update in parts:
+                self.state[matrix]["momentum"].copy_(momentum)
+                matrix.mul_(1 - rate * decay).add_(update, alpha=-size)
         self.adamw.step()
 
 

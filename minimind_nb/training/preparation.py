@@ -78,7 +78,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         recover(folder)
         checkpoint = find_checkpoint(folder, cfg, repair=True)
         plan = _draft(cfg, machine, folder, initial, checkpoint)
-        if checkpoint and checkpoint.run.root != folder.root:
+        if checkpoint and plan.checkpoint and checkpoint.run.root != folder.root:
             plan.checkpoint = copy_run(plan.checkpoint, checkpoint.folder, folder)
         hours, spent = plan.cfg.max_session_hours, time.monotonic() - began
         left = current_session().seconds_left(hours, spent)

@@ -30,7 +30,7 @@ from .initial_weights import FIXED_SHAPE
 
 logger = logging.getLogger(__name__)
 # What runs did whose config.json does not know the setting.
-_BEFORE = {"optimizer": "adamw", "schedule": "cosine"}
+_BEFORE: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine"}
 # Copied with a run, in addition to two checkpoints.
 _COPIED = (
     "config.json metrics.jsonl rejected.jsonl wandb.json loss.png summary.md rank*.json "

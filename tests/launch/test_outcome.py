@@ -24,7 +24,7 @@ def write(folder: Path, rank: int, **fields: object) -> RankRecord:
     return record
 
 
-def ended(*codes: int | None, time: float = 0.0) -> list[Exit]:
+def ended(*codes: int, time: float = 0.0) -> list[Exit]:
     return [Exit(code, time) for code in codes]
 
 

@@ -136,7 +136,7 @@ def test_muon_updates_as_written_down() -> None:
 def test_muon_leaves_a_matrix_without_gradient_where_it_is() -> None:
     model = tiny_model(use_moe=True)
     optimizer = build_optimizer(model, replace(CFG, weight_decay=0.0))
-    idle = model.model.layers[0].mlp.experts[3].up_proj.weight
+    idle = model.get_parameter("model.layers.0.mlp.experts.3.up_proj.weight")
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
