@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import random
 import tempfile
@@ -77,8 +78,9 @@ def summarise(trials: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
     first, *others = groups.values()
-    for rows in others:
-        for own, other in zip(first, rows, strict=True):
+    own_of = {row["draw"]: row for row in first}
+    for other in itertools.chain(*others):
+        if own := own_of.get(other["draw"]):
             tokens, losses = map(np.array, zip(*own["curve"], strict=True))
             reached = np.flatnonzero(losses <= other["loss"])[0]
             after = np.interp(
