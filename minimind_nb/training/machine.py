@@ -79,7 +79,9 @@ def check_room(plan: RunPlan) -> None:
     kept = cfg.keep_checkpoints + 3
     existing = sum(step_of(one) <= plan.done for one in run.checkpoint_folders())
     existing *= plan.checkpoint is not None
-    saves = math.ceil(steps / cfg.save_interval) + 1
+    saves = math.ceil(steps / cfg.save_interval)
+    if plan.done < plan.decay_start < plan.total_steps:
+        saves += plan.decay_start % cfg.save_interval > 0
     missing = max(1, min(kept - existing, saves))
     reference = _REFERENCE_BYTES if cfg.stage == "dpo" else 0
     needed = parameters * (_CHECKPOINT_BYTES * missing + _EXPORT_BYTES + reference)
