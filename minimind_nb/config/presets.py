@@ -103,10 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     | _MINIMIND_SFT
     | dict(learning_rate=1e-5, max_seq_len=768),
     "founding": _MINIMIND | _FOUNDING,
-    "founding-sft": _MINIMIND
-    | _MINIMIND_SFT
-    | _FOUNDING
-    | dict(batch_size=16, learning_rate=5e-7),
+    "founding-sft": _MINIMIND | _FOUNDING | _MINIMIND_SFT,
 }
 """Optimisation settings by name; the rest are the stage's defaults."""
 

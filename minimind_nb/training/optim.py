@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
             momenta = torch.stack([self.state[p]["momentum"] for p in matrices])
             momenta.lerp_(gradients, 1 - _MOMENTUM)
             updates = orthogonalise(gradients.lerp(momenta, _MOMENTUM))
-            # An expert without tokens would go on at full size along its last gradient.
+            # Else an expert without tokens keeps moving at full size along its last gradient.
             updates *= gradients.flatten(1).any(1)[:, None, None]
             size = rate * 0.2 * max(shape) ** 0.5
             parts = zip(matrices, momenta, updates, strict=True)

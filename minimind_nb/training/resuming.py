@@ -250,7 +250,7 @@ def undo_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint) -> Check
     """Return the checkpoint to resume from if a run is to have so many steps.
 
     Before its decay nothing depends on the length of a run. One that is extended when
-    it decays already goes on from the checkpoint at which that began, and so equals one
+    it decays already resumes from the checkpoint at which that began, and so equals one
     planned that long. A cosine is never undone.
     """
     before = read_state(checkpoint.folder)["config"]
