@@ -3,12 +3,16 @@
     python benchmarks/learning.py CORPUS.jsonl --tokens 600000 --out trials.jsonl \
         [--name NAME] [SETTING=VALUE ...]
     python benchmarks/learning.py --plot docs/learning.png --out trials.jsonl
+    python benchmarks/learning.py CORPUS.jsonl --out trials.jsonl \
+        --reference benchmarks/references.json
 
 Trains the demo's shape (1.6 M parameters, rows of 256) on documents of so many text
 tokens, drawn from the corpus by `--draw`, and measures the loss on others, the same for
 all trials. The row has the settings, the steps, the final loss and the curve. The
 second form draws the mean curve of each name, and prints the share of tokens and time
-after which the first name reaches the final loss of each other one.
+after which the first name reaches the final loss of each other one. The third adds the
+trials to the reference results, in place of those of the same name, corpus, size and
+tokens. With "demo" as CORPUS the embedded corpus is trained on as it is.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 
 import minimind_nb as mm
+from minimind_nb.config import count_parameters, resolve
 from minimind_nb.data.fast_encoding import BulkEncoder
 from minimind_nb.data.tokenizer import read_tokenizer
 
@@ -96,10 +101,34 @@ def summarise(trials: Path, picture: Path) -> None:
             )
 
 
+def describe(row: dict[str, Any], corpus: Path) -> dict[str, Any]:
+    """Return a trial as a reference result; older trials do not know their version."""
+    cfg = resolve(mm.TrainConfig(**(SHAPE | PLACE | row["asked"])))
+    kept = {
+        name: getattr(cfg, name) for name in ("stage", "recipe", "optimizer", "dtype")
+    }
+    kept["parameters"] = count_parameters(cfg.shape())["active"]
+    kept |= {"corpus": corpus.name, "version": row.get("version", mm.__version__)}
+    names = ("name", "draw", "steps", "tokens", "loss", "curve")
+    return kept | {name: row[name] for name in names}
+
+
+def write_references(trials: Path, corpus: Path, file: Path) -> None:
+    """Add trials to a file of reference results, a line each."""
+    lines = trials.read_text(encoding="utf-8").splitlines()
+    results = json.loads(file.read_bytes()) if file.exists() else []
+    results += [describe(json.loads(line), corpus) for line in lines]
+    keys = ("corpus", "name", "parameters", "draw", "tokens")
+    last = {tuple(one[key] for key in keys): one for one in results}
+    rows = [json.dumps(last[key], ensure_ascii=False) for key in sorted(last)]
+    file.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path, nargs="?")
     parser.add_argument("--plot", type=Path, help="draw the trials instead")
+    parser.add_argument("--reference", type=Path, help="add the trials to this file")
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--draw", type=int, default=1, help="which documents")
     parser.add_argument("--out", type=Path, required=True)
@@ -109,6 +138,9 @@ def main() -> None:
     if options.plot:
         summarise(options.out, options.plot)
         return
+    if options.reference:
+        write_references(options.out, options.corpus, options.reference)
+        return
     asked: dict[str, Any] = {}
     for pair in options.settings:
         name, _, value = pair.partition("=")
@@ -117,8 +149,10 @@ def main() -> None:
         except (ValueError, SyntaxError):
             asked[name] = value
     with tempfile.TemporaryDirectory() as folder:
-        paths = split(options.corpus, options.tokens, options.draw, Path(folder))
-        data = dict(zip(("data_path", "val_path"), map(str, paths), strict=True))
+        data: dict[str, Any] = {"data_path": "demo", "eval_tokens": None}
+        if str(options.corpus) != "demo":
+            paths = split(options.corpus, options.tokens, options.draw, Path(folder))
+            data = dict(zip(("data_path", "val_path"), map(str, paths), strict=True))
         settings: dict[str, Any] = (
             SHAPE | PLACE | QUIET | data | {"out_dir": folder} | asked
         )
@@ -127,6 +161,7 @@ def main() -> None:
         last, evals = history.last("train") or {}, history.select("eval")
         row = {
             **{"name": options.name, "asked": asked, "draw": options.draw},
+            "version": mm.__version__,
             **{"steps": last["step"], "tokens": last["tokens"]},
             **{"seconds": round(last["seconds"], 1), "loss": evals[-1]["loss"]},
             "curve": [(one["tokens"], round(one["loss"], 4)) for one in evals],
