@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import json
+import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from .config import (
+    PRESETS,
+    SHAPE_FIELDS,
     ResolvedConfig,
     TrainConfig,
     batch_follows_corpus,
@@ -23,76 +27,166 @@ from .monitor.tables import Facts
 from .storage.run_folder import RunFolder
 from .training.initial_weights import NoInitialWeights
 from .training.preparation import draft
-from .training.run_plan import describe_rows, describe_truncated
+from .training.run_plan import RunPlan, describe_rows, describe_truncated
 
-# The 70 W cap holds a T4 near this in fp16 products, of 65 TFLOP/s nominal.
-_SUSTAINED_FLOPS = {"Tesla T4": 24e12}
-# Share of the machine's own rate of matrix products that training is expected to reach.
-_EXPECTED_SHARE = 0.5
-_GEMM_SECONDS = 0.3
-_GEMM_SIZE = 1024
+# FLOP/s that the 70 W cap lets a T4 sustain in products, of 65 and 8.1 TFLOP/s nominal;
+# in fp32 the same share is assumed.
+_SUSTAINED = {"Tesla T4": {"float16": 24e12, "float32": 3e12}}
+_UNKNOWN = "known after the first steps: no figure for this GPU"
+# Beside products, in fp32 FLOP that take as long: for a column of a block, for a logit;
+# for Muon's update of a parameter, by the width. Fitted to 1.6 M and 26 M parameters.
+_COLUMN_FLOPS, _LOGIT_FLOPS, _MUON_FLOPS = 9400, 880, 31
+_GEMM_SECONDS, _START_SECONDS, _ANSWERS_SECONDS = 0.3, 8.0, 0.5
+_TOKENS_A_PARAMETER, _ENOUGH = 20, 15  # Hoffmann et al. 2022; what a shape must get
+_MOST_EPOCHS = 4  # that are nearly as good as new text: Muennighoff et al. 2023
+_HOURS_USED, _FEWEST_STEPS = 0.95, 100
 # fp32 weights, gradients and two moments; logits and their gradients in fp32.
-_BYTES_A_PARAMETER = 16
-_BYTES_A_LOGIT = 12
+_BYTES_A_PARAMETER, _BYTES_A_LOGIT = 16, 12
 # Kept activations of a block for the backward pass, in multiples of its width.
 _WIDTHS_A_BLOCK = 14
 
 
-def plan(cfg: TrainConfig) -> Facts:
+def plan(cfg: TrainConfig, hours: float | None = None) -> Facts:
     """Return what a configuration amounts to on this machine, as a table.
 
     Reads the data, and tokenises it unless that was done before; starts no process and
-    makes no run folder. The time is that of the whole run, at the speed of an existing
-    run of the same name, else at a share of this machine's rate of matrix products.
-    Raises what `train` raises for the configuration, the data and an existing run.
+    makes no run folder. Steps and time are those left, at the speed of an existing run
+    of the same name, else as this machine's products let expect. `hours` choose the
+    length, and for texts the shape if none is set: the largest dense preset that gets
+    some 20 tokens a parameter in up to four epochs. Raises what `train` raises before
+    it starts, and `ValueError` for too few hours.
     """
     hardware = detect_hardware()
-    drafted, asked = draft(cfg, hardware), cfg.explicit().keys()
-    checkpoint = drafted.checkpoint
-    run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
-    history = History(run.metrics_file)
-    existing = f"{STATUS_WORDS[run.status()]} at step {position_text(history)}"
-    cfg, corpus, steps = drafted.cfg, drafted.corpus, drafted.total_steps
-    stream = corpus.training_stream(cfg, 0)
-    pairs = cfg.stage == "dpo"
-    samples = min(stream.total_samples, steps * cfg.global_batch)
-    tokens = round(samples * stream.tokens / stream.rows)
-    count = count_parameters(cfg.shape())
+    if hours is None:
+        return _describe(cfg, hardware)
+    cfg = fit_to_hours(cfg, hours, hardware)
+    facts, asked = _describe(cfg, hardware), cfg.explicit()
+    python = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    facts["in Python"] = f"mm.TrainConfig({python})"
+    facts["in a shell"] = f"minimind-nb {asked.pop('stage', cfg.stage)}"
+    for name, value in asked.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        facts["in a shell"] += f" --{name} {shlex.quote(text)}"
+    return facts
+
+
+def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainConfig:
+    """Return the configuration with a preset and a length for so many hours."""
+    seconds = max(0.0, hours * 3600 * _HOURS_USED - _START_SECONDS)
+    cfg = replace(cfg, epochs=cfg.epochs or _MOST_EPOCHS)
+    shape = {"preset", "init_from", *SHAPE_FIELDS} & cfg.explicit().keys()
+    if cfg.stage == "pretrain" and not shape:
+        dense = [name for name, preset in PRESETS.items() if "use_moe" not in preset]
+        trials = (draft(replace(cfg, preset=n, resume=False), hardware) for n in dense)
+        found = [Estimate(trial, hardware) for trial in trials]
+        sizes = {n: (e.parameters, e.speed) for n, e in zip(dense, found, strict=True)}
+        cfg = replace(cfg, preset=choose(sizes, seconds, found[0].tokens))
+    estimate = Estimate(draft(cfg, hardware), hardware)
+    if not estimate.speed:
+        raise ValueError(f"hours={hours:g}: the speed is {_UNKNOWN}")
+    step = (estimate.seconds() - _START_SECONDS) / max(1, estimate.steps)
+    if seconds < (least := min(estimate.steps, _FEWEST_STEPS) * step):
+        raise ValueError(
+            f"hours={hours:g} is too little for a useful run of {estimate.cfg.run_name}: "
+            f"{_FEWEST_STEPS} steps take hours={(least + _START_SECONDS) / 3400:.2g}"
+        )
+    if seconds < estimate.steps * step:
+        cfg = replace(cfg, max_steps=estimate.done + int(seconds / step))
+    return cfg
+
+
+def choose(sizes: Mapping[str, tuple[int, float]], seconds: float, most: int) -> str:
+    """Return which of some sizes, (parameters, tokens a second), to train for a time.
+
+    It is the largest that gets about 20 tokens a parameter, of `most` tokens, else the
+    one that comes nearest.
+    """
+    gets = {name: min(seconds * speed, most) / n for name, (n, speed) in sizes.items()}
+    enough = [name for name, got in gets.items() if got >= _ENOUGH]
+    if enough:
+        return max(enough, key=lambda name: sizes[name][0])
+    return max(gets, key=lambda name: gets[name])
+
+
+class Estimate:
+    """What a planned run takes: text tokens in all, and the steps and tokens left."""
+
+    def __init__(self, drafted: RunPlan, hardware: Hardware) -> None:
+        self.cfg, self.done, total = drafted.cfg, drafted.done, drafted.total_steps
+        cfg, corpus, checkpoint = drafted.cfg, drafted.corpus, drafted.checkpoint
+        self.run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
+        self.speed, self.source = expected_speed(cfg, hardware), "expected"
+        self.history = History(self.run.metrics_file)
+        if last := self.history.last("train"):
+            self.speed, self.source = last["tokens_per_second"], "as the existing run"
+        self.parameters = count_parameters(cfg.shape())["active"]
+        self.stream = stream = corpus.training_stream(cfg, 0)
+        ends = (
+            min(n * cfg.global_batch, stream.total_samples) for n in (self.done, total)
+        )
+        begin, self.tokens = (round(n * stream.tokens / stream.rows) for n in ends)
+        self.tokens_left, self.steps = self.tokens - begin, total - self.done
+        held_out, interval = corpus.validation_rows(cfg, 0), cfg.eval_interval
+        self.held_out = sum(rows.tokens for rows in held_out.sources) if held_out else 0
+        begins = self.done // interval - (self.done == 0)
+        self.validations = -(-total // interval) - begins
+
+    def seconds(self) -> float:
+        """Return the time left; a token of validation takes a third of another's."""
+        answers = _ANSWERS_SECONDS * (self.cfg.sample_tokens > 0)
+        validations = self.validations * (self.held_out / 3 / self.speed + answers)
+        return _START_SECONDS + self.tokens_left / self.speed + validations
+
+
+def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
+    drafted = draft(asked, hardware)
+    estimate = Estimate(drafted, hardware)
+    run, at = estimate.run, position_text(estimate.history)
+    existing = f"{run.root}, {STATUS_WORDS[run.status()]} at step {at}"
+    cfg, corpus, stream = drafted.cfg, drafted.corpus, estimate.stream
+    count, pairs = count_parameters(cfg.shape()), cfg.stage == "dpo"
     active = f", {count['active']:,} active for a token" if cfg.use_moe else ""
     counts = [len(corpus.documents), len(corpus.val_documents)]
     trained, held_out = (count // (1 + pairs) for count in counts)
-    documents = f"{trained:,} to train on, {held_out:,} held out"
-    row = "pairs" if pairs else "rows"
+    row, what = ("pairs", "pairs") if pairs else ("rows", "documents")
     epoch = f"{stream.tokens:,} text tokens in {stream.rows:,} {row}"
     if not pairs:
         fill = stream.tokens / (stream.rows * cfg.max_seq_len)
         epoch += f" of {cfg.max_seq_len} (fill {fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
-    follows = not checkpoint and batch_follows_corpus(vars(cfg), asked)
-    why = ", for this corpus" if follows else ""
-    falls = "falls in a cosine"
-    if cfg.schedule == "linear":
-        falls = f"falls from step {drafted.decay_start:,} on"
+    follows = batch_follows_corpus(vars(cfg), asked.explicit().keys())
+    why = ", for this corpus" if follows and not drafted.checkpoint else ""
+    how = "in a cosine", f"from step {drafted.decay_start:,} on"
+    time_left = _UNKNOWN
+    if estimate.speed:
+        time_left = (
+            f"about {duration(estimate.seconds())} at {estimate.speed:,.0f} text tokens/s "
+            f"({estimate.source}), with start-up and {estimate.validations} validations"
+        )
+    left = (f"{estimate.steps:,} of ", " left") if drafted.checkpoint else ("", "")
     facts = {
         "parameters": f"{count['total']:,}{active}",
         "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
-        "existing run": f"{run.root}, {existing}" if run.exists() else "",
+        "existing run": existing if run.exists() else "",
         "begins from": drafted.config["began_from"],
         "data": describe_rows(corpus, cfg),
-        ("pairs" if pairs else "documents"): documents,
+        what: f"{trained:,} to train on, {held_out:,} held out",
         "too long": "; ".join(describe_truncated(corpus, cfg)),
         "an epoch": epoch,
         "global batch": f"{cfg.global_batch:,} {row} = batch_size {cfg.batch_size} "
         f"× accumulation_steps {cfg.accumulation_steps} × num_processes "
         f"{cfg.num_processes}{why}",
         "learning rate": f"{cfg.learning_rate:g} by {cfg.optimizer}, rises for "
-        f"{cfg.warmup_iters} steps, {falls}",
-        "steps": f"{steps:,} optimizer steps, about {tokens:,} text tokens",
+        f"{cfg.warmup_iters} steps, falls {how[cfg.schedule == 'linear']}",
+        "steps": f"{left[0]}{drafted.total_steps:,} optimizer steps{left[1]}, about "
+        f"{estimate.tokens_left:,} text tokens",
+        "tokens a parameter": f"{estimate.tokens / count['active']:.1f} (some "
+        f"{_TOKENS_A_PARAMETER} make the most of a model of this size)",
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",
-        "time": "" if drafted.complete else _time(cfg, hardware, tokens, history),
+        "time": "" if drafted.complete else time_left,
     }
     known = {name: text for name, text in facts.items() if text}
     return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
@@ -115,34 +209,37 @@ def _memory_gib(cfg: ResolvedConfig) -> float:
     return (fixed + tokens * (block * cfg.num_hidden_layers + logits)) / 2**30
 
 
-def _time(
-    cfg: ResolvedConfig, hardware: Hardware, tokens: int, history: History
-) -> str:
-    if last := history.last("train"):
-        speed, source = last["tokens_per_second"], "the speed of the existing run"
-    elif flops := _product_rate(cfg, hardware):
-        speed = _EXPECTED_SHARE * flops / flops_per_token(cfg)
-        source = f"expected at {_EXPECTED_SHARE:.0%} of the rate of matrix products"
+def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
+    """Return text tokens/s by the rates of products, measured on a CPU and known for
+    some GPUs; 0 for others. Every process makes the whole update."""
+    kinds, size = (cfg.dtype, "float32"), cfg.num_processes
+    if cfg.device == "cpu":
+        rates = [measure_products("cpu", kind, _GEMM_SECONDS) / size for kind in kinds]
     else:
-        return "known after the first steps: no figure for this GPU"
-    span = duration(tokens / speed)
-    return f"about {span} at {speed:,.0f} text tokens/s ({source})"
+        known = _SUSTAINED.get(hardware.gpus[0].name, {})
+        rates = [known.get(kind, 0.0) for kind in kinds]
+    if not all(rates):
+        return 0.0
+    beside = _COLUMN_FLOPS * cfg.num_hidden_layers * cfg.hidden_size
+    beside += _LOGIT_FLOPS * cfg.vocab_size
+    token = (flops_per_token(cfg) / rates[0] + beside / rates[1]) / size
+    matrices = count_parameters(cfg.shape())["total"] - cfg.vocab_size * cfg.hidden_size
+    update = _MUON_FLOPS * cfg.hidden_size * matrices * (cfg.optimizer == "muon")
+    return 1 / (token + update / rates[1] / (cfg.global_batch * cfg.max_seq_len))
 
 
-def _product_rate(cfg: ResolvedConfig, hardware: Hardware) -> float | None:
-    """Return FLOP/s of all processes: measured on a CPU, known for some GPUs."""
-    if cfg.device == "cuda":
-        rate = _SUSTAINED_FLOPS.get(hardware.gpus[0].name)
-        return rate * cfg.num_processes if rate else None
+def measure_products(device: str, dtype: str, seconds: float) -> float:
+    """Return the FLOP/s of square matrix products in a precision on a device."""
     import torch
 
-    a = torch.randn(_GEMM_SIZE, _GEMM_SIZE)
-    torch.mm(a, a)  # the first product allocates
+    size = 1024 if device == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    torch.mm(a, a)[0, 0].item()  # the first product allocates
     count, began = 0, time.monotonic()
-    while time.monotonic() - began < _GEMM_SECONDS:
-        torch.mm(a, a)
+    while (spent := time.monotonic() - began) < seconds:
+        torch.mm(a, a)[0, 0].item()  # waits for the device
         count += 1
-    return count * 2 * _GEMM_SIZE**3 / (time.monotonic() - began)
+    return count * 2 * size**3 / spent
 
 
 class Preview(list[str]):
@@ -167,7 +264,7 @@ def preview(cfg: TrainConfig, rows: int = 2) -> Preview:
     try:
         drafted = draft(cfg)
     except NoInitialWeights:
-        drafted = draft(dataclasses.replace(cfg, init_from="none"))
+        drafted = draft(replace(cfg, init_from="none"))
     resolved, tokenizer = drafted.cfg, drafted.tokenizer
     stream = drafted.corpus.training_stream(resolved, tokenizer.pad_id)
     decode = load_tokenizer(tokenizer).decode

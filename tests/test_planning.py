@@ -1,11 +1,13 @@
 import json
 import re
+import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from support.runs import train_here
 
-from minimind_nb import planning
+from minimind_nb import cli, planning
 from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
@@ -61,10 +63,12 @@ def test_a_plan_counts_without_starting_a_run(settings, tmp_path):
     )
     assert facts["checkpoints"] == "0.02 GiB each, 2 to 4 kept"
     assert re.fullmatch(
-        r"about 0:00:0\d at [\d,]+ text tokens/s \(expected at 50% of the rate of "
-        r"matrix products\)",
+        r"about 0:00:\d\d at [\d,]+ text tokens/s \(expected\), with start-up and "
+        r"2 validations",
         facts["time"],
     )
+    each = re.fullmatch(r"([\d.]+) \(some 20 make .*\)", facts["tokens a parameter"])
+    assert each and float(each[1]) == pytest.approx(3 * tokens / 1_606_784, abs=0.05)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cache"]
 
 
@@ -96,11 +100,11 @@ def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
     run.mkdir(parents=True)
     with MetricsLog(run / "metrics.jsonl") as log:
         log.append("event", event="start", step=0)
-        assert "expected at 50%" in plan(TrainConfig(**settings))["time"]
+        assert "(expected)" in plan(TrainConfig(**settings))["time"]
         log.append("train", step=1, tokens_per_second=50.0)
         log.append("train", step=2, tokens_per_second=0.001)
     assert re.fullmatch(
-        r"about \d+ days?, [\d:]+ at 0 text tokens/s \(the speed of the existing run\)",
+        r"about \d+ days?, [\d:]+ at 0 text tokens/s \(as the existing run\), with .*",
         plan(TrainConfig(**settings))["time"],
     )
 
@@ -123,8 +127,115 @@ def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
     monkeypatch.setattr(planning, "detect_hardware", lambda: machine_of(t4, t4))
     facts = plan(TrainConfig(**settings))
     assert facts["precision"] == "float16 on 2 × cuda"
-    # 2 x 24 TFLOP/s, half of it reached, at 10,427,136 operations a token.
-    assert "at 2,301,687 text tokens/s" in facts["time"]
+    # A card takes 10,427,136 FLOP a token at 24 TFLOP/s, and 9,400 x 512 + 880 x 6400
+    # at 3; both make Muon's update, 31 x 128 x 787,584 a step of 4 x 256 tokens.
+    token = (10_427_136 / 24e12 + 10_444_800 / 3e12) / 2
+    speed = 1 / (token + 31 * 128 * 787_584 / 3e12 / 1024)
+    assert f"at {speed:,.0f} text tokens/s" in facts["time"]
+
+
+def test_validations_and_start_up_take_time(settings, monkeypatch):
+    monkeypatch.setattr(planning, "measure_products", lambda *_: 1e12)
+    own = {**settings, "eval_interval": 1, "sample_tokens": 0, "max_seq_len": 32}
+    cfg = TrainConfig(**{**own, "max_steps": 3})
+    estimate = planning.Estimate(planning.draft(cfg), CPU)
+    assert (estimate.steps, estimate.validations) == (3, 4)
+    tokens = estimate.tokens + 4 * estimate.held_out / 3
+    assert estimate.seconds() == pytest.approx(8 + tokens / estimate.speed)
+    longer = planning.Estimate(planning.draft(replace(cfg, sample_tokens=9)), CPU)
+    assert longer.seconds() == pytest.approx(estimate.seconds() + 4 * 0.5)
+
+
+def test_reduced_precision_has_its_own_rate(settings, monkeypatch):
+    rates = {"float32": 1e11, "bfloat16": 4e11}
+    monkeypatch.setattr(planning, "measure_products", lambda _, kind, __: rates[kind])
+    fp32, bf16 = (
+        planning.expected_speed(resolve(TrainConfig(preset="demo", dtype=kind)), CPU)
+        for kind in rates
+    )
+    assert 1.3 * fp32 < bf16 < 4 * fp32
+
+
+def test_a_plan_of_a_stopped_run_is_of_what_is_left(settings):
+    own = {**settings, "preset": None, "hidden_size": 32, "num_hidden_layers": 1}
+    own |= {"max_steps": 4, "max_seq_len": 64, "sample_tokens": 0}
+    whole = plan(TrainConfig(**own))
+    train_here(own, stop_at=3)
+    facts = plan(TrainConfig(**own))
+    assert facts["steps"].startswith("1 of 4 optimizer steps left, about ")
+    assert facts["tokens a parameter"] == whole["tokens a parameter"]
+    assert facts["time"].endswith("1 validations")
+
+
+SMALL, MEDIUM, LARGE = 1_606_784, 25_829_888, 104_034_816
+
+
+@pytest.mark.parametrize(
+    ("speeds", "hours", "corpus", "chosen"),
+    [
+        # Two T4 and a large corpus, then a small one, then little time.
+        ((300_000, 60_000, 14_000), 40, 1e10, "large"),
+        ((300_000, 60_000, 14_000), 10, 1e10, "medium"),
+        ((300_000, 60_000, 14_000), 10, 3e7, "small"),
+        # Two cores: what comes nearest if none gets enough.
+        ((9_000, 600, 120), 1, 1e10, "small"),
+        ((9_000, 600, 120), 0.1, 1e10, "small"),
+    ],
+)
+def test_the_largest_shape_that_gets_enough_tokens_is_chosen(
+    speeds, hours, corpus, chosen
+):
+    numbers = zip((SMALL, MEDIUM, LARGE), speeds, strict=True)
+    sizes: dict[str, tuple[int, float]]
+    sizes = dict(zip(("small", "medium", "large"), numbers, strict=True))
+    assert planning.choose(sizes, hours * 3600, int(corpus)) == chosen
+
+
+@pytest.fixture
+def slow(monkeypatch) -> None:
+    monkeypatch.setattr(planning, "measure_products", lambda *_: 1e8)
+
+
+def test_hours_choose_a_preset_and_a_length_that_fit(settings, slow):
+    own = {"data_path": settings["data_path"], "out_dir": settings["out_dir"]}
+    own |= {"max_seq_len": 32, "batch_size": 1, "epochs": 40}
+    facts = plan(TrainConfig(**own), hours=1.5)
+    assert facts["parameters"] == "1,606,784"
+    found = re.search(r"about (\d):(\d\d):(\d\d) at", facts["time"])
+    assert found
+    hours, minutes, seconds = map(int, found.groups())
+    assert 0.9 * 5400 < 3600 * hours + 60 * minutes + seconds <= 0.951 * 5400
+    cfg = eval(facts["in Python"].replace("mm.", ""), {"TrainConfig": TrainConfig})
+    assert cfg.preset == "demo" and 100 < cfg.max_steps < 200
+    assert plan(cfg)["steps"] == facts["steps"]
+    words = shlex.split(facts["in a shell"])
+    options = vars(cli._parse(words[1:]))
+    assert options.pop("command") == "pretrain"
+    assert TrainConfig(**options) == cfg
+
+
+def test_hours_leave_a_shape_that_is_set_and_a_corpus_that_ends_sooner(settings, slow):
+    own = {**settings, "max_steps": None, "hidden_size": 64, "max_seq_len": 32}
+    facts = plan(TrainConfig(**own, batch_size=2), hours=1000)
+    assert facts.title.startswith("pretrain_64 on ")
+    assert "hidden_size=64, " in facts["in Python"]
+    assert "preset='demo'" in facts["in Python"] and "epochs=4" in facts["in Python"]
+
+
+def test_too_few_hours_are_refused_with_what_is_enough(settings, slow):
+    own = {**settings, "max_seq_len": 32, "batch_size": 1, "recipe": None}
+    with pytest.raises(ValueError, match="is too little for a useful run") as refused:
+        plan(TrainConfig(**own), hours=0.01)
+    enough = re.search(r"100 steps take hours=([\d.]+)$", str(refused.value))
+    assert enough
+    assert plan(TrainConfig(**own), hours=1.1 * float(enough[1]))["steps"]
+
+
+def test_hours_need_a_speed(settings, monkeypatch):
+    new = Gpu("Z9000", (12, 0), 96.0)
+    monkeypatch.setattr(planning, "detect_hardware", lambda: machine_of(new))
+    with pytest.raises(ValueError, match="hours=2: the speed is known after the first"):
+        plan(TrainConfig(**settings), hours=2)
 
 
 def test_of_an_unknown_gpu_nothing_is_promised(settings, monkeypatch):
