@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `as` exports a name to type checkers
+    from .benchmark import bench as bench
     from .config import TrainConfig as TrainConfig
     from .data.datasets import DPODataset as DPODataset
     from .data.datasets import PretrainDataset as PretrainDataset
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # `as` exports a name to type checkers
 __version__ = "0.1.0"
 
 _NAMES = {
+    "benchmark": "bench",
     "config": "TrainConfig",
     "data.datasets": "DPODataset PretrainDataset RLAIFDataset SFTDataset",
     "data.jsonl": "DataError",

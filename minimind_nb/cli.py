@@ -56,7 +56,8 @@ _COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
         "Train a tokenizer on data files.",
         ["data_path", "out_dir", "vocab_size", "special"],
     ),
-    "plan": ("plan", "Estimate what a run takes.", [*_TRAINING, "stage"]),
+    "plan": ("plan", "Estimate what a run takes.", [*_TRAINING, "stage", "hours"]),
+    "bench": ("bench", "Measure the speed of training.", [*_TRAINING, "stage"]),
     "doctor": ("doctor", "Report problems of this machine.", ["out_dir"]),
     "verify": ("verify", "Check the files of a run.", ["RUN_DIR"]),
 }
@@ -76,6 +77,7 @@ _HELP = {
     "top_k": "sample from this many likeliest tokens; 0 from all (0)",
     "repetition_penalty": "above 1 repeats less (1.0)",
     "max_new_tokens": "longest answer in tokens (256)",
+    "hours": "choose the preset, unless a shape is set, and the length for these hours",
     "format": "llama, qwen3, qwen3_moe, minimind, pth or gguf; the one that fits",
     "chat seed": "seed of the sampling",
     "export dtype": "precision of the weights: float16, bfloat16 or float32",
@@ -87,7 +89,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **kinds(),
     **dict.fromkeys(["ddp", "thinking"], (bool,)),
     "special": (tuple,),
-    **dict.fromkeys(["temperature", "top_p", "repetition_penalty"], (float,)),
+    **dict.fromkeys(["hours", "temperature", "top_p", "repetition_penalty"], (float,)),
     **dict.fromkeys(["top_k", "max_new_tokens"], (int,)),
 }
 
@@ -226,16 +228,17 @@ def _is_first() -> bool:
 
 def run(command: str, **options: Any) -> int:
     """Call the function behind a command, print its result, return the exit code."""
-    if command in ("chat", "export", "tokenizer") and not _is_first():
+    if command in ("bench", "chat", "export", "tokenizer") and not _is_first():
         return 0  # torchrun starts every command in all its processes
     if options.pop("ddp", None) is not None and _is_first():
         text = "--ddp is always on: one process per GPU, or --num_processes of them"
         print(f"minimind-nb: {text}", file=sys.stderr)
     function = _COMMANDS[command][0]
     package = importlib.import_module("minimind_nb")
-    if function in ("train", "plan"):
+    if function in ("train", "plan", "bench"):
         options |= {"stage": command} if command in STAGES else {}
-        options = {"cfg": TrainConfig(**options)}
+        extra = {name: options.pop(name) for name in ("hours",) if name in options}
+        options = {"cfg": TrainConfig(**options), **extra}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
     if command == "chat" and options.keys() & set(SHAPE_FIELDS):

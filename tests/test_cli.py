@@ -54,7 +54,8 @@ COMMANDS = {
     "chat": CHAT,
     "export": ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
     "tokenizer": ["data_path", "out_dir", "vocab_size", "special"],
-    "plan": [*OPTIONS, "ddp", "stage"],
+    "plan": [*OPTIONS, "ddp", "stage", "hours"],
+    "bench": [*OPTIONS, "ddp", "stage"],
     "doctor": ["out_dir"],
     "verify": [],
 }

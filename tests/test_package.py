@@ -27,7 +27,7 @@ ROOMS = (
     {"model"},
     {"monitor"},
     {"training"},
-    {"planning", "diagnosis", "notebook", "cli", "__main__", ""},
+    {"planning", "benchmark", "diagnosis", "notebook", "cli", "__main__", ""},
 )
 HEAVY = "torch matplotlib ipywidgets transformers IPython numpy tokenizers tqdm".split()
 MOST_LINES = 350

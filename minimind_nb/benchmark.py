@@ -1,0 +1,78 @@
+"""The speed of this machine, measured: matrix products, and the real training step."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import repeat
+from multiprocessing import get_context
+
+from .config import TrainConfig, count_parameters
+from .data.demo import DEMO
+from .hardware import detect_hardware
+from .lifetime import without_main_script
+from .monitor.progress import duration
+from .monitor.tables import Facts
+from .planning import Estimate, flops_per_token, measure_products
+from .training.api import train
+from .training.preparation import draft
+
+_WARM_STEPS, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 100
+_STEP_SECONDS, _PRODUCT_SECONDS = 10.0, 2.0
+# TFLOP/s of dense products in fp16 and bf16, by NVIDIA's data sheets.
+_NOMINAL = {"Tesla T4": 65, "NVIDIA L4": 121, "NVIDIA A100-SXM4-40GB": 312}
+
+
+def bench(cfg: TrainConfig | None = None) -> Facts:
+    """Measure how fast this machine trains a configuration, in a minute on a CPU.
+
+    Trains new weights for some steps in a temporary folder, on the data ("demo" if none
+    is set) and in all processes, then multiplies matrices on each device. Leaves nothing
+    behind; the last row is one line to send in. Raises what `train` raises.
+    """
+    asked = replace(cfg or TrainConfig(), resume="auto", init_from="none")
+    with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
+        asked = replace(asked, data_path=asked.data_path or DEMO, out_dir=folder)
+        hardware = detect_hardware()
+        planned = Estimate(draft(asked, hardware), hardware)
+        steps = round(_STEP_SECONDS * planned.speed * planned.steps / planned.tokens)
+        steps = max(_FEWEST_STEPS, min(steps or _MOST_STEPS, _MOST_STEPS))
+        brief = {"epochs": 10**6, "max_steps": _WARM_STEPS + steps, "log_interval": 1}
+        brief |= {"eval_tokens": 1, "sample_tokens": 0, "use_wandb": False}
+        began, seen = time.monotonic(), list[float]()
+        asked = replace(asked, **brief)
+        run = train(asked, view=lambda _: seen.append(time.monotonic() - began))
+        rows = run.history.select("train")[_WARM_STEPS - 1 :]
+    if len(rows) <= steps:
+        raise KeyboardInterrupt
+    tokens, seconds = (rows[-1][n] - rows[0][n] for n in ("tokens", "seconds"))
+    planned.speed, cfg = tokens / seconds, planned.cfg
+    cuda = cfg.device == "cuda"
+    devices = [f"cuda:{n}" for n in range(cfg.num_processes)] if cuda else ["cpu"]
+    how = repeat(cfg.dtype), repeat(_PRODUCT_SECONDS)
+    spawn = get_context("spawn")
+    with without_main_script(), ProcessPoolExecutor(len(devices), spawn) as pool:
+        rates = [rate / 1e12 for rate in pool.map(measure_products, devices, *how)]
+    flops = planned.speed * flops_per_token(cfg) / 1e12
+    share = f"{flops / sum(rates):.2f} of products"
+    nominal = cuda and cfg.dtype != "float32" and _NOMINAL.get(hardware.gpus[0].name)
+    mfu = f"MFU {flops / len(rates) / nominal:.2f}" if nominal else "MFU unknown"
+    shape = f"{count_parameters(cfg.shape())['total'] / 1e6:.1f} M parameters"
+    batch = f"{cfg.global_batch} × {cfg.max_seq_len}"
+    speed = f"{planned.speed:,.0f} text tokens/s"
+    versions = [f"{name} {version(name)}" for name in ("minimind_nb", "torch")]
+    place = [hardware.describe(), f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}"]
+    line = [*versions, *place, shape, batch, speed, share, mfu]
+    facts = {
+        "products": f"{', '.join(f'{r:.3g}' for r in rates)} TFLOP/s in {cfg.dtype}",
+        "training": f"{speed} in steps of {batch}, fill {rows[-1]['fill']:.3f}",
+        "model": f"{flops:.3g} TFLOP/s for {shape}: {share}, {mfu}",
+        "peak memory": f"{max(rows[-1]['peak_memory_gib']):.2f} GiB in each process",
+        "start-up": f"{seen[0]:.1f} s",
+        "a whole run": f"{duration(planned.seconds())} for {planned.steps:,} steps",
+        "to send in": ", ".join(line),
+    }
+    return Facts("Speed of this machine", facts)
