@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-oldest faults check docs clean
+.PHONY: setup demo test test-fast test-oldest faults bench check docs clean
 
 setup: .venv/.ready
 
@@ -52,6 +52,11 @@ test-oldest: .venv-oldest/.ready
 # Every row of the list of faults, a thousand random kills, flipped bits: faults.md.
 faults: setup
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+# Every speed as a ratio of two things measured in one run: some 15 minutes on two cores.
+bench: setup
+	@mkdir -p out
+	$(BIN)/python benchmarks/speed.py --dtype float32 bfloat16 --out out/bench.jsonl $(OPTIONS)
 
 check: setup
 	$(BIN)/ruff check .
