@@ -227,12 +227,12 @@ def training(asked: Asked, **settings: Any) -> Iterator[Trainer]:
     given |= settings
     with prepare(mm.TrainConfig(**given)) as (plan, _):
         stop = StopRequest()
+        stop.restore()  # an interrupt ends the benchmark
         record = RankRecord(plan.folder.record_file(0), 0)
         group, device = Group(0, 1, "", "cpu"), torch.device("cpu")
         trainer = Trainer(plan, group, device, record, stop)
         with trainer.metrics:
             yield trainer
-        stop.restore()
 
 
 def stepping(trainer: Trainer, work: float) -> Callable[[], float]:
@@ -787,9 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "letters", nargs="*", choices=[*LETTERS], default=[*LETTERS], metavar="LETTER"
-    )
+    parser.add_argument("letters", nargs="*", metavar="LETTER", help="default: all")
     parser.add_argument("--threads", type=int, default=count_cores())
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", default=["float32"], dest="dtypes")
@@ -801,13 +799,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=15, help="for h, and tenfold")
     parser.add_argument("--out", type=Path, help="a file to append each row to")
     asked = parser.parse_args(arguments)
+    if unknown := set(asked.letters) - LETTERS.keys():
+        parser.error(f"{', '.join(unknown)} is not one of {', '.join(LETTERS)}")
     settle(asked)
     about = {"threads": asked.threads, "torch": torch.__version__}
     table = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     print(*table, sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         asked.folder = Path(folder)
-        for letter in asked.letters:
+        for letter in asked.letters or LETTERS:
             several = asked.dtypes if letter in IN_EACH_PRECISION else asked.dtypes[:1]
             for dtype in several:
                 asked.dtype = dtype

@@ -36,12 +36,18 @@ def test_turns_rotate_and_disturbed_ones_are_left_out(monkeypatch: pytest.Monkey
     assert (row["turns"], row["disturbed"], row["others"]) == (5, 2, 0)
 
 
-def test_command_appends_a_row_with_the_ratio_of_its_sides(tmp_path, monkeypatch):
+def test_command_appends_a_row_with_the_ratio_of_its_sides(
+    tmp_path, monkeypatch, capsys
+):
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))  # to be restored
     out, threads = tmp_path / "rows.jsonl", torch.get_num_threads()
     small = "--preset demo --rows 1 --width 64 --turns 1 --threads 1"
-    speed.main(["e", *small.split(), "--out", str(out)])
+    monkeypatch.setattr(speed, "LETTERS", {"e": speed.measure_loader})
+    speed.main([*small.split(), "--out", str(out)])  # all letters there are
+    with pytest.raises(SystemExit):
+        speed.main(["z"])
+    assert "z is not one of e" in capsys.readouterr().err
     torch.set_num_threads(threads)
     (row,) = map(json.loads, out.read_text().splitlines())
     loader, training = row["sides"].values()
