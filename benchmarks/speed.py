@@ -376,7 +376,8 @@ def measure_mixture(asked: Asked) -> Iterator[Row]:
     with training(asked, **shape) as trainer:
         first: Any = trainer.model.model.layers[0]
         mlp = first.mlp
-        x_BTD = torch.randn(asked.rows, asked.width, trainer.cfg.hidden_size)
+        size = (asked.rows, asked.width, trainer.cfg.hidden_size)
+        x_BTD = torch.randn(size, requires_grad=True)
         results = {}
 
         def layer(name: str, forward: Callable[..., Any]) -> Callable[[], None]:
