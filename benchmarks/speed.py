@@ -433,7 +433,7 @@ def by_masks(
 
 def measure_encoding(asked: Asked) -> Iterator[Row]:
     """d: ids as those of tokenizers, which uses all threads, ours one."""
-    file, slow = corpus(asked, 15), Tokenizer.from_str(SPEC.json)
+    file, slow = corpus(asked, 5), Tokenizer.from_str(SPEC.json)
     texts = [json.loads(line)["text"] for line in Path(file).open("rb")]
     fast, megabytes = BulkEncoder(SPEC), Path(file).stat().st_size / 1e6
     pairs = zip(fast.encode(texts), slow.encode_batch_fast(texts), strict=True)
