@@ -10,13 +10,13 @@ from importlib.metadata import version
 from itertools import repeat
 from multiprocessing import get_context
 
-from .config import TrainConfig, count_parameters
+from .config import TrainConfig, count_parameters, flops_per_token
 from .data.demo import DEMO
 from .hardware import detect_hardware
 from .lifetime import without_main_script
 from .monitor.progress import duration
 from .monitor.tables import Facts
-from .planning import Estimate, flops_per_token, measure_products
+from .planning import Estimate, measure_products
 from .training.api import train
 from .training.preparation import draft
 
@@ -56,7 +56,7 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
     spawn = get_context("spawn")
     with without_main_script(), ProcessPoolExecutor(len(devices), spawn) as pool:
         rates = [rate / 1e12 for rate in pool.map(measure_products, devices, *how)]
-    flops = planned.speed * flops_per_token(cfg) / 1e12
+    flops = planned.speed * flops_per_token(vars(cfg)) / 1e12
     share = f"{flops / sum(rates):.2f} of products"
     nominal = cuda and cfg.dtype != "float32" and _NOMINAL.get(hardware.gpus[0].name)
     mfu = f"MFU {flops / len(rates) / nominal:.2f}" if nominal else "MFU unknown"

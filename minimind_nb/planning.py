@@ -18,6 +18,7 @@ from .config import (
     TrainConfig,
     batch_follows_corpus,
     count_parameters,
+    flops_per_token,
 )
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware
@@ -167,7 +168,8 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
     left = (f"{estimate.steps:,} of ", " left") if drafted.checkpoint else ("", "")
     facts = {
         "parameters": f"{count['total']:,}{active}",
-        "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}",
+        "precision": f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}"
+        + ", compiled" * cfg.compile,
         "existing run": existing if run.exists() else "",
         "begins from": drafted.config["began_from"],
         "data": describe_rows(corpus, cfg),
@@ -190,13 +192,6 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
     }
     known = {name: text for name, text in facts.items() if text}
     return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
-
-
-def flops_per_token(cfg: ResolvedConfig) -> float:
-    """Return FLOP of a token, forward and backward: 6 a parameter, causal attention."""
-    width = cfg.num_attention_heads * cfg.head_dim
-    attention = 6 * cfg.num_hidden_layers * cfg.max_seq_len * width
-    return 6.0 * count_parameters(cfg.shape())["active"] + attention
 
 
 def _memory_gib(cfg: ResolvedConfig) -> float:
@@ -222,10 +217,10 @@ def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
         return 0.0
     beside = _COLUMN_FLOPS * cfg.num_hidden_layers * cfg.hidden_size
     beside += _LOGIT_FLOPS * cfg.vocab_size
-    token = (flops_per_token(cfg) / rates[0] + beside / rates[1]) / size
+    token = (flops_per_token(vars(cfg)) / rates[0] + beside / rates[1]) / size
     matrices = count_parameters(cfg.shape())["total"] - cfg.vocab_size * cfg.hidden_size
     update = _MUON_FLOPS * cfg.hidden_size * matrices * (cfg.optimizer == "muon")
-    return 1 / (token + update / rates[1] / (cfg.global_batch * cfg.max_seq_len))
+    return 1 / (token + update / rates[0] / (cfg.global_batch * cfg.max_seq_len))
 
 
 def measure_products(device: str, dtype: str, seconds: float) -> float:

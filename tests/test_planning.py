@@ -8,10 +8,10 @@ import pytest
 from support.runs import train_here
 
 from minimind_nb import cli, planning
-from minimind_nb.config import TrainConfig, resolve
+from minimind_nb.config import TrainConfig, flops_per_token, resolve
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.planning import flops_per_token, plan, preview
+from minimind_nb.planning import plan, preview
 from minimind_nb.session import Session
 from minimind_nb.training import machine, run_plan
 
@@ -257,7 +257,7 @@ def test_of_an_unknown_gpu_nothing_is_promised(settings, monkeypatch):
 def test_operations_of_a_token_count_parameters_in_use_and_attention(
     settings, operations
 ):
-    assert flops_per_token(resolve(TrainConfig(**settings))) == operations
+    assert flops_per_token(vars(resolve(TrainConfig(**settings)))) == operations
 
 
 def test_a_preview_shows_packed_documents_as_the_model_meets_them(settings):

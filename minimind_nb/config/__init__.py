@@ -18,6 +18,7 @@ from .presets import count_parameters as count_parameters
 from .presets import default_run_name as default_run_name
 from .presets import fill_defaults as fill_defaults
 from .presets import fit_batch as fit_batch
+from .presets import flops_per_token as flops_per_token
 from .presets import resolve_batch as resolve_batch
 from .settings import PATH_FIELDS as PATH_FIELDS
 from .settings import ResolvedConfig as ResolvedConfig

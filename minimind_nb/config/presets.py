@@ -192,7 +192,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     "sample_prompts sample_tokens max_session_hours max_skipped_steps "
     "hang_timeout_seconds out_dir run_name resume allow_change data_path val_path "
     "init_from tokenizer on_bad_line max_bad_fraction device num_processes dtype "
-    "batch_size accumulation_steps preset recipe use_wandb wandb_project".split()
+    "batch_size accumulation_steps preset recipe use_wandb wandb_project compile".split()
 )
 """Settings that may change when a run is resumed; any other difference is refused."""
 
@@ -328,3 +328,10 @@ def count_parameters(shape: Mapping[str, Any]) -> dict[str, int]:
         name: outside + shape["num_hidden_layers"] * (layer + count * expert)
         for name, count in (("total", experts), ("active", chosen))
     }
+
+
+def flops_per_token(settings: Mapping[str, Any]) -> float:
+    """Return FLOP of a token, forward and backward: 6 a parameter, causal attention."""
+    width = settings["num_attention_heads"] * settings["head_dim"]
+    attention = 6 * settings["num_hidden_layers"] * settings["max_seq_len"] * width
+    return 6.0 * count_parameters(settings)["active"] + attention

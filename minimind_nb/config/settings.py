@@ -171,6 +171,9 @@ class TrainConfig:
     """Worker processes; default: one per GPU, or one on a CPU."""
     dtype: str = _DEFAULT
     """Precision of matrix products: float16, bfloat16 or float32; default: by hardware."""
+    compile: str | bool = "auto"
+    """Compile the steps, not of dpo: True, False, or "auto", if the run takes 20 minutes.
+    On a CPU they are 1.05 to 1.1 times as fast in float32, 1.2 in bfloat16."""
     max_skipped_steps: int = _DEFAULT
     """Non-finite steps in a row after which the run fails; default 20."""
     hang_timeout_seconds: float = _DEFAULT
@@ -217,6 +220,7 @@ class ResolvedConfig(TrainConfig):
     """The settings of a run with every default filled in; None means not used."""
 
     data_path: str | tuple[str, ...] = ""
+    compile: bool = False
 
     @property
     def weights_name(self) -> str:

@@ -28,6 +28,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "on_bad_line": ("error", "skip"),
     "optimizer": ("muon", "adamw"),
     "schedule": ("linear", "cosine"),
+    "compile": ("auto",),  # or a bool
 }
 _AT_LEAST = {
     0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
@@ -115,7 +116,7 @@ def _value_problem(
         expected = " or ".join(special.get(one, one.__name__) for one in allowed)
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _CHOICES.get(name)
-    if choices and value not in choices:
+    if choices and value not in choices and kind is not bool:
         hint = _hint("cuda" if value == "gpu" else value, choices)
         return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
     return None
@@ -174,6 +175,8 @@ def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str
             'init_from="auto" needs a previous stage, and pretrain is the first; name '
             "the weights, or leave it out for a random initialisation"
         )
+    if v["stage"] == "dpo" and v.get("compile") is True:
+        yield "compile=True is not for dpo, whose rows differ in length; leave it out"
     if v["stage"] != "pretrain" and v["document_mask"] is False:
         yield "document_mask=False would let conversations see each other; leave it out"
 

@@ -92,9 +92,11 @@ def read_samples(
             for row in range(len(packed))
         ]
         width = max(sum(count for _, (_, _, count) in row) for row in rows)
-    inputs = np.full((len(rows), width), pad_id, np.int64)
-    targets = np.full((len(rows), width), IGNORED, np.int64)
-    documents = np.full((len(rows), width), -1, np.int32)
+    # Empty rows count for nothing; a compiled step has one shape.
+    shape = (cfg.batch_size if cfg.compile else len(rows), width)
+    inputs = np.full(shape, pad_id, np.int64)
+    targets = np.full(shape, IGNORED, np.int64)
+    documents = np.full(shape, -1, np.int32)
     for b, row in enumerate(rows):
         begin = 0
         for number, piece in row:

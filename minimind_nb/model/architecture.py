@@ -232,6 +232,7 @@ def rotate(x_BHTC: Tensor, cos_B1TF: Tensor, sin_B1TF: Tensor) -> Tensor:
     return torch.cat((a * cos_B1TF - b * sin_B1TF, b * cos_B1TF + a * sin_B1TF), -1)
 
 
+@torch.compiler.assume_constant_result
 def lacks_fast_gqa(device: torch.device) -> bool:
     """Return whether grouped keys must be expanded to all heads before SDPA."""
     cuda = device.type == "cuda"
@@ -324,7 +325,7 @@ def balance_loss(
     if seq_aux:
         load_BE = count_BE * E / count_BE.sum(1, keepdim=True).clamp(min=1)
         mean_BE = scores_BE / tokens_B.clamp(min=1)[:, None]
-        return (load_BE * mean_BE).sum(1).mean()
+        return (load_BE * mean_BE).sum() / (tokens_B > 0).sum().clamp(min=1)
     tokens = tokens_B.sum().clamp(min=1)
     return (count_BE.sum(0) * E / tokens * scores_BE.sum(0) / tokens).sum()
 

@@ -163,7 +163,7 @@ def _evaluate(
     asked = TrainConfig(stage=stage, **choices)
     caches = current_session().cache_folder(asked.out_dir)
     file = str(locate(data_path, caches, stage))
-    asked = replace(asked, data_path=file, val_path=file)
+    asked = replace(asked, data_path=file, val_path=file, compile=False)
     cfg = resolve(asked, **machine_defaults(asked), **weights.shape())
     tokenizer = read_tokenizer(weights.tokenizer)
     corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)

@@ -70,10 +70,10 @@ class Evaluator:
         with self.autocast:
             return with_reference(batch, self.reference)
 
-    def losses(self, batch: MicroBatch) -> Losses:
+    def losses(self, batch: MicroBatch, compiled: Any = None) -> Losses:
         """Return the stage's objective for a complete micro-batch."""
         with self.autocast:
-            return self.stage.objective(self.model, batch, self.cfg)
+            return (compiled or self.stage.objective)(self.model, batch, self.cfg)
 
     @torch.no_grad()
     def evaluate(self, rows: ValidationRows) -> dict[str, Any]:

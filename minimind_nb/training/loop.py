@@ -18,6 +18,7 @@ from .evaluation import answer_prompts, seed_of
 from .optim import learning_rate
 from .trainer import LogWindow, Trainer, describe_lines
 
+_COMPILERS = ("torch._dynamo", "torch._functorch", "torch._inductor", "triton")
 _MAX_FAILED_SAVES = 3
 
 
@@ -48,14 +49,14 @@ def train_step(trainer: Trainer) -> str | None:
     """Take one optimizer step; return the stop reason that the ranks agreed on, or None."""
     started = time.monotonic()
     batch = trainer.stream.next_step()
-    trainer.seed_dropout()
-    trainer.gradients.flat.zero_()
-    for micro_batch in batch.micro_batches:
-        sums = trainer.losses(trainer.to_device(micro_batch))
-        losses = sums.share_of(batch, micro_batch.samples)
-        trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
-        trainer.gradients.add_losses(losses)
-        trainer.window.expert_choices += torch.tensor(trainer.model.expert_load())
+    try:
+        compute_gradients(trainer, batch)
+    except Exception as error:
+        if not type(error).__module__.startswith(_COMPILERS):
+            raise
+        trainer.log("event", event="compile_failed", error=repr(error)[:300])
+        trainer.compiled = None
+        compute_gradients(trainer, batch)
     trainer.gradients.add_stop_flags(trainer.stop_flags())
     trainer.group.sum(trainer.gradients.flat)  # gradients, losses and stop flags
     trainer.scaler.unscale_(trainer.optimizer)
@@ -63,6 +64,18 @@ def train_step(trainer: Trainer) -> str | None:
     update_weights(trainer, norm)
     record_step(trainer, batch, means, norm, time.monotonic() - started)
     return agreed_stop_reason(stop_flags)
+
+
+def compute_gradients(trainer: Trainer, batch: StepBatch) -> None:
+    """Sum the gradients and losses of this rank's micro-batches."""
+    trainer.seed_dropout()
+    trainer.gradients.flat.zero_()
+    for micro_batch in batch.micro_batches:
+        sums = trainer.losses(trainer.to_device(micro_batch), trainer.compiled)
+        losses = sums.share_of(batch, micro_batch.samples)
+        trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
+        trainer.gradients.add_losses(losses)
+        trainer.window.expert_choices += torch.tensor(trainer.model.expert_load())
 
 
 def update_weights(trainer: Trainer, norm: float) -> None:

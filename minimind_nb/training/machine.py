@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, count_parameters
-from ..hardware import Hardware, choose_dtype, detect_hardware
+from ..hardware import Hardware, choose_dtype, detect_hardware, has_compiler
 from ..launch.torchrun import find_torchrun
 from ..storage.run_folder import step_of
 from .run_plan import RunPlan
@@ -23,7 +23,7 @@ _PROBE_BYTES = 1 << 16
 def machine_defaults(
     cfg: TrainConfig, hardware: Hardware | None = None
 ) -> dict[str, Any]:
-    """Return device, num_processes and dtype: explicit ones, or those of this machine.
+    """Return device, num_processes and dtype, explicit or this machine's; can it compile.
 
     Raises `ValueError` for those that cannot work here.
     """
@@ -52,6 +52,7 @@ def machine_defaults(
         "device": device,
         "num_processes": processes,
         "dtype": cfg.dtype or dtype,
+        "compile": cfg.stage != "dpo" and has_compiler(capability),
     }
 
 

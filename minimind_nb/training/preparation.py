@@ -32,7 +32,7 @@ from ..data.corpus import Corpus
 from ..data.demo import DEMO
 from ..data.token_cache import REJECTED
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
-from ..hardware import Hardware
+from ..hardware import Hardware, count_cores, pays_to_compile
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
@@ -112,10 +112,13 @@ def _draft(
         tokens = int(corpus.truncated.pieces[:, 2].sum())
         batch = fit_batch(vars(resolved), cfg.explicit(), tokens)
         resolved = dataclasses.replace(resolved, **batch)
+    total = count_steps(corpus, resolved, checkpoint)
+    if not checkpoint and cfg.compile == "auto":
+        pays = resolved.compile and pays_to_compile(resolved, total, count_cores())
+        resolved = dataclasses.replace(resolved, compile=pays)
     config = describe_run(cfg, resolved, tokenizer, corpus, initial)
     if checkpoint:
         keep_identity(checkpoint.run, config, cfg, resolved)
-    total = count_steps(corpus, resolved, checkpoint)
     resumed = checkpoint and undo_decay(total, resolved, checkpoint)
     if resumed != checkpoint:  # whose steps may have had another global batch
         total = count_steps(corpus, resolved, resumed)

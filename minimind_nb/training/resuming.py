@@ -30,7 +30,7 @@ from .initial_weights import FIXED_SHAPE
 
 logger = logging.getLogger(__name__)
 # What runs did whose config.json does not know the setting.
-_BEFORE: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine"}
+_BEFORE: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine", "compile": False}
 # Copied with a run, in addition to two checkpoints.
 _COPIED = (
     "config.json metrics.jsonl rejected.jsonl wandb.json loss.png summary.md rank*.json "
@@ -111,7 +111,7 @@ def reconcile_with_existing_run(
     """
     config = read_config(folder)
     run, asked = config["settings"], _asked(cfg, config["settings"])
-    values = run | {**machine}
+    values = run | {**machine, "compile": run["compile"]}
     if "dtype" in config["explicit"] and values["device"] == run["device"]:
         values["dtype"] = run["dtype"]
     values |= asked

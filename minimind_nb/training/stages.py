@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from ..config import ResolvedConfig
 from ..data.batches import IGNORED, MicroBatch, StepBatch
@@ -131,3 +134,19 @@ OBJECTIVES: dict[str, Stage] = {
     "dpo": Stage(preference_loss, ("reward_margin", "accuracy", "kl")),
 }
 """Objectives by stage; `config.presets` has its defaults."""
+
+
+def compile_objective(model: MiniMindForCausalLM, cfg: ResolvedConfig) -> Callable:
+    """Return the objective as one graph; of chats, whose targets vary, the hidden states."""
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor.compile_threads = torch.get_num_threads()
+    # Inductor unpickles what it finds there: a folder of the user's own.
+    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/minimind_nb/inductor")
+    torch._dynamo.config.capture_scalar_outputs = True  # how a mixture splits its rows
+    objective = OBJECTIVES[cfg.stage].objective
+    if cfg.stage == "pretrain":
+        return torch.compile(objective, fullgraph=True, dynamic=False)
+    hidden = torch.compile(model.model.forward, fullgraph=True, dynamic=False)
+    net: Any = SimpleNamespace(config=model.config, model=hidden, lm_head=model.lm_head)
+    return lambda _, batch, cfg: objective(net, batch, cfg)

@@ -20,6 +20,7 @@ from .checkpoint import Progress, load_checkpoint
 from .evaluation import Evaluator, choose_prompts, seed_of
 from .optim import FlatGradients, build_optimizer
 from .run_plan import RunPlan
+from .stages import compile_objective
 
 _FIRST_SAVE = 10.0  # seconds, assumed until one was measured
 _NAMED_LINES = 20
@@ -88,6 +89,7 @@ class Trainer(Evaluator):
         if plan.checkpoint:
             parts = self.model, self.optimizer, self.scaler
             self.progress = load_checkpoint(plan.checkpoint, *parts)
+        self.compiled = compile_objective(self.model, cfg) if cfg.compile else None
         self.gradients = FlatGradients(self.model, device, 2 + len(self.stage.metrics))
         place = {"rank": group.rank, "samples": self.progress.samples}
         self.stream = plan.corpus.training_stream(cfg, pad_id, **place)

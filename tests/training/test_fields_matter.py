@@ -77,6 +77,7 @@ ELSEWHERE = {
     "dpo_beta": "test_stages",
     "global_batch": "test_settings",
     "resume": "test_resuming",
+    "compile": "test_compilation",
     "allow_change": "test_resuming",
     "max_position_embeddings": "tests/config",
     "epochs": "test_fewer_epochs_are_fewer_steps",
