@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -384,9 +385,16 @@ class MoEFeedForward(nn.Module):
         self.expert_load = [0] * routed
 
     def forward(
-        self, x_BTD: Tensor, real_BT: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        real_BT: Tensor | None = None,
+        experts: Sequence[Callable[[Tensor], Tensor]] | None = None,
+        shared: Sequence[Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return [B, T, D] and the layer's auxiliary loss."""
+        """Return [B, T, D] and the layer's auxiliary loss.
+
+        `experts` and `shared` may be other functions that compute the same.
+        """
         expert_BTK, weight_BTK, choices_2E, aux_loss = self.gate(x_BTD, real_BT)
         sizes, self.expert_load = choices_2E.long().tolist()  # the host waits here
         order = expert_BTK.flatten().argsort(stable=True)
@@ -394,11 +402,11 @@ class MoEFeedForward(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, place)
         rows = x_BTD.flatten(0, 1).index_select(0, order // expert_BTK.shape[-1])
         # An expert without tokens gets zero gradients, not none, from its empty slice.
-        parts = zip(self.experts, rows.split(sizes), strict=True)
+        parts = zip(experts or self.experts, rows.split(sizes), strict=True)
         rows = torch.cat([expert(part) for expert, part in parts])
         out_BTKD = rows.index_select(0, back).view(*expert_BTK.shape, -1)
         y_BTD = (out_BTKD * weight_BTK.unsqueeze(-1)).sum(2)
-        for expert in self.shared_experts:
+        for expert in shared or self.shared_experts:
             y_BTD = y_BTD + expert(x_BTD)
         return y_BTD.type_as(x_BTD), aux_loss
 

@@ -8,8 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from minimind_nb.model.generation import Sampling, continue_ids, decode
+from minimind_nb.model.decoding import Sampling, choose, decode
+from minimind_nb.model.generation import continue_ids
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -79,6 +81,37 @@ def test_the_narrowest_choice_is_the_likeliest_token(tiny, narrow):
     hot = {**GREEDY, "temperature": 5.0, **narrow}
     greedy = continue_ids(model, ROWS, max_new_tokens=9, **GREEDY)
     assert continue_ids(model, ROWS, max_new_tokens=9, **hot) == greedy
+
+
+@pytest.mark.parametrize("width", [1.0, 30.0])  # of 256 tokens: not enough, enough
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.9), (0, 1.0), (7, 0.5), (7, 1.0), (4000, 0.9)]
+)
+def test_the_draw_is_that_of_transformers(width, top_k, top_p):
+    torch.manual_seed(1)
+    logits = torch.randn(1, 2000) * width
+    expected = logits / 0.7
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)  # pyright: ignore
+    expected = TopPLogitsWarper(top_p)(None, expected).softmax(-1)[0]  # pyright: ignore
+    many = logits.expand(4000, -1)
+    sampling = Sampling(temperature=0.7, top_k=top_k, top_p=top_p)
+    drawn = choose(many, torch.zeros_like(many, dtype=torch.bool), sampling, None)
+    counts = torch.bincount(drawn[:, 0], minlength=2000)
+    assert not counts[expected == 0].any()
+    assert (counts / 4000 - expected).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_step_gives_the_logits_of_the_model_in_lower_precision(tiny, kind):
+    model, told = tiny(**KINDS[kind]), []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        steps = decode(model, ROWS[2:3], ends=(), sampling=Sampling(temperature=0))
+        for _ in range(6):
+            told += next(steps)
+        logits = model(torch.tensor([ROWS[2] + told[:-1]])).logits[0, -6:].float()
+    best = logits.max(-1).values
+    assert (best - logits[torch.arange(6), told] < 0.02 * logits.std()).all()
 
 
 def test_rows_may_be_arrays_as_an_encoder_gives_them(tiny):
