@@ -178,7 +178,8 @@ class MiniMindConfig(PreTrainedConfig):
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, with statistics in float32.
 
-    Written out, it takes 0.78 of the time of `F.rms_norm` on a CPU.
+    On a GPU `F.rms_norm` is one kernel each way; on a CPU it takes 1.28 of the time of
+    the operations written out.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -187,9 +188,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return self.fused(x)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.type_as(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """Return the same by torch's own function."""
+        weight = self.weight
+        return F.rms_norm(x.type_as(weight), weight.shape, weight, self.eps)
+
+
+def lower(x: Tensor) -> Tensor:
+    """Return `x` in autocast's precision, so that several products share the cast."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if enabled else x
 
 
 def rotary_frequencies(config: Any, device: torch.device | None = None) -> Tensor:
@@ -271,6 +286,7 @@ class Attention(nn.Module):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        x_BTD = lower(x_BTD)
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         query_BTHC = self.q_norm(self.q_proj(x_BTD).view(heads))
         key_BTGC = self.k_norm(self.k_proj(x_BTD).view(heads))
@@ -308,6 +324,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = lower(x)
         gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         return self.dropout(self.down_proj(gated))
 
@@ -400,14 +417,15 @@ class MoEFeedForward(nn.Module):
         order = expert_BTK.flatten().argsort(stable=True)
         place = torch.arange(len(order), device=order.device)
         back = torch.empty_like(order).scatter_(0, order, place)
-        rows = x_BTD.flatten(0, 1).index_select(0, order // expert_BTK.shape[-1])
+        low_BTD = lower(x_BTD)
+        rows = low_BTD.flatten(0, 1).index_select(0, order // expert_BTK.shape[-1])
         # An expert without tokens gets zero gradients, not none, from its empty slice.
         parts = zip(experts or self.experts, rows.split(sizes), strict=True)
         rows = torch.cat([expert(part) for expert, part in parts])
         out_BTKD = rows.index_select(0, back).view(*expert_BTK.shape, -1)
         y_BTD = (out_BTKD * weight_BTK.unsqueeze(-1)).sum(2)
         for expert in shared or self.shared_experts:
-            y_BTD = y_BTD + expert(x_BTD)
+            y_BTD = y_BTD + expert(low_BTD)
         return y_BTD.type_as(x_BTD), aux_loss
 
 

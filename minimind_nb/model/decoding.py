@@ -167,12 +167,12 @@ class _Decoder:
         for layer, keys_BGSC, values_BGSC, project, out, feed_forward in self.blocks:
             attention = layer.self_attn
             G, C = keys_BGSC.shape[1], keys_BGSC.shape[3]
-            heads = project(_norm(layer.input_layernorm, x_BD)).unflatten(1, (-1, C))
+            heads = project(layer.input_layernorm.fused(x_BD)).unflatten(1, (-1, C))
             turned, value = heads[:, :-G], heads[:, -G:]
             if isinstance(attention.q_norm, RMSNorm):
                 query, key = turned[:, :-G], turned[:, -G:]
-                query = _norm(attention.q_norm, query)
-                turned = torch.cat([query, _norm(attention.k_norm, key)], 1)
+                query, key = attention.q_norm.fused(query), attention.k_norm.fused(key)
+                turned = torch.cat([query, key], 1)
             turned = rotate(turned, cos_B1F, sin_B1F).type_as(keys_BGSC)
             keys_BGSC[:, :, at] = turned[:, -G:]
             values_BGSC[:, :, at] = value
@@ -185,14 +185,9 @@ class _Decoder:
                 scale=attention.scaling,
             )
             x_BD = x_BD + out(mixed.flatten(1))
-            normed_BD = _norm(layer.post_attention_layernorm, x_BD)
+            normed_BD = layer.post_attention_layernorm.fused(x_BD)
             x_BD = x_BD + feed_forward(normed_BD)
-        return self.head(_norm(self.model.norm, x_BD))
-
-
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    weight = norm.weight
-    return F.rms_norm(x.type_as(weight), weight.shape, weight, norm.eps)
+        return self.head(self.model.norm.fused(x_BD))
 
 
 def _mix(mlp: MoEFeedForward, routed: Any, shared: Any, x_BD: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class Muon(torch.optim.Optimizer):
 
     The momentum of a matrix [r, c] is orthogonalised, and scaled by 0.2 · √max(r, c) to
     the size of AdamW's updates (Liu et al. 2025), so that one rate serves both. Matrices
-    of one shape are updated together. Every rank makes the whole update.
+    of one shape are updated together, in products of `dtype`. Every rank makes the whole
+    update.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class Muon(torch.optim.Optimizer):
         matrices: list[nn.Parameter],
         weight_decay: float,
         adamw: torch.optim.AdamW,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {"lr": adamw.defaults["lr"], "weight_decay": weight_decay}
         super().__init__([{"params": matrices}], defaults)
-        self.adamw = adamw
+        self.adamw, self.dtype = adamw, dtype
         self.param_groups += adamw.param_groups
         self.state = adamw.state
         self._stacks: dict[torch.Size, list[nn.Parameter]] = {}
@@ -92,7 +94,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
             momenta = torch.stack([self.state[p]["momentum"] for p in matrices])
             momenta.lerp_(gradients, 1 - _MOMENTUM)
-            updates = orthogonalise(gradients.lerp(momenta, _MOMENTUM))
+            updates = orthogonalise(gradients.lerp(momenta, _MOMENTUM), self.dtype)
             # Else an expert without tokens keeps moving at full size along its last gradient.
             updates *= gradients.flatten(1).any(1)[:, None, None]
             size = rate * 0.2 * max(shape) ** 0.5
@@ -103,15 +105,15 @@ class Muon(torch.optim.Optimizer):
         self.adamw.step()
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return matrices [n, r, c] with all singular values near 1, by Newton–Schulz.
 
     Five steps of the quintic iteration with Jordan's coefficients, which leave the
-    values between 0.7 and 1.2.
+    values between 0.7 and 1.2. They are normalised in float32, multiplied in `dtype`.
     """
     norms = matrices.norm(dim=(1, 2), keepdim=True)
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT) / (norms + 1e-7)
+    x = ((matrices if wide else matrices.mT) / (norms + 1e-7)).to(dtype)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
@@ -138,7 +140,10 @@ def build_optimizer(model: nn.Module, cfg: ResolvedConfig) -> torch.optim.Optimi
     ]
     betas = (cfg.beta1, cfg.beta2)
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
-    return Muon([*hidden.values()], cfg.weight_decay, adamw) if muon else adamw
+    if not muon:
+        return adamw
+    dtype = getattr(torch, cfg.dtype)
+    return Muon([*hidden.values()], cfg.weight_decay, adamw, dtype)
 
 
 def learning_rate(

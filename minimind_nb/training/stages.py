@@ -15,7 +15,7 @@ from torch._inductor import config as inductor
 
 from ..config import ResolvedConfig
 from ..data.batches import IGNORED, MicroBatch, StepBatch
-from ..model.architecture import MiniMindForCausalLM
+from ..model.architecture import MiniMindForCausalLM, lower
 
 
 class Losses(NamedTuple):
@@ -101,8 +101,9 @@ def target_losses(
     Logits are computed only at `loss_positions`: if answers are a third of the text, a
     step of the demo's model takes 0.68 of the time, if they are 86 % 0.98.
     """
-    documents, more = batch.documents, {}
-    mask = None if documents is None else document_mask(documents)
+    documents, mask, more = batch.documents, None, {}
+    if documents is not None:
+        mask = document_mask(documents, lower(model.lm_head.weight).dtype)
     if model.config.use_moe:  # whose balance is one of tokens, padding left out
         texts = batch.targets != IGNORED  # each of them is a target
         more["real_tokens"] = texts if documents is None else documents >= 0
@@ -117,15 +118,18 @@ def target_losses(
     return losses_N, found.aux_loss
 
 
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """Return a boolean mask [B, 1, T, T]: causal, and only within the same document.
+def document_mask(documents_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what attention adds to its scores, [B, 1, T, T]: 0 for the tokens up to
+    each that are of the same document, else -inf.
 
-    Padding (-1) sees padding only, so that no row of the softmax is empty.
+    Padding (-1) sees padding only, so that no row of the softmax is empty. As booleans
+    every layer would turn it into these numbers again.
     """
     length = documents_BT.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents_BT.device)
     same = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return (same & causal.tril())[:, None]
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return mask.masked_fill_(~(same & causal.tril()), -torch.inf)[:, None]
 
 
 OBJECTIVES: dict[str, Stage] = {
