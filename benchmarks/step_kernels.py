@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import minimind_nb.model.architecture as architecture
 from minimind_nb import TrainConfig
 from minimind_nb.config import resolve
 from minimind_nb.data.batches import IGNORED, MicroBatch
+from minimind_nb.model import architecture
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
 from minimind_nb.training.stages import next_token_loss
 
@@ -105,8 +105,8 @@ def main() -> None:
         batch = micro_batch(stage, cfg.vocab_size)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        as_on_gpu = {"lacks_fast_gqa": lambda _: True}
-        one_kernel = {"forward": lambda self, x: norm(x, self.weight, self.eps)}
+        as_on_gpu: Any = {"lacks_fast_gqa": lambda _: True}
+        one_kernel: Any = {"forward": lambda self, x: norm(x, self.weight, self.eps)}
         with (
             mock.patch.multiple(architecture, **as_on_gpu),
             mock.patch.multiple(architecture.RMSNorm, **one_kernel),
