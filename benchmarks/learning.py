@@ -4,7 +4,7 @@
         [--name NAME] [SETTING=VALUE ...]
     python benchmarks/learning.py --plot docs/learning.png --out trials.jsonl
     python benchmarks/learning.py CORPUS.jsonl --out trials.jsonl \
-        --reference benchmarks/references.json
+        --reference minimind_nb/monitor/references.json
 
 Trains the demo's shape (1.6 M parameters, rows of 256) on documents of so many text
 tokens, drawn from the corpus by `--draw`, and measures the loss on others, the same for

@@ -24,6 +24,7 @@ from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware
 from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
+from .monitor.references import expected_loss
 from .monitor.tables import Facts
 from .storage.run_folder import RunFolder
 from .training.initial_weights import NoInitialWeights
@@ -185,6 +186,7 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         f"{estimate.tokens_left:,} text tokens",
         "tokens a parameter": f"{estimate.tokens / count['active']:.1f} (some "
         f"{_TOKENS_A_PARAMETER} make the most of a model of this size)",
+        "expected loss": expected_loss(vars(cfg), estimate.tokens),
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",

@@ -21,6 +21,7 @@ from .progress import (
     outcome,
     position_text,
 )
+from .references import expected_loss
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -153,6 +154,9 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     path = shorten_home(str(folder))
     settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
     facts = result_facts(run.history)
+    tokens = (run.history.last("train") or {"tokens": 0})["tokens"]
+    if expected := expected_loss(config["settings"], tokens):
+        facts["validation loss of a reference run"] = expected
     if weights_file.is_file():
         facts["weights"] = f"`../{weights_file.name}`"
     following = "`mm.train(cfg)` resumes from the newest good checkpoint."

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.monitor.charts import Chart
 from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.monitor.runs import (
@@ -13,7 +14,7 @@ from minimind_nb.monitor.runs import (
     write_summary,
 )
 
-SETTINGS = {"stage": "pretrain", "hidden_size": 64, "preset": None}
+SETTINGS = json.loads(json.dumps(vars(resolve(TrainConfig(hidden_size=64)))))
 CONFIG = {"settings": SETTINGS, "explicit": ["hidden_size"]}
 
 

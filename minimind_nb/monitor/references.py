@@ -1,0 +1,40 @@
+"""What runs of known settings ended at, to compare others with.
+
+`benchmarks/learning.py --reference` writes references.json from its trials.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import count_parameters
+from ..data.demo import DEMO
+
+_TEXT = "mixed Chinese and English text; other text ends elsewhere"
+_NEAR = 1.25  # how far sizes and numbers of tokens may be apart
+
+
+def expected_loss(settings: Mapping[str, Any], tokens: int) -> str:
+    """Return the validation loss that reference runs of these settings end at after so
+    many text tokens, and on what text; empty without any of about that size."""
+    demo = settings["data_path"] == DEMO
+    active = count_parameters(settings)["active"]
+    ends: dict[int, list[float]] = {}
+    for one in json.loads(Path(__file__).with_suffix(".json").read_bytes()):
+        near = abs(math.log(one["parameters"] / active)) < math.log(_NEAR)
+        names = ("stage", "recipe", "optimizer")
+        same = all(one[name] == settings[name] for name in names)
+        if near and same and demo == (one["corpus"] == DEMO):
+            ends.setdefault(one["tokens"], []).append(one["loss"])
+    if not ends or not min(ends) / _NEAR < tokens < max(ends) * _NEAR:
+        return ""
+    known = sorted(ends)
+    losses = [float(np.mean(ends[count])) for count in known]
+    loss = np.interp(math.log(tokens), np.log(known), losses)
+    return f"{loss:.2f} on {'the demo corpus' if demo else _TEXT}"
