@@ -130,7 +130,7 @@ def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
     # A card takes 10,427,136 FLOP a token at 24 TFLOP/s, and 9,400 x 512 + 880 x 6400
     # at 3; both make Muon's update, 31 x 128 x 787,584 a step of 4 x 256 tokens.
     token = (10_427_136 / 24e12 + 10_444_800 / 3e12) / 2
-    speed = 1 / (token + 31 * 128 * 787_584 / 3e12 / 1024)
+    speed = 1 / (token + 31 * 128 * 787_584 / 24e12 / 1024)
     assert f"at {speed:,.0f} text tokens/s" in facts["time"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ def expected_loss(settings: Mapping[str, Any], tokens: int) -> str:
     demo = settings["data_path"] == DEMO
     active = count_parameters(settings)["active"]
     ends: dict[int, list[float]] = {}
-    for one in json.loads(Path(__file__).with_suffix(".json").read_bytes()):
+    file = resources.files("minimind_nb.monitor") / "references.json"
+    for one in json.loads(file.read_bytes()):
         near = abs(math.log(one["parameters"] / active)) < math.log(_NEAR)
         names = ("stage", "recipe", "optimizer")
         same = all(one[name] == settings[name] for name in names)

@@ -47,7 +47,7 @@ def test_ends_are_interpolated_over_the_logarithm_of_tokens(
     base |= {"parameters": count_parameters(settings())["active"]}
     ends = [{**base, "tokens": count, "loss": end} for count, end in rows]
     (tmp_path / "references.json").write_text(json.dumps(ends))
-    monkeypatch.setattr(references, "__file__", str(tmp_path / "references.py"))
+    monkeypatch.setattr(references.resources, "files", lambda _: tmp_path)
     assert expected_loss(settings(), tokens).startswith(f"{loss} on mixed Chinese")
     for changes in (
         {"optimizer": "adamw"},
