@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shlex
@@ -225,6 +226,7 @@ def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
     return 1 / (token + update / rates[0] / (cfg.global_batch * cfg.max_seq_len))
 
 
+@functools.cache
 def measure_products(device: str, dtype: str, seconds: float) -> float:
     """Return the FLOP/s of square matrix products in a precision on a device."""
     import torch

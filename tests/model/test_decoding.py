@@ -18,6 +18,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "moe": {"use_moe": True},
     "qk_norm": {"qk_norm": True, "rms_norm_eps": 1e-6},
     "eager": {"attn_implementation": "eager"},
+    "stretched": {
+        "inference_rope_scaling": True,
+        "rope_scaling": {"original_max_position_embeddings": 16},
+    },
+    "untied": {"tie_word_embeddings": False, "hidden_act": "gelu", "head_dim": 24},
 }
 EOS, PAD = 2, 0
 GREEDY: dict[str, Any] = {"ends": {EOS}, "temperature": 0}
@@ -112,6 +117,24 @@ def test_each_step_gives_the_logits_of_the_model_in_lower_precision(tiny, kind):
         logits = model(torch.tensor([ROWS[2] + told[:-1]])).logits[0, -6:].float()
     best = logits.max(-1).values
     assert (best - logits[torch.arange(6), told] < 0.02 * logits.std()).all()
+
+
+def test_a_layer_that_was_replaced_is_used(tiny):
+    model = tiny()
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.layer, self.weight = layer, layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.layer(x)
+
+    before = continue_ids(model, ROWS, max_new_tokens=12, **GREEDY)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = Doubled(layer.self_attn.v_proj)
+    found = continue_ids(model, ROWS, max_new_tokens=12, **GREEDY)
+    assert found == [recompute(model, row, 12) for row in ROWS] != before
 
 
 def test_rows_may_be_arrays_as_an_encoder_gives_them(tiny):
