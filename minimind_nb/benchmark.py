@@ -9,15 +9,18 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import repeat
 from multiprocessing import get_context
+from pathlib import Path
 
 from .config import TrainConfig, count_parameters, flops_per_token
 from .data.demo import DEMO
-from .hardware import detect_hardware
+from .hardware import Hardware, detect_hardware
 from .lifetime import without_main_script
 from .monitor.progress import duration
 from .monitor.tables import Facts
 from .planning import Estimate, measure_products
+from .session import current_session
 from .training.api import train
+from .training.initial_weights import NoInitialWeights
 from .training.preparation import draft
 
 _WARM_STEPS, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 100
@@ -29,25 +32,31 @@ _NOMINAL = {"Tesla T4": 65, "NVIDIA L4": 121, "NVIDIA A100-SXM4-40GB": 312}
 def bench(cfg: TrainConfig | None = None) -> Facts:
     """Measure how fast this machine trains a configuration, in a minute on a CPU.
 
-    Trains new weights for some steps in a temporary folder, on the data ("demo" if none
-    is set) and in all processes, then multiplies matrices on each device. Leaves nothing
-    behind; the last row is one line to send in. Raises what `train` raises.
+    Trains new weights of the run's shape for some steps in a temporary folder, on the
+    data ("demo" if none is set) and in all processes, then multiplies matrices on each
+    device. Leaves nothing behind but the token cache; the last row is one line to send
+    in. Raises what `train` raises.
     """
-    asked = replace(cfg or TrainConfig(), resume="auto", init_from="none")
+    hardware = detect_hardware()
+    asked = _with_new_weights(cfg or TrainConfig(), hardware)
     with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
-        asked = replace(asked, data_path=asked.data_path or DEMO, out_dir=folder)
-        hardware = detect_hardware()
+        tokens = current_session().cache_folder(asked.out_dir).absolute()
+        if tokens.is_dir():
+            Path(folder, "cache").symlink_to(tokens)
+        asked = replace(asked, out_dir=folder)
         planned = Estimate(draft(asked, hardware), hardware)
         steps = round(_STEP_SECONDS * planned.speed * planned.steps / planned.tokens)
         steps = max(_FEWEST_STEPS, min(steps or _MOST_STEPS, _MOST_STEPS))
         brief = {"epochs": 10**6, "max_steps": _WARM_STEPS + steps, "log_interval": 1}
         brief |= {"eval_tokens": 1, "sample_tokens": 0, "use_wandb": False}
         began, seen = time.monotonic(), list[float]()
-        asked = replace(asked, **brief)
+        asked = replace(asked, **brief, compile=planned.cfg.compile)
         run = train(asked, view=lambda _: seen.append(time.monotonic() - began))
-        rows = run.history.select("train")[_WARM_STEPS - 1 :]
-    if len(rows) <= steps:
+        rows, status = run.history.select("train")[_WARM_STEPS - 1 :], run.status
+    if status == "interrupted":
         raise KeyboardInterrupt
+    if len(rows) <= steps:
+        raise RuntimeError(f"the steps to measure were not all made: {status}")
     tokens, seconds = (rows[-1][n] - rows[0][n] for n in ("tokens", "seconds"))
     planned.speed, cfg = tokens / seconds, planned.cfg
     cuda = cfg.device == "cuda"
@@ -65,6 +74,7 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
     speed = f"{planned.speed:,.0f} text tokens/s"
     versions = [f"{name} {version(name)}" for name in ("minimind_nb", "torch")]
     place = [hardware.describe(), f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}"]
+    place[1] += ", compiled" * cfg.compile
     line = [*versions, *place, shape, batch, speed, share, mfu]
     facts = {
         "products": f"{', '.join(f'{r:.3g}' for r in rates)} TFLOP/s in {cfg.dtype}",
@@ -76,3 +86,14 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
         "to send in": ", ".join(line),
     }
     return Facts("Speed of this machine", facts)
+
+
+def _with_new_weights(cfg: TrainConfig, hardware: Hardware) -> TrainConfig:
+    """Return a configuration of the same shape that needs no weights to start from."""
+    asked = replace(cfg, data_path=cfg.data_path or DEMO, resume=False)
+    try:
+        shape = draft(asked, hardware).cfg.shape()
+    except NoInitialWeights:
+        shape = {}
+    known = {name: value for name, value in shape.items() if value is not None}
+    return replace(asked, **known, resume="auto", init_from="none")

@@ -42,6 +42,7 @@ _COLUMN_FLOPS, _LOGIT_FLOPS, _MUON_FLOPS = 9400, 880, 31
 _GEMM_SECONDS, _START_SECONDS, _ANSWERS_SECONDS = 0.3, 8.0, 0.5
 _TOKENS_A_PARAMETER, _ENOUGH = 20, 15  # Hoffmann et al. 2022; what a shape must get
 _MOST_EPOCHS = 4  # that are nearly as good as new text: Muennighoff et al. 2023
+_MACHINE = ("device", "num_processes", "dtype", "max_seq_len")
 _HOURS_USED, _FEWEST_STEPS = 0.95, 100
 # fp32 weights, gradients and two moments; logits and their gradients in fp32.
 _BYTES_A_PARAMETER, _BYTES_A_LOGIT = 16, 12
@@ -75,7 +76,7 @@ def plan(cfg: TrainConfig, hours: float | None = None) -> Facts:
 
 def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainConfig:
     """Return the configuration with a preset and a length for so many hours."""
-    seconds = max(0.0, hours * 3600 * _HOURS_USED - _START_SECONDS)
+    seconds = max(0.0, float(hours) * 3600 * _HOURS_USED - _START_SECONDS)
     cfg = replace(cfg, epochs=cfg.epochs or _MOST_EPOCHS)
     shape = {"preset", "init_from", *SHAPE_FIELDS} & cfg.explicit().keys()
     if cfg.stage == "pretrain" and not shape:
@@ -84,7 +85,8 @@ def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainCon
         found = [Estimate(trial, hardware) for trial in trials]
         sizes = {n: (e.parameters, e.speed) for n, e in zip(dense, found, strict=True)}
         cfg = replace(cfg, preset=choose(sizes, seconds, found[0].tokens))
-    estimate = Estimate(draft(cfg, hardware), hardware)
+    free = replace(cfg, max_steps=cfg.max_steps or 10**9)  # not the existing run's
+    estimate = Estimate(draft(free, hardware), hardware)
     if not estimate.speed:
         raise ValueError(f"hours={hours:g}: the speed is {_UNKNOWN}")
     step = (estimate.seconds() - _START_SECONDS) / max(1, estimate.steps)
@@ -93,9 +95,8 @@ def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainCon
             f"hours={hours:g} is too little for a useful run of {estimate.cfg.run_name}: "
             f"{_FEWEST_STEPS} steps take hours={(least + _START_SECONDS) / 3400:.2g}"
         )
-    if seconds < estimate.steps * step:
-        cfg = replace(cfg, max_steps=estimate.done + int(seconds / step))
-    return cfg
+    steps = min(estimate.steps, int(seconds / step)) if step else 0
+    return replace(cfg, max_steps=estimate.done + steps)
 
 
 def choose(sizes: Mapping[str, tuple[int, float]], seconds: float, most: int) -> str:
@@ -104,11 +105,13 @@ def choose(sizes: Mapping[str, tuple[int, float]], seconds: float, most: int) ->
     It is the largest that gets about 20 tokens a parameter, of `most` tokens, else the
     one that comes nearest.
     """
-    gets = {name: min(seconds * speed, most) / n for name, (n, speed) in sizes.items()}
-    enough = [name for name, got in gets.items() if got >= _ENOUGH]
-    if enough:
-        return max(enough, key=lambda name: sizes[name][0])
-    return max(gets, key=lambda name: gets[name])
+
+    def rank(name: str) -> tuple[bool, float]:
+        parameters, speed = sizes[name]
+        got = min(seconds * speed, most) / parameters
+        return got >= _ENOUGH, parameters if got >= _ENOUGH else got
+
+    return max(sizes, key=rank)
 
 
 class Estimate:
@@ -120,7 +123,11 @@ class Estimate:
         self.run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
         self.speed, self.source = expected_speed(cfg, hardware), "expected"
         self.history = History(self.run.metrics_file)
-        if last := self.history.last("train"):
+        last, before = (
+            self.history.last("train"),
+            self.run.settings() if checkpoint else {},
+        )
+        if last and all(before.get(name) == getattr(cfg, name) for name in _MACHINE):
             self.speed, self.source = last["tokens_per_second"], "as the existing run"
         self.parameters = count_parameters(cfg.shape())["active"]
         self.stream = stream = corpus.training_stream(cfg, 0)

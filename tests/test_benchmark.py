@@ -3,10 +3,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.runs import train_here
 
 from minimind_nb import benchmark
 from minimind_nb.benchmark import bench
 from minimind_nb.config import TrainConfig
+from minimind_nb.hardware import detect_hardware
 from minimind_nb.planning import measure_products
 
 SETTINGS = {"preset": "demo", "max_seq_len": 64, "batch_size": 2, "device": "cpu"}
@@ -38,18 +40,30 @@ def test_a_benchmark_measures_the_real_step_and_leaves_nothing(brief, tmp_path):
     assert re.match(r"minimind_nb [\d.]+, torch \S+, ", line)
     assert f"float32 on 1 × cpu, 1.6 M parameters, 2 × 64, {found[1]} text" in line
     assert str(tmp_path) not in str(facts) and "mine" not in str(facts)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.rglob("*")][:2] == ["out", "cache"]
+    assert not [p for p in tmp_path.rglob("*") if "mine" in p.name]
+
+
+def test_chats_are_measured_in_the_shape_of_the_weights_they_start_from(tmp_path):
+    place = {"out_dir": tmp_path, "hidden_size": 64, "preset": "demo", "max_steps": 1}
+    train_here({"data_path": "demo", "max_seq_len": 64, "batch_size": 1, **place})
+    chats = TrainConfig(stage="sft", out_dir=str(tmp_path))
+    found = benchmark._with_new_weights(chats, detect_hardware())
+    assert (found.hidden_size, found.num_hidden_layers) == (64, 4)
+    assert found.init_from == "none"
 
 
 def test_an_interrupt_is_passed_on(brief, monkeypatch, tmp_path):
     class Stopped:
+        status = "interrupted"
+
         class history:  # noqa: N801
             select = staticmethod(lambda kind: [])
 
     monkeypatch.setattr(benchmark, "train", lambda *_, **__: Stopped)
     with pytest.raises(KeyboardInterrupt):
         bench(TrainConfig(**SETTINGS))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("minimind_nb_*"))
 
 
 def test_products_are_counted_in_their_precision():

@@ -95,17 +95,16 @@ def test_memory_grows_with_the_batch(settings):
     assert gib(16) < gib(64) < 5 * gib(16)
 
 
-def test_the_speed_of_an_earlier_run_is_believed(settings, tmp_path):
-    run = tmp_path / "out" / "pretrain_128"
-    run.mkdir(parents=True)
-    with MetricsLog(run / "metrics.jsonl") as log:
-        log.append("event", event="start", step=0)
-        assert "(expected)" in plan(TrainConfig(**settings))["time"]
-        log.append("train", step=1, tokens_per_second=50.0)
-        log.append("train", step=2, tokens_per_second=0.001)
+def test_the_speed_of_an_earlier_run_is_believed(settings):
+    own = {**settings, "preset": None, "hidden_size": 32, "num_hidden_layers": 1}
+    own |= {"max_steps": 4, "max_seq_len": 64, "sample_tokens": 0}
+    assert "(expected)" in plan(TrainConfig(**own))["time"]
+    _, run = train_here(own, stop_at=3)
+    with MetricsLog(run.metrics_file) as log:
+        log.append("train", step=3, tokens_per_second=0.001)
     assert re.fullmatch(
         r"about \d+ days?, [\d:]+ at 0 text tokens/s \(as the existing run\), with .*",
-        plan(TrainConfig(**settings))["time"],
+        plan(TrainConfig(**own))["time"],
     )
 
 
@@ -229,6 +228,19 @@ def test_too_few_hours_are_refused_with_what_is_enough(settings, slow):
     enough = re.search(r"100 steps take hours=([\d.]+)$", str(refused.value))
     assert enough
     assert plan(TrainConfig(**own), hours=1.1 * float(enough[1]))["steps"]
+
+
+def test_hours_extend_a_run_that_hours_planned(settings, monkeypatch):
+    own = {**settings, "max_steps": 3, "epochs": 1000, "max_seq_len": 32}
+    _, run = train_here(own)
+    own |= {"max_steps": None, "recipe": None, "preset": None}
+    facts = plan(TrainConfig(**own), hours=0.01)
+    assert run.root.name in facts.title
+    found = re.search(r"max_steps=(\d+)", facts["in Python"])
+    assert found and int(found[1]) > 3
+    other = machine_of(Gpu("Tesla T4", (7, 5), 14.6))
+    monkeypatch.setattr(planning, "detect_hardware", lambda: other)
+    assert "(expected)" in plan(TrainConfig(**own))["time"], "not the CPU run's speed"
 
 
 def test_hours_need_a_speed(settings, monkeypatch):

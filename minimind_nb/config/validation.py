@@ -19,7 +19,7 @@ from .presets import (
     fill_defaults,
 )
 
-_CHOICES: dict[str, Iterable[str]] = {
+_CHOICES: dict[str, Iterable[Any]] = {
     "stage": STAGES,
     "preset": PRESETS,
     "recipe": RECIPES,
@@ -28,7 +28,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "on_bad_line": ("error", "skip"),
     "optimizer": ("muon", "adamw"),
     "schedule": ("linear", "cosine"),
-    "compile": ("auto",),  # or a bool
+    "compile": ("auto", True, False),
 }
 _AT_LEAST = {
     0: "n_shared_experts aux_loss_alpha min_learning_rate warmup_iters weight_decay "
@@ -116,9 +116,10 @@ def _value_problem(
         expected = " or ".join(special.get(one, one.__name__) for one in allowed)
         return f"{name}={value!r} is {kind.__name__}, expected {expected}"
     choices = _CHOICES.get(name)
-    if choices and value not in choices and kind is not bool:
-        hint = _hint("cuda" if value == "gpu" else value, choices)
-        return f"{name}={value!r} is not one of {', '.join(choices)}{hint}"
+    if choices and value not in choices:
+        texts = [str(choice) for choice in choices]
+        hint = _hint("cuda" if value == "gpu" else value, texts)
+        return f"{name}={value!r} is not one of {', '.join(texts)}{hint}"
     return None
 
 

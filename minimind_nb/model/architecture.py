@@ -203,7 +203,7 @@ class RMSNorm(nn.Module):
 def lower(x: Tensor) -> Tensor:
     """Return `x` in autocast's precision, so that several products share the cast."""
     device = x.device.type
-    enabled = torch.is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
     return x.to(torch.get_autocast_dtype(device)) if enabled else x
 
 

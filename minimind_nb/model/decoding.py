@@ -127,7 +127,9 @@ class _Decoder:
             dtype = torch.get_autocast_dtype(device.type)
 
         def product(*parts: nn.Module) -> Callable[[Tensor], Tensor]:
-            if any(type(part) is not nn.Linear for part in parts):  # an adapter, say
+            plain: Any = parts
+            if any(type(p) is not nn.Linear or p._forward_hooks for p in plain):
+                # An adapter, say, or a quantised layer.
                 return lambda x: torch.cat([part(x) for part in parts], -1)
             weights: list[Any] = [part.weight for part in parts]
             return _product(torch.cat(weights).to(dtype), B)

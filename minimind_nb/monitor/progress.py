@@ -64,6 +64,9 @@ def figures(history: History) -> dict[str, str]:
             shown["skipped steps"] = f"{train['skipped_steps']:,}"
     if failed := failed_save(history):
         shown["not saved"] = failed
+    for row in history.select("event"):
+        if row["event"] == "compile_failed":
+            shown["not compiled"] = f"{row['error']:.80}"
     return shown
 
 

@@ -35,6 +35,7 @@ from .run_plan import RunPlan, open_corpus
 from .worker import smaller_batch
 
 logger = logging.getLogger(__name__)
+_COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 # Changes for ranks that do not connect: two T4 over PCIe can hang until peer-to-peer, or
 # shared memory, is off. A file store fails once in some 2,000 starts; a fresh one helps.
 _RETRIES: dict[str, list[dict[str, str]]] = {
@@ -176,6 +177,18 @@ def _evaluate(
     return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
 
 
+def compile_cache() -> str:
+    """Return the folder of compiled graphs: the user's own, not torch's default in a
+    shared /tmp, since they are read with pickle."""
+    given = os.environ.get(
+        "TORCHINDUCTOR_CACHE_DIR", ""
+    )  # torch sets it on import, too
+    if given and not given.startswith(f"{tempfile.gettempdir()}/torchinductor_"):
+        return given
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return str(caches / "minimind_nb" / "inductor")
+
+
 def _launch(
     target: str, plan: RunPlan, on_poll: Callable[[], None], lock: int | None = None
 ) -> str:
@@ -186,7 +199,11 @@ def _launch(
         target=f"minimind_nb.training.worker:{target}",
         folder=plan.folder,
         num_processes=cfg.num_processes,
-        environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        environment={
+            **dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS"], threads),
+            _COMPILERS: os.environ.get(_COMPILERS, threads),
+            "TORCHINDUCTOR_CACHE_DIR": compile_cache(),
+        },
         hang_timeout=cfg.hang_timeout_seconds,
         less_memory=smaller_batch(cfg),
         lock=lock,

@@ -115,7 +115,8 @@ def record_step(
     progress.tokens += batch.tokens
     progress.seconds += seconds
     progress.val_loss = None
-    trainer.clock.add("step", seconds)
+    if not trainer.compiled or progress.step > trainer.plan.done + 1:
+        trainer.clock.add("step", seconds)  # without the time to compile
     trainer.record.update(step=progress.step)
     if progress.skipped_in_a_row:
         record_skipped_step(trainer, lines, losses[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config as inductor
 
 from ..config import ResolvedConfig
 from ..data.batches import IGNORED, MicroBatch, StepBatch
@@ -142,11 +140,6 @@ OBJECTIVES: dict[str, Stage] = {
 
 def compile_objective(model: MiniMindForCausalLM, cfg: ResolvedConfig) -> Callable:
     """Return the objective as one graph; of chats, whose targets vary, the hidden states."""
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor.compile_threads = torch.get_num_threads()
-    # Inductor unpickles what it finds there: a folder of the user's own.
-    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/minimind_nb/inductor")
     torch._dynamo.config.capture_scalar_outputs = True  # how a mixture splits its rows
     objective = OBJECTIVES[cfg.stage].objective
     if cfg.stage == "pretrain":

@@ -476,3 +476,10 @@ def test_dropout_acts_in_training_only(tiny, ids):
     assert torch.equal(model(ids).logits, plain(ids).logits)
     model.train()
     assert difference(model(ids).logits, model(ids).logits) > 1e-3
+
+
+def test_the_shapes_can_be_computed_without_numbers(tiny):
+    logits = (
+        tiny().to("meta")(torch.zeros(1, 4, dtype=torch.long, device="meta")).logits
+    )
+    assert logits.shape[:2] == (1, 4)
