@@ -296,8 +296,8 @@ def fit_batch(
     Unless one of them is set, a step takes 1.5 · √tokens of an epoch, so that a small
     corpus makes enough steps and a large one large steps. With 600,000 tokens and 1.6 M
     parameters 2, 4 and 8 rows of 256 end at a loss of 5.02, 4.97 and 4.99, where 128
-    rows end at 8.2; with 3 M tokens 4 and 8 at 4.28 and 4.20; 26 M parameters with
-    350,000 tokens 4, 8 and 16 at 5.24, 5.31 and 5.52. Preferences keep their default.
+    rows end at 8.2; with 3 M tokens 4, 8 and 16 at 4.28, 4.20 and 4.19; 26 M parameters
+    with 350,000 tokens at 5.24, 5.31 and 5.52. Preferences keep their default.
     """
     if not batch_follows_corpus(settings, explicit):
         return {name: settings[name] for name in _BATCH}
