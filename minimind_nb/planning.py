@@ -76,7 +76,8 @@ def plan(cfg: TrainConfig, hours: float | None = None) -> Facts:
 
 def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainConfig:
     """Return the configuration with a preset and a length for so many hours."""
-    seconds = max(0.0, float(hours) * 3600 * _HOURS_USED - _START_SECONDS)
+    hours = float(hours)
+    seconds = max(0.0, hours * 3600 * _HOURS_USED - _START_SECONDS)
     cfg = replace(cfg, epochs=cfg.epochs or _MOST_EPOCHS)
     shape = {"preset", "init_from", *SHAPE_FIELDS} & cfg.explicit().keys()
     if cfg.stage == "pretrain" and not shape:
@@ -115,7 +116,7 @@ def choose(sizes: Mapping[str, tuple[int, float]], seconds: float, most: int) ->
 
 
 class Estimate:
-    """What a planned run takes: text tokens in all, and the steps and tokens left."""
+    """Estimate a planned run: its text tokens, and the steps, tokens and time left."""
 
     def __init__(self, drafted: RunPlan, hardware: Hardware) -> None:
         self.cfg, self.done, total = drafted.cfg, drafted.done, drafted.total_steps

@@ -224,7 +224,7 @@ def test_hours_leave_a_shape_that_is_set_and_a_corpus_that_ends_sooner(settings,
 def test_too_few_hours_are_refused_with_what_is_enough(settings, slow):
     own = {**settings, "max_seq_len": 32, "batch_size": 1, "recipe": None}
     with pytest.raises(ValueError, match="is too little for a useful run") as refused:
-        plan(TrainConfig(**own), hours=0.01)
+        plan(TrainConfig(**own), hours="0.01")  # pyright: ignore
     enough = re.search(r"100 steps take hours=([\d.]+)$", str(refused.value))
     assert enough
     assert plan(TrainConfig(**own), hours=1.1 * float(enough[1]))["steps"]

@@ -1,4 +1,4 @@
-"""What runs of known settings ended at, to compare others with.
+"""Final losses of reference runs, to compare other runs with.
 
 `benchmarks/learning.py --reference` writes references.json from its trials.
 """
