@@ -181,8 +181,7 @@ class TrainConfig:
     on_bad_line: str = _DEFAULT
     """"error" (default) refuses a file with a malformed line, "skip" skips such lines."""
     max_bad_fraction: float = _DEFAULT
-    """Largest share of lines skipped, and of conversations without an answer that fits
-    into a row; default 0.01."""
+    """Largest share of lines skipped; default 0.01."""
 
     def __new__(cls, **settings: Any) -> TrainConfig:
         if not settings.keys() <= kinds().keys():  # else a TypeError names only one

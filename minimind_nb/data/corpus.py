@@ -72,12 +72,11 @@ class Corpus:
         spec: TokenizerSpec,
         root: Path,
         processes: int,
-        max_dropped: float,
     ) -> Corpus:
         """Tokenise the files of a resolved configuration, if that was not done before.
 
-        Raises `DataError` for a malformed file, and `ValueError` if no text is left or
-        more than a share of `max_dropped` of the conversations has no answer that fits.
+        Raises `DataError` for a malformed file, and `ValueError` if no text is left, or
+        no conversation has an answer that fits.
         """
         policy = (cfg.on_bad_line, cfg.max_bad_fraction)
         files = find_files(cfg.data_path)
@@ -92,13 +91,13 @@ class Corpus:
             for path in dict.fromkeys(paths)
         }
         corpus = cls([opened[path] for path in paths], cfg)
-        _check(cfg, ", ".join(files), corpus.truncated, max_dropped)
+        _check(cfg, ", ".join(files), corpus.truncated)
         trained = corpus.cache.file_of(corpus.truncated.documents)
         for number, file in enumerate(files if cfg.data_weights else ()):
             if number not in trained:
                 raise ValueError(f"{file} has no row to train on: leave it out")
         if cfg.val_path:
-            _check(cfg, cfg.val_path, corpus.val_truncated, 1.0)
+            _check(cfg, cfg.val_path, corpus.val_truncated)
         return corpus
 
     def training_stream(
@@ -116,18 +115,14 @@ class Corpus:
         return ValidationRows(self.val_cache, self.val_truncated, cfg, pad_id)
 
 
-def _check(
-    cfg: ResolvedConfig, path: str, truncated: TruncatedDocuments, max_dropped: float
-) -> None:
-    pairs = cfg.stage == "dpo"
-    kept, dropped = len(truncated.documents) // (1 + pairs), truncated.dropped
-    if not kept + dropped:
+def _check(cfg: ResolvedConfig, path: str, truncated: TruncatedDocuments) -> None:
+    if len(truncated.documents):
+        return
+    if not truncated.dropped:
         raise ValueError(f"{path} has no text to use: every text in it is empty")
-    if not kept or dropped > max_dropped * (kept + dropped):
-        raise ValueError(
-            f"{path}: {dropped:,} of {kept + dropped:,} "
-            f"{'pairs' if pairs else 'conversations'} have no whole answer within "
-            f"max_seq_len={cfg.max_seq_len} tokens; raise it (the longest has "
-            f"{truncated.longest:,} tokens), or let more than {max_dropped:.3g} of them "
-            'be left out: max_bad_fraction=…, with on_bad_line="skip"'
-        )
+    raise ValueError(
+        f"{path}: none of {truncated.dropped:,} "
+        f"{'pairs' if cfg.stage == 'dpo' else 'conversations'} has a whole answer within "
+        f"max_seq_len={cfg.max_seq_len} tokens; raise it (the longest has "
+        f"{truncated.longest:,} tokens)"
+    )

@@ -167,7 +167,7 @@ def _evaluate(
     asked = replace(asked, data_path=file, val_path=file, compile=False)
     cfg = resolve(asked, **machine_defaults(asked), **weights.shape())
     tokenizer = read_tokenizer(weights.tokenizer)
-    corpus = open_corpus(cfg, tokenizer, max_dropped=1.0)
+    corpus = open_corpus(cfg, tokenizer)
     with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
         config, place = {"settings": cfg.portable()}, RunFolder(folder)
         plan = RunPlan(config, place, tokenizer, corpus, weights.file)

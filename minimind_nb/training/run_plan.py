@@ -100,19 +100,12 @@ class RunPlan:
         )
 
 
-def open_corpus(
-    cfg: ResolvedConfig, tokenizer: TokenizerSpec, max_dropped: float | None = None
-) -> Corpus:
-    """Return the tokenised documents of a run. Raises `DataError` and its like.
-
-    `max_dropped` is the largest share of conversations too long for a row, by default
-    `max_bad_fraction`.
-    """
+def open_corpus(cfg: ResolvedConfig, tokenizer: TokenizerSpec) -> Corpus:
+    """Return the tokenised documents of a run. Raises `DataError` and its like."""
     root = current_session().cache_folder(cfg.out_dir)
     if cfg.data_path == DEMO:
         cfg = dataclasses.replace(cfg, data_path=str(locate(DEMO, root, cfg.stage)))
-    most = cfg.max_bad_fraction if max_dropped is None else max_dropped
-    return Corpus.prepare(cfg, tokenizer, root, count_cores(), most)
+    return Corpus.prepare(cfg, tokenizer, root, count_cores())
 
 
 def describe_rows(corpus: Corpus, cfg: ResolvedConfig) -> str:

@@ -25,7 +25,7 @@ def prepare(tmp_path, byte_spec, write_rows):
             own = write_rows(tmp_path / "held_out.jsonl", val_texts)
             wanted["val_path"] = str(own)
         cfg = resolve(TrainConfig(data_path=str(file), **wanted))
-        return Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1, 0.01), cfg
+        return Corpus.prepare(cfg, byte_spec, tmp_path / "cache", 1), cfg
 
     return prepare
 
@@ -94,9 +94,9 @@ def test_bad_rows_are_refused_or_left_out_as_the_configuration_says(
     file.write_text('{"text": "a"}\n{"txt": "b"}\n')
     cfg = dataclasses.replace(cfg, data_path=str(file))
     with pytest.raises(DataError, match=r"some\.jsonl:2:1: the keys of the row are"):
-        Corpus.prepare(cfg, byte_spec, tmp_path, 1, 0.01)
+        Corpus.prepare(cfg, byte_spec, tmp_path, 1)
     cfg = dataclasses.replace(cfg, on_bad_line="skip", max_bad_fraction=0.5)
-    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1, 0.01)
+    corpus = Corpus.prepare(cfg, byte_spec, tmp_path, 1)
     assert corpus.documents.tolist() == [0]
 
 
@@ -155,8 +155,7 @@ def prepare_rows(tmp_path, byte_spec):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = resolve(TrainConfig(stage=stage, data_path=str(file), **wanted))
         root = tmp_path / "cache"
-        limit = cfg.max_bad_fraction
-        return Corpus.prepare(cfg, byte_spec, root, 1, limit), cfg
+        return Corpus.prepare(cfg, byte_spec, root, 1), cfg
 
     return prepare_rows
 
@@ -219,8 +218,7 @@ def test_both_answers_of_a_pair_are_on_the_same_side(prepare_rows):
 def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
     rows = [[user("a"), answer("b" * n)] for n in (1, 2, 90)]
     chats = [{"conversations": row} for row in rows]
-    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
-    corpus, cfg = prepare_rows(chats, "sft", max_seq_len=50, **lax)
+    corpus, cfg = prepare_rows(chats, "sft", max_seq_len=50, val_fraction=0.0)
     assert corpus.truncated.documents.tolist() == [0, 1]
     assert (corpus.truncated.cut, corpus.truncated.dropped) == (0, 1)
     assert corpus.training_stream(cfg, pad_id=0).tokens == 22 + 23
@@ -228,22 +226,16 @@ def test_what_is_left_of_chats_follows_the_length_of_a_row(prepare_rows):
     assert Corpus(corpus.caches, longer).truncated.dropped == 0
 
 
-def test_too_many_pairs_that_do_not_fit_are_refused_and_counted_as_pairs(prepare_rows):
+def test_pairs_that_do_not_fit_are_left_out_and_counted_as_pairs(prepare_rows):
     rows = [pair(n, size=3 if n % 2 else 90) for n in range(10)]
-    with pytest.raises(
-        ValueError, match=r"dpo\.jsonl: 5 of 10 .* max_seq_len=60 token"
-    ):
-        prepare_rows(rows, "dpo", max_seq_len=60, val_fraction=0.0)
-    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "val_fraction": 0.0}
-    corpus, cfg = prepare_rows(rows, "dpo", max_seq_len=60, **lax)
+    corpus, cfg = prepare_rows(rows, "dpo", max_seq_len=60, val_fraction=0.0)
     assert corpus.truncated.dropped == 5
     assert corpus.training_stream(cfg, pad_id=0).rows == 5
+    with pytest.raises(ValueError, match=r"dpo\.jsonl: none of 5 pairs has a whole"):
+        prepare_rows(rows[::2], "dpo", max_seq_len=60, val_fraction=0.0)
 
 
-def test_answers_that_are_all_cut_away_are_refused_whatever_is_allowed(prepare_rows):
+def test_answers_that_are_all_cut_away_are_refused(prepare_rows):
     chats = [{"conversations": [user("a"), answer("b" * 99)]}] * 3
-    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.99}
-    with pytest.raises(
-        ValueError, match="3 of 3 conversations have no whole answer wi"
-    ):
-        prepare_rows(chats, "sft", max_seq_len=50, **lax)
+    with pytest.raises(ValueError, match="none of 3 conversations has a whole answer"):
+        prepare_rows(chats, "sft", max_seq_len=50)

@@ -407,8 +407,7 @@ def test_what_does_not_fit_is_counted_by_evaluate(
     chats = [[ask, said[0]], [ask, said[1], ask, said[2]], [ask, said[2]]]
     file = tmp_path / "long.jsonl"
     file.write_text("".join(json.dumps({"conversations": c}) + "\n" for c in chats))
-    lax = {"on_bad_line": "skip", "max_bad_fraction": 0.5, "max_seq_len": 64}
-    scores = mm.evaluate(run.root, file, **lax, **rank_settings(1))
+    scores = mm.evaluate(run.root, file, max_seq_len=64, **rank_settings(1))
     assert (scores["documents"], scores["cut"], scores["dropped"]) == (2, 1, 1)
 
 
