@@ -52,8 +52,9 @@ class ChatEncoder:
     without that, what it adds to the prompt. What closes an answer is in the loss with
     it, and `end_id` is the special token in that: there a generated answer ends.
 
-    Raises `ValueError` for a tokenizer without a template, or whose template fails or
-    closes an answer without a special token; `TimeoutError` for one that takes too long.
+    Raises `ValueError` for a tokenizer without a template, or whose template fails, runs
+    out of memory or closes an answer without a special token; `TimeoutError` for one that
+    takes too long.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
@@ -80,7 +81,7 @@ class ChatEncoder:
             (each, _ESCAPE + chr(_FIRST_STAND_IN + n))
             for n, each in enumerate([_ESCAPE, *names])
         ]
-        with _limited([_PROBE]):
+        with _limited(_PROBE):
             asked, _ = self._apply(_PROBE[:1], prompt=False)
             opened, _ = self._apply(_PROBE[:1], prompt=True)
             answered, _ = self._apply(_PROBE, prompt=False)
@@ -104,12 +105,12 @@ class ChatEncoder:
         begins. `switches` are arguments of the template.
         """
         rendered: list[list[_Segment] | Fault] = []
-        with _limited([chat.messages for chat in chats]):
-            for chat in chats:
-                try:
+        for chat in chats:
+            try:
+                with _limited(chat.messages):
                     rendered.append(self._render(chat, switches))
-                except Fault as fault:
-                    rendered.append(fault)
+            except Fault as fault:
+                rendered.append(fault)
         good = [one for one in rendered if not isinstance(one, Fault)]
         encoded = iter(self._encode_segments(good))
         return [one if isinstance(one, Fault) else next(encoded) for one in rendered]
@@ -289,6 +290,11 @@ class ChatEncoder:
             )
         except (ImportError, TimeoutError):
             raise
+        except MemoryError as error:  # no fault of the row: the next one fails, too
+            raise ValueError(
+                "rendering the chat template ran out of memory: give the tokenizer "
+                "another template"
+            ) from error
         except Exception as error:  # a template may fail in any way that Python does
             what = str(error) or type(error).__name__
             raise _fault(f"fails: {what}") from error
@@ -296,7 +302,7 @@ class ChatEncoder:
 
 
 @contextlib.contextmanager
-def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
+def _limited(messages: Sequence[Message]) -> Iterator[None]:
     """Raise `TimeoutError` when the block has used too much processor time.
 
     A template without marks is rendered once a message, so time grows with its square.
@@ -310,7 +316,7 @@ def _limited(conversations: list[Sequence[Message]]) -> Iterator[None]:
             "rendering the chat template timed out: give the tokenizer another template"
         )
 
-    seconds = _SECONDS + _MORE_SECONDS * sum(len(one) ** 2 for one in conversations)
+    seconds = _SECONDS + _MORE_SECONDS * len(messages) ** 2
     handler = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:

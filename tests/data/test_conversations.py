@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -415,13 +416,27 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
     )
     before = signal.getsignal(signal.SIGVTALRM)
     encoder = encoder_of(f"{{% if messages|length > 2 %}}{loop}{{% endif %}}{UNMARKED}")
-    for use in (encoder.prompt, lambda messages: encoder.encode([chat(messages)] * 9)):
+    for use in (encoder.prompt, lambda one: encoder.encode([chat(one)] * 999)):
+        began = time.process_time()
         with pytest.raises(TimeoutError, match="template timed out: give"):
             use(UNANSWERED)
+        assert time.process_time() - began < 5.0, "only one conversation is tried"
     with pytest.raises(TimeoutError, match="template timed out: give"):
         encoder_of(loop)
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+@pytest.mark.fault("F64")
+def test_a_template_that_takes_all_memory_is_tried_once(monkeypatch):
+    encoder = encoder_of(f"{{{{ 'a' * 10**15 if messages|length > 2 }}}}{UNMARKED}")
+    tried = []
+    render = encoder._render
+    monkeypatch.setattr(encoder, "_render", lambda *a: tried.append(1) or render(*a))
+    with pytest.raises(ValueError, match="template ran out of memory: give") as failure:
+        encoder.encode([chat(talk("u: a", "a: b", "u: c", "a: d"))] * 9)
+    assert not isinstance(failure.value, Fault)
+    assert len(tried) == 1
 
 
 def test_templates_serve_on_other_threads_too():
