@@ -28,7 +28,8 @@ OPTIONS = """
     intermediate_size vocab_size max_position_embeddings rope_theta rms_norm_eps dropout
     qk_norm use_moe n_routed_experts num_experts_per_tok n_shared_experts aux_loss_alpha
     seq_aux norm_topk_prob inference_rope_scaling max_seq_len document_mask epochs
-    global_batch batch_size accumulation_steps learning_rate min_learning_rate
+    global_batch batch_size accumulation_steps allow_smaller_batch learning_rate
+    min_learning_rate
     optimizer schedule decay_fraction warmup_iters weight_decay beta1 beta2 grad_clip dpo_beta max_steps seed val_fraction eval_tokens
     eval_interval sample_prompts sample_tokens log_interval use_wandb wandb_project
     save_interval keep_checkpoints max_session_hours device num_processes dtype

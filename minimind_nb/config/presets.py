@@ -132,6 +132,7 @@ _PRETRAIN: dict[str, Any] = dict(
     epochs=1,
     batch_size=32,
     accumulation_steps=1,
+    allow_smaller_batch=True,
     # Of 600,000 tokens 1.6 M parameters learn, at 3e-3, 5e-3 and 8e-3, down to a loss of
     # 4.97, 4.98 and 5.11; with AdamW at 1e-3, 2e-3 and 4e-3 to 5.62, 5.63 and 5.71.
     learning_rate=3e-3,
@@ -192,7 +193,8 @@ CHANGEABLE_ON_RESUME = frozenset(
     "sample_prompts sample_tokens max_session_hours max_skipped_steps "
     "hang_timeout_seconds out_dir run_name resume allow_change data_path val_path "
     "init_from tokenizer on_bad_line max_bad_fraction device num_processes dtype "
-    "batch_size accumulation_steps preset recipe use_wandb wandb_project compile".split()
+    "batch_size accumulation_steps allow_smaller_batch preset recipe use_wandb "
+    "wandb_project compile".split()
 )
 """Settings that may change when a run is resumed; any other difference is refused."""
 

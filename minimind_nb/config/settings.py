@@ -113,6 +113,9 @@ class TrainConfig:
     """Rows per process in one micro-step; default: the most that divide global_batch."""
     accumulation_steps: int = _DEFAULT
     """Micro-steps whose gradients are summed in one optimizer step."""
+    allow_smaller_batch: bool = _DEFAULT
+    """Restart with half the rows in batch_size, at the same global_batch, each time that
+    memory runs out; default True."""
     learning_rate: float = _DEFAULT
     """Peak learning rate; default 3e-3, for sft 1e-3, for dpo 1e-5."""
     min_learning_rate: float = _DEFAULT

@@ -45,7 +45,8 @@ class TrainingFailed(RuntimeError):
     """A run failed: the text holds the root cause, its traceback, and what to do.
 
     `rank` is the rank that failed first; `phase` is how far it came: "startup",
-    "meeting" (the ranks' first all-reduce) or "training".
+    "meeting" (the ranks' first all-reduce), "training", "out_of_memory", or "stopping" if
+    the run was asked to stop before.
     """
 
     # Defaults, because an exception is unpickled with its text alone, then its fields.
@@ -132,10 +133,12 @@ class Exit(NamedTuple):
     reason: str = ""
 
 
-def collect_outcome(folder: RunFolder, exits: list[Exit], less_memory: str = "") -> str:
+def collect_outcome(
+    folder: RunFolder, exits: list[Exit], less_memory: str = "", stopping: bool = False
+) -> str:
     """Return how a run ended, or raise `TrainingFailed` for the root cause.
 
-    `less_memory` says what to do if memory ran out.
+    `less_memory` says what to do if memory ran out, `stopping` if the run was to stop.
     """
     records = read_records(folder, len(exits))
     statuses = {record.status for record in records}
@@ -163,7 +166,8 @@ def collect_outcome(folder: RunFolder, exits: list[Exit], less_memory: str = "")
         parts.append("The same call resumes from the newest checkpoint that verifies.")
     else:
         parts.append("No checkpoint was written yet: the same call starts over.")
-    raise TrainingFailed("\n".join(filter(None, parts)), rank, cause.phase)
+    phase = "stopping" if stopping else cause.phase
+    raise TrainingFailed("\n".join(filter(None, parts)), rank, phase)
 
 
 def _root_cause(records: list[RankRecord], exits: list[Exit], stacks: list[str]) -> int:

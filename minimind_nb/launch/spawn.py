@@ -82,7 +82,7 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.join()
                 process.close()
             stop.restore()
-    return collect_outcome(job.folder, exits, less_memory=job.less_memory)
+    return collect_outcome(job.folder, exits, job.less_memory, stop.signal > 0)
 
 
 def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:

@@ -192,6 +192,24 @@ def compile_cache() -> str:
 def _launch(
     target: str, plan: RunPlan, on_poll: Callable[[], None], lock: int | None = None
 ) -> str:
+    """Start the workers, again with smaller micro-batches if memory runs out."""
+    while True:
+        try:
+            return _start(target, plan, on_poll, lock)
+        except TrainingFailed as failure:
+            cfg, full = plan.cfg, failure.phase == "out_of_memory"
+            if not full or cfg.batch_size == 1 or not cfg.allow_smaller_batch:
+                raise
+        plan = plan.halve_batch()
+        logger.warning(
+            f"out of memory with batch_size={cfg.batch_size}: restarting at step "
+            f"{plan.done:,} with batch_size={plan.cfg.batch_size} and the same global batch"
+        )
+
+
+def _start(
+    target: str, plan: RunPlan, on_poll: Callable[[], None], lock: int | None
+) -> str:
     """Start the workers, again in another environment if they do not connect."""
     cfg = plan.cfg
     threads = str(choose_threads(cfg.num_processes, count_cores()))

@@ -119,7 +119,11 @@ def reconcile_with_existing_run(
         values[name] = getattr(cfg, name)
     values["init_from"] = run["init_from"]
     values["run_name"] = cfg.run_name or folder.root.name
-    values |= _split_batch(values, asked.keys())
+    split = _split_batch(values, asked.keys())
+    too_large = config.get("too_large_batch_size") or math.inf
+    if split["batch_size"] >= too_large and values["allow_smaller_batch"]:
+        split = _split_batch({**values, "batch_size": too_large // 2}, ())
+    values |= split
     for name in ("device", "dtype", "num_processes"):
         if run[name] != values[name]:
             logger.info(
@@ -198,6 +202,7 @@ def keep_identity(
     config["run"] = before.get("run", config["run"])
     config["explicit"] = sorted({*before["explicit"], *config["explicit"]})
     config["began_from"] = before["began_from"]
+    config["too_large_batch_size"] = before.get("too_large_batch_size")
 
 
 def _asked(cfg: TrainConfig, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ResolvedConfig, shorten_home
+from ..config import ResolvedConfig, resolve_batch, shorten_home
 from ..data.containers import find_files
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
@@ -80,6 +80,17 @@ class RunPlan:
         text = json.dumps(plan, indent=2, ensure_ascii=False)
         verified.write_text(self.folder.plan_file, f"{text}\n")
 
+    def halve_batch(self) -> RunPlan:
+        """Return this plan, written, with the next smaller micro-batches, and the newest
+        checkpoint to resume from. Raises `NoGoodCheckpoint` if all are damaged."""
+        config = {**self.config, "too_large_batch_size": self.cfg.batch_size}
+        config["settings"] = {**config["settings"], **halved_batch(self.cfg)}
+        found = self.folder.newest_good_checkpoint(repair=True)
+        plan = dataclasses.replace(self, config=config)
+        plan.checkpoint = found and found.folder
+        plan.write()
+        return plan
+
     @classmethod
     def read(cls, folder: RunFolder) -> RunPlan:
         """Read the plan that the preparing process wrote."""
@@ -98,6 +109,11 @@ class RunPlan:
             checkpoint=checkpoint and folder.checkpoints / checkpoint,
             deadline=plan["deadline"],
         )
+
+
+def halved_batch(cfg: ResolvedConfig) -> dict[str, int]:
+    """Return the batch with at most half the rows at once and the same global batch."""
+    return resolve_batch({**vars(cfg), "batch_size": max(1, cfg.batch_size // 2)}, ())
 
 
 def open_corpus(cfg: ResolvedConfig, tokenizer: TokenizerSpec) -> Corpus:

@@ -19,7 +19,7 @@ from ..storage.run_folder import RunFolder
 from ..storage.verified import write_text
 from .evaluation import Evaluator
 from .loop import fit
-from .run_plan import RunPlan
+from .run_plan import RunPlan, halved_batch
 from .trainer import Trainer
 
 _OUT_OF_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
@@ -76,6 +76,7 @@ def _joined(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        record.update(phase="out_of_memory")
         raise MemoryError(f"out of memory: {smaller_batch(cfg)}") from error
     group.close()
 
@@ -96,6 +97,9 @@ def log_start(trainer: Trainer) -> None:
         cut=stream.truncated.cut,
         dropped=stream.truncated.dropped,
     )
+    rows, full = trainer.cfg.batch_size, trainer.plan.config.get("too_large_batch_size")
+    if full and rows < full:
+        trainer.log("event", event="smaller_batch", batch_size=rows, too_large=full)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,14 +110,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def smaller_batch(cfg: ResolvedConfig) -> str:
     """Return what to set so that less memory is enough for the same global batch."""
-    rows, steps = cfg.batch_size, cfg.accumulation_steps
-    if rows == 1:
+    if cfg.batch_size == 1:
         return (
             f"batch_size is already 1: lower max_seq_len={cfg.max_seq_len} or the model "
             "size, or use fewer processes"
         )
-    divisor = next(n for n in range(2, rows + 1) if rows % n == 0)
+    batch = halved_batch(cfg)
+    rows, steps = batch["batch_size"], batch["accumulation_steps"]
     return (
-        f"set batch_size={rows // divisor} and accumulation_steps={steps * divisor}; the "
-        f"global batch stays {cfg.global_batch}"
+        f"set batch_size={rows} and accumulation_steps={steps}; the global batch stays "
+        f"{cfg.global_batch}"
     )

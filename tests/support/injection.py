@@ -57,7 +57,8 @@ class Fault:
     """What happens at a point on a rank once it has made `step` steps; only once.
 
     At points after a function, the steps made before it count. `marker` is the file
-    that says that it has happened.
+    that says that it has happened. With `above_rows` it happens in every session whose
+    micro-batches have more rows.
     """
 
     point: str
@@ -65,6 +66,7 @@ class Fault:
     marker: str
     rank: int = 0
     step: int = 5
+    above_rows: int = 0
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, *faults: Fault) -> None:
@@ -91,7 +93,10 @@ def run(
     plan = json.loads((folder.root / "faults.json").read_text())
     for fields in plan["faults"]:
         fault = Fault(**fields)
-        if fault.rank == info.rank:
+        if fault.above_rows:
+            Path(fault.marker).unlink(missing_ok=True)
+        large = folder.settings()["batch_size"] > fault.above_rows
+        if fault.rank == info.rank and large:
             _wrap(fault, record, stop)
     module, _, name = plan["target"].partition(":")
     target = getattr(importlib.import_module(module), name)
@@ -130,6 +135,12 @@ def _strike(fault: Fault, given: tuple[Any, ...], stop: StopRequest) -> None:
 
 def _fail(_: Any) -> None:
     raise ValueError(f"injected on purpose in {os.getpid()}")
+
+
+def _run_out_of_memory(_: Any) -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def _hang(_: Any) -> None:
@@ -194,6 +205,7 @@ def _signal(number: int, whom: Callable[[], int] = os.getpid) -> Callable[[Any],
 
 _ACTIONS: dict[str, Callable[[Any], None]] = {
     "raise": _fail,
+    "out_of_memory": _run_out_of_memory,
     "exit": lambda _: sys.exit(0),
     "leave": lambda _: os._exit(0),
     "kill": _signal(signal.SIGKILL),

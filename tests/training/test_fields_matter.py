@@ -76,6 +76,7 @@ ELSEWHERE = {
     "data_weights": "test_mixture",
     "dpo_beta": "test_stages",
     "global_batch": "test_settings",
+    "allow_smaller_batch": "test_out_of_memory",
     "resume": "test_resuming",
     "compile": "test_compilation",
     "allow_change": "test_resuming",
