@@ -71,10 +71,16 @@ def writing(final: Path, facts: Mapping[str, Any], needed: int = 0) -> Iterator[
 
 
 def rename_flushed(aside: Path, final: Path) -> None:
-    """Rename a file, or a folder of files, once its bytes are on the disk."""
+    """Rename a file, or a folder of files, once its bytes are on the disk.
+
+    Whoever may read the folder may read its files: safetensors makes them private.
+    """
     within = aside.iterdir() if aside.is_dir() else ()
-    for path in (*filter(Path.is_file, within), aside):
+    for path in filter(Path.is_file, within):
+        with contextlib.suppress(OSError):  # some mounts have no rights to set
+            path.chmod(aside.stat().st_mode & 0o666)
         _flush(path)
+    _flush(aside)
     os.rename(aside, final)
     _flush(final.parent)
 

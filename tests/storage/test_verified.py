@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from minimind_nb.storage import verified
 from minimind_nb.storage.verified import (
@@ -55,6 +57,21 @@ def folder(tmp_path) -> Path:
         for name, data in FILES.items():
             (aside / name).write_bytes(data)
     return final
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_rights_of_the_umask_whatever_wrote_them(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with writing(tmp_path / "step_00000004", FACTS) as aside:
+            save_file({"a": torch.zeros(3)}, aside / "model.safetensors")
+            (aside / "state.json").write_text("{}")
+        write_text(tmp_path / "config.json", "{}")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+    assert len(files) == 4  # the manifest too
 
 
 def damage(folder: Path) -> str:
