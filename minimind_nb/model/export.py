@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import __version__ as transformers_version
@@ -28,7 +27,7 @@ from ..storage.verified import beside, rename_flushed
 from .architecture import MiniMindConfig, MiniMindForCausalLM
 from .hf_formats import FAMILIES
 from .loading import find_weights
-from .state_dict import read_pth, write_pth
+from .state_dict import read_pth, write_pth, write_safetensors
 
 _FILES = ("pth", "gguf")
 FORMATS = (*FAMILIES, "minimind", *_FILES)
@@ -167,7 +166,7 @@ def _write_folder(
     write_tokenizer(spec, folder)
     named = model.named_parameters()  # without the tied head
     tensors = {name: p.detach().contiguous().clone() for name, p in named}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_safetensors(tensors, folder / WEIGHTS)
     # Without an answer here, transformers would ask whether to run the folder's code.
     reopened: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     expected, found = (

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from ..storage.verified import write_bytes
 from .architecture import MiniMindForCausalLM
 
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDING = "model.embed_tokens.weight"
+_DIGEST = "sha256"  # in the metadata of a safetensors file: of its data section
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -27,6 +30,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """
     try:
         if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                recorded = (opened.metadata() or {}).get(_DIGEST)
+            if recorded and recorded != _hash_data(file):
+                raise SafetensorError("its data has another sha256 than was written")
             # A mapped file that is overwritten later would end this process.
             tensors = {name: t.clone() for name, t in load_file(file).items()}
         else:
@@ -49,19 +56,27 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """Return a bare state dict, without DDP's and torch.compile's prefixes.
 
-    With `shapes_only` the values stay on the disk. Raises `ValueError`, also for a pickle
-    that would run code.
+    With `shapes_only` the values stay on the disk, unchecked. Raises `ValueError`, also
+    for a pickle that would run code.
     """
     try:
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=shapes_only
         )
+        if not shapes_only and zipfile.is_zipfile(path):  # torch ignores its checksums
+            with zipfile.ZipFile(path) as archive:
+                written = any(entry.CRC for entry in archive.infolist())
+                if written and (name := archive.testzip()):
+                    raise zipfile.BadZipFile(
+                        f"{name} has another CRC-32 than its bytes"
+                    )
     except PermissionError:
         raise
     except Exception as error:  # torch raises a different type for each damage
         # Its own text is not passed on: it advises to load without weights_only.
         raise ValueError(
-            f"{path} is not a weights file: a .pth with a bare state dict is expected"
+            f"{path} is damaged or not a weights file: copy it again, or give a .pth "
+            "with a bare state dict"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor)
@@ -76,6 +91,19 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
         name.removeprefix("module.").removeprefix("_orig_mod."): value
         for name, value in state.items()
     }
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors with the sha256 of their data, which `read_tensors` compares."""
+    save_file(tensors, file, {"format": "pt"})
+    save_file(tensors, file, {"format": "pt", _DIGEST: _hash_data(file)})
+
+
+def _hash_data(file: Path) -> str:
+    """Return the sha256 of what follows the header, whose length comes first."""
+    with file.open("rb") as opened:
+        opened.seek(int.from_bytes(opened.read(8), "little"), io.SEEK_CUR)
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_pth(tensors: Tensors, file: Path, dtype: torch.dtype = torch.float16) -> None:

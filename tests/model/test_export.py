@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_a_folder_holds_what_others_look_for(kind, exported, spec):
         assert torch.equal(
             load(folder)[0](ids).logits, load(file, tokenizer=spec)[0](ids).logits
         )
+
+
+def test_a_flipped_bit_in_a_folder_is_found(exported, tmp_path):
+    folder = shutil.copytree(exported["llama"][1], tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged \(its data has another sha256 than"):
+        load(folder)
 
 
 def test_an_export_asks_nothing(tmp_path, spec, monkeypatch):

@@ -1,5 +1,6 @@
 """Named tensors against a configuration: what does not belong together is named."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from minimind_nb.model.state_dict import (
     put_weights,
     read_pth,
     read_tensors,
+    write_pth,
+    write_safetensors,
 )
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -106,6 +109,40 @@ def test_tensors_that_are_not_plain_numbers_stored_in_full_are_refused(tmp_path)
         text = rf"odd\.pth holds {EMBEDDING} as torch\.\w+ in [\d,]+ bytes; expected are float"
         with pytest.raises(ValueError, match=text):
             read_tensors(file)
+
+
+@pytest.mark.parametrize("write", [write_pth, write_safetensors])
+def test_no_flipped_bit_is_read_as_other_weights(write, tmp_path):
+    state = {n: t.half() for n, t in make()[1].items() if n != "lm_head.weight"}
+    file = tmp_path / f"a.{'pth' if write is write_pth else 'safetensors'}"
+    write(state, file)
+    whole, flips, refused = file.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        data = bytearray(whole)
+        data[flips.randrange(len(data))] ^= 1 << flips.randrange(8)
+        file.write_bytes(data)
+        try:
+            found = read_tensors(file)
+        except ValueError as error:
+            assert "damaged" in str(error)
+            refused += 1
+        else:  # a flag or a date of the archive
+            assert all(torch.equal(found[n], t) for n, t in state.items())
+    assert refused >= 55
+    file.write_bytes(whole)
+    assert read_tensors(file).keys() == state.keys()
+
+
+def test_a_pth_without_checksums_opens(tmp_path):
+    state, file = make()[1], tmp_path / "a.pth"
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert read_tensors(file).keys() == state.keys()
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_tensors(file).keys() == state.keys()
 
 
 @pytest.mark.parametrize("gone", ["embed_tokens", "q_proj", "mlp", ""])

@@ -401,10 +401,12 @@ def test_a_damaged_weights_file_is_refused(
     file = tmp_path / "bad.pth"
     file.write_bytes(weights_file.read_bytes()[:5000])
     text = refusal(ValueError, {**sft, "init_from": str(file)})
-    assert text.startswith(f"{file} is not a weights file: ")
+    assert text.startswith(f"{file} is damaged or not a weights file: ")
     shutil.copy(file, Path(sft["out_dir"]) / "pretrain_32.pth")
     shutil.rmtree(Path(sft["out_dir"]) / "pretrain_32")
-    assert "pretrain_32.pth is not a weights file: " in refusal(ValueError, sft)
+    assert "pretrain_32.pth is damaged or not a weights file: " in refusal(
+        ValueError, sft
+    )
 
 
 def test_a_place_without_weights_is_refused(sft: Settings, tmp_path: Path) -> None:
