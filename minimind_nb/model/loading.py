@@ -200,9 +200,9 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     settings = run.settings() if run.exists() and run.tokenizer.exists() else {}
     if {"stage", *SHAPE_FIELDS} <= settings.keys():
         spec = read_tokenizer(run.tokenizer)
-        config = model_config(settings, spec)
-        certain = infer_shape(tensors, str(path), **config.to_dict()) | dict(shape)
-        if all(getattr(config, n) == value for n, value in certain.items()):
+        config = model_config({**settings, **shape}, spec)
+        held = infer_shape(tensors, str(path), **config.to_dict())
+        if all(getattr(config, n) == value for n, value in held.items()):
             return FoundWeights(path, config, spec, settings["stage"])
     held = infer_shape(tensors, str(path), **shape)
     third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}

@@ -392,9 +392,29 @@ def test_a_weights_file_beside_its_run_has_that_runs_shape(tmp_path, spec):
     assert (guessed.config.num_attention_heads, guessed.config.rope_theta) == (8, 1e6)
     assert (guessed.tokenizer, guessed.stage) == (spec, "sft")
     asked = find_weights(found.file, rope_theta=1e6)
-    assert (asked.config.num_attention_heads, asked.config.rope_theta) == (8, 1e6)
+    assert (asked.config.num_attention_heads, asked.config.rope_theta) == (4, 1e6)
     other = save(model_of(num_hidden_layers=1).state_dict(), found.file)
     assert find_weights(other).config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("inference_rope_scaling", True),
+        ("dropout", 0.1),
+        ("max_position_embeddings", 512),
+    ],
+)
+def test_a_setting_that_may_differ_leaves_the_rest_of_the_run(name, value, tmp_path):
+    own = read_tokenizer(make_small())
+    shape = {**SHAPE, "num_attention_heads": 4, "vocab_size": own.vocab_size}
+    written = RunFolder(tmp_path / "pretrain_32")
+    written.write_config({"settings": dataclasses.asdict(resolve(TrainConfig(**shape)))})
+    write_tokenizer(own, written.tokenizer)
+    file = save(model_of(**shape).state_dict(), tmp_path / "pretrain_32.pth")
+    loaded, tokenizer = load(file, **{name: value})
+    assert getattr(loaded.config, name) == value
+    assert (loaded.config.num_attention_heads, len(tokenizer)) == (4, own.vocab_size)
 
 
 def test_damaged_folders_are_refused_in_plain_words(model, tmp_path, spec):
