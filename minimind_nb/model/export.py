@@ -90,8 +90,6 @@ def export(
             f"{final} exists and is not overwritten: use another name"
         )
     found = find_weights(source, which, tokenizer, **shape)
-    for note in found.notes:
-        print(note)
     config, spec = found.config, read_tokenizer(found.tokenizer)
     kind = _choose_format(config, format)
     model = found.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,15 @@ def load(
     `save_pretrained` wrote, of MiniMind's own kind or a Llama, Qwen3 or Qwen3-MoE. What
     a `.pth` does not record (heads, top-k, theta) comes from `shape`, by
     `MiniMindConfig`'s names, from the run beside it that wrote it, or else from
-    MiniMind's defaults, which is printed. `tokenizer` replaces the one saved with the
-    weights (for a lone `.pth` the shipped one); its entries must be the same. Nothing is
-    downloaded and no code from the source is run.
+    MiniMind's defaults, with a warning. `tokenizer` replaces the one saved with the
+    weights; its entries must be the same. Without either, a warning says that it is the
+    shipped one. Nothing is downloaded and no code from the source is run.
 
     Raises `FileNotFoundError` if there are no weights; `ValueError` if they do not fit,
     are not finite, were trained with another tokenizer, or are of a network that
     MiniMind cannot express; `NoGoodCheckpoint` if every checkpoint is damaged.
     """
     found = find_weights(source, which, tokenizer, **shape)
-    for note in found.notes:
-        print(note)
     model = found.read().eval()
     nn.Module.float(model)  # PreTrainedModel's own is not typed
     return model, load_tokenizer(found.tokenizer)
@@ -60,14 +59,13 @@ def load(
 class FoundWeights:
     """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it.
 
-    `notes` tell the user what was assumed, `source` is the place that was named.
+    `source` is the place that was named.
     """
 
     file: Path
     config: MiniMindConfig
     tokenizer: TokenizerSpec | None = None
     stage: str | None = None
-    notes: tuple[str, ...] = ()
     source: str = ""
 
     def read(self) -> MiniMindForCausalLM:
@@ -115,15 +113,19 @@ def find_weights(
                 f"{len(theirs.items() & ours.items()):,} of {len(ours):,} entries are "
                 "the same. Leave tokenizer out, it is saved with the weights"
             )
-    if not own and tokenizer is None:
-        found.notes += (
+    assumed = not own and tokenizer is None
+    unused = config.vocab_size - spec.vocab_size
+    if unused < 0 or (assumed and unused):
+        raise ValueError(
+            f"the {'shipped ' if assumed else ''}tokenizer has {spec.vocab_size} entries "
+            f"and the weights in {source} {config.vocab_size}: name the one they were "
+            "trained with, tokenizer=…"
+        )
+    if assumed:
+        warnings.warn(
             f"{source} comes without a tokenizer: using the shipped one. MiniMind's own "
             'weights need theirs: tokenizer="minimind/model"',
-        )
-    if spec.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
-            f"{config.vocab_size}: name the one they were trained with, tokenizer=…"
+            stacklevel=3,
         )
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
@@ -214,11 +216,13 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     if config.use_moe:
         assumed += ["num_experts_per_tok", "norm_topk_prob"]
     values = [f"{n}={getattr(config, n)!r}" for n in assumed if n not in shape]
-    note = (
-        f"{path} does not record {', '.join(values)}: assuming MiniMind's defaults. "
-        "Pass other values explicitly."
-    )
-    return FoundWeights(path, config, stage=stage, notes=(note,) if values else ())
+    if values:
+        warnings.warn(
+            f"{path} does not record {', '.join(values)}: assuming MiniMind's defaults. "
+            "Pass other values explicitly.",
+            stacklevel=5,
+        )
+    return FoundWeights(path, config, stage=stage)
 
 
 def _find_saved(path: Path, fields: Mapping[str, Any]) -> FoundWeights:

@@ -56,8 +56,6 @@ def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
         source = str(_newest_before(cfg))
     hints = {n: asked[n] for n in _NOT_IN_PTH if n in asked and Path(source).is_file()}
     weights = find_weights(source, "last", cfg.tokenizer, **hints)
-    for note in weights.notes:
-        logger.info(note)
     has = weights.shape()
     if differences := [
         f"{name}: {has.get(name)!r} in the weights, {value!r} in the settings"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,19 @@ def step_of(model: MiniMindForCausalLM) -> float:
 
 
 @pytest.mark.parametrize(("which", "step"), [("last", 12), ("best", 8)])
-def test_a_run_folder_gives_its_last_or_best_checkpoint(which, step, run, spec, capsys):
-    model, tokenizer = load(run.root, which)
+def test_a_run_folder_gives_its_last_or_best_checkpoint(which, step, run, spec):
+    with warnings.catch_warnings(action="error"):  # nothing is assumed
+        model, tokenizer = load(run.root, which)
     assert step_of(model) == step
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (tokenizer.bos_token_id, len(tokenizer)) == (spec.bos_id, 6400)
     assert model.config.eos_token_id == spec.eos_id
-    assert capsys.readouterr().out == ""
     found = find_weights(run.root, which)
     with pytest.raises(ValueError, match=r'which=\'first\': "last" or "best" is exp'):
         load(run.root, "first")
     assert found.file == run.checkpoint_folder(step) / WEIGHTS
-    assert (found.tokenizer, found.stage, found.notes) == (spec, "pretrain", ())
+    assert (found.tokenizer, found.stage) == (spec, "pretrain")
 
 
 def test_a_checkpoint_folder_finds_its_runs_tokenizer(run, monkeypatch):
@@ -342,14 +343,15 @@ def make_small() -> Tokenizer:
         ({"head_dim": 4, "rope_theta": 1e4}, ("rms_norm_eps",)),
     ],
 )
-def test_what_a_pth_leaves_open_is_printed(given, assumed, model, tmp_path, capsys):
+def test_what_a_pth_leaves_open_is_a_warning(given, assumed, model, tmp_path):
     file = save(model.state_dict(), tmp_path / "a.pth")
-    load(file, **given)
-    said, tokenizer = capsys.readouterr().out.splitlines()
+    with pytest.warns() as caught:
+        load(file, **given)
+    said, tokenizer = (str(one.message) for one in caught)
+    assert {one.filename for one in caught} == {__file__}
     assert "without a tokenizer: using the shipped one" in tokenizer
     values = said.removeprefix(f"{file} does not record ").partition(": assuming")[0]
     assert re.findall(r"(\w+)=", values) == list(assumed)
-    assert find_weights(file, **given).notes == (said, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["nowhere", ".", "saved", "shards"])
@@ -363,12 +365,18 @@ def test_a_place_without_weights_is_named(name, tmp_path):
         load(tmp_path / name)
 
 
-def test_a_tokenizer_too_large_for_the_weights_is_refused(tmp_path):
-    file = save(model_of(vocab_size=100).state_dict(), tmp_path / "small.pth")
-    with pytest.raises(
-        ValueError, match="has 6400 entries and the weights in .* 100: "
-    ):
+@pytest.mark.parametrize("size", [100, 8000])
+def test_the_shipped_tokenizer_is_only_taken_for_as_many_entries(size, tmp_path):
+    file = save(model_of(vocab_size=size).state_dict(), tmp_path / "other.pth")
+    text = f"shipped tokenizer has 6400 entries and .* {size}: name the one they were"
+    with pytest.raises(ValueError, match=text):
         load(file)
+
+
+def test_a_tokenizer_too_large_for_the_weights_is_refused(tmp_path, spec):
+    file = save(model_of(vocab_size=100).state_dict(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="the tokenizer has 6400 .* 100: name the one"):
+        load(file, tokenizer=spec)
 
 
 def test_a_models_configuration_comes_from_the_settings(spec):
@@ -409,7 +417,9 @@ def test_a_setting_that_may_differ_leaves_the_rest_of_the_run(name, value, tmp_p
     own = read_tokenizer(make_small())
     shape = {**SHAPE, "num_attention_heads": 4, "vocab_size": own.vocab_size}
     written = RunFolder(tmp_path / "pretrain_32")
-    written.write_config({"settings": dataclasses.asdict(resolve(TrainConfig(**shape)))})
+    written.write_config(
+        {"settings": dataclasses.asdict(resolve(TrainConfig(**shape)))}
+    )
     write_tokenizer(own, written.tokenizer)
     file = save(model_of(**shape).state_dict(), tmp_path / "pretrain_32.pth")
     loaded, tokenizer = load(file, **{name: value})
