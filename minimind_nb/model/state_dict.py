@@ -85,7 +85,8 @@ def read_pth(path: Path, *, shapes_only: bool = False) -> dict[str, torch.Tensor
         held = [*state] if isinstance(state, dict) else type(state)
         raise ValueError(
             f"{path} holds {held!s:.100}, where a bare state dict (names with tensors) "
-            'is expected. A resume file has it under "model": save that alone'
+            'is expected. A resume file has it under "model": save that alone. The state '
+            "of an optimizer holds no weights: give the model's"
         )
     return {
         name.removeprefix("module.").removeprefix("_orig_mod."): value
@@ -155,9 +156,10 @@ def infer_shape(tensors: Tensors, source: str, **known: Any) -> dict[str, Any]:
         if qk_norm:
             head_dim = len(tensors[f"{attention}.q_norm.weight"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{source} holds no MiniMind state dict ({error!r}) but {[*tensors][:3]}"
-        ) from None
+        what = f"no MiniMind state dict ({error!r}) but {[*tensors][:3]}"
+        if any(".lora" in name for name in tensors):
+            what = "LoRA weights only: merge them into their model and give that one's"
+        raise ValueError(f"{source} holds {what}") from None
     if not head_dim or queries % head_dim or keys % head_dim:
         raise ValueError(
             f"q_proj and k_proj in {source} have {queries} and {keys} rows, not a multiple "

@@ -89,8 +89,11 @@ class RunFolder:
         """
         try:
             config = json.loads(self.config_file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{self.config_file} is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self.config_file} is not JSON: {error}. A run's or a model's "
+                "configuration is expected"
+            ) from None
         settings = config.get("settings", {}) if isinstance(config, dict) else None
         if not isinstance(settings, dict):
             raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")

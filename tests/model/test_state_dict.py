@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from minimind_nb.model.architecture import MiniMindConfig, MiniMindForCausalLM
-from minimind_nb.model.loading import FoundWeights
+from minimind_nb.model.loading import FoundWeights, load
 from minimind_nb.model.state_dict import (
     infer_shape,
     put_weights,
@@ -85,12 +85,32 @@ def test_missing_extra_and_misshapen_tensors_are_named():
 
 
 @pytest.mark.parametrize(
-    "state", [{"model": {}, "step": 1}, [torch.ones(2)], {1: torch.ones(2)}]
+    "state",
+    [
+        {"model": {}, "step": 1},
+        {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+        [torch.ones(2)],
+        {1: torch.ones(2)},
+    ],
 )
 def test_a_pth_of_something_else_is_no_bare_state_dict(state, tmp_path):
     file = save(state, tmp_path / "resume.pth")
-    with pytest.raises(ValueError, match="where a bare state dict .* is expected"):
+    with pytest.raises(ValueError, match="where a bare state dict .* is expected") as e:
         read_pth(file)
+    assert "The state of an optimizer holds no weights: give the model's" in str(
+        e.value
+    )
+
+
+def test_weights_of_lora_alone_are_named(tmp_path):
+    layer = "model.layers.0.self_attn.q_proj.lora"
+    lora = {
+        f"{layer}.A.weight": torch.ones(8, 32),
+        f"{layer}.B.weight": torch.ones(32, 8),
+    }
+    text = "holds LoRA weights only: merge them into their model and give that one's"
+    with pytest.raises(ValueError, match=text):
+        load(save(lora, tmp_path / "lora_medical_32.pth"))
 
 
 @pytest.mark.fault("F64")

@@ -91,9 +91,10 @@ def test_a_configuration_that_is_not_there_or_no_json_is_named(run):
     with pytest.raises(FileNotFoundError, match="config.json"):
         run.read_config()
     run.write_config({})
-    run.config_file.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON: "):
-        run.read_config()
+    for text in ("{", "[" * 100_000):  # also of a data set attached by a stranger
+        run.config_file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"config\.json is not JSON: .*expected$"):
+            run.read_config()
 
 
 def test_the_status_is_rank_0s_own_word(run):
