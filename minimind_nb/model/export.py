@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import __version__ as transformers_version
 
+from ..config import describe_minimind_width
 from ..data.tokenizer import (
     TokenizerSpec,
     load_tokenizer,
@@ -187,7 +188,8 @@ def _write_pth(model: MiniMindForCausalLM, _: Any, file: Path, __: str) -> str:
     back = read_pth(file)
     if any(not torch.equal(back[n], tensor) for n, tensor in tensors.items()):
         raise RuntimeError("the .pth does not read back as it was written; try again")
-    return "read back and equal"
+    width = describe_minimind_width(vars(model.config))
+    return "; ".join(filter(None, ("read back and equal", width)))
 
 
 def _write_gguf(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import shorten_home
+from ..config import describe_minimind_width, shorten_home
 from ..storage import verified
 from ..storage.run_folder import RunFolder
 from .metrics import History
@@ -158,7 +158,8 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     if expected := expected_loss(config["settings"], tokens):
         facts["validation loss of a reference run"] = expected
     if weights_file.is_file():
-        facts["weights"] = f"`../{weights_file.name}`"
+        width = describe_minimind_width(config["settings"])
+        facts["weights"] = f"`../{weights_file.name}`{width and f' ({width})'}"
     following = "`mm.train(cfg)` resumes from the newest good checkpoint."
     if status == "finished":
         following = "To train longer, raise `epochs` or `max_steps` and train again."

@@ -22,6 +22,7 @@ from ..config import (
     ResolvedConfig,
     TrainConfig,
     default_run_name,
+    describe_minimind_width,
     fill_defaults,
     fit_batch,
     resolve,
@@ -301,6 +302,8 @@ def _describe_start(plan: RunPlan) -> Iterator[str]:
             )
     else:
         yield describe_rows(plan.corpus, cfg)
+        if width := describe_minimind_width(vars(cfg)):
+            yield f"{cfg.weights_name}: {width}"
     if plan.checkpoint and cfg.schedule == "linear" and plan.decay_start >= total:
         yield (
             f"max_steps={cfg.max_steps} leaves no step in which the learning rate decays: "

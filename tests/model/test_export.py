@@ -223,7 +223,9 @@ def test_a_pth_for_minimind_has_both_tied_keys_in_float16(exported, tmp_path, ca
     first = torch.load(file, weights_only=True)
     assert state.keys() == first.keys() and "lm_head.weight" in state
     assert all(torch.equal(state[name], first[name]) for name in first)
-    assert f"Next: copy {written} to out/ of a MiniMind" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Next: copy {written} to out/ of a MiniMind" in printed
+    assert "equal; MiniMind's scripts build intermediate_size=128, and this" in printed
 
 
 @pytest.mark.parametrize("fields", [{}, THIRD])

@@ -98,6 +98,19 @@ def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     assert "preset" not in text and "other.pth" not in text
 
 
+def test_the_summary_says_where_minimind_s_scripts_build_another_width(run):
+    wider = {**CONFIG, "settings": {**SETTINGS, "intermediate_size": 256}}
+    (run.folder / "config.json").write_text(json.dumps(wider))
+    weights = run.folder.parent / "pretrain_64.pth"
+    weights.touch()
+    write_summary(run, "finished", weights)
+    text = (run.folder / "summary.md").read_text()
+    assert (
+        "| weights | `../pretrain_64.pth` (MiniMind's scripts build "
+        "intermediate_size=192, and this model has 256: set it in their MiniMindConfig) |"
+    ) in text
+
+
 def test_the_summary_of_a_stopped_run_without_rows(make_history, run):
     run.history.path.unlink()
     make_history()
