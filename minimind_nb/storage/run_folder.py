@@ -38,15 +38,14 @@ class NoGoodCheckpoint(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder and the facts in its manifest."""
+    """A checkpoint folder."""
 
     folder: Path
-    facts: dict[str, Any]
 
     @property
     def step(self) -> int:
         """Optimizer steps made when it was written."""
-        return self.facts["step"]
+        return int(self.folder.name[5:13])
 
     @property
     def run(self) -> RunFolder:
@@ -90,10 +89,7 @@ class RunFolder:
         try:
             config = json.loads(self.config_file.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self.config_file} is not JSON: {error}. A run's or a model's "
-                "configuration is expected"
-            ) from None
+            raise ValueError(f"{self.config_file} is not JSON: {error}") from None
         settings = config.get("settings", {}) if isinstance(config, dict) else None
         if not isinstance(settings, dict):
             raise ValueError(f"{self.config_file} is no configuration: {config!r:.60}")
@@ -200,7 +196,7 @@ class RunFolder:
             own = self.read_config().get("run")
             if own and facts.get("run", own) != own:
                 raise verified.DamagedFolder("it is of another run")
-        return Checkpoint(folder, facts)
+        return Checkpoint(folder)
 
     def _first_good(
         self, folders: list[Path], damaged: dict[Path, str]
@@ -225,19 +221,11 @@ class RunFolder:
         for folder in (*folders[keep:], *shorter):
             if folder in (best, self.checkpoint_folder(decay_start)):
                 continue
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                logger.warning("Checkpoint %s could not be removed: %s", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def is_aside(self) -> bool:
         """Return whether `rename_aside`, or an unfinished copy, gave it its name."""
         return re.search(r"\.old\d+$|^\.", self.root.name) is not None
-
-
-def step_of(folder: Path) -> int:
-    """Return the step in the name of a checkpoint folder."""
-    return int(folder.name[5:13])
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

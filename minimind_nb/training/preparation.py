@@ -22,7 +22,6 @@ from ..config import (
     ResolvedConfig,
     TrainConfig,
     default_run_name,
-    describe_minimind_width,
     fill_defaults,
     fit_batch,
     resolve,
@@ -37,7 +36,7 @@ from ..hardware import Hardware, count_cores, pays_to_compile
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
-from ..storage.run_folder import SHORTER, Checkpoint, RunFolder, step_of
+from ..storage.run_folder import SHORTER, Checkpoint, RunFolder
 from .checkpoint import Progress, read_state
 from .initial_weights import find_initial_weights, find_runs, keep_reference
 from .machine import check_room, check_writable, machine_defaults
@@ -255,7 +254,7 @@ def _begin(plan: RunPlan) -> None:
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
     keep_reference(plan)
-    later = [f for f in folder.checkpoint_folders() if plan.done < step_of(f)]
+    later = [f for f in folder.checkpoint_folders() if plan.done < Checkpoint(f).step]
     if plan.checkpoint and later:
         for file in (plan.weights_file, *later):
             if file.exists():
@@ -302,8 +301,6 @@ def _describe_start(plan: RunPlan) -> Iterator[str]:
             )
     else:
         yield describe_rows(plan.corpus, cfg)
-        if width := describe_minimind_width(vars(cfg)):
-            yield f"{cfg.weights_name}: {width}"
     if plan.checkpoint and cfg.schedule == "linear" and plan.decay_start >= total:
         yield (
             f"max_steps={cfg.max_steps} leaves no step in which the learning rate decays: "

@@ -18,7 +18,7 @@ from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import count_cores
 from ..session import current_session
 from ..storage import verified
-from ..storage.run_folder import RunFolder, step_of
+from ..storage.run_folder import Checkpoint, RunFolder
 
 
 @dataclass
@@ -57,7 +57,7 @@ class RunPlan:
     @property
     def done(self) -> int:
         """The steps made before this session."""
-        return step_of(self.checkpoint) if self.checkpoint else 0
+        return Checkpoint(self.checkpoint).step if self.checkpoint else 0
 
     @property
     def weights_file(self) -> Path:

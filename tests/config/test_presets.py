@@ -8,7 +8,6 @@ from minimind_nb.config import (
     STAGES,
     TrainConfig,
     count_parameters,
-    describe_minimind_width,
     fit_batch,
     kinds,
     resolve,
@@ -33,19 +32,6 @@ def count(**settings) -> dict[str, int]:
 )
 def test_known_shapes_have_their_known_parameters(settings, total, active):
     assert count(**settings) == {"total": total, "active": active}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_have_the_width_that_minimind_s_scripts_build(preset):
-    assert describe_minimind_width(vars(resolve(TrainConfig(preset=preset)))) == ""
-
-
-@pytest.mark.parametrize(("qk_norm", "theirs"), [(False, "1,408"), (True, "1,664")])
-def test_the_default_width_is_not_minimind_s(qk_norm, theirs):
-    assert describe_minimind_width(vars(resolve(TrainConfig(qk_norm=qk_norm)))) == (
-        f"MiniMind's scripts build intermediate_size={theirs}, and this model has 1,536: "
-        "set it in their MiniMindConfig"
-    )
 
 
 def test_a_head_dim_of_its_own_counts():

@@ -87,18 +87,6 @@ def test_a_run_that_ends_early_is_told_before_it_starts(
     assert len([note for note in notes if re.search(told, note)]) == 1
 
 
-def test_a_width_that_minimind_s_scripts_do_not_build_is_told_at_the_start(
-    settings: Settings,
-) -> None:
-    with logged() as notes:
-        prepare_here({**settings, "max_steps": 1})
-    (said,) = (note for note in notes if "MiniMind's scripts" in note)
-    assert said.startswith("pretrain_32.pth: MiniMind's scripts build intermediate_siz")
-    with logged() as notes:
-        prepare_here({**settings, "run_name": "same", "intermediate_size": 128})
-    assert not [note for note in notes if "MiniMind's scripts" in note]
-
-
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(settings: Settings) -> None:
     refuse({**settings, "vocab_size": 100}, ValueError, "too small for the tokenizer")
 
