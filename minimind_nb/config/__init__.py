@@ -16,7 +16,6 @@ from .presets import WEIGHTS_NAMES as WEIGHTS_NAMES
 from .presets import batch_follows_corpus as batch_follows_corpus
 from .presets import count_parameters as count_parameters
 from .presets import default_run_name as default_run_name
-from .presets import describe_minimind_width as describe_minimind_width
 from .presets import fill_defaults as fill_defaults
 from .presets import fit_batch as fit_batch
 from .presets import flops_per_token as flops_per_token

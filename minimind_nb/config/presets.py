@@ -310,21 +310,6 @@ def fit_batch(
     return resolve_batch({**settings, **batch}, ())
 
 
-def describe_minimind_width(shape: Mapping[str, Any]) -> str:
-    """Say which width of the feed-forward layers MiniMind's scripts build, "" if this."""
-    inner = shape["intermediate_size"]
-    ratio = math.pi if shape["qk_norm"] else 8 / 3
-    theirs = 64 * math.ceil(ratio * shape["hidden_size"] / 64)
-    return (
-        ""
-        if inner == theirs
-        else (
-            f"MiniMind's scripts build intermediate_size={theirs:,}, and this model has "
-            f"{inner:,}: set it in their MiniMindConfig"
-        )
-    )
-
-
 def count_parameters(shape: Mapping[str, Any]) -> dict[str, int]:
     """Return the parameters of a resolved shape: "total", and "active" per token.
 

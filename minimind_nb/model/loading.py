@@ -25,6 +25,10 @@ from .state_dict import infer_shape, put_weights, read_pth, read_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+NOT_IN_PTH = (  # not told by the names and shapes of tensors
+    "num_attention_heads head_dim rope_theta rms_norm_eps num_experts_per_tok "
+    "norm_topk_prob"
+).split()
 _WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # the latter by MiniMind's converter
 
 
@@ -57,16 +61,13 @@ def load(
 
 @dataclass
 class FoundWeights:
-    """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it.
-
-    `source` is the place that was named.
-    """
+    """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it."""
 
     file: Path
     config: MiniMindConfig
     tokenizer: TokenizerSpec | None = None
     stage: str | None = None
-    source: str = ""
+    source: str = ""  # the place that was named
 
     def read(self) -> MiniMindForCausalLM:
         """Return the model in its stored precision, or raise `ValueError`."""
@@ -109,17 +110,15 @@ def find_weights(
         theirs, ours = (Tokenizer.from_str(t.json).get_vocab() for t in (spec, own))
         if theirs != ours:
             raise ValueError(
-                f"the weights in {source} were trained with another tokenizer: only "
-                f"{len(theirs.items() & ours.items()):,} of {len(ours):,} entries are "
-                "the same. Leave tokenizer out, it is saved with the weights"
+                f"the weights in {source} were trained with another tokenizer: leave "
+                "tokenizer out, theirs is saved with them"
             )
     assumed = not own and tokenizer is None
     unused = config.vocab_size - spec.vocab_size
     if unused < 0 or (assumed and unused):
         raise ValueError(
-            f"the {'shipped ' if assumed else ''}tokenizer has {spec.vocab_size} entries "
-            f"and the weights in {source} {config.vocab_size}: name the one they were "
-            "trained with, tokenizer=…"
+            f"the tokenizer has {spec.vocab_size} entries and the weights in {source} "
+            f"{config.vocab_size}: name the one they were trained with, tokenizer=…"
         )
     if assumed:
         warnings.warn(
@@ -210,15 +209,13 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
     third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}
     guessed = third if held["qk_norm"] else {}
     config = read_config({"model_type": "minimind", **guessed, **held, **shape})
-    assumed = ["rope_theta", "rms_norm_eps"]
-    if not config.qk_norm and "head_dim" not in shape:
-        assumed.insert(0, "num_attention_heads")
-    if config.use_moe:
-        assumed += ["num_experts_per_tok", "norm_topk_prob"]
-    values = [f"{n}={getattr(config, n)!r}" for n in assumed if n not in shape]
-    if values:
+    known = {"head_dim", *shape, *(() if config.use_moe else MIXTURE_FIELDS)}
+    if config.qk_norm or "head_dim" in shape:
+        known.add("num_attention_heads")
+    assumed = [f"{n}={getattr(config, n)!r}" for n in NOT_IN_PTH if n not in known]
+    if assumed:
         warnings.warn(
-            f"{path} does not record {', '.join(values)}: assuming MiniMind's defaults. "
+            f"{path} does not record {', '.join(assumed)}: assuming MiniMind's defaults. "
             "Pass other values explicitly.",
             stacklevel=5,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import describe_minimind_width, shorten_home
+from ..config import shorten_home
 from ..storage import verified
 from ..storage.run_folder import RunFolder
 from .metrics import History
@@ -158,8 +159,13 @@ def write_summary(run: Run, status: str, weights_file: Path) -> None:
     if expected := expected_loss(config["settings"], tokens):
         facts["validation loss of a reference run"] = expected
     if weights_file.is_file():
-        width = describe_minimind_width(config["settings"])
-        facts["weights"] = f"`../{weights_file.name}`{width and f' ({width})'}"
+        facts["weights"] = f"`../{weights_file.name}`"
+        shape = config["settings"]
+        width = (math.pi if shape["qk_norm"] else 8 / 3) * shape["hidden_size"]
+        inner, theirs = shape["intermediate_size"], 64 * math.ceil(width / 64)
+        if inner != theirs:
+            words = f"set intermediate_size={inner:,}; theirs is {theirs:,}"
+            facts["for MiniMind's scripts"] = words
     following = "`mm.train(cfg)` resumes from the newest good checkpoint."
     if status == "finished":
         following = "To train longer, raise `epochs` or `max_steps` and train again."

@@ -71,13 +71,10 @@ def writing(final: Path, facts: Mapping[str, Any], needed: int = 0) -> Iterator[
 
 
 def rename_flushed(aside: Path, final: Path) -> None:
-    """Rename a file, or a folder of files, once its bytes are on the disk.
-
-    Whoever may read the folder may read its files: safetensors makes them private.
-    """
+    """Rename a file, or a folder of files, once its bytes are on the disk."""
     within = aside.iterdir() if aside.is_dir() else ()
     for path in filter(Path.is_file, within):
-        with contextlib.suppress(OSError):  # some mounts have no rights to set
+        with contextlib.suppress(OSError):  # safetensors makes its files private
             path.chmod(aside.stat().st_mode & 0o666)
         _flush(path)
     _flush(aside)

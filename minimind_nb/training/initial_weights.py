@@ -20,7 +20,7 @@ from ..config import (
     TrainConfig,
 )
 from ..model.architecture import MiniMindForCausalLM
-from ..model.loading import FoundWeights, find_weights, model_config
+from ..model.loading import NOT_IN_PTH, FoundWeights, find_weights, model_config
 from ..model.state_dict import put_weights, read_tensors
 from ..session import runs_below
 from ..storage.run_folder import RunFolder
@@ -30,11 +30,6 @@ from .run_plan import RunPlan
 logger = logging.getLogger(__name__)
 _RUNS = "*/config.json"
 FIXED_SHAPE = [name for name in SHAPE_FIELDS if name not in TRAINING_SHAPE_FIELDS]
-# Not recorded by the names and shapes in a .pth.
-_NOT_IN_PTH = (
-    "num_attention_heads head_dim num_experts_per_tok rope_theta rms_norm_eps "
-    "norm_topk_prob"
-).split()
 
 
 class NoInitialWeights(FileNotFoundError):
@@ -54,7 +49,7 @@ def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
     asked = asked_shape(cfg)
     if source == "auto":
         source = str(_newest_before(cfg))
-    hints = {n: asked[n] for n in _NOT_IN_PTH if n in asked and Path(source).is_file()}
+    hints = {n: asked[n] for n in NOT_IN_PTH if n in asked and Path(source).is_file()}
     weights = find_weights(source, "last", cfg.tokenizer, **hints)
     has = weights.shape()
     if differences := [

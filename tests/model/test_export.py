@@ -223,9 +223,7 @@ def test_a_pth_for_minimind_has_both_tied_keys_in_float16(exported, tmp_path, ca
     first = torch.load(file, weights_only=True)
     assert state.keys() == first.keys() and "lm_head.weight" in state
     assert all(torch.equal(state[name], first[name]) for name in first)
-    printed = capsys.readouterr().out
-    assert f"Next: copy {written} to out/ of a MiniMind" in printed
-    assert "equal; MiniMind's scripts build intermediate_size=128, and this" in printed
+    assert f"Next: copy {written} to out/ of a MiniMind" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fields", [{}, THIRD])
@@ -244,10 +242,16 @@ def test_a_stretched_network_stays_stretched(fields, tmp_path, spec):
 
 
 def test_a_pth_that_does_not_read_back_is_not_left(tmp_path, spec, monkeypatch):
-    file = write_pth(tmp_path / "a.pth")
-    other = {n: t + 1 for n, t in torch.load(file, weights_only=True).items()}
-    monkeypatch.setattr(module, "read_pth", lambda _: other)
-    with pytest.raises(RuntimeError, match="pth does not read back as it was written"):
+    file, write = write_pth(tmp_path / "a.pth"), module.write_pth
+
+    def damage(tensors, file, dtype):
+        write(tensors, file, dtype)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(module, "write_pth", damage)
+    with pytest.raises(ValueError, match="b.pth is damaged or not a weights file"):
         export(file, tmp_path / "b.pth", "pth", tokenizer=spec)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from minimind_nb.config import TrainConfig, resolve
+from minimind_nb.config import PRESETS, TrainConfig, resolve
 from minimind_nb.monitor.charts import Chart
 from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.monitor.runs import (
@@ -98,17 +98,25 @@ def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     assert "preset" not in text and "other.pth" not in text
 
 
-def test_the_summary_says_where_minimind_s_scripts_build_another_width(run):
-    wider = {**CONFIG, "settings": {**SETTINGS, "intermediate_size": 256}}
-    (run.folder / "config.json").write_text(json.dumps(wider))
-    weights = run.folder.parent / "pretrain_64.pth"
-    weights.touch()
-    write_summary(run, "finished", weights)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {},
+            "| for MiniMind's scripts | set intermediate_size=1,536; theirs is 1,408 |",
+        ),
+        ({"qk_norm": True}, "set intermediate_size=1,536; theirs is 1,664"),
+        *(({"preset": name}, None) for name in PRESETS),
+    ],
+)
+def test_the_summary_says_where_minimind_s_scripts_build_another_width(
+    settings, told, run
+):
+    shape = vars(resolve(TrainConfig(**settings)))
+    (run.folder / "config.json").write_text(json.dumps({**CONFIG, "settings": shape}))
+    write_summary(run, "finished", run.folder / "rank0.json")
     text = (run.folder / "summary.md").read_text()
-    assert (
-        "| weights | `../pretrain_64.pth` (MiniMind's scripts build "
-        "intermediate_size=192, and this model has 256: set it in their MiniMindConfig) |"
-    ) in text
+    assert told in text if told else "MiniMind's scripts" not in text
 
 
 def test_the_summary_of_a_stopped_run_without_rows(make_history, run):

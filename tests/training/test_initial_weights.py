@@ -361,8 +361,7 @@ def test_another_tokenizer_than_the_weights_is_refused(
 ) -> None:
     other = train_tokenizer([str(corpus_file)], tmp_path / "own", vocab_size=300)
     text = refusal(ValueError, {**sft, "tokenizer": str(other)})
-    assert "were trained with another tokenizer: only " in text
-    assert "of 6,400 entries are the same. Leave tokenizer out" in text
+    assert "were trained with another tokenizer: leave " in text
 
 
 def test_the_tokenizer_comes_with_the_weights(
