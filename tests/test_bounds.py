@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 BOUNDS = {
     requirement.name.lower(): Version(str(requirement.specifier).lstrip(">="))
@@ -19,6 +20,16 @@ BOUNDS = {
     if requirement.name != PROJECT["name"]
 }
 BY_HAND = "torch"  # 2.10.0 is several gigabytes
+
+
+def test_uv_sync_installs_what_make_setup_does() -> None:
+    group = [Requirement(line) for line in PYPROJECT["dependency-groups"]["dev"]]
+    setup = (ROOT / "Makefile").read_text().partition("--editable '.[test]'")[2]
+    assert {one.name for one in group} > {
+        PROJECT["name"],
+        *setup.split("\n")[0].split(),
+    }
+    assert [one.extras for one in group if one.name == PROJECT["name"]] == [{"test"}]
 
 
 def pins(name: str) -> dict[str, Version]:
