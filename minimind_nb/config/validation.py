@@ -51,6 +51,21 @@ _AT_MOST = {
     "sample_tokens": "max_position_embeddings",
     "min_learning_rate": "learning_rate",
 }
+# Names that other trainers and MiniMind's scripts have for settings.
+_NAMED_ELSEWHERE = dict(
+    pair.split("=")
+    for pair in (
+        "mode=stage save_dir=out_dir output_dir=out_dir save_weight=run_name "
+        "from_weight=init_from from_resume=resume resume_from_checkpoint=resume "
+        "n_embd=hidden_size d_model=hidden_size n_layer=num_hidden_layers "
+        "n_head=num_attention_heads block_size=max_seq_len max_length=max_seq_len "
+        "num_train_epochs=epochs max_iters=max_steps lr=learning_rate "
+        "per_device_train_batch_size=batch_size warmup_steps=warmup_iters "
+        "max_grad_norm=grad_clip eval_steps=eval_interval logging_steps=log_interval "
+        "save_steps=save_interval save_total_limit=keep_checkpoints "
+        "report_to=use_wandb fp16=dtype bf16=dtype mixed_precision=dtype"
+    ).split()
+)
 
 
 def validate(
@@ -85,12 +100,14 @@ def validate(
 
 def describe_unknown(name: str, known: Iterable[str], what: str = "setting") -> str:
     """Say that `name` does not exist, and which name was probably meant."""
-    return f"unknown {what} {name!r}{_hint(name, known)}"
+    plain = name.lower().strip("-").replace("-", "_")
+    hint = _hint(_NAMED_ELSEWHERE.get(plain, name), known)
+    return f"unknown {what} {name!r}{hint}"
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
     def words(text: str) -> list[str]:
-        return sorted(re.split("[-_]", text.lower()))
+        return sorted(re.findall("[^-_]+", text.lower()))
 
     names = list(known)
     close = [one for one in names if words(one) == words(name)]
@@ -141,19 +158,21 @@ def _misshapen(v: Mapping[str, Any]) -> Iterator[str]:
         if v[name] is not None and v[limit] is not None and v[name] > v[limit]:
             yield f"{name}={v[name]} is more than {limit}={v[limit]}"
     width, heads, head_dim = v["hidden_size"], v["num_attention_heads"], v["head_dim"]
-    if head_dim == width // heads and width % heads:
+    step = 2 * heads  # rotary embeddings need pairs
+    if head_dim == width // heads and width % step:
+        near = [str(size) for size in (width // step * step, -(-width // step) * step)]
         yield (
-            f"hidden_size={width} is not divisible by num_attention_heads={heads}; "
-            "choose a multiple, or set head_dim"
+            f"hidden_size={width} does not make num_attention_heads={heads} of one even "
+            f"width; use {' or '.join(near).removeprefix('0 or ')}, or set head_dim"
         )
+    elif head_dim % 2:
+        yield f"head_dim={head_dim} is odd; rotary embeddings need pairs"
     kv_heads = v["num_key_value_heads"]
     if heads % kv_heads:
         yield (
             f"num_attention_heads={heads} is no multiple of "
             f"num_key_value_heads={kv_heads}"
         )
-    if head_dim % 2:
-        yield f"head_dim={head_dim} is odd; rotary embeddings need pairs"
 
 
 def _contradictions(v: Mapping[str, Any], processes_known: bool) -> Iterator[str]:

@@ -33,6 +33,30 @@ def test_an_unknown_name_gets_the_likely_one():
     )
 
 
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ("num_train_epochs", "epochs"),
+        ("logging_steps", "log_interval"),
+        ("save_steps", "save_interval"),
+        ("max_grad_norm", "grad_clip"),
+        ("per_device_train_batch_size", "batch_size"),
+        ("lr", "learning_rate"),
+        ("fp16", "dtype"),
+        ("BF16", "dtype"),
+        ("block_size", "max_seq_len"),
+        ("data-path", "data_path"),
+        ("from_weight", "init_from"),
+        ("save-dir", "out_dir"),
+    ],
+)
+def test_a_name_from_elsewhere_is_translated(there, here):
+    text = f"unknown setting {there!r}; did you mean {here}?"
+    assert problems(**{there: 1}) == [text]
+    options = ["--help", "--beta1", "--vocab_size", "--max_steps", f"--{here}"]
+    assert describe_unknown(f"--{there}", options).endswith(f"did you mean --{here}?")
+
+
 def test_all_problems_are_named_in_one_error_and_in_the_order_given():
     assert problems(
         epoch=1, learning_rat=1e-3, epochs=0, dtype="fp16", hidden_size=100
@@ -41,8 +65,8 @@ def test_all_problems_are_named_in_one_error_and_in_the_order_given():
         "unknown setting 'learning_rat'; did you mean learning_rate?",
         "epochs=0 must be at least 1",
         "dtype='fp16' is not one of float16, bfloat16, float32; did you mean float16?",
-        "hidden_size=100 is not divisible by num_attention_heads=8; choose a "
-        "multiple, or set head_dim",
+        "hidden_size=100 does not make num_attention_heads=8 of one even width; use "
+        "96 or 112, or set head_dim",
     ]
 
 
@@ -140,6 +164,9 @@ def test_a_number_out_of_range_says_the_range(name, value, text):
     ("settings", "text"),
     [
         ({"num_key_value_heads": 3}, "=8 is no multiple of num_key_value_heads=3"),
+        ({"hidden_size": 104}, "use 96 or 112, or set head_dim"),
+        ({"hidden_size": 10, "num_attention_heads": 8}, "use 16, or set head_dim"),
+        ({"num_attention_heads": 6}, "use 504 or 516, or set head_dim"),
         ({"head_dim": 63}, "head_dim=63 is odd; rotary embeddings need pairs"),
         (
             {"use_moe": True, "num_experts_per_tok": 5},
