@@ -81,10 +81,33 @@ def new_model(plan: RunPlan) -> MiniMindForCausalLM:
 
 
 def find_runs(cfg: TrainConfig, stage: str) -> list[RunFolder]:
-    """Return the runs of a stage in out_dir with a checkpoint and the asked shape."""
+    """Return the runs of a stage in out_dir with a checkpoint and the asked shape.
+
+    Unless `use_moe` is set, a mixture beside a dense run of its width is left out, which
+    is logged; an unfinished run counts for this if none is finished.
+    """
     asked = asked_shape(cfg)
-    runs = map(RunFolder, runs_below(Path(cfg.out_dir), stage, pattern=_RUNS))
-    return [run for run in runs if asked.items() <= run.settings().items()]
+    found = map(RunFolder, runs_below(Path(cfg.out_dir), None, pattern=_RUNS))
+    runs = [run for run in found if asked.items() <= run.settings().items()]
+    known = [run.settings() for run in _finished(runs)]
+    dense = [
+        s["hidden_size"] for s in known if not (s["use_moe"] or "use_moe" in asked)
+    ]
+    fits = []
+    for run in runs:
+        s = run.settings()
+        if s["use_moe"] and s["hidden_size"] in dense and s["stage"] == stage:
+            logger.info(
+                f"use_moe is not set, so {run.root} is left out; take it with use_moe=True"
+            )
+        elif s["stage"] == stage:
+            fits.append(run)
+    return fits
+
+
+def _finished(runs: list[RunFolder]) -> list[RunFolder]:
+    """Return the finished runs, or all if none is."""
+    return [run for run in runs if run.status() == "finished"] or runs
 
 
 def keep_reference(plan: RunPlan) -> None:
@@ -123,8 +146,7 @@ def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
 def _newest_before(cfg: TrainConfig) -> Path:
     """Return the run, or weights file, of the previous stage that "auto" stands for."""
     stage, out_dir = STAGE_BEFORE[cfg.stage], Path(cfg.out_dir)
-    fits = find_runs(cfg, stage)
-    fits = [run for run in fits if run.status() == "finished"] or fits
+    fits = _finished(find_runs(cfg, stage))
     shapes = {tuple(run.settings().get(name) for name in FIXED_SHAPE) for run in fits}
     if len(shapes) == 1:
         newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)
@@ -134,14 +156,15 @@ def _newest_before(cfg: TrainConfig) -> Path:
                 "checkpoint"
             )
         return newest.root
+    runs = runs_below(out_dir, stage, pattern=_RUNS)
     weights = f"{WEIGHTS_NAMES[stage]}_*.pth"
-    runs, files = (
-        runs_below(out_dir, stage, pattern=_RUNS),
-        sorted(out_dir.glob(weights)),
-    )
+    files = set(out_dir.glob(weights))
+    if not cfg.use_moe:
+        files -= {file.with_stem(f"{file.stem}_moe") for file in files}
     if not runs and len(files) == 1:
-        return files[0]
-    if places := [_describe(run) for run in runs] or [f'"{file}"' for file in files]:
+        return files.pop()
+    named = [f'"{file}"' for file in sorted(files)]
+    if places := [_describe(run) for run in runs] or named:
         raise ValueError(
             f"stage={cfg.stage!r} can start from several weights, or none of the shape in "
             "the settings; choose one:"

@@ -27,6 +27,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import find_weights, load
 from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.training.initial_weights import find_initial_weights
 from minimind_nb.training.preparation import draft
 from minimind_nb.training.run_plan import RunPlan
 
@@ -309,6 +310,54 @@ def test_an_unfinished_run_of_another_shape_does_not_count(
 ) -> None:
     copy_run(out_dir, "wide", status="interrupted", hidden_size=64)
     assert source_of(sft) == out_dir / "pretrain_32"
+
+
+def test_of_a_dense_run_and_a_mixture_of_one_width_the_dense_one_is_taken(
+    sft: Settings, out_dir: Path
+) -> None:
+    mixture = {"use_moe": True, "n_routed_experts": 4}
+    other = copy_run(out_dir, "pretrain_32_moe", **mixture)
+    with logged() as notes:
+        began_from = draft(TrainConfig(**sft)).config["began_from"]
+    assert began_from == str(out_dir / "pretrain_32")
+    assert notes == [
+        f"use_moe is not set, so {other} is left out; take it with use_moe=True"
+    ]
+    named = draft(TrainConfig(**sft, init_from=str(other)))
+    assert named.config["began_from"] == str(other)
+
+
+def test_a_fine_tuned_mixture_does_not_stand_for_the_dense_run_to_come(
+    sft: Settings, out_dir: Path
+) -> None:
+    copy_run(out_dir, "sft_32_moe", stage="sft", use_moe=True, n_routed_experts=4)
+    with logged() as notes:
+        assert draft(TrainConfig(**sft)).folder.root == out_dir / "sft_32"
+    assert len(notes) == 1
+
+
+def test_an_unfinished_dense_run_does_not_hide_a_finished_mixture(
+    sft: Settings, out_dir: Path
+) -> None:
+    mixture = copy_run(out_dir, "moe", use_moe=True, n_routed_experts=4)
+    RankRecord(RunFolder(out_dir / "pretrain_32").record_file(0), 0).update(
+        status="interrupted"
+    )
+    plan = find_initial_weights(TrainConfig(**sft))
+    assert plan is not None
+    assert plan.source == str(mixture)
+
+
+def test_of_weights_files_of_one_width_the_dense_one_is_taken(
+    sft: Settings, out_dir: Path, weights_file: Path
+) -> None:
+    shutil.rmtree(out_dir / "pretrain_32")
+    for name in ("pretrain_32.pth", "pretrain_32_moe.pth"):
+        shutil.copy(weights_file, out_dir / name)
+    heads = {"num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
+    found = find_initial_weights(TrainConfig(**sft, **heads))
+    assert found is not None
+    assert found.file == out_dir / "pretrain_32.pth"
 
 
 def test_runs_that_do_not_fit_the_shape_that_is_set_are_listed(
