@@ -52,20 +52,18 @@ _AT_MOST = {
     "min_learning_rate": "learning_rate",
 }
 # Names that other trainers and MiniMind's scripts have for settings.
-_NAMED_ELSEWHERE = dict(
-    pair.split("=")
-    for pair in (
-        "mode=stage save_dir=out_dir output_dir=out_dir save_weight=run_name "
-        "from_weight=init_from from_resume=resume resume_from_checkpoint=resume "
-        "n_embd=hidden_size d_model=hidden_size n_layer=num_hidden_layers "
-        "n_head=num_attention_heads block_size=max_seq_len max_length=max_seq_len "
-        "num_train_epochs=epochs max_iters=max_steps lr=learning_rate "
-        "per_device_train_batch_size=batch_size warmup_steps=warmup_iters "
-        "max_grad_norm=grad_clip eval_steps=eval_interval logging_steps=log_interval "
-        "save_steps=save_interval save_total_limit=keep_checkpoints "
-        "report_to=use_wandb fp16=dtype bf16=dtype mixed_precision=dtype"
-    ).split()
-)
+_PAIRS = (
+    "mode=stage save_dir=out_dir output_dir=out_dir save_weight=run_name "
+    "from_weight=init_from from_resume=resume resume_from_checkpoint=resume "
+    "n_embd=hidden_size d_model=hidden_size n_layer=num_hidden_layers "
+    "n_head=num_attention_heads block_size=max_seq_len max_length=max_seq_len "
+    "num_train_epochs=epochs max_iters=max_steps lr=learning_rate "
+    "per_device_train_batch_size=batch_size warmup_steps=warmup_iters "
+    "max_grad_norm=grad_clip eval_steps=eval_interval logging_steps=log_interval "
+    "save_steps=save_interval save_total_limit=keep_checkpoints "
+    "report_to=use_wandb fp16=dtype bf16=dtype mixed_precision=dtype"
+).split()
+_NAMED_ELSEWHERE = {there: here for there, here in (p.split("=") for p in _PAIRS)}
 
 
 def validate(
