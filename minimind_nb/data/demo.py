@@ -41,7 +41,7 @@ def locate(
     if data_path == DEMO:
         path, corpus = folder / _FILES[record_format], _shipped(_FILES[record_format])
         if not path.is_file() or path.read_bytes() != corpus:
-            folder.mkdir(parents=True, exist_ok=True)
+            verified.check_writable(folder)
             verified.write_text(path, corpus.decode())
     check_file(path)
     return path

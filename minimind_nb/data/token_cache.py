@@ -201,7 +201,7 @@ def open_cache(source: Source, root: Path, processes: int = 1) -> TokenCache:
     before = Path(source.path).stat()
     content = source.content()
     folder = root / source.name(content)
-    root.mkdir(parents=True, exist_ok=True)
+    verified.check_writable(root)
     with (root / f".{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():

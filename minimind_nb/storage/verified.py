@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,27 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 _SEAL = ',"sha256":'
+_PROBE_BYTES = 1 << 16
 
 
 class DamagedFolder(Exception):
     """A verified folder that is not what was written; the text says how it differs."""
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder. Raises `OSError` if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        reason, way_out = error.strerror, "free some space"
+        if folder.is_file():
+            reason, way_out = "it is a file", "move that file away"
+        raise type(error)(
+            f"{folder} cannot be written ({reason}); choose another folder with "
+            f"out_dir=…, or {way_out}"
+        ) from error
 
 
 @contextlib.contextmanager

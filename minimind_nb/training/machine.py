@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, count_parameters
@@ -17,7 +15,6 @@ from .run_plan import RunPlan
 
 # Per parameter: an fp32 weight and two fp32 moments; the fp16 weights, old and new.
 _CHECKPOINT_BYTES, _EXPORT_BYTES, _REFERENCE_BYTES = 12, 4, 4
-_PROBE_BYTES = 1 << 16
 
 
 def machine_defaults(
@@ -54,21 +51,6 @@ def machine_defaults(
         "dtype": cfg.dtype or dtype,
         "compile": cfg.stage != "dpo" and has_compiler(capability),
     }
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder. Raises `OSError` if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(bytes(_PROBE_BYTES))
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"{folder} cannot be written ({error.strerror}); choose another folder with "
-            "out_dir=…, or free some space",
-            str(folder),
-        ) from error
 
 
 def check_room(plan: RunPlan) -> None:

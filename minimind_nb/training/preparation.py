@@ -39,7 +39,7 @@ from ..storage import verified
 from ..storage.run_folder import SHORTER, Checkpoint, RunFolder
 from .checkpoint import Progress, read_state
 from .initial_weights import find_initial_weights, find_runs, keep_reference
-from .machine import check_room, check_writable, machine_defaults
+from .machine import check_room, machine_defaults
 from .resuming import (
     copy_run,
     find_checkpoint,
@@ -73,7 +73,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     began = time.monotonic()
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg)
-    check_writable(folder.root.parent)
+    verified.check_writable(folder.root.parent)
     with folder.lock() as lock:
         recover(folder)
         checkpoint = find_checkpoint(folder, cfg, repair=True)
@@ -244,7 +244,7 @@ def _begin(plan: RunPlan) -> None:
     verified.remove_leftovers(folder.root)
     for name in (folder.root.name, cfg.weights_name):
         verified.remove_leftovers(folder.root.parent, name)
-    check_writable(folder.checkpoints)
+    verified.check_writable(folder.checkpoints)
     for text in _describe_start(plan):
         logger.info(text)
     if rejected := _list_rejected(plan):

@@ -104,6 +104,20 @@ def test_a_file_in_the_place_of_out_dir(settings: Settings, tmp_path: Path) -> N
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("data_path", [None, "demo"])
+def test_a_file_in_the_place_of_the_cache(
+    settings: Settings, data_path: str | None
+) -> None:
+    file = Path(settings["out_dir"]) / "cache"
+    file.parent.mkdir()
+    file.write_text("mine")
+    named = {"data_path": data_path or settings["data_path"]}
+    text = r"^.*cache cannot be written \(it is a file\); .* or move that file away$"
+    with pytest.raises(FileExistsError, match=text):
+        draft(TrainConfig(**settings | named))
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.fault("F29")
 def test_a_read_only_out_dir(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
