@@ -35,12 +35,9 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(_PROBE_BYTES))
     except OSError as error:
-        reason, way_out = error.strerror, "free some space"
-        if folder.is_file():
-            reason, way_out = "it is a file", "move that file away"
         raise type(error)(
-            f"{folder} cannot be written ({reason}); choose another folder with "
-            f"out_dir=…, or {way_out}"
+            f"{folder} cannot be written ({error.strerror}): choose another folder with "
+            "out_dir=…, move away a file of that name, or free some space"
         ) from error
 
 

@@ -83,31 +83,19 @@ def new_model(plan: RunPlan) -> MiniMindForCausalLM:
 def find_runs(cfg: TrainConfig, stage: str) -> list[RunFolder]:
     """Return the runs of a stage in out_dir with a checkpoint and the asked shape.
 
-    Unless `use_moe` is set, a mixture beside a dense run of its width is left out, which
-    is logged; an unfinished run counts for this if none is finished.
+    Unless `use_moe` is set, a mixture is left out beside a dense run of its width.
     """
-    asked = asked_shape(cfg)
+    asked, fits = asked_shape(cfg), []
     found = map(RunFolder, runs_below(Path(cfg.out_dir), None, pattern=_RUNS))
-    runs = [run for run in found if asked.items() <= run.settings().items()]
-    known = [run.settings() for run in _finished(runs)]
-    dense = [
-        s["hidden_size"] for s in known if not (s["use_moe"] or "use_moe" in asked)
-    ]
-    fits = []
-    for run in runs:
-        s = run.settings()
-        if s["use_moe"] and s["hidden_size"] in dense and s["stage"] == stage:
-            logger.info(
-                f"use_moe is not set, so {run.root} is left out; take it with use_moe=True"
-            )
-        elif s["stage"] == stage:
+    known = [(run, run.settings()) for run in found]
+    known = [(run, s) for run, s in known if asked.items() <= s.items()]
+    dense = [s.get("hidden_size") for _, s in known if not s.get("use_moe")]
+    for run, s in known:
+        if s.get("stage") == stage and s["use_moe"] and s["hidden_size"] in dense:
+            logger.info(f"{run.root}, a mixture, is left out: use_moe=True takes it")
+        elif s.get("stage") == stage:
             fits.append(run)
     return fits
-
-
-def _finished(runs: list[RunFolder]) -> list[RunFolder]:
-    """Return the finished runs, or all if none is."""
-    return [run for run in runs if run.status() == "finished"] or runs
 
 
 def keep_reference(plan: RunPlan) -> None:
@@ -146,7 +134,8 @@ def asked_shape(cfg: TrainConfig) -> dict[str, Any]:
 def _newest_before(cfg: TrainConfig) -> Path:
     """Return the run, or weights file, of the previous stage that "auto" stands for."""
     stage, out_dir = STAGE_BEFORE[cfg.stage], Path(cfg.out_dir)
-    fits = _finished(find_runs(cfg, stage))
+    fits = find_runs(cfg, stage)
+    fits = [run for run in fits if run.status() == "finished"] or fits
     shapes = {tuple(run.settings().get(name) for name in FIXED_SHAPE) for run in fits}
     if len(shapes) == 1:
         newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)

@@ -27,7 +27,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import find_weights, load
 from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training.initial_weights import find_initial_weights
+from minimind_nb.training.initial_weights import find_initial_weights, find_runs
 from minimind_nb.training.preparation import draft
 from minimind_nb.training.run_plan import RunPlan
 
@@ -320,9 +320,9 @@ def test_of_a_dense_run_and_a_mixture_of_one_width_the_dense_one_is_taken(
     with logged() as notes:
         began_from = draft(TrainConfig(**sft)).config["began_from"]
     assert began_from == str(out_dir / "pretrain_32")
-    assert notes == [
-        f"use_moe is not set, so {other} is left out; take it with use_moe=True"
-    ]
+    assert notes == [f"{other}, a mixture, is left out: use_moe=True takes it"]
+    (asked,) = find_runs(TrainConfig(**sft, use_moe=True), "pretrain")
+    assert asked.root == other
     named = draft(TrainConfig(**sft, init_from=str(other)))
     assert named.config["began_from"] == str(other)
 
@@ -334,18 +334,6 @@ def test_a_fine_tuned_mixture_does_not_stand_for_the_dense_run_to_come(
     with logged() as notes:
         assert draft(TrainConfig(**sft)).folder.root == out_dir / "sft_32"
     assert len(notes) == 1
-
-
-def test_an_unfinished_dense_run_does_not_hide_a_finished_mixture(
-    sft: Settings, out_dir: Path
-) -> None:
-    mixture = copy_run(out_dir, "moe", use_moe=True, n_routed_experts=4)
-    RankRecord(RunFolder(out_dir / "pretrain_32").record_file(0), 0).update(
-        status="interrupted"
-    )
-    plan = find_initial_weights(TrainConfig(**sft))
-    assert plan is not None
-    assert plan.source == str(mixture)
 
 
 def test_of_weights_files_of_one_width_the_dense_one_is_taken(
