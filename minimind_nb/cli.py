@@ -30,18 +30,20 @@ _EXIT_CODES = {
     "interrupted": 128 + signal.SIGINT,
     "terminated": 128 + signal.SIGTERM,
 }
+_MINIMIND = ["ddp", "pretrain_data_path", "sft_data_path"]  # its scripts' own options
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_TRAINING = [*(name for name in kinds() if name != "stage"), "ddp"]
+_TRAINING = [*(name for name in kinds() if name != "stage"), *_MINIMIND]
 _EVALUATION = (
     "SOURCE data_path which tokenizer out_dir max_seq_len document_mask batch_size "
     "eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line "
     "max_bad_fraction"
 ).split() + SHAPE_FIELDS
 _SAMPLING = (
-    "system thinking temperature top_p top_k repetition_penalty max_new_tokens seed"
+    "temperature max_new_tokens system thinking top_p top_k repetition_penalty seed"
 ).split()
-_CHAT = ["SOURCE", "TEXT", "which", "tokenizer", *SHAPE_FIELDS, *_SAMPLING]
+_CHAT = ["SOURCE", "TEXT", *_SAMPLING, "which", "tokenizer", *SHAPE_FIELDS]
 _EXPORT = ["SOURCE", "FOLDER", *"format which dtype tokenizer".split(), *SHAPE_FIELDS]
+_TOKENIZER = "data_path vocab_size special out_dir".split()
 # The public function that a command calls, its help and arguments: the positional ones
 # are written in capitals.
 _COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
@@ -51,46 +53,71 @@ _COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
     "eval": ("evaluate", "Measure the loss of a model on a file.", _EVALUATION),
     "chat": ("chat", "Talk to a model.", _CHAT),
     "export": ("export", "Write a model in another program's format.", _EXPORT),
-    "tokenizer": (
-        "train_tokenizer",
-        "Train a tokenizer on data files.",
-        ["data_path", "out_dir", "vocab_size", "special"],
-    ),
-    "plan": ("plan", "Estimate what a run takes.", [*_TRAINING, "stage", "hours"]),
-    "bench": ("bench", "Measure the speed of training.", [*_TRAINING, "stage"]),
+    "tokenizer": ("train_tokenizer", "Train a tokenizer on data files.", _TOKENIZER),
+    "plan": ("plan", "Estimate what a run takes.", ["stage", "hours", *_TRAINING]),
+    "preview": ("preview", "Show packed rows.", ["stage", "rows", *_TRAINING]),
+    "bench": ("bench", "Measure the speed of training.", ["stage", *_TRAINING]),
+    "runs": ("runs", "List the runs in a folder.", ["out_dir"]),
+    "compare": ("compare", "Draw runs in one picture.", ["RUNS", "file", "y", "x"]),
     "doctor": ("doctor", "Report problems of this machine.", ["out_dir"]),
     "verify": ("verify", "Check the files of a run.", ["RUN_DIR"]),
 }
-_REQUIRED = ("eval data_path", "tokenizer data_path", "tokenizer out_dir")
 # Help of what is no field of `TrainConfig`, or means something else in a command.
 _HELP = {
     "SOURCE": "run folder, checkpoint, .pth file or Hugging Face folder",
     "TEXT": "what to say; without it, lines are read from the terminal",
     "FOLDER": "where to write: a new or empty folder",
     "RUN_DIR": "folder of a run, such as out/pretrain_512",
-    "which": 'checkpoint of a run: "last", or "best" on validation (last)',
-    "ddp": "Accepted for compatibility with MiniMind; DDP is always on.",
+    "RUNS": "folders of up to eight runs",
+    "which": 'checkpoint of a run: "last", or "best" on validation (default last)',
+    "ddp": "is always on: one process per GPU, or --num_processes of them",
+    "pretrain_data_path": "is for pretrain only, and unused by other commands",
+    "sft_data_path": "is for sft only, and unused by other commands",
     "system": "system turn at the start of the conversation",
-    "thinking": "think before an answer, or not (the model's own choice)",
-    "temperature": "0 takes the likeliest token (0.8)",
-    "top_p": "sample from the likeliest tokens of this total probability (0.9)",
-    "top_k": "sample from this many likeliest tokens; 0 from all (0)",
-    "repetition_penalty": "above 1 repeats less (1.0)",
-    "max_new_tokens": "longest answer in tokens (256)",
+    "thinking": "think before an answer, or not (default: as the model likes)",
+    "temperature": "0 takes the likeliest token (default 0.8)",
+    "top_p": "sample from the likeliest tokens of this total probability (default 0.9)",
+    "top_k": "sample from this many likeliest tokens; 0 from all (default 0)",
+    "repetition_penalty": "above 1 repeats less (default 1.0)",
+    "max_new_tokens": "longest answer in tokens (default 256)",
     "hours": "choose the preset, unless a shape is set, and the length for these hours",
-    "format": "llama, qwen3, qwen3_moe, minimind, pth or gguf; the one that fits",
+    "rows": "how many rows to show (default 2)",
+    "file": "the picture to write (default compare.png)",
+    "y": "what is drawn up: loss, perplexity, learning_rate, … (default loss)",
+    "x": "and across: step, tokens or minutes (default step)",
+    "format": "llama, qwen3, qwen3_moe, minimind, pth or gguf (default: what fits)",
     "chat seed": "seed of the sampling",
     "export dtype": "precision of the weights: float16, bfloat16 or float32",
     "tokenizer data_path": "data files, separated by commas",
+    "eval out_dir": "folder for the token cache (default: that of SOURCE)",
+    "eval eval_tokens": "largest number of text tokens (default: all)",
     "special": "further special strings, separated by commas",
-    "tokenizer vocab_size": "entries (6400)",
+    "tokenizer vocab_size": "entries (default 6400)",
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **kinds(),
     **dict.fromkeys(["ddp", "thinking"], (bool,)),
     "special": (tuple,),
     **dict.fromkeys(["hours", "temperature", "top_p", "repetition_penalty"], (float,)),
-    **dict.fromkeys(["top_k", "max_new_tokens"], (int,)),
+    **dict.fromkeys(["top_k", "max_new_tokens", "rows"], (int,)),
+}
+# The arguments that begin a group in the help of a command.
+_GROUPS = {
+    "data_path": "data",
+    "out_dir": "folders and weights",
+    "which": "folders and weights",
+    "hidden_size": "shape, if preset or weights do not say it",
+    "max_seq_len": "training",
+    "val_fraction": "validation, metrics and checkpoints",
+    "max_session_hours": "session and machine",
+    "ddp": "for MiniMind's command lines",
+    "temperature": "answers",
+}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL", tuple: "LIST"}
+_MORE: dict[str, Any] = {
+    **{"TEXT": {"nargs": "?"}, "RUNS": {"nargs": "+"}},
+    **dict.fromkeys(["eval data_path", "tokenizer data_path"], {"required": True}),
+    "tokenizer out_dir": {"required": True},
 }
 
 
@@ -116,22 +143,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except TrainingFailed as failure:
-        if _is_first():
-            print(f"minimind-nb: {failure}", file=sys.stderr)
-        code = 1
     except (ValueError, OSError, RuntimeError) as error:
+        code = 1 if isinstance(error, TrainingFailed) else 2
+        text = str(error) if code == 1 else _as_options(str(error))
         if _is_first():
-            print(f"minimind-nb: {_as_options(str(error))}", file=sys.stderr)
-        code = 2
+            print(f"minimind-nb: {text}", file=sys.stderr)
     except KeyboardInterrupt:
         code = _EXIT_CODES["interrupted"]
     sys.exit(code)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; an unknown option is an error that names the closest known one."""
-    options, rest = _parser().parse_known_args(arguments)
+    """Parse; an unknown name is an error that names the closest known one."""
+    parser, finder = (
+        _parser(),
+        argparse.ArgumentParser(add_help=False, allow_abbrev=False),
+    )
+    finder.add_argument("--mode")  # MiniMind's command line has it for a command
+    mode, words = finder.parse_known_args(arguments)
+    words = [mode.mode, *words] if mode.mode else words or ["--help"]
+    if not words[0].startswith("-") and words[0] not in _COMMANDS:
+        problem = describe_unknown(words[0], _COMMANDS, "command")
+        parser.error(f"{problem} (--help lists them)")
+    options, rest = parser.parse_known_args(words)
     parser = vars(options).pop("parser")
     if rest and options.command == "chat" and not rest[0].startswith("--"):
         # Before Python 3.13 argparse ignores an optional positional after an option.
@@ -142,6 +176,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if not rest[0].startswith("-"):
             problem += "; name it, as in --data_path FILE, and quote words with blanks"
         parser.error(problem)
+    if path := vars(options).pop(f"{options.command}_data_path", None):
+        vars(options).setdefault("data_path", path)
     return options
 
 
@@ -165,22 +201,31 @@ def _parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS,
         )
         parser.set_defaults(parser=parser)
+        group: Any = parser
         for name in names:
             types = _TYPES.get(name, (str,))
-            more: dict[str, Any] = {}
-            if name == "TEXT" or bool in types:
-                more = {"nargs": "?", "const": True}
-            elif f"{command} {name}" in _REQUIRED:
-                more = {"required": True}
-            shown = _HELP.get(f"{command} {name}") or _HELP.get(name)
-            parser.add_argument(
+            more = _MORE.get(f"{command} {name}") or _MORE.get(name, {})
+            metavar = "|".join(_METAVARS[k] for k in types if k in _METAVARS)
+            if name in _GROUPS:
+                group = parser.add_argument_group(_GROUPS[name])
+            group.add_argument(
                 name.lower() if name.isupper() else f"--{name}",
                 type=_converter(types),
-                metavar=name if name.isupper() else "VALUE",
-                help=(shown or field_docstrings()[name]).replace("%", "%%"),
-                **more,
+                metavar=name if name.isupper() else metavar,
+                help=_describe(command, name).replace("%", "%%"),
+                **({"nargs": "?", "const": True} if bool in types else more),
             )
     return main_parser
+
+
+def _describe(command: str, name: str) -> str:
+    """Return the help of an argument, of a training with its default."""
+    text = _HELP.get(f"{command} {name}") or _HELP.get(name) or field_docstrings()[name]
+    stages = [command] if command in STAGES else STAGES
+    values = dict.fromkeys(str(STAGES[stage].get(name)) for stage in stages)
+    if "efault" in text or "None" in values or "ddp" not in _COMMANDS[command][2]:
+        return text
+    return f"{text} (default {' or '.join(values)}{', by stage' * (len(values) > 1)})"
 
 
 @functools.cache
@@ -230,21 +275,26 @@ def run(command: str, **options: Any) -> int:
     """Call the function behind a command, print its result, return the exit code."""
     if command in ("bench", "chat", "export", "tokenizer") and not _is_first():
         return 0  # torchrun starts every command in all its processes
-    if options.pop("ddp", None) is not None and _is_first():
-        text = "--ddp is always on: one process per GPU, or --num_processes of them"
-        print(f"minimind-nb: {text}", file=sys.stderr)
+    for name in options.keys() & set(_MINIMIND):
+        del options[name]
+        if _is_first():
+            print(f"minimind-nb: --{name} {_HELP[name]}", file=sys.stderr)
     function = _COMMANDS[command][0]
     package = importlib.import_module("minimind_nb")
-    if function in ("train", "plan", "bench"):
+    if function in ("train", "plan", "preview", "bench"):
         options |= {"stage": command} if command in STAGES else {}
-        extra = {name: options.pop(name) for name in ("hours",) if name in options}
+        extra = {n: options.pop(n) for n in ("hours", "rows") if n in options}
         options = {"cfg": TrainConfig(**options), **extra}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
     if command == "chat" and options.keys() & set(SHAPE_FIELDS):
         named = options.keys() & {"source", "which", "tokenizer", *SHAPE_FIELDS}
         options["source"] = package.load(**{name: options.pop(name) for name in named})
-    result = getattr(package, function)(**options)
+    runs, file = options.pop("runs", ()), options.pop("file", "compare.png")
+    result = getattr(package, function)(*runs, **options)
+    if command == "compare":
+        result.savefig(file)
+        result = file
     if command != "chat" and _is_first():
         print(result)
     if command == "verify":

@@ -43,20 +43,25 @@ EVALUATION = (
 """.split()
     + SHAPE_FIELDS
 )
-CHAT = ["which", "tokenizer", *SHAPE_FIELDS]
-CHAT += """
-    system thinking temperature top_p top_k repetition_penalty max_new_tokens seed
+CHAT = """
+    temperature max_new_tokens system thinking top_p top_k repetition_penalty seed
+    which tokenizer
 """.split()
+CHAT += SHAPE_FIELDS
+TRAINING = [*OPTIONS, "ddp", "pretrain_data_path", "sft_data_path"]
 COMMANDS = {
-    "pretrain": [*OPTIONS, "ddp"],
-    "sft": [*OPTIONS, "ddp"],
-    "dpo": [*OPTIONS, "ddp"],
+    "pretrain": TRAINING,
+    "sft": TRAINING,
+    "dpo": TRAINING,
     "eval": EVALUATION,
     "chat": CHAT,
     "export": ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
-    "tokenizer": ["data_path", "out_dir", "vocab_size", "special"],
-    "plan": [*OPTIONS, "ddp", "stage", "hours"],
-    "bench": [*OPTIONS, "ddp", "stage"],
+    "tokenizer": ["data_path", "vocab_size", "special", "out_dir"],
+    "plan": ["stage", "hours", *TRAINING],
+    "preview": ["stage", "rows", *TRAINING],
+    "bench": ["stage", *TRAINING],
+    "runs": ["out_dir"],
+    "compare": ["file", "y", "x"],
     "doctor": ["out_dir"],
     "verify": [],
 }
@@ -65,6 +70,7 @@ POSITIONALS = {
     "chat": ["SOURCE", "TEXT"],
     "export": ["SOURCE", "FOLDER"],
     "verify": ["RUN_DIR"],
+    "compare": ["RUNS"],
 }
 # What people who come from MiniMind type.
 MINIMIND = """
@@ -131,6 +137,36 @@ def test_the_help_is_the_settings_docstrings(capsys):
     shown = "".join(capsys.readouterr().out.split())
     for name in OPTIONS:
         assert "".join(helps[name].split()) in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "shown"),
+    [
+        ("sft", "max_seq_len", "--max_seq_len INT"),
+        ("sft", "max_seq_len", "(default 1024)"),
+        ("plan", "max_seq_len", "(default 512 or 1024, by stage)"),
+        ("pretrain", "use_moe", "--use_moe [BOOL]"),
+        ("pretrain", "use_moe", "(default False)"),
+        ("pretrain", "data_path", "--data_path TEXT|LIST"),
+        ("chat", "temperature", "--temperature FLOAT"),
+        ("chat", "temperature", "(default 0.8)"),
+    ],
+)
+def test_the_help_has_types_and_defaults(command, name, shown, capsys):
+    exit_code(command, "--help")
+    _, _, text = capsys.readouterr().out.partition(f"\n  --{name}")
+    text, _, _ = f"--{name}{text}".partition("\n  --")
+    assert shown in " ".join(text.split())
+
+
+def test_the_help_of_a_chat_begins_with_what_one_sets_in_a_chat(capsys):
+    exit_code("chat", "--help")
+    shown = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", shown, re.MULTILINE)
+    assert titles[:3] == ["positional arguments", "options", "answers"]
+    assert shown.index("\nanswers:") < shown.index("--temperature")
+    assert shown.index("--max_new_tokens") < shown.index("\nfolders and weights:")
+    assert titles[-1] == "shape, if preset or weights do not say it"
 
 
 def test_the_main_help_lists_the_commands(capsys):
@@ -250,6 +286,10 @@ def test_of_torchruns_processes_the_first_speaks(train, monkeypatch, capsys):
         ("--hiden_size 512", "; did you mean --hidden_size?"),
         ("--hiden-size=512", "; did you mean --hidden_size?"),
         ("--epoch 1", "; did you mean --epochs?"),
+        ("--logging_steps=10", "; did you mean --log_interval?"),
+        ("--lr 1e-3", "; did you mean --learning_rate?"),
+        ("--bf16", "; did you mean --dtype?"),
+        ("--data-path a", "; did you mean --data_path?"),
         ("--qqq 1", "unknown option '--qqq'"),
         ("corpus.jsonl", "; name it, as in --data_path FILE"),
     ],
@@ -260,11 +300,61 @@ def test_an_option_that_cannot_be_is_explained(arguments, text, train, capsys):
     assert not train.configs
 
 
-def test_a_command_must_be_named_and_known(capsys):
-    assert exit_code() == 2
-    assert "required: COMMAND" in capsys.readouterr().err
+def test_a_command_must_be_known(capsys):
     assert exit_code("pretrian") == 2
-    assert "invalid choice: 'pretrian'" in capsys.readouterr().err
+    text = "unknown command 'pretrian'; did you mean pretrain? (--help lists them)"
+    assert text in capsys.readouterr().err
+    assert exit_code("--mode", "tune") == 2
+    assert "unknown command 'tune'" in capsys.readouterr().err
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert exit_code() == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        (
+            "--mode pretrain --epochs 5 --batch_size 32 --learning_rate 2e-4 "
+            "--warmup_iters 2000 --accumulation_steps 1",
+            {"epochs": 5, "learning_rate": 2e-4, "warmup_iters": 2000}
+            | {"batch_size": 32, "accumulation_steps": 1},
+        ),
+        (
+            "--mode pretrain --epochs 2 --batch_size 32 --learning_rate 5e-4 "
+            "--hidden_size 512 --pretrain_data_path ./dataset/pretrain_hq.jsonl",
+            {"epochs": 2, "batch_size": 32, "learning_rate": 5e-4, "hidden_size": 512}
+            | {"data_path": "./dataset/pretrain_hq.jsonl"},
+        ),
+        (
+            "--mode sft --epochs 2 --batch_size 16 --learning_rate 5e-7 "
+            "--hidden_size 512 --sft_data_path ./dataset/sft_data.jsonl",
+            {"stage": "sft", "epochs": 2, "batch_size": 16, "learning_rate": 5e-7}
+            | {"hidden_size": 512, "data_path": "./dataset/sft_data.jsonl"},
+        ),
+        (
+            "--mode pretrain --use_moe True --hidden_size 512",
+            {"use_moe": True, "hidden_size": 512},
+        ),
+        ("--mode pretrain --ddp --batch_size 32", {"batch_size": 32}),
+    ],
+)
+def test_the_founding_documents_lines_work(line, settings, train):
+    assert exit_code(*line.split()) == 0
+    assert train.configs == [TrainConfig(**settings)]
+
+
+def test_the_data_of_the_other_stage_is_said_to_be_unused(train, capsys):
+    both = "--mode sft --pretrain_data_path a.jsonl --sft_data_path b.jsonl"
+    assert exit_code(*both.split()) == 0
+    assert train.configs == [TrainConfig(stage="sft", data_path="b.jsonl")]
+    assert capsys.readouterr().err == (
+        "minimind-nb: --pretrain_data_path is for pretrain only, and unused by other "
+        "commands\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -502,6 +592,29 @@ def test_export_prints_where_it_wrote(monkeypatch, capsys):
 def test_a_word_too_few_or_too_many_is_explained(arguments, text, capsys):
     assert exit_code(*arguments.split()) == 2
     assert text in capsys.readouterr().err
+
+
+def test_runs_and_preview_print_what_the_functions_return(monkeypatch, capsys):
+    runs = keep(monkeypatch, "runs", "a table")
+    preview = keep(monkeypatch, "preview", "two rows")
+    assert exit_code("runs", "--out_dir", "runs") == 0
+    given = ("preview", "--stage", "sft", "--rows", "3", "--data_path", "a.jsonl")
+    assert exit_code(*given) == 0
+    cfg = TrainConfig(stage="sft", data_path="a.jsonl")
+    assert (runs, preview) == ([{"out_dir": "runs"}], [{"cfg": cfg, "rows": 3}])
+    assert capsys.readouterr().out == "a table\ntwo rows\n"
+
+
+def test_compare_writes_a_picture(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        row = {"kind": "train", "step": 1, "loss": 2.0, "samples": 8, "tokens": 90}
+        text = json.dumps({**row, "seconds": 1.0, "learning_rate": 1e-3})
+        (tmp_path / name / "metrics.jsonl").write_text(f"{text}\n")
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("compare", "a", "b", "--y", "perplexity") == 0
+    assert capsys.readouterr().out == "compare.png\n"
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_verify_tells_by_its_exit_code(monkeypatch, capsys):

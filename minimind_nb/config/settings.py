@@ -29,7 +29,7 @@ class TrainConfig:
     """
 
     stage: str = "pretrain"
-    """Stage of training: "pretrain" (text), "sft" (answers) or "dpo" (preferences)."""
+    """Stage: "pretrain" (text; the default), "sft" (answers) or "dpo" (preferences)."""
     data_path: str | tuple[str, ...] | None = None
     """Training data: a file (JSON Lines, a JSON array, parquet or text), several,
     a folder of them or a pattern such as "data/*.jsonl"; "demo" is the embedded corpus."""
@@ -42,12 +42,12 @@ class TrainConfig:
     """A tokenizer.json or its folder; default: that of the run or the initial weights,
     else the shipped one."""
     out_dir: str = "out"
-    """Folder for weights and run folders, relative to the working directory."""
+    """Folder for weights and run folders in the working directory; default "out"."""
     run_name: str = _DEFAULT
     """Name of the run folder in out_dir; default {stage}_{hidden_size}[_moe]. If set,
     the weights file beside it has this name too, else MiniMind's own."""
     resume: str | bool = "auto"
-    """"auto" resumes an existing run; False keeps it under another name and starts over;
+    """"auto" (default) resumes an existing run; False renames it and starts over;
     a path copies that run into out_dir and resumes the copy."""
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from the run that is resumed."""
@@ -175,7 +175,7 @@ class TrainConfig:
     dtype: str = _DEFAULT
     """Precision of matrix products: float16, bfloat16 or float32; default: by hardware."""
     compile: str | bool = "auto"
-    """Compile the steps, not of dpo: True, False, or "auto", if the run takes 20 minutes.
+    """Compile the steps, not of dpo: True, False, or "auto" (default), if 20 minutes long.
     On a CPU they are 1.05 to 1.1 times as fast in float32, 1.2 in bfloat16."""
     max_skipped_steps: int = _DEFAULT
     """Non-finite steps in a row after which the run fails; default 20."""
