@@ -16,13 +16,18 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .config import SHAPE_FIELDS, STAGES, TrainConfig, describe_unknown, kinds
+from .data.containers import iter_chunks
+from .data.conversations import understand
+from .data.demo import named_files, require_data
+from .data.jsonl import read_rows
 from .launch.outcome import TrainingFailed
-from .session import running_kernel
+from .session import running_kernel, runs_below
 
 _EXIT_CODES = {
     "finished": 0,
@@ -287,6 +292,7 @@ def run(command: str, **options: Any) -> int:
         options = {"cfg": TrainConfig(**options), **extra}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
+    _check_files(command, options)
     if command == "chat" and options.keys() & set(SHAPE_FIELDS):
         named = options.keys() & {"source", "which", "tokenizer", *SHAPE_FIELDS}
         options["source"] = package.load(**{name: options.pop(name) for name in named})
@@ -300,3 +306,26 @@ def run(command: str, **options: Any) -> int:
     if command == "verify":
         return 0 if result.intact else 1
     return _EXIT_CODES.get(result.status, 1) if function == "train" else 0
+
+
+def _check_files(command: str, options: Mapping[str, Any]) -> None:
+    """Refuse wrong files and rows before torch is loaded, which takes seconds."""
+    if "torch" in sys.modules:
+        return  # the commands check the same
+    source, cfg = options.get("source"), options.get("cfg")
+    if source and not Path(source).expanduser().exists():
+        raise FileNotFoundError(f"{source} does not exist: name a {_HELP['SOURCE']}")
+    if not isinstance(cfg, TrainConfig):
+        named_files(options.get("data_path"))
+        return
+    files = named_files(cfg.data_path, cfg.val_path)
+    # A run that is resumed knows its data, and may have its own way with bad rows.
+    if cfg.resume not in ("auto", False) or runs_below(Path(cfg.out_dir), cfg.stage):
+        return
+    if command != "bench":
+        require_data(cfg)
+    for path in files if cfg.on_bad_line != "skip" else ():
+        for chunk in itertools.islice(iter_chunks(path), 1):
+            _, tally = read_rows(chunk, functools.partial(understand, cfg.stage))
+            if tally.kinds:
+                tally.raise_if_too_many(path)

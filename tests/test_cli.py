@@ -617,6 +617,35 @@ def test_compare_writes_a_picture(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("pretrain --data_path corpus.jsnl", "did you mean corpus.jsonl?"),
+        ("sft --data_path corpus.jsonl", "corpus.jsonl:1:1: the keys of the row are"),
+        ("--mode pretrain --use_moe True", "data_path is not set: name a file with"),
+        ("eval corpus.jsonl --data_path nope", "nope does not exist, or is no file"),
+        ("chat nope hi", "nope does not exist: name a run folder, checkpoint"),
+    ],
+)
+def test_a_wrong_path_or_row_is_refused_before_torch_is_loaded(
+    line, text, corpus, tmp_path
+):
+    code = (
+        "import sys, minimind_nb.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "finally: print([n for n in ('torch', 'matplotlib') if n in sys.modules])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *line.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert text in answer.stderr
+    assert (answer.returncode, answer.stdout) == (2, "[]\n")
+
+
 def test_verify_tells_by_its_exit_code(monkeypatch, capsys):
     rows = [["checkpoint", "step_00000002", "intact"]]
     found = [Verdict("a", rows), Verdict("b", [["checkpoint", "", "none yet"]])]

@@ -13,8 +13,9 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from ..config import TrainConfig
 from ..storage import verified
-from .containers import check_file
+from .containers import check_file, find_files
 
 DEMO = "demo"
 _FILES = {
@@ -22,6 +23,11 @@ _FILES = {
     "sft": "demo_sft.jsonl",
     "rlaif": "demo_sft.jsonl",
     "dpo": "demo_dpo.jsonl",
+}
+_ROWS = {
+    "pretrain": '{"text": "…"}',
+    "sft": '{"conversations": [{"role": "user", "content": "…"}, …]}',
+    "dpo": '{"chosen": […], "rejected": […]}',
 }
 
 
@@ -45,6 +51,24 @@ def locate(
             verified.write_text(path, corpus.decode())
     check_file(path)
     return path
+
+
+def named_files(*paths: str | tuple[str, ...] | None) -> list[str]:
+    """Return the files that paths mean, but "demo", each checked by `check_file`."""
+    found = itertools.chain(*(find_files(path) for path in paths if path))
+    files = [path for path in found if path != DEMO]
+    for path in files:
+        check_file(path)
+    return files
+
+
+def require_data(cfg: TrainConfig) -> None:
+    """Raise `ValueError` if no data is named."""
+    if not cfg.data_path:
+        raise ValueError(
+            f"data_path is not set: name a file with rows like {_ROWS[cfg.stage]}, or "
+            'use data_path="demo"'
+        )
 
 
 def held_out_questions(per_kind: int) -> list[dict[str, str]]:

@@ -27,9 +27,9 @@ from ..config import (
     resolve,
     shorten_home,
 )
-from ..data.containers import check_file, find_files
+from ..data.containers import find_files
 from ..data.corpus import Corpus
-from ..data.demo import DEMO
+from ..data.demo import named_files, require_data
 from ..data.token_cache import REJECTED
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..hardware import Hardware, count_cores, pays_to_compile
@@ -56,11 +56,6 @@ logger = logging.getLogger(__name__)
 _FEW_STEPS = 100
 _LENGTH = ("epochs", "max_steps")
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
-_ROWS = {
-    "pretrain": '{"text": "…"}',
-    "sft": '{"conversations": [{"role": "user", "content": "…"}, …]}',
-    "dpo": '{"chosen": […], "rejected": […]}',
-}
 
 
 @contextlib.contextmanager
@@ -146,9 +141,7 @@ def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     if not isinstance(cfg, TrainConfig):
         found = type(cfg).__name__
         raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
-    for path in (*find_files(cfg.data_path or DEMO), cfg.val_path):
-        if path and path != DEMO:
-            check_file(path)
+    named_files(cfg.data_path, cfg.val_path)
     name, initial = cfg.run_name, None
     init_from = cfg.init_from or STAGES[cfg.stage]["init_from"]
     if source := source_run(cfg):
@@ -190,11 +183,7 @@ def _resolve(
         own = run.tokenizer if run.tokenizer.is_dir() else resolved.tokenizer
         tokenizer = read_tokenizer(cfg.tokenizer or own)
     else:
-        if not cfg.data_path:
-            raise ValueError(
-                f"data_path is not set: name a file with rows like {_ROWS[cfg.stage]}, or "
-                'use data_path="demo"'
-            )
+        require_data(cfg)
         initial = initial or find_initial_weights(cfg)
         tokenizer = read_tokenizer(cfg.tokenizer or (initial and initial.tokenizer))
         shape = initial.shape() if initial else {}

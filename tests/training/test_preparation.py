@@ -111,12 +111,12 @@ def test_a_file_in_the_place_of_the_cache(
     file = Path(settings["out_dir"]) / "cache"
     file.parent.mkdir()
     file.write_text("mine")
-    named = {"data_path": data_path or settings["data_path"]}
+    settings["data_path"] = data_path or settings["data_path"]
     text = (
         r"^.*cache cannot be written \(File exists\): .* move away a file of that name"
     )
     with pytest.raises(FileExistsError, match=text):
-        draft(TrainConfig(**settings | named))
+        draft(TrainConfig(**settings))
     assert file.read_text() == "mine"
 
 
