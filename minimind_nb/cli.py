@@ -110,7 +110,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _GROUPS = {
     "data_path": "data",
     "out_dir": "folders and weights",
-    "which": "folders and weights",
+    "which": "weights",
     "hidden_size": "shape, if preset or weights do not say it",
     "max_seq_len": "training",
     "val_fraction": "validation, metrics and checkpoints",

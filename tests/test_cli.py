@@ -165,7 +165,7 @@ def test_the_help_of_a_chat_begins_with_what_one_sets_in_a_chat(capsys):
     titles = re.findall(r"^(\w.*):$", shown, re.MULTILINE)
     assert titles[:3] == ["positional arguments", "options", "answers"]
     assert shown.index("\nanswers:") < shown.index("--temperature")
-    assert shown.index("--max_new_tokens") < shown.index("\nfolders and weights:")
+    assert shown.index("--max_new_tokens") < shown.index("\nweights:")
     assert titles[-1] == "shape, if preset or weights do not say it"
 
 
