@@ -40,23 +40,20 @@ def examine(
     source: _Source | Sequence[_Source],
     *,
     questions: int = 20,
-    as_chat: bool | None = None,
     which: str = "last",
 ) -> Examination:
     """Ask one or several models the held-out questions of the demo corpora, greedily.
 
     At most `questions` of each kind in each language are asked; an answer is right if it
     is the corpus's own, to the character. `source` and `which` are what `load` takes. A
-    model is asked in a chat; one that was only pretrained, unless `as_chat` is set,
-    continues a drill instead, up to the end of the line. Raises what `load` raises.
+    model is asked in a chat; one that was only pretrained continues a drill instead, up
+    to the end of the line. Raises what `load` raises.
     """
     several = [source] if isinstance(source, str | os.PathLike) else source
     asked = held_out_questions(questions)
     answers = []
     for name in dict.fromkeys(os.fspath(each) for each in several):
-        chat = as_chat
-        if chat is None:
-            chat = find_weights(name, which).stage != "pretrain"
+        chat = find_weights(name, which).stage != "pretrain"
         model, tokenizer = load(name, which)
         for start in range(0, len(asked), _BATCH):
             rows = asked[start : start + _BATCH]

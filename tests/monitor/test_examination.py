@@ -111,23 +111,18 @@ def test_a_pretrained_model_continues_a_drill(models, held_out):
 
 
 @pytest.mark.parametrize(
-    ("stage", "as_chat", "form"),
-    [("sft", None, list), ("dpo", None, list), ("sft", False, str)]
-    + [("pretrain", None, str), ("pretrain", True, list), (None, None, list)],
+    ("stage", "form"), [("sft", list), ("dpo", list), ("pretrain", str), (None, list)]
 )
-def test_the_form_is_the_stages_unless_it_is_said(models, stage, as_chat, form):
+def test_the_form_is_that_of_the_stage(models, stage, form):
     models.rules["run"] = lambda _: ""
     models.stages["run"] = stage
-    examine("run", questions=1, as_chat=as_chat)
+    examine("run", questions=1)
     assert {type(prompt) for prompt in models.prompts} == {form}
 
 
-@pytest.mark.parametrize("as_chat", [False, True])
-def test_a_real_model_is_examined(tmp_path, as_chat):
+def test_a_real_model_is_examined(tmp_path):
     tokenizer = load_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     make_model(tokenizer).save_pretrained(tmp_path)
-    result = examine(tmp_path, questions=1, as_chat=as_chat)
+    result = examine(tmp_path, questions=1)
     assert result.rows[-1] == ["all", "0 of 18 (0%)"]
-    assert as_chat or any(answer["given"] for answer in result.answers)
-    assert as_chat or not any("\n" in answer["given"] for answer in result.answers)
