@@ -103,7 +103,7 @@ class WandbFollower:
 def _follow(
     history: History, project: str, finish: Event, messages: SimpleQueue[str]
 ) -> None:
-    """Run the process; `history` is as the parent saw it before this session."""
+    """Run the process; `history` has the rows that this session begins with."""
     die_with_parent(os.getppid())
     os.setsid()  # no terminal to ask in, and no interrupts
     with open(history.path.with_name(LOG_NAME), "ab", buffering=0) as log:
@@ -117,15 +117,10 @@ def _follow(
     verified.write_text(file, json.dumps(state))
     run, message = _open_run(history.path.parent, project, state["id"])
     messages.put(message)
-    before, earlier = state["step"], history.session[:1]
-    sent, over, end = 0, False, None
-    while not over:
+    before, begun, sent, over, status = state["step"], len(history.rows), 0, False, ""
+    while not (over or status):
         over = finish.wait(_POLL_SECONDS)
         history.refresh()
-        session = history.session
-        # Until this session's first row, nobody knows which earlier rows it drops.
-        if not session or (earlier and session[0] is earlier[0]):
-            continue
         logged = (row for row in history.rows if row["kind"] in ("train", "eval"))
         rows = [row for row in logged if row["step"] > before]
         for row in rows[sent:]:
@@ -136,9 +131,9 @@ def _follow(
             state["step"] = rows[-1]["step"]
             verified.write_text(file, json.dumps(state))
         sent = len(rows)
-        end = next((row for row in session if row.get("event") == "end"), None)
-        over = over or end is not None
-    run.finish(exit_code=int(end is None or end["status"] == "failed"))
+        ends = (row for row in history.rows[begun:] if row.get("event") == "end")
+        status = next((row["status"] for row in ends), "")
+    run.finish(exit_code=int(status in ("", "failed")))
 
 
 def _open_run(folder: Path, project: str, name: str) -> tuple[Any, str]:

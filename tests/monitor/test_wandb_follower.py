@@ -95,6 +95,7 @@ def session(tmp_path, make_history, add_rows, caplog):
         history = History(path) if path.exists() else make_history()
         config = {"settings": {"epochs": 2}}
         path.with_name("config.json").write_text(json.dumps(config))
+        history.rewind(begin or -1)
         follower = WandbFollower(
             history, resolve(TrainConfig(use_wandb=True, **settings))
         )
