@@ -6,8 +6,6 @@ Standard library only, because every worker imports this module.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -154,36 +152,10 @@ class History:
         """The stage of the run; "pretrain" if no row names one."""
         return next(iter(self.session), {}).get("stage", "pretrain")
 
-    def to_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write the training and validation rows as one table, replacing a file.
-
-        There is a column for each name, empty if a row has no such value. Each entry of
-        a list has its own: `peak_memory_gib_1` is that of the second process,
-        `expert_load_0_3` the share of the fourth expert in the first layer. Raises
-        ValueError for the metrics file itself.
-        """
-        file = Path(path)
-        if file.resolve() == self.path.resolve():
-            raise ValueError(
-                f"{file} holds the metrics: name another file for the table"
-            )
-        kept = (row for row in self.rows if row["kind"] in ("train", "eval"))
-        rows = [dict(flatten(row)) for row in kept]
-        names = dict.fromkeys(["kind", "step", *(name for row in rows for name in row)])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(names), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        verified.write_text(file, text.getvalue())
-        return file
-
     def __repr__(self) -> str:
         step = self.rows[-1]["step"] if self.rows else 0
-        counts = (
-            f"{len(self.rows)} rows, step {step}, {self.damaged_lines} damaged lines"
-        )
-        return f"History({str(self.path)!r}: {counts})"
+        counts = f"{len(self.rows)} rows, step {step}, {self.damaged_lines} damaged"
+        return f"History({str(self.path)!r}: {counts} lines)"
 
 
 def flatten(row: Row) -> Iterator[tuple[str, Any]]:

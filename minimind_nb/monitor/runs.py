@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import math
 import os
 import time
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import shorten_home
 from ..storage import verified
 from ..storage.run_folder import RunFolder
-from .metrics import History
+from .metrics import History, flatten
 from .progress import (
     STATUS_WORDS,
     duration,
@@ -67,8 +69,23 @@ class Run:
         return plot_history(self.history, **choices)
 
     def export_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write the metrics as a table, as `History.to_csv` does."""
-        return self.history.to_csv(path)
+        """Write the training and validation rows as one table, replacing a file.
+
+        There is a column for each name, empty if a row has no such value. Each entry of
+        a list has its own: `peak_memory_gib_1` is that of the second process,
+        `expert_load_0_3` the share of the fourth expert in the first layer.
+        """
+        kept = [row for row in self.history.rows if row["kind"] in ("train", "eval")]
+        rows = [dict(flatten(row)) for row in kept]
+        names = dict.fromkeys(["kind", "step", *(name for row in rows for name in row)])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        verified.write_text(file, text.getvalue())
+        return file
 
     def samples(self, most: int = 8) -> Table:
         """Return the answers to the run's fixed prompts, one row per validation.

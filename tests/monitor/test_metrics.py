@@ -201,33 +201,6 @@ def test_the_newest_start_names_the_stage_and_older_runs_are_pretraining(tmp_pat
     assert History(path).stage == "dpo"
 
 
-def test_training_and_validation_rows_become_one_table(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_rows(
-        path,
-        ("event", {"event": "start", "step": 0}),
-        ("eval", {"step": 0, "loss": 2.5}),
-        ("sample", {"step": 0, "answer": "a, b"}),
-        ("train", {"step": 1, "loss": math.nan, "memory": [0.5, 1], "scale": None}),
-        ("train", {"step": 2, "loss": 2, "load": [[0.25, 0.75], [0.5, 0.5]]}),
-    )
-    table = tmp_path / "new" / "curve.csv"
-    assert History(path).to_csv(table) == table
-    columns = "memory_0,memory_1,scale,load_0_0,load_0_1,load_1_0,load_1_1"
-    expected = (
-        f"kind,step,loss,{columns}\neval,0,2.5,,,,,,,\ntrain,1,nan,0.5,1,,,,,\n"
-        "train,2,2,,,,0.25,0.75,0.5,0.5\n"
-    )
-    assert table.read_text() == expected
-    History(path).to_csv(str(table))
-    assert table.read_text() == expected
-    assert [file.name for file in table.parent.iterdir()] == ["curve.csv"]
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl holds the metrics: name ano"):
-        History(path).to_csv(table.parent / ".." / "metrics.jsonl")
-    assert path.read_bytes() == before
-
-
 def test_load_takes_a_folder_a_file_a_run_and_a_history(tmp_path):
     class Run:
         def __fspath__(self):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import pytest
@@ -177,6 +178,27 @@ def test_the_metrics_of_a_run_become_a_table(run, tmp_path):
     head, *lines = table.read_text().splitlines()
     assert head.startswith("kind,step,samples,tokens,seconds,loss,")
     assert [line.split(",")[0] for line in lines] == ["train"] * 3 + ["eval"] * 2
+
+
+def test_training_and_validation_rows_become_one_table(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.append("event", event="start", step=0)
+        log.append("eval", step=0, loss=2.5)
+        log.append("sample", step=0, answer="a, b")
+        log.append("train", step=1, loss=math.nan, memory=[0.5, 1], scale=None)
+        log.append("train", step=2, loss=2, load=[[0.25, 0.75], [0.5, 0.5]])
+    table = tmp_path / "new" / "curve.csv"
+    assert Run(tmp_path).export_csv(table) == table
+    columns = "memory_0,memory_1,scale,load_0_0,load_0_1,load_1_0,load_1_1"
+    expected = (
+        f"kind,step,loss,{columns}\neval,0,2.5,,,,,,,\ntrain,1,nan,0.5,1,,,,,\n"
+        "train,2,2,,,,0.25,0.75,0.5,0.5\n"
+    )
+    assert table.read_text() == expected
+    Run(tmp_path).export_csv(str(table))
+    assert table.read_text() == expected
+    assert [file.name for file in table.parent.iterdir()] == ["curve.csv"]
 
 
 def test_the_runs_of_a_folder_are_listed_with_the_last_changed_first(
