@@ -1,0 +1,39 @@
+from .benchmark import bench as bench
+from .config import TrainConfig as TrainConfig
+from .data.datasets import DPODataset as DPODataset
+from .data.datasets import PretrainDataset as PretrainDataset
+from .data.datasets import RLAIFDataset as RLAIFDataset
+from .data.datasets import SFTDataset as SFTDataset
+from .data.jsonl import DataError as DataError
+from .data.tokenizer import load_tokenizer as load_tokenizer
+from .data.tokenizer_training import train_tokenizer as train_tokenizer
+from .diagnosis import doctor as doctor
+from .diagnosis import verify as verify
+from .launch.outcome import TrainingFailed as TrainingFailed
+from .model.architecture import MiniMindConfig as MiniMindConfig
+from .model.architecture import MiniMindForCausalLM as MiniMindForCausalLM
+from .model.export import export as export
+from .model.generation import generate as generate
+from .model.generation import stream as stream
+from .model.loading import load as load
+from .monitor.chat import chat as chat
+from .monitor.comparison import compare as compare
+from .monitor.examination import examine as examine
+from .monitor.inspector import inspect as inspect
+from .monitor.metrics import History as History
+from .monitor.runs import Run as Run
+from .monitor.runs import runs as runs
+from .notebook import check_parameters as check_parameters
+from .notebook import find_runs as find_runs
+from .notebook import notebook_config as notebook_config
+from .notebook import train_demo_before as train_demo_before
+from .planning import plan as plan
+from .planning import preview as preview
+from .session import find_input as find_input
+from .session import find_inputs as find_inputs
+from .session import input_runs as input_runs
+from .training.api import evaluate as evaluate
+from .training.api import train as train
+
+__version__: str
+__all__: list[str]
