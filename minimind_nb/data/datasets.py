@@ -7,6 +7,7 @@ for the session's own). They raise `FileNotFoundError`, or `DataError` naming th
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,13 @@ from .token_cache import Source, open_cache
 from .tokenizer import read_tokenizer
 
 PathLike = str | os.PathLike[str]
-Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Rows(Dataset[Any]):
     _record_format = ""
 
     def __init__(
-        self, path: PathLike, tokenizer: Any, cache_dir: PathLike | None
+        self, path: PathLike, tokenizer: Any = None, cache_dir: PathLike | None = None
     ) -> None:
         self.spec = read_tokenizer(tokenizer)
         root = Path(cache_dir) if cache_dir else current_session().cache_folder("out")
@@ -44,8 +44,6 @@ class _Rows(Dataset[Any]):
 
 
 class _PaddedRows(_Rows):
-    _max_seq_len = 1024
-
     def __init__(
         self,
         path: PathLike,
@@ -54,7 +52,8 @@ class _PaddedRows(_Rows):
         cache_dir: PathLike | None = None,
     ) -> None:
         super().__init__(path, tokenizer, cache_dir)
-        self.max_seq_len = max_seq_len or self._max_seq_len
+        usual = 512 if self._record_format == "pretrain" else 1024
+        self.max_seq_len = max_seq_len or usual
         documents, width = np.arange(len(self.cache)), self.max_seq_len - 1
         truncated = truncate_documents(self.cache, documents, width)
         # A document without a whole answer is cut anywhere and has an empty loss mask.
@@ -64,9 +63,7 @@ class _PaddedRows(_Rows):
         self._has_loss = np.isin(documents, truncated.documents)
 
     def __getitem__(self, index: int) -> Any:
-        return self._example(range(len(self))[index])  # negative ones as in a list
-
-    def _example(self, number: int) -> Example:
+        number = range(len(self._pieces))[index]  # negative ones as in a list
         document, start, count = self._pieces[number].tolist()
         ids = self.cache.piece(document, start, count).astype(np.int64)
         mask = self.cache.loss_mask(document, start, count) & self._has_loss[number]
@@ -83,7 +80,6 @@ class PretrainDataset(_PaddedRows):
     """
 
     _record_format = "pretrain"
-    _max_seq_len = 512
 
 
 class SFTDataset(_PaddedRows):
@@ -108,10 +104,9 @@ class DPODataset(_PaddedRows):
     _record_format = "dpo"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number = 2 * range(len(self))[index]
-        example = {}
+        number, example = 2 * range(len(self))[index], {}
         for document, name in enumerate(("chosen", "rejected"), number):
-            parts = zip("x y mask".split(), self._example(document), strict=True)
+            parts = zip("x y mask".split(), super().__getitem__(document), strict=True)
             example |= {f"{part}_{name}": tensor for part, tensor in parts}
         return example
 
@@ -126,11 +121,9 @@ class RLAIFDataset(_Rows):
 
     _record_format = "rlaif"
 
-    def __init__(
-        self, path: PathLike, tokenizer: Any = None, cache_dir: PathLike | None = None
-    ) -> None:
-        super().__init__(path, tokenizer, cache_dir)
-        self._tokenizer = Tokenizer.from_str(self.spec.json)
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self.spec.json)
 
     def __getitem__(self, index: int) -> dict[str, str]:
         number = range(len(self))[index]
