@@ -6,7 +6,6 @@ take, go to `tokenizers`.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Sequence
@@ -119,7 +118,7 @@ def _build_tiktoken(
     starts = {name[0] for name in special}
     letters = set(pre_tokenizers.ByteLevel.alphabet())
     if (
-        _settings(content) != _shipped_settings()
+        _settings(content) != _settings(json.loads(read_tokenizer().json))
         or any(starts & set(name[1:]) for name in special)
         or not letters <= vocab.keys()
     ):
@@ -154,8 +153,3 @@ def _settings(content: dict[str, Any]) -> list[Any]:
     added = {tuple(one[flag] for flag in flags) for one in content["added_tokens"]}
     model = {name: value or None for name, value in model.items()}
     return [content["normalizer"], split, model, added]
-
-
-@functools.cache
-def _shipped_settings() -> list[Any]:
-    return _settings(json.loads(read_tokenizer().json))
