@@ -61,8 +61,10 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    share = min(1.0, max_bytes / max(total, 1))
-    texts = _sample(_read(paths), share, re.compile("|".join(map(re.escape, named))))
+    most = int(min(1.0, max_bytes / max(total, 1)) * 2**32)
+    rows = (r for r in _read(paths) if zlib.crc32("\n".join(r).encode()) < most)
+    split = re.compile("|".join(map(re.escape, named))).split
+    texts = (part for row in rows for text in row for part in split(text))
     tokenizer.train_from_iterator(texts, trainer)
     if (found := tokenizer.get_vocab_size()) != vocab_size:
         raise ValueError(
@@ -82,16 +84,6 @@ def _read(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
             tally.add(counted)
             yield from (texts for _, texts in rows)
         tally.raise_if_too_many(path)
-
-
-def _sample(
-    rows: Iterator[list[str]], share: float, special: re.Pattern[str]
-) -> Iterator[str]:
-    """Yield the texts to train on, without the special strings in them."""
-    for texts in rows:
-        if zlib.crc32("\n".join(texts).encode()) < int(share * 2**32):
-            for text in texts:
-                yield from special.split(text)
 
 
 def _read_texts(row: Row) -> list[str]:
