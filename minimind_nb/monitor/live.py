@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
 from ..session import current_session, running_kernel
 from .metrics import History, Row
 from .progress import STATUS_WORDS, figures, outcome, position, progress_line
@@ -87,8 +89,6 @@ class TerminalView(View):
         self._bar: Any = None
 
     def update(self, history: History) -> None:
-        from tqdm import tqdm
-
         if self._bar is None:
             style: Any = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True}
             self._bar = tqdm(leave=False, disable=None, **style)
@@ -107,8 +107,6 @@ class TerminalView(View):
         self.note(outcome(history, status))
 
     def note(self, text: str) -> None:
-        from tqdm import tqdm
-
         tqdm.write(text, file=sys.stderr)
 
 
