@@ -124,10 +124,8 @@ class Estimate:
         self.run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
         self.speed, self.source = expected_speed(cfg, hardware), "expected"
         self.history = History(self.run.metrics_file)
-        last, before = (
-            self.history.last("train"),
-            self.run.settings() if checkpoint else {},
-        )
+        last = self.history.last("train")
+        before = self.run.settings() if checkpoint else {}
         if last and all(before.get(name) == getattr(cfg, name) for name in _MACHINE):
             self.speed, self.source = last["tokens_per_second"], "as the existing run"
         self.parameters = count_parameters(cfg.shape())["active"]

@@ -39,7 +39,6 @@ _OTHER_FILES = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file: run git lfs pull"),
     (rb"(?i)\s*<(!doctype|html)", "an HTML page: download the file itself again"),
 )
-_PATTERN = re.compile(r"[*?\[]")
 _SUFFIXES = re.compile(r"^[^.].*\.(jsonl|json|parquet|txt)(\.gz)?$", re.IGNORECASE)
 _TABLE = rb"\s*[^\s{\[].*\n\s*[^\s{\[]"
 _Numbered = tuple[int, str]  # the number of a row, and its JSON on one line
@@ -54,7 +53,7 @@ def find_files(data_path: str | tuple[str, ...]) -> list[str]:
     if isinstance(data_path, tuple):
         return list(itertools.chain(*map(find_files, data_path)))
     path = Path(data_path)
-    if not path.is_dir() and (path.exists() or not _PATTERN.search(data_path)):
+    if not path.is_dir() and (path.exists() or not glob.has_magic(data_path)):
         return [data_path]
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(data_path))
     files = [str(file) for file in sorted(found) if _SUFFIXES.search(file.name)]

@@ -165,17 +165,15 @@ class JoinedCache(TokenCache):
         if caches[0].marks is not None:
             self.marks = _JoinedArray([cache.marks for cache in caches])
         facts = [cache.facts for cache in caches]
-        counted = {
-            key: sum((Counter(one.get(key, {})) for one in facts), Counter())
-            for key in ("bad_rows", "ignored")
-        }
         forms = dict.fromkeys(one.get("form", "") for one in facts)
         self.facts = facts[0] | {
             "content": _hash([one["content"] for one in facts]),
             "rows": sum(one["rows"] for one in facts),
             "form": " and ".join(filter(None, forms)),
-            **{key: dict(counts) for key, counts in counted.items()},
         }
+        for key in ("bad_rows", "ignored"):
+            counts = (Counter(one.get(key, {})) for one in facts)
+            self.facts[key] = dict(sum(counts, Counter()))
 
 
 class _JoinedArray:
