@@ -37,10 +37,7 @@ class Examination(Table):
 
 
 def examine(
-    source: _Source | Sequence[_Source],
-    *,
-    questions: int = 20,
-    which: str = "last",
+    source: _Source | Sequence[_Source], *, questions: int = 20, which: str = "last"
 ) -> Examination:
     """Ask one or several models the held-out questions of the demo corpora, greedily.
 
