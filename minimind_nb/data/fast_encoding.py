@@ -116,15 +116,15 @@ def _build_tiktoken(
     vocab = content["model"]["vocab"]
     special = {one["content"]: one["id"] for one in content["added_tokens"]}
     starts = {name[0] for name in special}
-    letters = set(pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if (
         _settings(content) != _settings(json.loads(read_tokenizer().json))
         or any(starts & set(name[1:]) for name in special)
-        or not letters <= vocab.keys()
+        or not vocab.keys() >= set(letters)
     ):
         return None
     merged = ["".join(pair) for pair in content["model"]["merges"]]
-    entries = vocab.keys() - letters - special.keys()
+    entries = vocab.keys() - {*letters, *special}
     if sorted(entries, key=vocab.__getitem__) != merged or not all(
         [token.value for token in tokenizer.model.tokenize(entry)] == [entry]
         for entry in merged
@@ -132,10 +132,9 @@ def _build_tiktoken(
         return None
     # GPT-2's alphabet (Radford et al., 2019, and its released encoder): printable
     # Latin-1 bytes are themselves, the rest follow from U+0100 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = sorted(set(range(256)) - set(printable))
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(rest)}
+    printable = [ord(letter) for letter in letters if letter < "\u0100"]
+    rest = sorted({*range(0x100)} - {*printable})
+    byte_of = dict(zip(letters, printable + rest, strict=True))
     ranks = {
         bytes(byte_of[letter] for letter in entry): vocab[entry]
         for entry in [*byte_of, *merged]
