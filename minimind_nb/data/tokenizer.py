@@ -25,7 +25,6 @@ _WELL_KNOWN = {
     "pad_token": ("<pad>", "<|endoftext|>"),
 }
 _MODEL_MAX_LENGTH = 32_768
-_LISTED_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -198,11 +197,10 @@ def _special_tokens(
             token = next((each for each in candidates if each in vocab), None)
         if token not in vocab:
             wrong = f"names {token!r} as its {role}" if token else f"names no {role}"
-            added = backend.get_added_tokens_decoder().values()
-            listed = [one.content for one in added][:_LISTED_TOKENS]
+            added = [one.content for one in backend.get_added_tokens_decoder().values()]
             raise ValueError(
-                f"{name} {wrong}, and its {len(added)} special tokens are {listed}: name "
-                f'one of them in tokenizer_config.json, {{"{role}": "…"}}'
+                f"{name} {wrong}: name one of its special tokens, such as {added[:12]}, in "
+                f'tokenizer_config.json, {{"{role}": "…"}}'
             )
         found[role] = token
     return found

@@ -185,19 +185,17 @@ def test_damaged_config_is_refused(tmp_path: Path, content: str):
 
 def test_unknown_end_token_says_what_was_found(tmp_path: Path):
     save(make_bytes("<a>", "<b>"), tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"names no eos_token, .* 2 special tokens are \['<a>', '<b>'\]:",
-    ):
+    listed = r"names no eos_token: .* special tokens, such as \['<a>', '<b>'\], in"
+    with pytest.raises(ValueError, match=listed):
         read_tokenizer(tmp_path)
     save(make_bytes(*(f"<{n}>" for n in range(20))), tmp_path)
-    with pytest.raises(ValueError, match=r"20 special tokens are .* '<11>'\]: name"):
+    with pytest.raises(ValueError, match=r"tokens, such as .* '<11>'\], in"):
         read_tokenizer(tmp_path)
 
 
 def test_named_token_must_be_an_entry(tmp_path: Path):
     save(make_bytes("</s>"), tmp_path, tokenizer_config={"pad_token": "[PAD]"})
-    with pytest.raises(ValueError, match=r"names '\[PAD\]' as its pad_token, and"):
+    with pytest.raises(ValueError, match=r"names '\[PAD\]' as its pad_token: "):
         read_tokenizer(tmp_path)
 
 
