@@ -167,9 +167,10 @@ class TrainingStream:
         begin = self.samples
         end = min(begin + self.cfg.global_batch, self.total_samples)
         assert begin < end, "the stream is at its end"
+        count, every = self.cfg.batch_size, self.cfg.batch_size * self.cfg.num_processes
         micro_batches = [
-            self._read([self._row(n) for n in samples])
-            for samples in self.shares(begin, end)
+            self._read([self._row(n) for n in range(first, min(first + count, end))])
+            for first in range(begin + self.rank * count, end, every)
         ]
         self.samples = end
         pieces = [piece for n in range(begin, end) for piece in self._row(n)]
@@ -179,12 +180,6 @@ class TrainingStream:
         elif self.cfg.stage == "sft":
             num_targets = int(self._loss_tokens[[piece[0] for piece in pieces]].sum())
         return StepBatch(micro_batches, end - begin, tokens, num_targets)
-
-    def shares(self, begin: int, end: int) -> Iterator[range]:
-        """Yield the samples of this rank's micro-batches in a step."""
-        count, processes = self.cfg.batch_size, self.cfg.num_processes
-        for first in range(begin + self.rank * count, end, processes * count):
-            yield range(first, min(first + count, end))
 
     def pieces(self, sample: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each piece of a sample, and which of them are in the loss."""
