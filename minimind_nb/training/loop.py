@@ -68,7 +68,8 @@ def train_step(trainer: Trainer) -> str | None:
 
 def compute_gradients(trainer: Trainer, batch: StepBatch) -> None:
     """Sum the gradients and losses of this rank's micro-batches."""
-    trainer.seed_dropout()
+    keys = trainer.cfg.seed, trainer.group.rank, trainer.progress.step
+    torch.manual_seed(seed_of(*keys))  # of dropout
     trainer.gradients.flat.zero_()
     for micro_batch in batch.micro_batches:
         sums = trainer.losses(trainer.to_device(micro_batch), trainer.compiled)

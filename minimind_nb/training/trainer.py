@@ -17,7 +17,7 @@ from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
 from ..monitor.metrics import MetricsLog
 from .checkpoint import Progress, load_checkpoint
-from .evaluation import Evaluator, choose_prompts, seed_of
+from .evaluation import Evaluator, choose_prompts
 from .optim import FlatGradients, build_optimizer
 from .run_plan import RunPlan
 from .stages import compile_objective
@@ -106,10 +106,6 @@ class Trainer(Evaluator):
         names = ("step", "samples", "tokens", "seconds")
         where = {name: getattr(self.progress, name) for name in names}
         self.metrics.append(kind, **where, **fields)
-
-    def seed_dropout(self) -> None:
-        """Seed this step's dropout from (seed, rank, step)."""
-        torch.manual_seed(seed_of(self.cfg.seed, self.group.rank, self.progress.step))
 
     def stop_flags(self) -> list[float]:
         """Return this rank's stop flags, the session's deadline considered."""
