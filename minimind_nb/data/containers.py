@@ -59,8 +59,7 @@ def find_files(data_path: str | tuple[str, ...]) -> list[str]:
     files = [str(file) for file in sorted(found) if _SUFFIXES.search(file.name)]
     if not files:
         raise FileNotFoundError(
-            f"{data_path} has no data: expected are files that end in .jsonl, .json, "
-            ".parquet or .txt"
+            f"{data_path} has no .jsonl, .json, .parquet or .txt file"
         )
     return files
 
@@ -81,8 +80,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
             raise DataError(f"{path} is {what}")
     if re.match(_TABLE, head) and find_kind(path) == "lines":
         raise DataError(
-            f"{path} is CSV or plain text: write one JSON object a line, or name it .txt "
-            "if blank lines part its documents"
+            f"{path} is CSV or plain text: write JSON Lines, or name it .txt"
         )
 
 
@@ -162,8 +160,7 @@ def _read_array(path: Path) -> Iterator[_Numbered]:
         data = stream.read(MOST_ARRAY_BYTES + 1)
     if len(data) > MOST_ARRAY_BYTES:
         raise DataError(
-            f"{path} is a JSON array of more than {MOST_ARRAY_BYTES // 10**6} MB: make "
-            f"it JSON Lines with  jq -c '.[]' {path} > {path.stem}.jsonl"
+            f"{path} is too large for an array: jq -c '.[]' {path} > {path.stem}.jsonl"
         )
     text = _decode(path, data, 1)
     decoder, before = json.JSONDecoder(), re.compile(r"\s*([\[,])\s*")
@@ -202,8 +199,7 @@ def _read_parquet(path: Path) -> Iterator[_Numbered]:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(
-            f"{path} is parquet: pip install 'minimind_nb[parquet]', or convert it to "
-            "JSON Lines"
+            f"{path} is parquet: pip install 'minimind_nb[parquet]'"
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)

@@ -120,8 +120,7 @@ class Tally:
         if len(self.forms) > 1:
             found = (f"{form} (line {line})" for form, line in self.forms.items())
             raise DataError(
-                f"{path} has rows of several forms: {', '.join(found)}; put each into a "
-                "file of its own"
+                f"{path} has rows of several forms: {', '.join(found)}; separate them"
             )
         bad = self.kinds.total()
         total = self.good + bad

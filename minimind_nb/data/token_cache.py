@@ -300,6 +300,5 @@ def _encode(
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise RuntimeError(
-                "a helper process that tokenises was killed, perhaps because the machine "
-                "ran out of memory: close other programs, and start again"
+                "a tokenising process was killed, perhaps for lack of memory: start again"
             ) from error

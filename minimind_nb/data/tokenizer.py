@@ -87,8 +87,7 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     # The binding raises plain Exception, whatever is wrong with the text.
     except Exception as error:
         raise ValueError(
-            f"{name} is not a tokenizer.json that tokenizers can read ({error}): save it "
-            "again with save_pretrained"
+            f"{name} is no tokenizer.json ({error}): save it with save_pretrained"
         ) from error
     content = json.loads(data)
     if content.get("truncation") or content.get("padding"):  # never applied here
@@ -153,8 +152,7 @@ def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"no tokenizer at {path}: give a tokenizer.json, a folder with one "
-            "(save_pretrained writes it), or None for the vocabulary of this package"
+            f"no tokenizer at {path}: give a tokenizer.json, a folder with one, or None"
         )
     described: dict[str, Any] = {}
     if file.name == "tokenizer.json":
@@ -164,8 +162,7 @@ def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
                     described |= json.loads(beside.read_bytes())
                 except (ValueError, TypeError) as error:
                     raise ValueError(
-                        f"{beside} is not a JSON object ({error}): save the tokenizer "
-                        "again with save_pretrained"
+                        f"{beside} is not a JSON object ({error}): save it again"
                     ) from error
         if (template := file.with_name("chat_template.jinja")).is_file():
             described["chat_template"] = template.read_text(encoding="utf-8")
@@ -176,8 +173,7 @@ def _read_object(source: Any) -> tuple[bytes, dict[str, Any]]:
     backend = getattr(source, "backend_tokenizer", source)
     if not isinstance(backend, Tokenizer):
         raise TypeError(
-            f"a tokenizer cannot be read from {type(source).__name__}: give None, a path, "
-            "a TokenizerSpec, or a fast tokenizer of transformers"
+            f"{type(source).__name__} is no tokenizer: give None, a path or a fast tokenizer"
         )
     names = (*_WELL_KNOWN, "chat_template")
     described = {name: getattr(source, name, None) for name in names}

@@ -144,8 +144,7 @@ def choose_smoothing(history: History, asked: float | None = None) -> float:
     if 0 <= asked < 1:
         return asked
     raise ValueError(
-        f"smoothing={asked!r} is out of range; expected 0 (none) up to but not "
-        "including 1."
+        f"smoothing={asked!r} is out of range; expected 0 (none) or more, below 1."
     )
 
 

@@ -212,6 +212,5 @@ def choose_view(view: object = None) -> View:
     if view is False or callable(view):
         return View(view or None)
     raise TypeError(
-        f"view={view!r} is a {type(view).__name__}; expected None (a live view), False "
-        "(silent) or a function of the history."
+        f"view={view!r}; expected None (live), False (silent) or a function of History."
     )

@@ -157,8 +157,7 @@ def validate(trainer: Trainer) -> None:
         trainer.log("eval", **scores)
         if progress.step == trainer.plan.total_steps and not math.isfinite(loss):
             raise FloatingPointError(
-                f"the final validation loss is {loss}: lower "
-                f"learning_rate={trainer.cfg.learning_rate:g}"
+                f"the final validation loss is {loss}: lower learning_rate"
             )
     try:
         seed = seed_of(trainer.cfg.seed, progress.step)

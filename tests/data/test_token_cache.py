@@ -570,7 +570,7 @@ def test_killed_helper_is_told_in_plain_words(make_source, root, monkeypatch):
 
     monkeypatch.setattr(token_cache, "_encode", kill_and_encode)
     source = make_source([f"{n} {ENGLISH}" for n in range(900)])
-    with pytest.raises(RuntimeError, match="a helper process that tokenises was kill"):
+    with pytest.raises(RuntimeError, match="a tokenising process was killed"):
         open_cache(source, root, processes=2)
 
 

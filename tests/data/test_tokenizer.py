@@ -170,7 +170,7 @@ def test_missing_tokenizer_says_what_may_be_given(tmp_path: Path):
 def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes):
     file = tmp_path / "t.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"t\.json is not a tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"t\.json is no tokenizer\.json"):
         read_tokenizer(file)
 
 
@@ -200,7 +200,7 @@ def test_named_token_must_be_an_entry(tmp_path: Path):
 
 
 def test_source_of_another_type_is_refused():
-    with pytest.raises(TypeError, match="cannot be read from int: give None"):
+    with pytest.raises(TypeError, match="int is no tokenizer: give None"):
         read_tokenizer(3)
 
 

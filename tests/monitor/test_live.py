@@ -60,7 +60,7 @@ def test_the_view_is_chosen_by_what_is_asked_for(monkeypatch):
     assert type(choose_view(print)) is View
     monkeypatch.setattr(live, "running_kernel", object)
     assert isinstance(choose_view(None), CellView)
-    with pytest.raises(TypeError, match=r"view=3 is a int; expected None"):
+    with pytest.raises(TypeError, match=r"view=3; expected None"):
         choose_view(3)
 
 

@@ -162,9 +162,9 @@ def test_rows_that_are_left_out_name_their_file(
         (
             {"data_path": "{empty}"},
             FileNotFoundError,
-            "has no data: expected are files",
+            "has no .jsonl, .json, .parquet or .txt file",
         ),
-        ({"data_path": "{empty}/*.x"}, FileNotFoundError, "has no data"),
+        ({"data_path": "{empty}/*.x"}, FileNotFoundError, r"has no .jsonl"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(
