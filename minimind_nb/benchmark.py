@@ -40,7 +40,7 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
     hardware = detect_hardware()
     asked = _with_new_weights(cfg or TrainConfig(), hardware)
     with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
-        tokens = current_session().cache_folder(asked.out_dir).absolute()
+        tokens = current_session().cache_folder(asked.out_dir)
         if tokens.is_dir():
             Path(folder, "cache").symlink_to(tokens)
         asked = replace(asked, out_dir=folder)

@@ -126,7 +126,7 @@ def verify(run_dir: str | os.PathLike[str]) -> Verdict:
         reason = aside.read_text(encoding="utf-8", errors="replace").strip()
         rows.append(["checkpoint", aside.stem, f"was set aside: {reason}"])
     caches = run.config.get("caches", []) if files.exists() else []
-    root = current_session().cache_folder(files.root.absolute().parent)
+    root = current_session().cache_folder(files.root.parent)
     for folder in (root / name for name in caches):
         missing = "missing; it is made again from the data when needed"
         state = _state(folder) if folder.exists() else missing

@@ -35,7 +35,8 @@ class Session:
 
     def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
         """Return the folder for token caches; Kaggle saves `/kaggle/working` each time."""
-        return self.scratch / "minimind_nb" if self.scratch else Path(out_dir) / "cache"
+        own = Path(out_dir).absolute() / "cache"
+        return self.scratch / "minimind_nb" if self.scratch else own
 
     def seconds_left(
         self, max_session_hours: float | None, call_seconds: float = 0.0

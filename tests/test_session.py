@@ -41,7 +41,7 @@ def test_colab_is_known_by_its_release_tag():
 def test_what_can_be_made_again_is_kept_out_of_kaggles_saved_folder():
     cache = current_session(KAGGLE).cache_folder("/kaggle/working/out")
     assert cache == Path("/kaggle/temp/minimind_nb")
-    assert Session("plain").cache_folder("runs") == Path("runs/cache")
+    assert Session("plain").cache_folder("runs") == Path.cwd() / "runs/cache"
 
 
 def test_a_session_on_kaggle_ends_with_a_margin_unless_set(monkeypatch):

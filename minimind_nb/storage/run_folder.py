@@ -57,7 +57,7 @@ class RunFolder:
     """`{out_dir}/{run_name}/`: all files of a run."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+        self.root = Path(root).absolute()  # the caller may change directory
         self.config_file = self.root / "config.json"
         self.metrics_file = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"

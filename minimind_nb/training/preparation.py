@@ -124,7 +124,7 @@ def _draft(
         folder=folder,
         tokenizer=tokenizer,
         corpus=corpus,
-        initial=initial.file if initial else None,
+        initial=initial.file.absolute() if initial else None,
         checkpoint=resumed and resumed.folder,
         complete=resumed is not None
         and resumed.run.status() == "finished"

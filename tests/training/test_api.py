@@ -178,6 +178,20 @@ def test_metrics_that_cannot_be_read_for_a_moment_end_nothing(
 
 
 @pytest.mark.usefixtures("forked")
+def test_a_change_of_the_directory_meanwhile_loses_no_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    cfg = mm.TrainConfig(**{**settings, "out_dir": "out", "max_steps": 2})
+    run = mm.train(cfg, view=lambda _: os.chdir(tmp_path / "elsewhere"))
+    assert run.status == "finished"
+    assert run.folder == tmp_path / "out" / "pretrain_32"
+    assert (run.folder / "summary.md").is_file()
+    assert run.config["settings"]["out_dir"] == "out", "as it was given"
+
+
+@pytest.mark.usefixtures("forked")
 def test_rows_that_a_damaged_checkpoint_lost_are_not_shown(settings: Settings) -> None:
     folder = train(settings, max_steps=8)
     (folder.checkpoint_folder(8) / "model.safetensors").write_bytes(b"damaged")
