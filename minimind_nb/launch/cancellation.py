@@ -38,6 +38,8 @@ class StopRequest:
         for number in SIGNALS:
             if number != signal.SIGHUP or not under_nohup:
                 self._before[number] = signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # it hides who has ended
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def restore(self) -> None:
         for number, handler in self._before.items():

@@ -211,6 +211,18 @@ def test_a_signal_of_the_parent_stops_the_ranks_once(
     assert signal.getsignal(number) == before
 
 
+def test_ranks_end_although_the_caller_ignores_the_end_of_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawn, "_SPAWN", multiprocessing.get_context("fork"))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert run_processes(make_job(tmp_path, 1), lambda: None) == "finished"
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.fault("F117")
 def test_ranks_that_slept_with_their_parent_did_not_hang(
     monkeypatch: pytest.MonkeyPatch,
