@@ -23,7 +23,6 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 SHORTER = "shorter"  # suffix of what a run made that is extended
-LOCK_SECONDS = 0.3  # threads of a rank that was killed outlive it for some 0.1 s
 _STEPS = "step_" + "[0-9]" * 8
 logger = logging.getLogger(__name__)
 
@@ -123,27 +122,28 @@ class RunFolder:
     def lock(self) -> Iterator[int]:
         """Hold the folder for one writer, and yield the lock's descriptor.
 
-        The kernel frees the lock when its holder, and all that inherited the descriptor,
-        have ended, for whatever reason. Raises `RunLocked`, or `OSError` for a link.
+        It is freed when the block ends, by which time no rank may run. If the holder is
+        killed, the kernel frees it when all that inherited the descriptor have ended,
+        too. Raises `RunLocked`, or `OSError` for a link.
         """
         self.lock_file.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         descriptor = os.open(self.lock_file, flags, 0o644)
         with open(descriptor, "r+", encoding="utf-8", errors="replace") as file:
-            end = time.monotonic() + LOCK_SECONDS
-            while not _try_lock(descriptor, fcntl.LOCK_EX):
-                if time.monotonic() > end:
-                    holder = file.read().strip() or "another process"
-                    raise RunLocked(
-                        f"{self.root} is in use by {holder}. Wait for that run, stop it, "
-                        "or take another run_name."
-                    )
-                time.sleep(0.02)
+            if not _try_lock(descriptor, fcntl.LOCK_EX):
+                holder = file.read().strip() or "another process"
+                raise RunLocked(
+                    f"{self.root} is in use by {holder}. Wait for that run, stop it, "
+                    "or take another run_name."
+                )
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}\n")
             file.flush()
-            yield file.fileno()
+            try:
+                yield descriptor
+            finally:  # a process that was forked meanwhile may keep the descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def is_locked(self) -> bool:
         """Return whether a living process holds the lock."""

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -152,6 +153,20 @@ def test_the_lock_is_free_after_an_error(run):
         with run.lock():
             raise KeyboardInterrupt
     assert not run.is_locked()
+
+
+def test_the_lock_is_free_though_a_forked_process_has_its_descriptor(run):
+    wait = multiprocessing.get_context("fork").Event()
+    with run.lock():
+        child = multiprocessing.get_context("fork").Process(target=wait.wait)
+        child.start()
+    try:
+        with run.lock():
+            assert run.is_locked()
+        assert not run.is_locked()
+    finally:
+        wait.set()
+        child.join()
 
 
 def test_checkpoints_are_listed_newest_first_and_nothing_else(run):

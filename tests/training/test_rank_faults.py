@@ -22,7 +22,7 @@ import minimind_nb as mm
 from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.lifetime import identify_process
-from minimind_nb.storage.run_folder import LOCK_SECONDS, RunFolder
+from minimind_nb.storage.run_folder import RunFolder
 
 row = pytest.mark.fault
 slow = pytest.mark.slow
@@ -91,9 +91,6 @@ class Witness:
     def resume(self) -> None:
         """The same call once more ends as if nothing had been."""
         assert not self.living()
-        end = time.monotonic() + LOCK_SECONDS
-        while self.folder.is_locked() and time.monotonic() < end:
-            time.sleep(0.01)
         assert not self.folder.is_locked()
         run = mm.train(self.cfg, view=False)
         assert run.status == "finished"
@@ -353,6 +350,7 @@ def test_no_rank_outlives_its_parent(
     seconds = time.time() - died
     record_property("parent_death_to_last_rank_seconds", seconds)
     assert seconds < 3
+    time.sleep(0.5)  # threads of a killed rank hold the lock for some 0.1 s more
     witness.resume()
 
 
