@@ -1,4 +1,4 @@
-"""The lifetime of processes: their identity, their age, children that end with us."""
+"""The lifetime of processes: whether they live, their age, children that end with us."""
 
 from __future__ import annotations
 
@@ -43,25 +43,14 @@ def without_main_script() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-def identify_process(pid: int) -> str:
-    """Return boot, number and start time of a living process, else "".
-
-    psutil's creation time follows the wall clock, which may be set meanwhile.
-    """
+def is_alive(pid: int) -> bool:
+    """Return whether a process lives; one that has ended, but was not reaped, does not."""
     try:
         # The name, in parentheses, may contain anything.
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return ""
-    state, started = stat[0], stat[19]
-    return "" if state == "Z" else f"{boot}/{pid}/{started}"
-
-
-def is_alive(identity: str) -> bool:
-    """Return whether the process that `identify_process` gave this text still lives."""
-    pid = identity.partition("/")[2].partition("/")[0]
-    return pid.isdecimal() and identify_process(int(pid)) == identity
+        return False
+    return stat[0] != "Z"
 
 
 def oldest_age_seconds() -> float:

@@ -18,7 +18,7 @@ from support.runs import state_hashes
 
 import minimind_nb as mm
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.lifetime import identify_process
+from minimind_nb.lifetime import is_alive
 from minimind_nb.storage.run_folder import RunFolder
 
 SECONDS = 120
@@ -132,7 +132,7 @@ def wait_for_step(folder: RunFolder, step: int) -> list[RankRecord]:
 
 def seconds_to_die(records: list[RankRecord]) -> float:
     began = time.monotonic()
-    while any(identify_process(r.pid) == r.process for r in records):
+    while any(is_alive(r.pid) for r in records):
         assert time.monotonic() - began < 60, "a rank lives on"
         time.sleep(0.02)
     return time.monotonic() - began

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..lifetime import identify_process
 from ..storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -60,15 +59,12 @@ class TrainingFailed(RuntimeError):
 class RankRecord:
     """The state of one rank, which it keeps in a file of the run folder.
 
-    `status` is "running", "failed" or one of `ENDINGS`; `process` and `parent` are of
-    `lifetime.identify_process`.
+    `status` is "running", "failed" or one of `ENDINGS`.
     """
 
     file: Path
     rank: int
     pid: int = field(default_factory=os.getpid)
-    process: str = field(default_factory=lambda: identify_process(os.getpid()))
-    parent: str = field(default_factory=lambda: identify_process(os.getppid()))
     phase: str = "startup"
     status: str = "running"
     step: int = 0
@@ -118,7 +114,7 @@ class RankRecord:
 
 def read_records(folder: RunFolder, size: int) -> list[RankRecord]:
     """Return the record of each rank; "startup" at time 0 if it wrote none yet."""
-    none = [RankRecord(folder.record_file(n), n, 0, "", "") for n in range(size)]
+    none = [RankRecord(folder.record_file(n), n, 0) for n in range(size)]
     return [RankRecord.read(record.file) or record for record in none]
 
 

@@ -5,7 +5,6 @@ Imports no torch: a worker must watch its parent before that long import.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import importlib
 import math
@@ -21,7 +20,7 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-from ..lifetime import die_with_parent, is_alive, without_main_script
+from ..lifetime import die_with_parent, without_main_script
 from ..storage.run_folder import RunFolder
 from .cancellation import SIGNALS, StopRequest
 from .outcome import SESSION, Exit, RankRecord, collect_outcome, read_records
@@ -221,23 +220,3 @@ def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) ->
         record.fail(error)
         raise
     record.update(status=status)
-
-
-def end_orphans(folder: RunFolder) -> list[int]:
-    """End the ranks of an earlier run here whose parent has died; return their pids."""
-    found = filter(None, map(RankRecord.read, folder.root.glob("rank*.json")))
-    orphans = [
-        record
-        for record in found
-        if record.pid != os.getpid()
-        and is_alive(record.process)
-        and record.parent
-        and not is_alive(record.parent)
-    ]
-    for record in orphans:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(record.pid, signal.SIGKILL)
-    end = time.monotonic() + GRACE_SECONDS
-    while any(is_alive(o.process) for o in orphans) and time.monotonic() < end:
-        time.sleep(0.02)
-    return [record.pid for record in orphans]

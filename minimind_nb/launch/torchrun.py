@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..lifetime import die_with_parent, identify_process, is_alive
+from ..lifetime import die_with_parent, is_alive
 from .cancellation import StopRequest
 
 # torchrun reports the process that fails first as the root cause: rank 0, if it raises.
@@ -57,7 +57,7 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
     call = f"minimind_nb/{store.add(f'minimind_nb/calls/{rank}', 1)}"
     if rank:
         return _wait(store, call)
-    store.set(f"{call}/leader", identify_process(os.getpid()))
+    store.set(f"{call}/leader", str(os.getpid()))
     try:
         answer = work()
     except BaseException as error:
@@ -74,7 +74,7 @@ def _wait(store: Any, call: str) -> Any:
         while not store.check([call]):
             time.sleep(_PAUSE_SECONDS)
             leader = f"{call}/leader"
-            if store.check([leader]) and not is_alive(store.get(leader).decode()):
+            if store.check([leader]) and not is_alive(int(store.get(leader))):
                 raise RuntimeError("rank 0 has ended; see its output")
     finally:
         stop.restore()

@@ -20,7 +20,6 @@ from ..config import (
     resolve_batch,
 )
 from ..data.token_cache import names_before_version_3
-from ..launch.spawn import end_orphans
 from ..model.loading import find_weights
 from ..monitor.metrics import History
 from ..storage import verified
@@ -57,9 +56,7 @@ def source_run(cfg: TrainConfig) -> RunFolder | None:
 
 
 def recover(folder: RunFolder) -> None:
-    """End processes that a killed run left, and restore a missing config.json."""
-    if ended := end_orphans(folder):
-        logger.warning(f"ended processes that a killed run had left: {ended}")
+    """Restore a missing config.json."""
     if not folder.exists() and (found := folder.newest_good_checkpoint()):
         folder.write_config(read_state(found.folder)["config"])
         logger.warning(

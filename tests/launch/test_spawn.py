@@ -21,7 +21,7 @@ import pytest
 from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import Exit, RankRecord, TrainingFailed
 from minimind_nb.launch.spawn import HangWatch, Job, is_decided, run_processes
-from minimind_nb.lifetime import without_main_script
+from minimind_nb.lifetime import is_alive, without_main_script
 from minimind_nb.storage.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -41,16 +41,6 @@ def make_job(folder: Path, size: int, target: str = "work", **todo: Any) -> Job:
 def pids(folder: Path, size: int) -> list[int]:
     records = [RankRecord.read(folder / f"rank{rank}.json") for rank in range(size)]
     return [record.pid for record in records if record]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        )
-    except FileNotFoundError:
-        return False
 
 
 def wait_until(condition: Any, seconds: float) -> bool:

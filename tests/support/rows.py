@@ -74,7 +74,6 @@ ROWS = {
     "F107": ("D", "a script without its guard"),
     "F108": ("S", "the pass of a reference model is stopped or its values damaged"),
     "F109": ("S", "a call that is refused, where a run stands already"),
-    "F110": ("M", "ranks left by a parent whose number another process has now"),
     "F112": ("M", "a kill during a validation or an answer"),
     "F113": ("D", "a drawing or a tracker that fails beside the training"),
     "F114": ("S", "checkpoints that are gone, deleted or behind a link to nowhere"),

@@ -21,7 +21,7 @@ from support.runs import Settings, state_hashes
 import minimind_nb as mm
 from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.lifetime import identify_process
+from minimind_nb.lifetime import is_alive
 from minimind_nb.storage.run_folder import RunFolder
 
 row = pytest.mark.fault
@@ -86,7 +86,7 @@ class Witness:
     def living(self) -> list[int]:
         """The ranks that still run."""
         records = self.records()
-        return [r.pid for r in records if identify_process(r.pid) == r.process]
+        return [r.pid for r in records if is_alive(r.pid)]
 
     def resume(self) -> None:
         """The same call once more ends as if nothing had been."""
