@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -17,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from fcntl import LOCK_EX
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..lifetime import die_with_parent, without_main_script
-from ..storage import verified
+from ..storage import file_system, verified
 from .containers import find_kind, iter_chunks
 from .conversations import IN_LOSS
 from .jsonl import DataError, Tally
@@ -201,7 +201,7 @@ def open_cache(source: Source, root: Path, processes: int = 1) -> TokenCache:
     folder = root / source.name(content)
     verified.check_writable(root)
     with (root / f".{folder.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        file_system.lock(lock.fileno(), LOCK_EX)
         if folder.exists():
             try:
                 facts = verified.verify(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -14,10 +13,11 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN
 from pathlib import Path
 from typing import Any
 
-from . import verified
+from . import file_system, verified
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -130,7 +130,7 @@ class RunFolder:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         descriptor = os.open(self.lock_file, flags, 0o644)
         with open(descriptor, "r+", encoding="utf-8", errors="replace") as file:
-            if not _try_lock(descriptor, fcntl.LOCK_EX):
+            if not file_system.lock(descriptor, LOCK_EX | LOCK_NB):
                 holder = file.read().strip() or "another process"
                 raise RunLocked(
                     f"{self.root} is in use by {holder}. Wait for that run, stop it, "
@@ -143,12 +143,12 @@ class RunFolder:
             try:
                 yield descriptor
             finally:  # a process that was forked meanwhile may keep the descriptor
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                file_system.lock(descriptor, LOCK_UN)
 
     def is_locked(self) -> bool:
         """Return whether a living process holds the lock."""
         with contextlib.suppress(OSError), self.lock_file.open("rb") as file:
-            return not _try_lock(file.fileno(), fcntl.LOCK_SH)
+            return not file_system.lock(file.fileno(), LOCK_SH | LOCK_NB)
         return False
 
     def checkpoint_folder(self, step: int) -> Path:
@@ -226,13 +226,6 @@ class RunFolder:
     def is_aside(self) -> bool:
         """Return whether `rename_aside`, or an unfinished copy, gave it its name."""
         return re.search(r"\.old\d+$|^\.", self.root.name) is not None
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _manifest_loss(folder: Path) -> float:

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .file_system import flush, free_bytes
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 _SEAL = ',"sha256":'
@@ -52,7 +54,7 @@ def beside(final: Path, needed: int = 0) -> Iterator[Path]:
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        if shutil.disk_usage(final.parent).free < needed:
+        if free_bytes(final.parent) < needed:
             raise OSError(errno.ENOSPC, "too little is free")
         aside.mkdir()
         yield aside
@@ -91,10 +93,10 @@ def rename_flushed(aside: Path, final: Path) -> None:
     for path in filter(Path.is_file, within):
         with contextlib.suppress(OSError):  # safetensors makes its files private
             path.chmod(aside.stat().st_mode & 0o666)
-        _flush(path)
-    _flush(aside)
+        flush(path)
+    flush(aside)
     os.rename(aside, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(data)
-        _flush(aside)
+        flush(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -222,12 +224,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _check_plain(path: Path) -> None:
     if path.is_symlink() or not path.is_file():
         raise DamagedFolder(f"{path.name} is missing, or a link, or no file")
-
-
-def _flush(path: Path) -> None:
-    """fsync a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

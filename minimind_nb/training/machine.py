@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from typing import Any
 
 from ..config import TrainConfig, count_parameters
 from ..hardware import Hardware, choose_dtype, detect_hardware, has_compiler
 from ..launch.torchrun import find_torchrun
+from ..storage.file_system import free_bytes
 from ..storage.run_folder import Checkpoint
 from .run_plan import RunPlan
 
@@ -69,7 +69,7 @@ def check_room(plan: RunPlan) -> None:
     reference = _REFERENCE_BYTES if cfg.stage == "dpo" else 0
     needed = parameters * (_CHECKPOINT_BYTES * missing + _EXPORT_BYTES + reference)
     place = run.checkpoints if run.checkpoints.is_dir() else run.root.parent
-    if needed > (free := shutil.disk_usage(place).free):
+    if needed > (free := free_bytes(place)):
         raise OSError(
             f"{place} has {free / 2**20:,.0f} MiB free, but {missing} "
             f"checkpoint{'s' * (missing > 1)} of {parameters / 1e6:.1f} M parameters and "

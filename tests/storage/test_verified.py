@@ -34,7 +34,7 @@ POINTS = {
     "before the first byte": "kill()",
     "half-way through a file": "(folder / 'a').write_bytes(b'x' * 9); kill()",
     "before the manifest": "verified._write_manifest = kill",
-    "before it is flushed": "verified._flush = kill",
+    "before it is flushed": "verified.flush = kill",
     "before the rename": "verified.os.rename = kill",
 }
 WRITER = """
@@ -328,14 +328,14 @@ def test_a_full_disk_is_known_by_what_safetensors_says_of_it(tmp_path):
 
 
 def test_an_error_after_the_rename_is_the_one_that_is_seen(tmp_path, monkeypatch):
-    flush = verified._flush
+    flush = verified.flush
 
     def refuse(path):
         if path == tmp_path:
             raise OSError(errno.EINVAL, "this folder cannot be flushed")
         flush(path)
 
-    monkeypatch.setattr(verified, "_flush", refuse)
+    monkeypatch.setattr(verified, "flush", refuse)
     with pytest.raises(OSError, match="this folder cannot be flushed"):
         with writing(tmp_path / "cache", {}):
             pass
@@ -366,7 +366,7 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
     write_text(file, "旧")
     write_bytes(file, b"new")
     assert file.read_bytes() == b"new"
-    monkeypatch.setattr(verified, "_flush", halt)
+    monkeypatch.setattr(verified, "flush", halt)
     with pytest.raises(RuntimeError, match="halt"):
         write_bytes(file, b"half")
     assert file.read_bytes() == b"new"

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,10 @@ def test_a_disk_too_small_is_refused_before_the_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
-        free = 1000
+        free, total = 1000, 10_000
 
     prepare_here({**settings, "run_name": "tokenised"})
-    monkeypatch.setattr(machine_module.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     refuse(settings, OSError, "MiB free, but 3 checkpoints of")
 
 
@@ -157,9 +158,9 @@ def test_a_resumed_run_needs_no_room_for_checkpoints_that_exist(
     train_here({**settings, "keep_checkpoints": 3}, stop_at=10)
 
     class Usage:
-        free = 1000
+        free, total = 1000, 10_000
 
-    monkeypatch.setattr(machine_module.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(OSError, match="MiB free, but 1 checkpoint of"):
         prepare_here({**settings, "keep_checkpoints": 3})
 

@@ -69,7 +69,7 @@ def test_a_save_that_does_not_fit_is_not_begun(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(_: Trainer) -> None:
-        left = SimpleNamespace(free=1 << 10)
+        left = SimpleNamespace(free=1 << 10, total=1 << 20)
         monkeypatch.setattr(verified.shutil, "disk_usage", lambda _: left)
 
     needs = r"the disk is full: step_\d+ needs at least \d\.\d MiB, and 0.0 MiB are free; make"
