@@ -182,6 +182,12 @@ def _resolve(
         resolved = reconcile_with_existing_run(run, cfg, machine)
         own = run.tokenizer if run.tokenizer.is_dir() else resolved.tokenizer
         tokenizer = read_tokenizer(cfg.tokenizer or own)
+        if cfg.tokenizer and cfg.stage == "pretrain":  # which applies no chat template
+            kept = read_tokenizer(own)
+            other = dataclasses.replace(kept, chat_template=tokenizer.chat_template)
+            tokenizer = (
+                kept if other.fingerprint == tokenizer.fingerprint else tokenizer
+            )
     else:
         require_data(cfg)
         initial = initial or find_initial_weights(cfg)

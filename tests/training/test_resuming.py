@@ -1,5 +1,6 @@
 """Resuming: what continues, what is refused, what is never touched."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.runs import (
     tree,
 )
 
+from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import load
 from minimind_nb.storage.run_folder import NoGoodCheckpoint, RunFolder
@@ -267,6 +269,31 @@ def test_the_same_content_under_another_name_goes_on(
     shutil.copy(settings["data_path"], moved)
     settings["data_path"] = str(moved)
     assert "is resumed from step 1 of 12" in notes_of(settings)[0][0]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_chat_template_counts_for_chats_only(
+    stage: str, settings: Settings, sft_settings: Settings, tmp_path: Path
+) -> None:
+    settings = sft_settings if stage == "sft" else settings
+    folder, spec = tmp_path / "tokenizer", read_tokenizer()
+    write_tokenizer(spec, folder)
+    settings = {**settings, "tokenizer": str(folder)}
+    train_here({**settings, "max_steps": 2})
+    commented = f"{{# a comment #}}{spec.chat_template}"
+    write_tokenizer(dataclasses.replace(spec, chat_template=commented), folder)
+    if stage == "sft":
+        with pytest.raises(RuntimeError, match="content of tokenizer: "):
+            prepare_here(settings)
+        return
+    plan = prepare_here(settings)
+    assert plan.done == 1, "the checkpoint from before the decay"
+    assert plan.tokenizer == spec, "the run and its token cache keep their own"
+    assert load(plan.folder.root)[1].chat_template == spec.chat_template
+    other = dataclasses.replace(spec, eos_token=spec.pad_token)
+    write_tokenizer(other, folder)
+    with pytest.raises(RuntimeError, match="content of tokenizer: "):
+        prepare_here(settings)
 
 
 @pytest.mark.fault("F31")
