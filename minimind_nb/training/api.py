@@ -30,7 +30,7 @@ from ..monitor.wandb_follower import WandbFollower, require_wandb
 from ..session import current_session
 from ..storage.run_folder import RunFolder
 from .machine import machine_defaults
-from .preparation import prepare
+from .preparation import find_finished_run, prepare
 from .run_plan import RunPlan, open_corpus
 from .worker import smaller_batch
 
@@ -79,6 +79,11 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
     shown = choose_view(view)
     if getattr(cfg, "use_wandb", False):
         require_wandb()
+    with shown.attached():
+        if finished := find_finished_run(cfg):
+            run = Run(finished.root)
+            shown.attempt(shown.finish, run.history, run.status)
+            return str(run.folder)
     with shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
         if plan.complete:

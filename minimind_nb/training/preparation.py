@@ -45,6 +45,7 @@ from .resuming import (
     find_checkpoint,
     keep_identity,
     plan_decay,
+    read_config,
     reconcile_with_existing_run,
     recover,
     source_run,
@@ -54,7 +55,7 @@ from .run_plan import RunPlan, describe_rows, describe_truncated, open_corpus
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 100
-_LENGTH = ("epochs", "max_steps")
+_LENGTH, _DATA = ("epochs", "max_steps"), ("data_path", "val_path")
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -66,6 +67,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     block runs. Raises what `train` raises before anything is started.
     """
     began = time.monotonic()
+    _check_data(cfg)
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg)
     verified.check_writable(folder.root.parent)
@@ -89,6 +91,7 @@ def draft(cfg: TrainConfig, hardware: Hardware | None = None) -> RunPlan:
 
     Raises what `train` raises for the configuration, the data and an existing run.
     """
+    _check_data(cfg)
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg, hardware)
     return _draft(cfg, machine, folder, initial, find_checkpoint(folder, cfg))
@@ -132,16 +135,37 @@ def _draft(
     )
 
 
+def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
+    """Return the run that the settings mean if it is finished and its data is missing."""
+    try:
+        _check_data(cfg)
+    except FileNotFoundError as missing:
+        with contextlib.suppress(OSError, ValueError):  # `prepare` raises `missing`
+            folder, _ = locate_run(cfg)
+            before = read_config(folder)["settings"]
+            now = vars(reconcile_with_existing_run(folder, cfg, machine_defaults(cfg)))
+            same = all(before[name] == now[name] for name in (*_LENGTH, *_DATA))
+            if same and cfg.resume and folder.status() == "finished":
+                logger.warning(
+                    f"{missing}. {folder.root} is finished and needs no data"
+                )
+                return folder
+    return None
+
+
+def _check_data(cfg: TrainConfig) -> None:
+    if not isinstance(cfg, TrainConfig):
+        found = type(cfg).__name__
+        raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
+    named_files(cfg.data_path, cfg.val_path)
+
+
 def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
     """Return the folder of the run that the settings mean, new or not.
 
     For sft and dpo without run_name it is the only existing run that fits. If there is
     none, the initial weights, which are returned too, give the shape in its name.
     """
-    if not isinstance(cfg, TrainConfig):
-        found = type(cfg).__name__
-        raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
-    named_files(cfg.data_path, cfg.val_path)
     name, initial = cfg.run_name, None
     init_from = cfg.init_from or STAGES[cfg.stage]["init_from"]
     if source := source_run(cfg):

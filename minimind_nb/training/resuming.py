@@ -30,6 +30,18 @@ from .initial_weights import FIXED_SHAPE
 logger = logging.getLogger(__name__)
 # What runs did whose config.json does not know the setting.
 _BEFORE: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine", "compile": False}
+_OTHER_BITS = "results are no longer equal to the last bit"
+_OTHER_ROWS = (
+    "documents are packed into other rows in another order, so that of this epoch some "
+    "are repeated and others left out"
+)
+# What follows if a setting changes.
+_EFFECTS = {
+    **dict.fromkeys(("device", "dtype", "num_processes"), _OTHER_BITS),
+    "max_seq_len": _OTHER_ROWS,
+    "val_fraction": "other documents are held out; if it is raised, some of them were "
+    f"trained on, and the validation loss is too low. Also, {_OTHER_ROWS}",
+}
 # Copied with a run, in addition to two checkpoints.
 _COPIED = (
     "config.json metrics.jsonl rejected.jsonl wandb.json loss.png summary.md rank*.json "
@@ -121,12 +133,6 @@ def reconcile_with_existing_run(
     if split["batch_size"] >= too_large and values["allow_smaller_batch"]:
         split = _split_batch({**values, "batch_size": too_large // 2}, ())
     values |= split
-    for name in ("device", "dtype", "num_processes"):
-        if run[name] != values[name]:
-            logger.info(
-                f"{name} changes from {run[name]!r} to {values[name]!r}: results are no "
-                "longer equal to the last bit"
-            )
     allowed = CHANGEABLE_ON_RESUME | {*cfg.allow_change}
     differences = {
         name: f"{name}: {run[name]!r} in the run, {values[name]!r} now"
@@ -135,6 +141,11 @@ def reconcile_with_existing_run(
     }
     if differences:
         raise _other_run(folder, differences)
+    for name, effect in _EFFECTS.items():
+        if run[name] != values[name]:
+            logger.info(
+                f"{name} changes from {run[name]!r} to {values[name]!r}: {effect}"
+            )
     return ResolvedConfig(**values)
 
 

@@ -17,6 +17,7 @@ from support.runs import (
     tree,
 )
 
+import minimind_nb as mm
 from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import load
@@ -127,6 +128,41 @@ def test_a_finished_run_that_lost_its_last_checkpoint_makes_it_again(
     assert notes == [f"{folder.root} is resumed from step 8 of 12"]
     train_here(settings)
     assert state_hashes(folder) == whole
+
+
+def test_a_finished_run_needs_no_data(settings: Settings, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    shutil.copy(settings["data_path"], data)
+    settings = {**settings, "data_path": str(data), "max_steps": 2}
+    _, folder = train_here(settings)
+    data.unlink()
+    shutil.rmtree(folder.root.parent / "cache")
+    with logged() as notes:
+        run = mm.train(mm.TrainConfig(**settings), view=False)
+    assert run.status == "finished" and run.folder == folder.root
+    assert notes[0].startswith(f"{data} does not exist")
+    assert notes[0].endswith(f"{folder.root} is finished and needs no data")
+    assert run.plot().png()
+    mm.export(run, tmp_path / "exported", format="llama")
+    for change in ({"max_steps": 3}, {"data_path": f"{data}x"}, {"resume": False}):
+        with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+            mm.train(mm.TrainConfig(**{**settings, **change}), view=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"max_seq_len": 64}, "changes from 32 to 64: documents are packed into other"),
+        ({"val_fraction": 0.1}, "from 0.05 to 0.1: other documents are held out; if"),
+    ],
+    ids=str,
+)
+def test_what_changes_with_a_setting_is_told(
+    changed: Settings, told: str, settings: Settings
+) -> None:
+    train_here({**settings, "max_steps": 2})
+    notes, _ = notes_of({**settings, **changed, "allow_change": (*changed,)})
+    assert told in notes[0]
 
 
 @pytest.mark.fault("F37")
