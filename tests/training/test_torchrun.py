@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import Settings, state_hashes
+from support.runs import Settings, metric_rows, state_hashes
 
 import minimind_nb as mm
 from minimind_nb.launch.outcome import RankRecord
@@ -44,6 +44,16 @@ def main(settings, root, rank):
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"]))
 """.replace("MORE", repr(MORE))
+KILLED_ONCE = """
+import json, sys
+import pytest
+import minimind_nb as mm
+from support.injection import Fault, inject
+
+settings, fault = map(json.loads, sys.argv[1:])
+inject(pytest.MonkeyPatch(), Fault(**fault))
+mm.train(mm.TrainConfig(**settings))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +146,26 @@ def test_two_ranks_of_torchrun_train_as_a_call_without_it(
     shown = output.count("\nfinished · step 12 of 12 ·")
     assert shown == 2, "trained and again, by rank 0 only"
     assert {"loss.png", "summary.md"} < {path.name for path in here.root.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_made_good_by_max_restarts(
+    two: Settings, straight: RunFolder, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(KILLED_ONCE)
+    fault = {"point": "batch", "action": "kill", "marker": str(tmp_path / "killed")}
+    given = ({**two, "out_dir": str(tmp_path)}, {**fault, "rank": 1, "step": 6})
+    place = ("--standalone", "--nproc_per_node=2", "--max_restarts=1", str(script))
+    tests = str(Path(__file__).parents[1])
+    paths = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+    process = torchrun(*place, *map(json.dumps, given), PYTHONPATH=paths)
+    (output,) = finish(process)
+    assert process.returncode == 0, output
+    assert "rank 1 was killed by SIGKILL at step 6 of 12" in output
+    run = RunFolder(tmp_path / "run")
+    assert ("resume", 4) in metric_rows(run, "event", "event", "step")
+    assert state_hashes(run) == state_hashes(straight)
 
 
 def test_torchrun_prints_what_rank_0_of_the_command_line_raised(tmp_path: Path) -> None:
