@@ -1,4 +1,4 @@
-"""The lifetime of processes: whether they live, their age, children that end with us."""
+"""The lifetime of processes: their age, and children that end with us."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 _PARENT_CHECK_SECONDS = 1.0
@@ -41,16 +40,6 @@ def without_main_script() -> Iterator[None]:
             yield
         finally:
             sys.modules["__main__"] = main
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process lives; one that has ended, but was not reaped, does not."""
-    try:
-        # The name, in parentheses, may contain anything.
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return stat[0] != "Z"
 
 
 def oldest_age_seconds() -> float:

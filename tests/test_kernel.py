@@ -14,11 +14,11 @@ import papermill
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
+from support.processes import is_alive
 from support.runs import state_hashes
 
 import minimind_nb as mm
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.lifetime import is_alive
 from minimind_nb.storage.run_folder import RunFolder
 
 SECONDS = 120

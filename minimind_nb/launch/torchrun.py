@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..lifetime import die_with_parent, is_alive
+from ..lifetime import die_with_parent
 from .cancellation import StopRequest
 
 # torchrun reports the process that fails first as the root cause: rank 0, if it raises.
@@ -57,7 +57,6 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
     call = f"minimind_nb/{store.add(f'minimind_nb/calls/{rank}', 1)}"
     if rank:
         return _wait(store, call)
-    store.set(f"{call}/leader", str(os.getpid()))
     try:
         answer = work()
     except BaseException as error:
@@ -68,14 +67,14 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
 
 
 def _wait(store: Any, call: str) -> Any:
-    """Wait for rank 0's answer. Signals reach it, too: it decides what they mean."""
+    """Wait for rank 0's answer. Signals reach it, too: it decides what they mean.
+
+    If it dies, torchrun ends the others.
+    """
     stop = StopRequest()
     try:
         while not store.check([call]):
             time.sleep(_PAUSE_SECONDS)
-            leader = f"{call}/leader"
-            if store.check([leader]) and not is_alive(int(store.get(leader))):
-                raise RuntimeError("rank 0 has ended; see its output")
     finally:
         stop.restore()
     message = json.loads(store.get(call))

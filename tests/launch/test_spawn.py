@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import is_alive
 
 from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import Exit, RankRecord, TrainingFailed
 from minimind_nb.launch.spawn import HangWatch, Job, is_decided, run_processes
-from minimind_nb.lifetime import is_alive, without_main_script
+from minimind_nb.lifetime import without_main_script
 from minimind_nb.storage.run_folder import RunFolder
 
 HERE = Path(__file__).parent

@@ -111,11 +111,3 @@ def test_what_rank_0_raises_the_others_quote(
     assert [type(one) for one in others] == [RuntimeError] * 2
     text = f"rank 0 failed: {type(error).__name__}: {error}"
     assert [str(one) for one in others] == [text] * 2
-
-
-def test_the_others_do_not_wait_for_a_dead_rank_0(
-    on_ranks: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torchrun, "is_alive", lambda pid: pid != os.getpid())
-    _, waiting = on_ranks(lambda: time.sleep(1), 0, 1)
-    assert str(waiting) == "rank 0 has ended; see its output"

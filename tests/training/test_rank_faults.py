@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.injection import SAVING, VALIDATING, Fault, inject
+from support.processes import is_alive
 from support.runs import Settings, state_hashes
 
 import minimind_nb as mm
 from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.lifetime import is_alive
 from minimind_nb.storage.run_folder import RunFolder
 
 row = pytest.mark.fault
