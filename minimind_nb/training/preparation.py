@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import math
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,12 +49,17 @@ from .resuming import (
     source_run,
     undo_decay,
 )
-from .run_plan import RunPlan, describe_rows, describe_truncated, open_corpus
+from .run_plan import (
+    RunPlan,
+    describe_rows,
+    describe_run,
+    describe_truncated,
+    open_corpus,
+)
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 100
 _LENGTH, _DATA = ("epochs", "max_steps"), ("data_path", "val_path")
-_VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 
 
 @contextlib.contextmanager
@@ -226,31 +229,6 @@ def _resolve(
             "that belongs to the weights"
         )
     return resolved, tokenizer, initial
-
-
-def describe_run(
-    cfg: TrainConfig,
-    resolved: ResolvedConfig,
-    tokenizer: TokenizerSpec,
-    corpus: Corpus,
-    initial: FoundWeights | None,
-) -> dict[str, Any]:
-    """Return the content of config.json for a new run, `cfg` being what was asked."""
-    return {
-        "run": uuid.uuid4().hex,
-        "settings": resolved.portable(),
-        "explicit": sorted(cfg.explicit()),
-        "caches": [cache.folder.name for cache in corpus.caches],
-        "hashes": {
-            "data": corpus.cache.facts["content"],
-            "validation": corpus.val_cache.facts["content"],
-            "tokenizer": tokenizer.fingerprint,
-            "initial": verified.hash_file(initial.file) if initial else None,
-        },
-        "began_from": shorten_home(initial.source) if initial else None,
-        "rejected_rows": corpus.cache.facts["bad_rows"],
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-    }
 
 
 def _begin(plan: RunPlan) -> None:

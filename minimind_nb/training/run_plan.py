@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ResolvedConfig, resolve_batch, shorten_home
+from ..config import ResolvedConfig, TrainConfig, resolve_batch, shorten_home
 from ..data.containers import find_files
 from ..data.corpus import Corpus
 from ..data.demo import DEMO, locate
 from ..data.token_cache import TokenCache
 from ..data.tokenizer import TokenizerSpec, read_tokenizer, write_tokenizer
 from ..hardware import count_cores
+from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import Checkpoint, RunFolder
+
+_VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass
@@ -114,6 +119,31 @@ class RunPlan:
 def halved_batch(cfg: ResolvedConfig) -> dict[str, int]:
     """Return the batch with at most half the rows at once and the same global batch."""
     return resolve_batch({**vars(cfg), "batch_size": max(1, cfg.batch_size // 2)}, ())
+
+
+def describe_run(
+    cfg: TrainConfig,
+    resolved: ResolvedConfig,
+    tokenizer: TokenizerSpec,
+    corpus: Corpus,
+    initial: FoundWeights | None,
+) -> dict[str, Any]:
+    """Return the content of config.json for a new run, `cfg` being what was asked."""
+    return {
+        "run": uuid.uuid4().hex,
+        "settings": resolved.portable(),
+        "explicit": sorted(cfg.explicit()),
+        "caches": [cache.folder.name for cache in corpus.caches],
+        "hashes": {
+            "data": corpus.cache.facts["content"],
+            "validation": corpus.val_cache.facts["content"],
+            "tokenizer": tokenizer.fingerprint,
+            "initial": verified.hash_file(initial.file) if initial else None,
+        },
+        "began_from": shorten_home(initial.source) if initial else None,
+        "rejected_rows": corpus.cache.facts["bad_rows"],
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
 
 
 def open_corpus(cfg: ResolvedConfig, tokenizer: TokenizerSpec) -> Corpus:
