@@ -234,7 +234,7 @@ def test_hours_extend_a_run_that_hours_planned(settings, monkeypatch):
     own = {**settings, "max_steps": 3, "epochs": 1000, "max_seq_len": 32}
     _, run = train_here(own)
     own |= {"max_steps": None, "recipe": None, "preset": None}
-    facts = plan(TrainConfig(**own), hours=0.01)
+    facts = plan(TrainConfig(**own), hours=0.05)
     assert run.root.name in facts.title
     found = re.search(r"max_steps=(\d+)", facts["in Python"])
     assert found and int(found[1]) > 3
