@@ -30,6 +30,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
@@ -380,10 +381,8 @@ class MoEGate(nn.Module):
             count_BE = (choices_BTE * real_BT1).sum(1)
             aux_loss = scores_BTE.new_zeros(())
             if self.training and self.alpha > 0:
-                scores_BE, tokens_B = (
-                    (scores_BTE * real_BT1).sum(1),
-                    real_BT1.sum((1, 2)),
-                )
+                scores_BE = (scores_BTE * real_BT1).sum(1)
+                tokens_B = real_BT1.sum((1, 2))
                 loss = balance_loss(scores_BE, count_BE, tokens_B, self.seq_aux)
                 aux_loss = loss * self.alpha
         choices_2E = torch.stack([choices_BTE.sum((0, 1)), count_BE.sum(0)])
@@ -429,7 +428,7 @@ class MoEFeedForward(nn.Module):
         return y_BTD.type_as(x_BTD), aux_loss
 
 
-class MiniMindBlock(nn.Module):
+class MiniMindBlock(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward (or mixture), each added to the stream."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
@@ -465,6 +464,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -495,14 +495,16 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         real_tokens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MiniMindModelOutput:
         """Return hidden states [B, T, D]; arguments as for `MiniMindForCausalLM`.
@@ -510,8 +512,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
         `real_tokens` [B, T] are false for padding, which the experts' balance leaves
         out; by default they are an `attention_mask` of that shape.
         """
-        x_BTD = self.dropout(self.embed_tokens(input_ids))
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        x_BTD = self.dropout(inputs_embeds)
+        if attention_mask is not None and attention_mask.shape == x_BTD.shape[:2]:
             real_tokens = attention_mask if real_tokens is None else real_tokens
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -542,11 +546,16 @@ class MiniMindModel(MiniMindPreTrainedModel):
         position_BT = cache_position[None] if position_ids is None else position_ids
         rotary = rotary_tables(self.config, position_BT)
         aux_loss = x_BTD.new_zeros((), dtype=torch.float32)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = ()
         for layer in self.layers:
+            states += (x_BTD,) if output_hidden_states else ()
             x_BTD, layer_aux_loss = layer(x_BTD, rotary, real_tokens, **kwargs)
             aux_loss = aux_loss + layer_aux_loss
         x_BTD = self.norm(x_BTD)
-        return MiniMindModelOutput(x_BTD, past_key_values, aux_loss=aux_loss)
+        states = (*states, x_BTD) if output_hidden_states else None
+        return MiniMindModelOutput(x_BTD, past_key_values, states, aux_loss=aux_loss)
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -562,7 +571,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
@@ -572,7 +581,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, T, V] of `input_ids` [B, T], and with `labels` the loss.
+        """Logits [B, T, V] of `input_ids` [B, T] or `inputs_embeds`, and with `labels`
+        the loss.
 
         `attention_mask` is None (causal, no mask tensor), [B, S] with 0 for padding,
         or a boolean [B, 1, T, S] used as it is. `labels` are the input ids, shifted
@@ -598,8 +608,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             size = self.config.vocab_size
             loss = self.loss_function(logits_BTV, labels, vocab_size=size, **kwargs)
             loss = loss + found.aux_loss
+        cache, states = found.past_key_values, found.hidden_states
         return MoeCausalLMOutputWithPast(
-            loss, found.aux_loss, logits_BTV, found.past_key_values
+            loss, found.aux_loss, logits_BTV, cache, states
         )
 
     def expert_load(self) -> list[list[int]]:

@@ -87,6 +87,59 @@ def test_eager_attention_equals_sdpa(tiny, ids):
     assert difference(model(ids, packed).logits, expected) <= 1e-5
 
 
+# --- as a model of transformers
+
+
+@torch.no_grad()
+def test_hidden_states_equal_transformers(tiny, ids):
+    ours = tiny()
+    theirs = LlamaForCausalLM(LlamaConfig(**qwen_fields(ours.config))).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    expected = theirs(ids, output_hidden_states=True).hidden_states
+    found = ours(ids, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == 3
+    assert all(map(lambda a, b: difference(a, b) <= 1e-5, found, expected))
+    assert ours(ids).hidden_states is None
+    ours.config.output_hidden_states = True
+    assert torch.equal(ours.model(ids).hidden_states[1], found[1])
+
+
+@torch.no_grad()
+def test_embeddings_take_the_place_of_ids(tiny, ids):
+    model = tiny()
+    embedded = model.model.embed_tokens(ids)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for given in ({}, {"attention_mask": mask}):
+        found = model(inputs_embeds=embedded, **given).logits
+        assert torch.equal(found, model(ids, **given).logits)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+    found = model.generate(inputs_embeds=embedded, **greedy)
+    assert torch.equal(found, expected[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("fields", [{}, MIXTURE])
+def test_gradient_checkpointing_changes_no_gradient(tiny, ids, fields):
+    model = tiny(**fields).train()
+    calls = []
+    model.model.layers[0].input_layernorm.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    expected = gradients()
+    assert len(calls) == 1
+    model.gradient_checkpointing_enable()
+    found = gradients()
+    assert len(calls) == 3  # forward, and again in the backward
+    assert all(map(torch.equal, found, expected))
+
+
 # --- loss
 
 
