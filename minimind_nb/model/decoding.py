@@ -39,16 +39,19 @@ class Sampling:
     tools: Sequence[Callable[..., Any] | dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, up to 1 (all tokens)"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
-            ("seed", 0 <= (self.seed or 0) < 1 << 64, "None, or 0 up to 2**64 - 1"),
+        for name, is_valid, expected in (
+            ("max_new_tokens", lambda n: n >= 1, "1 or more"),
+            ("temperature", lambda x: x >= 0, "0 (greedy) or more"),
+            ("top_p", lambda x: 0 < x <= 1, "more than 0, up to 1 (all tokens)"),
+            ("top_k", lambda n: n >= 0, "0 (all tokens) or more"),
+            ("repetition_penalty", lambda x: x > 0, "more than 0"),
+            ("seed", lambda n: 0 <= (n or 0) < 1 << 64, "None, or 0 up to 2**64 - 1"),
         ):
-            if not valid:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {expected}")
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}, a string: use a number")
+            if not is_valid(value):
+                raise ValueError(f"{name} is {value}: use {expected}")
 
 
 @torch.no_grad()

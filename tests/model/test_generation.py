@@ -108,6 +108,7 @@ def test_each_sampling_setting_changes_the_text(counter, tokenizer):
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0: use 1 or more"),
         ({"temperature": -1}, "temperature is -1: use 0"),
+        ({"temperature": "0.7"}, "temperature is '0.7', a string: use a number"),
         ({"seed": 2**64}, r"seed is \d+: use None, or 0 up to"),
         ({"seed": -1}, "seed is -1: use None, or 0 up to"),
         ({"top_p": 0}, "top_p is 0: use more than 0"),
