@@ -147,13 +147,15 @@ def choose_prompts(
 
 
 def answer_prompts(evaluator: Evaluator, prompts: list[str], seed: int) -> list[str]:
-    """Return the model's answer to each prompt."""
+    """Return the model's answer to each prompt, a turn unless it is rendered already."""
     if not prompts:
         return []
-    asked: list[Any] = prompts
-    if evaluator.cfg.stage != "pretrain":
-        asked = [[{"role": "user", "content": text}] for text in prompts]
     model, tokenizer = evaluator.model, evaluator.tokenizer
+    asked: list[Any] = [*prompts]
+    for n, text in enumerate(prompts):
+        rendered = text.startswith(str(tokenizer.bos_token))
+        if evaluator.cfg.stage != "pretrain" and not rendered:
+            asked[n] = [{"role": "user", "content": text}]
     most = evaluator.cfg.sample_tokens
     with evaluator.autocast:
         return [*generate(model, tokenizer, asked, max_new_tokens=most, seed=seed)]

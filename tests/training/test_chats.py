@@ -1,7 +1,9 @@
 """Conversations and pairs through the loop: resumed, sampled, refused, of mixtures."""
 
+import contextlib
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from support.runs import (
 )
 
 from minimind_nb.data.jsonl import DataError
+from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.training import evaluation
 from minimind_nb.training.loop import Trainer
 
 LOGGED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
@@ -177,6 +181,29 @@ def test_samples_are_rows_at_every_validation(sft_settings: Settings) -> None:
     assert len(set(answers)) > 2, "they change"
     for row in rows_of(folder, "sample"):
         assert row.keys() >= {"samples", "tokens", "seconds"}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_prompt_that_is_rendered_already_gets_no_second_begin_token(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def generate(_: Any, __: Any, prompts: list[Any], **___: Any) -> list[str]:
+        asked.extend(prompts)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    evaluator: Any = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(stage=stage, sample_tokens=1),
+        model=None,
+        tokenizer=load_tokenizer(read_tokenizer()),
+        autocast=contextlib.nullcontext(),
+    )
+    rendered = "<|im_start|>user\n猫<|im_end|>\n<|im_start|>assistant\n"
+    evaluation.answer_prompts(evaluator, [rendered, "猫"], seed=0)
+    turn = [{"role": "user", "content": "猫"}]
+    assert asked == [rendered, "猫" if stage == "pretrain" else turn]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
