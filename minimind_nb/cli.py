@@ -39,15 +39,16 @@ _MINIMIND = ["ddp", "pretrain_data_path", "sft_data_path"]  # its scripts' own o
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _TRAINING = [*(name for name in kinds() if name != "stage"), *_MINIMIND]
 _EVALUATION = (
-    "SOURCE data_path which tokenizer out_dir max_seq_len document_mask batch_size "
-    "eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line "
+    "SOURCE data_path which tokenizer rope_scaling out_dir max_seq_len document_mask "
+    "batch_size eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line "
     "max_bad_fraction"
 ).split() + SHAPE_FIELDS
 _SAMPLING = (
     "temperature max_new_tokens system thinking top_p top_k repetition_penalty seed"
 ).split()
-_CHAT = ["SOURCE", "TEXT", *_SAMPLING, "which", "tokenizer", *SHAPE_FIELDS]
-_EXPORT = ["SOURCE", "FOLDER", *"format which dtype tokenizer".split(), *SHAPE_FIELDS]
+_LOADING = "which tokenizer rope_scaling".split()
+_CHAT = ["SOURCE", "TEXT", *_SAMPLING, *_LOADING, *SHAPE_FIELDS]
+_EXPORT = ["SOURCE", "FOLDER", "format", "dtype", *_LOADING, *SHAPE_FIELDS]
 _TOKENIZER = "data_path vocab_size special out_dir".split()
 # The public function that a command calls, its help and arguments: the positional ones
 # are written in capitals.
@@ -75,6 +76,8 @@ _HELP = {
     "RUN_DIR": "folder of a run, such as out/pretrain_512",
     "RUNS": "folders of up to eight runs",
     "which": 'checkpoint of a run: "last", or "best" on validation (default last)',
+    "rope_scaling": "factor of YaRN: read so many times the max_seq_len trained with; "
+    "or JSON, with the original_max_position_embeddings of weights without a run",
     "ddp": "is always on: one process per GPU, or --num_processes of them",
     "pretrain_data_path": "is for pretrain only, and unused by other commands",
     "sft_data_path": "is for sft only, and unused by other commands",
@@ -103,6 +106,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **kinds(),
     **dict.fromkeys(["ddp", "thinking"], (bool,)),
     "special": (tuple,),
+    "rope_scaling": (float, dict),
     **dict.fromkeys(["hours", "temperature", "top_p", "repetition_penalty"], (float,)),
     **dict.fromkeys(["top_k", "max_new_tokens", "rows"], (int,)),
 }
@@ -118,7 +122,14 @@ _GROUPS = {
     "ddp": "for MiniMind's command lines",
     "temperature": "answers",
 }
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL", tuple: "LIST"}
+_METAVARS = {
+    int: "INT",
+    float: "FLOAT",
+    str: "TEXT",
+    bool: "BOOL",
+    tuple: "LIST",
+    dict: "JSON",
+}
 _MORE: dict[str, Any] = {
     **{"TEXT": {"nargs": "?"}, "RUNS": {"nargs": "+"}},
     **dict.fromkeys(["eval data_path", "tokenizer data_path"], {"required": True}),
@@ -251,6 +262,8 @@ def _converter(types: tuple[type, ...]) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         if bool in types and text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
+        if dict in types and text.startswith("{"):
+            return json.loads(text)
         if tuple in types and str not in types:
             if text.startswith("["):
                 return tuple(json.loads(text))
@@ -294,7 +307,7 @@ def run(command: str, **options: Any) -> int:
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
     _check_files(command, options)
     if command == "chat" and options.keys() & set(SHAPE_FIELDS):
-        named = options.keys() & {"source", "which", "tokenizer", *SHAPE_FIELDS}
+        named = options.keys() & {"source", *_LOADING, *SHAPE_FIELDS}
         options["source"] = package.load(**{name: options.pop(name) for name in named})
     runs, file = options.pop("runs", ()), options.pop("file", "compare.png")
     result = getattr(package, function)(*runs, **options)

@@ -37,17 +37,17 @@ OPTIONS = """
 """.split()
 EVALUATION = (
     """
-    data_path which tokenizer out_dir max_seq_len document_mask batch_size
+    data_path which tokenizer rope_scaling out_dir max_seq_len document_mask batch_size
     eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line
     max_bad_fraction
 """.split()
     + SHAPE_FIELDS
 )
+LOADING = ["which", "tokenizer", "rope_scaling"]
 CHAT = """
     temperature max_new_tokens system thinking top_p top_k repetition_penalty seed
-    which tokenizer
 """.split()
-CHAT += SHAPE_FIELDS
+CHAT += [*LOADING, *SHAPE_FIELDS]
 TRAINING = [*OPTIONS, "ddp", "pretrain_data_path", "sft_data_path"]
 COMMANDS = {
     "pretrain": TRAINING,
@@ -55,7 +55,7 @@ COMMANDS = {
     "dpo": TRAINING,
     "eval": EVALUATION,
     "chat": CHAT,
-    "export": ["format", "which", "dtype", "tokenizer", *SHAPE_FIELDS],
+    "export": ["format", "dtype", *LOADING, *SHAPE_FIELDS],
     "tokenizer": ["data_path", "vocab_size", "special", "out_dir"],
     "plan": ["stage", "hours", *TRAINING],
     "preview": ["stage", "rows", *TRAINING],
@@ -545,6 +545,12 @@ def test_eval_prints_the_scores(monkeypatch, capsys):
             "hi",
             {"max_new_tokens": 9, "tokenizer": "t"},
         ),
+        (["out/sft_512", "hi", "--rope_scaling", "4"], "hi", {"rope_scaling": 4.0}),
+        (
+            ["out/sft_512", "hi", "--rope_scaling", '{"factor": 4}'],
+            "hi",
+            {"rope_scaling": {"factor": 4}},
+        ),
     ],
 )
 def test_chat_says_what_is_given(arguments, text, settings, monkeypatch):
@@ -557,9 +563,10 @@ def test_chat_says_what_is_given(arguments, text, settings, monkeypatch):
 def test_chat_loads_weights_of_a_named_shape(monkeypatch):
     loaded = keep(monkeypatch, "load", "a model")
     calls = keep(monkeypatch, "chat")
-    given = "chat a.pth hi --num_attention_heads 2 --tokenizer t --seed 3"
-    assert exit_code(*given.split()) == 0
-    assert loaded == [{"source": "a.pth", "num_attention_heads": 2, "tokenizer": "t"}]
+    shape = {"num_attention_heads": 2, "rope_scaling": 2.0, "tokenizer": "t"}
+    named = " ".join(f"--{name} {value}" for name, value in shape.items())
+    assert exit_code(*f"chat a.pth hi {named} --seed 3".split()) == 0
+    assert loaded == [{"source": "a.pth", **shape}]
     assert calls == [{"source": "a model", "text": "hi", "seed": 3}]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,13 @@ def export(
     which: str = "last",
     tokenizer: Any = None,
     dtype: str | torch.dtype | None = None,
+    rope_scaling: float | Mapping[str, Any] | None = None,
     **shape: Any,
 ) -> Path:
     """Write a model for other programs and print what to type next.
 
-    `source`, `which`, `tokenizer` and `shape` are those of `load`. `format`:
+    `source`, `which`, `tokenizer`, `rope_scaling` and `shape` are those of `load`. The
+    stretching is written into a folder's `config.json`. `format`:
 
     - "llama" (second generation, dense), "qwen3" (third, dense), "qwen3_moe" (third, a
       mixture without shared experts): folders that transformers, vLLM and others open;
@@ -90,9 +93,11 @@ def export(
         raise FileExistsError(
             f"{final} exists and is not overwritten: use another name"
         )
-    found = find_weights(source, which, tokenizer, **shape)
+    found = find_weights(source, which, tokenizer, rope_scaling, **shape)
     config, spec = found.config, read_tokenizer(found.tokenizer)
     kind = _choose_format(config, format)
+    if rope_scaling is not None and kind in _FILES:
+        raise ValueError(f"a .{kind} file keeps no rope_scaling: export a folder")
     model = found.read()
     precision = _cast(model, dtype or (torch.float16 if kind == "pth" else None))
     with beside(final) as aside:

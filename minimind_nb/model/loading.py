@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ def load(
     source: str | os.PathLike[str],
     which: str = "last",
     tokenizer: Any = None,
+    rope_scaling: float | Mapping[str, Any] | None = None,
     **shape: Any,
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
     """Load a model in float32, ready to generate, and its tokenizer.
@@ -49,11 +51,16 @@ def load(
     weights; its entries must be the same. Without either, a warning says that it is the
     shipped one. Nothing is downloaded and no code from the source is run.
 
+    `rope_scaling=4` stretches RoPE by YaRN to 4 times the `max_seq_len` of the run, the
+    most that the model then reads. Weights without a run do not record it: pass
+    {"factor": 4, "original_max_position_embeddings": 512}, which may also have
+    "attention_factor", "beta_fast" and "beta_slow".
+
     Raises `FileNotFoundError` if there are no weights; `ValueError` if they do not fit,
     are not finite, were trained with another tokenizer, or are of a network that
     MiniMind cannot express; `NoGoodCheckpoint` if every checkpoint is damaged.
     """
-    found = find_weights(source, which, tokenizer, **shape)
+    found = find_weights(source, which, tokenizer, rope_scaling, **shape)
     model = found.read().eval()
     nn.Module.float(model)  # PreTrainedModel's own is not typed
     return model, load_tokenizer(found.tokenizer)
@@ -61,12 +68,16 @@ def load(
 
 @dataclass
 class FoundWeights:
-    """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it."""
+    """Weights on disk; `stage` is None if neither a run nor a `.pth`'s name records it.
+
+    `trained_length` is the `max_seq_len` of the run that wrote them, if there is one.
+    """
 
     file: Path
     config: MiniMindConfig
     tokenizer: TokenizerSpec | None = None
     stage: str | None = None
+    trained_length: int | None = None
     source: str = ""  # the place that was named
 
     def read(self) -> MiniMindForCausalLM:
@@ -95,6 +106,7 @@ def find_weights(
     source: str | os.PathLike[str],
     which: str = "last",
     tokenizer: Any = None,
+    rope_scaling: float | Mapping[str, Any] | None = None,
     **shape: Any,
 ) -> FoundWeights:
     """Find the weights that `load` would read. Raises as it does, values not yet read."""
@@ -129,16 +141,41 @@ def find_weights(
     config.pad_token_id, config.bos_token_id = spec.pad_id, spec.bos_id
     config.eos_token_id = spec.eos_id
     found.tokenizer, found.source = spec, os.fspath(source)
+    if rope_scaling is not None:
+        found.config = _stretch(found, rope_scaling)
     return found
 
 
+def _stretch(
+    found: FoundWeights, rope_scaling: float | Mapping[str, Any]
+) -> MiniMindConfig:
+    """Return the configuration with YaRN, for `factor` times the original length."""
+    length = "original_max_position_embeddings"
+    recorded = found.config.rope_parameters or {}
+    values: dict[str, Any] = {length: recorded.get(length, found.trained_length)}
+    plain = not isinstance(rope_scaling, Mapping)
+    values |= {"factor": rope_scaling} if plain else rope_scaling
+    factor = values.get("factor")
+    if not isinstance(factor, int | float) or not 1 < factor < math.inf:
+        raise ValueError(f"{rope_scaling=}: use a factor above 1, such as 4")
+    if values[length] is None:
+        raise ValueError(
+            f"{found.source} does not record the length that it was trained with: pass it, "
+            f'rope_scaling={{"factor": {factor}, "{length}": 512}}'
+        )
+    values.setdefault("attention_factor", 1 + 0.1 * math.log(factor))  # the paper's
+    named = {"inference_rope_scaling": True, "rope_parameters": values}
+    named["max_position_embeddings"] = int(factor * values[length])
+    return MiniMindConfig.from_dict(found.config.to_dict() | named)
+
+
 def model_config(
-    settings: Mapping[str, Any], tokenizer: TokenizerSpec
+    settings: Mapping[str, Any], tokenizer: TokenizerSpec, **more: Any
 ) -> MiniMindConfig:
     """Return the model's configuration for `TrainConfig`'s resolved settings."""
     shape = {n: settings[n] for n in SHAPE_FIELDS if settings[n] is not None}
     ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
-    return MiniMindConfig(**shape, **ids, eos_token_id=tokenizer.eos_id)
+    return MiniMindConfig(**shape, **ids, eos_token_id=tokenizer.eos_id, **more)
 
 
 def _find(
@@ -187,7 +224,8 @@ def _find_checkpoint(folder: Path, tokenizer: Any) -> FoundWeights:
         )
     settings = recorded["settings"]
     config = model_config(settings, spec)
-    return FoundWeights(folder / WEIGHTS, config, spec, settings["stage"])
+    stage, length = settings["stage"], settings["max_seq_len"]
+    return FoundWeights(folder / WEIGHTS, config, spec, stage, length)
 
 
 def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
@@ -199,12 +237,13 @@ def _find_pth(path: Path, shape: Mapping[str, Any]) -> FoundWeights:
             stage, name = known, known + path.stem.removeprefix(prefix)
     run = RunFolder(path.parent / name)
     settings = run.settings() if run.exists() and run.tokenizer.exists() else {}
-    if {"stage", *SHAPE_FIELDS} <= settings.keys():
+    if {"stage", "max_seq_len", *SHAPE_FIELDS} <= settings.keys():
         spec = read_tokenizer(run.tokenizer)
         config = model_config({**settings, **shape}, spec)
         held = infer_shape(tensors, str(path), **config.to_dict())
         if all(getattr(config, n) == value for n, value in held.items()):
-            return FoundWeights(path, config, spec, settings["stage"])
+            stage, length = settings["stage"], settings["max_seq_len"]
+            return FoundWeights(path, config, spec, stage, length)
     held = infer_shape(tensors, str(path), **shape)
     third = {**THIRD_GENERATION, "seq_aux": False, "aux_loss_alpha": 5e-4}
     guessed = third if held["qk_norm"] else {}

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..data.chat_template import ChatEncoder
@@ -251,20 +251,23 @@ def chat(
     system: str | None = None,
     which: str = "last",
     tokenizer: Any = None,
+    rope_scaling: float | Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Chat:
     """Chat with a model: `chat = mm.chat(run, "你好")`, then `chat.say("…")`.
 
-    `source`, `which` and `tokenizer` are those of `load`, or `source` is a pair of a
-    model and its tokenizer; `system` is a system turn; `settings` those of `Chat`.
+    `source`, `which`, `tokenizer` and `rope_scaling` are those of `load`, or `source` is
+    a pair of a model and its tokenizer; `system` is a system turn; `settings` those of `Chat`.
     Without a `text`, a terminal reads line by line and a cell shows a widget. Raises
     what `load` and `Chat` raise, and `ValueError` if nobody can write a `text`.
     """
     if isinstance(source, tuple):
+        if rope_scaling is not None:
+            raise ValueError("pass rope_scaling to mm.load, which made this model")
         model, own = source
         tokenizer = own if tokenizer is None else load_tokenizer(tokenizer)
     else:
-        model, tokenizer = load(source, which, tokenizer)
+        model, tokenizer = load(source, which, tokenizer, rope_scaling)
     kernel = running_kernel()
     if text is None and not _is_interactive(kernel):
         raise ValueError(

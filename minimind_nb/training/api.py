@@ -132,13 +132,15 @@ def evaluate(
     source: str | os.PathLike[str],
     data_path: str | os.PathLike[str],
     which: str = "last",
+    rope_scaling: float | Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Facts:
     """Measure the loss of a model on a file: the mean over tokens, by all processes.
 
-    `source` and `which` are those of `load`. `data_path` has one {"text": "…"} per line,
-    or {"conversations": […]}, of which the answers are predicted. `settings` are
-    `TrainConfig`'s: max_seq_len, batch_size, num_processes, device, dtype, … (with
+    `source`, `which` and `rope_scaling` are those of `load`; with the latter, rows are
+    by default as long as the stretched model reads. `data_path` has one {"text": "…"}
+    per line, or {"conversations": […]}, of which the answers are predicted. `settings`
+    are `TrainConfig`'s: max_seq_len, batch_size, num_processes, device, dtype, … (with
     `eval_tokens` only so many tokens are looked at).
 
     Returns loss (nats per token), perplexity, and bits_per_byte of the text or answers,
@@ -146,7 +148,8 @@ def evaluate(
     `cut` to fit a row, and of those `dropped` because no whole answer fits. Raises what
     `train` raises.
     """
-    work = functools.partial(_evaluate, source, data_path, which, settings)
+    settings |= {"which": which, "rope_scaling": rope_scaling}
+    work = functools.partial(_evaluate, source, data_path, **settings)
     return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", on_first_rank(work))
 
 
@@ -154,19 +157,24 @@ def _evaluate(
     source: str | os.PathLike[str],
     data_path: str | os.PathLike[str],
     which: str,
-    settings: Mapping[str, Any],
+    rope_scaling: Any,
+    **settings: Any,
 ) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
     source = Path(source).expanduser()
     open_shape = SHAPE_FIELDS if source.is_file() else ()  # a .pth does not record all
     shape = {name: settings[name] for name in open_shape if name in settings}
-    weights = find_weights(source, which, settings.get("tokenizer"), **shape)
+    tokenizer = settings.get("tokenizer")
+    weights = find_weights(source, which, tokenizer, rope_scaling, **shape)
     stage = detect_format(data_path, weights.stage or "pretrain")
     home = source.absolute().parent
     out_dir = home if os.access(home, os.W_OK) else "out"
-    choices = {"out_dir": out_dir, "eval_tokens": 1 << 62, **settings}
-    asked = TrainConfig(stage=stage, **choices)
+    choices = {"out_dir": out_dir, "eval_tokens": 1 << 62}
+    if rope_scaling is not None:
+        positions = weights.config.max_position_embeddings
+        choices |= {"max_seq_len": positions, "batch_size": 1}
+    asked = TrainConfig(stage=stage, **choices | settings)
     caches = current_session().cache_folder(asked.out_dir)
     file = str(locate(data_path, caches, stage))
     asked = replace(asked, data_path=file, val_path=file, compile=False)
@@ -174,7 +182,8 @@ def _evaluate(
     tokenizer = read_tokenizer(weights.tokenizer)
     corpus = open_corpus(cfg, tokenizer)
     with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
-        config, place = {"settings": cfg.portable()}, RunFolder(folder)
+        rope, place = weights.config.rope_parameters, RunFolder(folder)
+        config = {"settings": cfg.portable(), "rope_scaling": rope}
         plan = RunPlan(config, place, tokenizer, corpus, weights.file)
         plan.write()
         _launch("measure", plan, lambda: None)

@@ -19,7 +19,7 @@ from ..config import (
     WEIGHTS_NAMES,
     TrainConfig,
 )
-from ..model.architecture import MiniMindForCausalLM
+from ..model.architecture import MiniMindConfig, MiniMindForCausalLM
 from ..model.loading import NOT_IN_PTH, FoundWeights, find_weights, model_config
 from ..model.state_dict import put_weights, read_tensors
 from ..session import runs_below
@@ -52,6 +52,10 @@ def find_initial_weights(cfg: TrainConfig) -> FoundWeights | None:
     hints = {n: asked[n] for n in NOT_IN_PTH if n in asked and Path(source).is_file()}
     weights = find_weights(source, "last", cfg.tokenizer, **hints)
     has = weights.shape()
+    if weights.config.rope_parameters != MiniMindConfig(**has).rope_parameters:
+        raise ValueError(
+            f"{source} was exported with rope_scaling: start from the exported run itself"
+        )
     if differences := [
         f"{name}: {has.get(name)!r} in the weights, {value!r} in the settings"
         for name, value in asked.items()
@@ -77,7 +81,9 @@ def initial_model(plan: RunPlan) -> MiniMindForCausalLM:
 def new_model(plan: RunPlan) -> MiniMindForCausalLM:
     """Return a randomly initialised model, the same for the same seed on any rank."""
     torch.manual_seed(plan.cfg.seed)
-    return MiniMindForCausalLM(model_config(plan.cfg.shape(), plan.tokenizer)).train()
+    rope = plan.config.get("rope_scaling")  # of weights that are only measured
+    config = model_config(plan.cfg.shape(), plan.tokenizer, rope_scaling=rope)
+    return MiniMindForCausalLM(config).train()
 
 
 def find_runs(cfg: TrainConfig, stage: str) -> list[RunFolder]:

@@ -241,6 +241,27 @@ def test_a_stretched_network_stays_stretched(fields, tmp_path, spec):
         assert torch.equal(load(folder)[0](ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe", "minimind"])
+def test_rope_scaling_is_written_and_refused_where_nothing_records_it(
+    kind, tmp_path, spec, recwarn
+):
+    file = write_pth(tmp_path / "a.pth", **NETWORKS[kind])
+    asked = {"factor": 4, "original_max_position_embeddings": 64}
+    named: dict[str, Any] = {"tokenizer": spec, "rope_scaling": asked}
+    folder = export(file, tmp_path / "out", kind, **named)
+    config = json.loads((folder / "config.json").read_bytes())
+    assert config["max_position_embeddings"] == 256
+    assert config["rope_parameters"].items() >= asked.items()
+    assert not [one for one in recwarn if "yarn" in str(one.message).lower()]
+    ids = torch.arange(200)[None]
+    with torch.inference_mode():
+        found = load(folder)[0](ids).logits
+        assert torch.equal(found, load(file, **named)[0](ids).logits)
+    assert not torch.equal(found, load(file, tokenizer=spec)[0](ids).logits)
+    with pytest.raises(ValueError, match=r"\.pth file keeps no rope_scaling"):
+        export(file, tmp_path / "b.pth", **named)
+
+
 def test_a_pth_that_does_not_read_back_is_not_left(tmp_path, spec, monkeypatch):
     file, write = write_pth(tmp_path / "a.pth"), module.write_pth
 

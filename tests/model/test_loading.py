@@ -28,6 +28,7 @@ from minimind_nb.model.architecture import (
     YARN_DEFAULTS,
     MiniMindConfig,
     MiniMindForCausalLM,
+    rotary_frequencies,
 )
 from minimind_nb.model.loading import find_weights, load, model_config
 from minimind_nb.model.state_dict import read_tensors
@@ -289,6 +290,44 @@ def test_yarn_of_our_own_kind_is_read(tmp_path):
     write_llama(tmp_path, rope_parameters=rope, max_position_embeddings=2048)
     with pytest.raises(ValueError, match="MiniMind has no rope_scaling"):
         find_weights(tmp_path)
+
+
+def test_rope_scaling_reads_a_multiple_of_the_length_trained_with(run):
+    plain, stretched = load(run.root)[0], load(run.root, rope_scaling=2.5)[0]
+    assert plain.config.rope_parameters is None
+    assert stretched.config.max_position_embeddings == 1280
+    rope = stretched.config.rope_parameters
+    assert (rope["factor"], rope["original_max_position_embeddings"]) == (2.5, 512)
+    assert rope["attention_factor"] == pytest.approx(1.0916, abs=1e-4)
+    slower = rotary_frequencies(plain.config) / rotary_frequencies(stretched.config)
+    assert (slower[0], slower[-1]) == (1, pytest.approx(2.5))
+    assert same(stretched, plain.state_dict())
+    # A checkpoint, and the weights beside a run, know their run.
+    file = save(plain.state_dict(), run.root.parent / "pretrain_32.pth")
+    for source in (run.checkpoint_folder(12), file):
+        assert find_weights(source, rope_scaling=2.5).config == stretched.config
+
+
+def test_rope_scaling_of_weights_without_a_run_needs_their_length(model, tmp_path):
+    file = save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"does not record the length .*\"factor\": 4"):
+        load(file, rope_scaling=4)
+    given = {"factor": 4, "original_max_position_embeddings": 64}
+    config = load(file, rope_scaling={**given, "attention_factor": 1.1})[0].config
+    assert config.max_position_embeddings == 256
+    assert (config.rope_parameters or {})["attention_factor"] == 1.1
+    # A folder that is stretched records it; its factor is replaced.
+    model_of(**config.to_diff_dict()).save_pretrained(tmp_path / "saved")
+    again = find_weights(tmp_path / "saved", rope_scaling=2).config
+    assert again.max_position_embeddings == 128
+    rope = again.rope_parameters or {}
+    assert (rope["factor"], rope["original_max_position_embeddings"]) == (2, 64)
+    wrong: list[Any] = [1, "4", float("nan")]
+    for factor in wrong:
+        with pytest.raises(ValueError, match="use a factor above 1, such as 4"):
+            load(file, rope_scaling=factor)
+    with pytest.raises(ValueError, match="it may hold"):
+        load(file, rope_scaling={**given, "beta": 1})
 
 
 @pytest.mark.fault("F46")

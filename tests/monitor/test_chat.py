@@ -181,6 +181,16 @@ def test_a_foreign_tokenizer_and_wrong_settings_are_refused(pair):
         chat(pair, "six", top_p=2)
 
 
+def test_rope_scaling_goes_to_the_model_that_is_loaded(pair, tmp_path):
+    for one in pair:
+        one.save_pretrained(tmp_path)
+    asked = {"factor": 2, "original_max_position_embeddings": 100}
+    talk = chat(tmp_path, "six", rope_scaling=asked, **GREEDY)
+    assert talk._model.config.max_position_embeddings == 200
+    with pytest.raises(ValueError, match=r"pass rope_scaling to mm\.load"):
+        chat(pair, "six", rope_scaling=2, **GREEDY)
+
+
 def test_a_saved_model_and_another_tokenizer_are_taken(pair, tmp_path):
     model, tokenizer = pair
     model.save_pretrained(tmp_path)

@@ -442,6 +442,28 @@ def test_a_weights_file_is_measured_with_the_shape_of_its_run_or_what_is_given(
     assert few["documents"] < of_run["documents"] == 70
 
 
+def test_stretched_weights_are_measured_on_longer_rows(
+    settings: Settings, tmp_path: Path, measured_here: None
+) -> None:
+    _, run = train_here({**settings, "max_steps": 1})
+    length = run.settings()["max_seq_len"]
+    text = "many words 猫 " * 100
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"text": text}) + "\n")
+    spec = read_tokenizer()
+    ids = [spec.bos_id, *BulkEncoder(spec).encode([text])[0].tolist(), spec.eos_id]
+    scaling = {"factor": 16, "attention_factor": 5}
+    model, _ = mm.load(run.root, rope_scaling=scaling)
+    assert length < len(ids) <= 16 * length
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(row, labels=row).loss.item()
+    scores = mm.evaluate(run.root, file, rope_scaling=scaling, **rank_settings(1))
+    assert scores["loss"] == pytest.approx(expected, abs=3e-5)
+    plain = mm.evaluate(run.root, file, max_seq_len=16 * length, **rank_settings(1))
+    assert abs(plain["loss"] - expected) > 1e-4
+
+
 def test_a_file_that_is_neither_text_nor_chats_is_refused(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from minimind_nb.config import TrainConfig
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.data.tokenizer_training import train_tokenizer
 from minimind_nb.launch.outcome import RankRecord
+from minimind_nb.model.export import export
 from minimind_nb.model.loading import find_weights, load
 from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage.run_folder import RunFolder
@@ -365,6 +366,14 @@ def test_several_weights_files_are_listed(
     text = refusal(ValueError, sft)
     assert f'init_from="{out_dir}/pretrain_32.pth"' in text
     assert "pretrain_64_moe.pth" in text
+
+
+def test_weights_exported_with_rope_scaling_are_not_trained(
+    sft: Settings, out_dir: Path, tmp_path: Path
+) -> None:
+    folder = export(out_dir / "pretrain_32", tmp_path / "hf", rope_scaling=2)
+    text = refusal(ValueError, {**sft, "init_from": str(folder)})
+    assert f"{folder} was exported with rope_scaling: start from" in text
 
 
 @pytest.mark.parametrize(
