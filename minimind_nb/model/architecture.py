@@ -504,7 +504,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         real_tokens: Tensor | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MiniMindModelOutput:
         """Return hidden states [B, T, D]; arguments as for `MiniMindForCausalLM`.
@@ -540,21 +539,19 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if eager and mask is not None and mask.dtype == torch.bool:
             # It is added to the scores; True may look.
             mask = torch.where(mask, 0.0, torch.finfo(x_BTD.dtype).min)
-        kwargs["attention_mask"] = mask
-        kwargs["past_key_values"] = past_key_values
+        always = self.config.output_hidden_states
+        keep_states = kwargs.pop("output_hidden_states", always)
+        kwargs |= {"attention_mask": mask, "past_key_values": past_key_values}
         kwargs["cache_position"] = cache_position
         position_BT = cache_position[None] if position_ids is None else position_ids
         rotary = rotary_tables(self.config, position_BT)
-        aux_loss = x_BTD.new_zeros((), dtype=torch.float32)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states = ()
+        aux_loss, states = x_BTD.new_zeros((), dtype=torch.float32), ()
         for layer in self.layers:
-            states += (x_BTD,) if output_hidden_states else ()
+            states += (x_BTD,) if keep_states else ()
             x_BTD, layer_aux_loss = layer(x_BTD, rotary, real_tokens, **kwargs)
             aux_loss = aux_loss + layer_aux_loss
         x_BTD = self.norm(x_BTD)
-        states = (*states, x_BTD) if output_hidden_states else None
+        states = (*states, x_BTD) if keep_states else None
         return MiniMindModelOutput(x_BTD, past_key_values, states, aux_loss=aux_loss)
 
 
