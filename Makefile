@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-oldest faults bench check docs clean
+.PHONY: setup demo test test-fast test-oldest faults fuzz bench check docs clean
 
 setup: .venv/.ready
 
@@ -52,6 +52,10 @@ test-oldest: .venv-oldest/.ready
 # Every row of the list of faults, a thousand random kills, flipped bits: faults.md.
 faults: setup
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+# 13,600 random inputs to every reader, and a table of what became of them.
+fuzz: setup
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(OPTIONS)
 
 # Every speed as a ratio of two things measured in one run: some 15 minutes on two cores.
 bench: setup
