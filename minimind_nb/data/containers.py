@@ -27,7 +27,7 @@ MOST_ARRAY_BYTES = 256_000_000
 _HEAD_BYTES = 1 << 10
 _PARQUET_ROWS = 1000
 _GZIP, _PARQUET = rb"\x1f\x8b", rb"PAR1"
-_ARRAY, _OBJECT = rb"\s*\[\s*[\[{]", rb"\s*\{\s*\""
+_ARRAY, _ROWS = rb"\s*\[\s*[\[{]", rb"\s*(\[\s*)?\{\s*\""
 # How files begin that cannot be read, and what they are.
 _OTHER_FILES = (
     (rb"\Z", 'empty: write one row a line, such as {"text": "…"}'),
@@ -103,7 +103,7 @@ def find_kind(path: str | os.PathLike[str]) -> str:
     head, name = _read_head(Path(path)), os.fspath(path).lower().removesuffix(".gz")
     if re.match(_PARQUET, head):
         return "parquet"
-    if name.endswith(".txt") and not re.match(_OBJECT, head):
+    if name.endswith(".txt") and not re.match(_ROWS, head):
         return "text"
     return "array" if re.match(_ARRAY, head) else "lines"
 

@@ -70,9 +70,11 @@ def test_parquet_gives_the_same_rows(tmp_path):
 
 
 def test_rows_in_a_file_named_as_text_are_rows(tmp_path):
+    array = json.dumps(ROWS, indent=2).encode()
     for name in ("rows.txt", "rows.txt.jsonl"):
-        (tmp_path / name).write_bytes(lines(ROWS))
-        assert len(read_file(tmp_path / name)[0]) == 3
+        for data in (lines(ROWS), array):
+            (tmp_path / name).write_bytes(data)
+            assert [text for _, text in read_file(tmp_path / name)[0]][1:] == ["b", "c"]
 
 
 def test_a_fault_in_an_array_has_its_line(tmp_path):
