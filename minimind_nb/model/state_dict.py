@@ -141,7 +141,7 @@ def infer_shape(tensors: Tensors, source: str, **known: Any) -> dict[str, Any]:
         expert = f"{mlp}.experts.0" if use_moe else mlp
         inner = len(tensors[f"{expert}.gate_proj.weight"])
         heads = known.get("num_attention_heads", 8)
-        head_dim = known.get("head_dim") or queries // heads
+        head_dim = known.get("head_dim") or (heads and queries // heads)
         if qk_norm:
             head_dim = len(tensors[f"{attention}.q_norm.weight"])
     except (KeyError, ValueError, TypeError) as error:
@@ -149,7 +149,7 @@ def infer_shape(tensors: Tensors, source: str, **known: Any) -> dict[str, Any]:
         if any(".lora" in name for name in tensors):
             what = "LoRA weights only: merge them into their model and give that one's"
         raise ValueError(f"{source} holds {what}") from None
-    if not head_dim or queries % head_dim or keys % head_dim:
+    if head_dim < 1 or queries % head_dim or keys % head_dim:
         raise ValueError(
             f"q_proj and k_proj in {source} have {queries} and {keys} rows, not a multiple "
             f"of the head width {head_dim}: set num_attention_heads or head_dim"

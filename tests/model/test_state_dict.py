@@ -185,3 +185,13 @@ def test_a_state_dict_of_another_model_is_told_by_what_it_lacks(gone):
     for shape in ((), (5,)):
         with pytest.raises(ValueError, match="holds no MiniMind state dict"):
             infer_shape({**make()[1], EMBEDDING: torch.ones(shape)}, "a.pth")
+
+
+@pytest.mark.parametrize(
+    "shape", [{"num_attention_heads": 0}, {"num_attention_heads": -4}, {"head_dim": -8}]
+)
+def test_heads_that_cannot_be_are_refused(shape):
+    with pytest.raises(
+        ValueError, match=r"head width -?\d+: set num_attention_heads or"
+    ):
+        infer_shape(make()[1], "a.pth", **shape)
