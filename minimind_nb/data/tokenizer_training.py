@@ -56,7 +56,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     named = list(dict.fromkeys([*_SPECIAL, *special]))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=max(vocab_size, 0),
         special_tokens=[AddedToken(token, special=True) for token in named],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -87,8 +87,11 @@ def test_too_little_text_leaves_nothing_behind(tmp_path: Path):
 
 
 def test_vocabulary_below_the_bytes_is_refused(file: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="yield 259 entries, not 200: .* to 259"):
-        train_tokenizer([file], tmp_path / "out", vocab_size=200)
+    for size in (200, -1):
+        with pytest.raises(
+            ValueError, match=f"yield 259 entries, not {size}: .* to 259"
+        ):
+            train_tokenizer([file], tmp_path / "out", vocab_size=size)
 
 
 def test_missing_files_are_refused(file: Path, tmp_path: Path):
