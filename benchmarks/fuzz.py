@@ -36,8 +36,9 @@ from minimind_nb.storage.verified import DamagedFolder
 WRONG = ("silent acceptance", "hang", "crash", "loss")
 OUTCOMES = ("fine", "refused", "raw error", "unsealed", *WRONG)
 PLAIN = (ValueError, OSError, RuntimeError, TypeError, DamagedFolder)
+TIMERS = {signal.SIGALRM: signal.ITIMER_REAL, signal.SIGPROF: signal.ITIMER_PROF}
 BATCH, SHOWN = 50, 300
-MOST_SECONDS, MOST_BYTES = 10.0, 3 << 30
+CPU_SECONDS, SECONDS, MOST_BYTES = 10.0, 60.0, 3 << 30
 MOST_CHARACTERS = 2000  # of a line of a message
 
 
@@ -119,7 +120,7 @@ class Campaign:
         results = [Result(*row) for row in rows[1::2]]
         if len(rows) % 2:  # the last case began only
             (case,) = rows[-1]
-            outcome = "hang" if os.WTERMSIG(status) == signal.SIGALRM else "crash"
+            outcome = "hang" if os.WTERMSIG(status) in TIMERS else "crash"
             frames = re.findall(r'"\S*?([^/"]+)", line \d+ in', self._stack.read_text())
             text = show(self._draw(reader, case))
             results.append(Result(case, outcome, " < ".join(frames[:4]), "", text))
@@ -133,19 +134,21 @@ class Campaign:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MOST_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         stack = self._stack.open("w")
-        faulthandler.register(signal.SIGALRM, stack, all_threads=False, chain=True)
+        for number in TIMERS:
+            faulthandler.register(number, stack, all_threads=False, chain=True)
         start_nothing()
         for case in cases:
             os.write(write, b"[%d]\n" % case)
-            signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
             result, drawn = ("fine",), self._draw(reader, case)
             try:
                 self._feed(reader, drawn)
             except BaseException as error:
                 result = (*classify(error), show(drawn))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer in TIMERS.values():
+                signal.setitimer(timer, 0)
             os.write(write, f"{json.dumps([case, *result])}\n".encode())
 
     def _draw(self, reader: str, case: int) -> Any:

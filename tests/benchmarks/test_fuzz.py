@@ -55,7 +55,7 @@ def test_each_outcome_is_counted_and_the_cases_after_it_run(
         lose,
     ]
     feed = Reader(len(acts), lambda draw, _: int(draw.random() * 0), lambda *_: None)
-    monkeypatch.setattr(fuzz, "MOST_SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "SECONDS", 1.0)
     monkeypatch.setitem(READERS, "acts", feed)
     monkeypatch.setattr(campaign, "_draw", lambda _, case: case)
     monkeypatch.setattr(campaign, "_feed", lambda _, case: acts[case]())
