@@ -97,7 +97,7 @@ class Campaign:
         """Print a case, and what it raises in this process."""
         drawn = self._draw(reader, case)
         print(f"{show(drawn):.5000}")
-        start_nothing()
+        prepare_process()
         try:
             self._feed(reader, drawn)
         except BaseException as error:
@@ -131,13 +131,10 @@ class Campaign:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
         os.dup2(0, 2)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + MOST_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         stack = self._stack.open("w")
         for number in TIMERS:
             faulthandler.register(number, stack, all_threads=False, chain=True)
-        start_nothing()
+        prepare_process()
         for case in cases:
             os.write(write, b"[%d]\n" % case)
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -163,6 +160,14 @@ class Campaign:
         os.chdir(place)
         os.environ["HOME"] = str(self._folder)
         READERS[reader].feed(drawn, place, self._seeds)
+
+
+def prepare_process() -> None:
+    """Limit the memory of this process, and what it may start."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MOST_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    start_nothing()
 
 
 def show(value: object) -> str:
@@ -199,7 +204,7 @@ def classify(error: BaseException) -> tuple[str, str, str]:
     if raised and readable and isinstance(error, PLAIN):
         return "refused", "", ""
     place = f"{Path(own[-1].filename).stem}.{own[-1].name}" if own else "outside"
-    words = re.sub(r"'.*?'|\".*?\"|\d+", "…", text.partition("\n")[0])
+    words = re.sub(r"'.*?'|\".*?\"|0x\w+|\d+", "…", text.partition("\n")[0])
     return "raw error", f"{type(error).__name__} in {place}: {words:.60}", text
 
 
