@@ -154,18 +154,18 @@ def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise FileNotFoundError(
             f"no tokenizer at {path}: give a tokenizer.json, a folder with one, or None"
         )
-    described: dict[str, Any] = {}
+    beside, described = file, dict[str, Any]()
     if file.name == "tokenizer.json":
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (beside := file.with_name(name)).is_file():
-                try:
+        try:
+            for name in ("special_tokens_map.json", "tokenizer_config.json"):
+                if (beside := file.with_name(name)).is_file():
                     described |= json.loads(beside.read_bytes())
-                except (ValueError, TypeError) as error:
-                    raise ValueError(
-                        f"{beside} is not a JSON object ({error}): save it again"
-                    ) from error
-        if (template := file.with_name("chat_template.jinja")).is_file():
-            described["chat_template"] = template.read_text(encoding="utf-8")
+            if (beside := file.with_name("chat_template.jinja")).is_file():
+                described["chat_template"] = beside.read_text(encoding="utf-8")
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{beside} cannot be read ({error}): save it again, as UTF-8"
+            ) from error
     return file.read_bytes(), described
 
 

@@ -178,7 +178,14 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes):
 def test_damaged_config_is_refused(tmp_path: Path, content: str):
     save(make_bytes("</s>"), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
-    text = r"tokenizer_config\.json is not a JSON object"
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_chat_template_in_another_encoding_is_refused(tmp_path: Path):
+    save(make_bytes("</s>"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes("{# 模板 #}".encode("gb18030"))
+    text = r"template\.jinja cannot be read \('utf-8' .*: write it as UTF-8, or"
     with pytest.raises(ValueError, match=text):
         read_tokenizer(tmp_path)
 
