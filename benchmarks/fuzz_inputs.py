@@ -368,7 +368,7 @@ def draw_metadata(draw: Random, seeds: Seeds) -> Files:
     if draw.random() < 0.4:
         return {name: damage(draw, data)}
     rows = data.splitlines()
-    for at in draw.choices(range(len(rows)), k=draw.choice((1, 3))):
+    for at in draw.sample(range(len(rows)), draw.choice((1, 3))):
         rows[at] = dumps(draw, swap(draw, json.loads(rows[at])))
     return {name: b"\n".join(rows) + b"\n"}
 
