@@ -400,7 +400,8 @@ def draw_commands(draw: Random, seeds: Seeds) -> list[str]:
     names = [*cli._COMMANDS[command][2]]
     options = [name for name in names if name.islower() and name != "use_wandb"]
     line = [command if draw.random() < 0.97 else f"{command}x"]
-    line += [str(draw.choice(paths)) for name in names if name in ("SOURCE", "RUN_DIR")]
+    shown = [name for name in names if name in ("SOURCE", "RUN_DIR", "RUNS")]
+    line += [str(draw.choice(paths)) for _ in shown]
     line += ["x" for name in names if name in ("TEXT", "FOLDER")]
     if "data_path" in options:
         line += ["--data_path", str(draw.choice(paths))]

@@ -22,12 +22,13 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> fuzz.Campaign:
 def test_no_reader_loses_hangs_or_takes_damage_for_something_else(
     campaign: fuzz.Campaign,
 ):
+    counts: Counter[str] = Counter()
     for reader in READERS:
         results = campaign.run(reader, CASES)
         assert [one.case for one in results] == [*range(CASES)]
         assert not [one for one in results if one.outcome in fuzz.WRONG]
-        counts = Counter(one.outcome for one in results)
-        assert counts["fine"] and counts["refused"], reader
+        counts.update(one.outcome for one in results)
+    assert counts["fine"] > CASES and counts["refused"] > CASES
 
 
 def test_each_outcome_is_counted_and_the_cases_after_it_run(

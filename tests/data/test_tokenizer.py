@@ -185,7 +185,7 @@ def test_damaged_config_is_refused(tmp_path: Path, content: str):
 def test_a_chat_template_in_another_encoding_is_refused(tmp_path: Path):
     save(make_bytes("</s>"), tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes("{# 模板 #}".encode("gb18030"))
-    text = r"template\.jinja cannot be read \('utf-8' .*: write it as UTF-8, or"
+    text = r"template\.jinja cannot be read \('utf-8' .*: save it again, as UTF-8"
     with pytest.raises(ValueError, match=text):
         read_tokenizer(tmp_path)
 
