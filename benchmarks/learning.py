@@ -15,8 +15,6 @@ trials to the reference results, in place of those of the same name, corpus, siz
 tokens. With "demo" as CORPUS the embedded corpus is trained on as it is.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import itertools

@@ -8,8 +8,6 @@ was trained, seeing only the last 128 tokens, with `rope_scaling=4`, and after 6
 more in rows of 512. With `--out` the runs are kept, and found when called again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -8,8 +8,6 @@ scripts do; and one at a time, without padding. Printed are the greatest differe
 loss and gradients, and the ratios of text tokens a second (medians over the rounds).
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import statistics

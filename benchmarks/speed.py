@@ -32,8 +32,6 @@ Texts are cuts of the demo corpus with lengths like those of MiniMind's (lognorm
 multiplied by the share of text in its rows, one document in each, cut or padded.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import contextlib

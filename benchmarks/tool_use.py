@@ -8,8 +8,6 @@ chat with the two tools, about numbers that no conversation had. A call is right
 tool and all of its arguments, a final answer to the character.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -4,8 +4,6 @@
 installed; `python kaggle/kernels.py push` needs the command `kaggle` and its key.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib

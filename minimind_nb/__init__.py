@@ -5,8 +5,6 @@ on first use, so importing the package loads neither torch nor matplotlib. They 
 listed once, in the stub beside this file, which type checkers read.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import pkgutil

@@ -1,7 +1,5 @@
 """The speed of this machine, measured: matrix products, and the real training step."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor

@@ -3,8 +3,6 @@
 Options are generated from `TrainConfig`: its field names, types and docstrings.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import functools

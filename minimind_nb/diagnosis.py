@@ -1,7 +1,5 @@
 """A report on this machine, and a check that a run is intact."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """The processors of this machine, and the precision that suits them."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """The lifetime of processes: their age, and children that end with us."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Helpers of the notebooks: their parameters as a configuration, and runs to open."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The cost of a run before it starts: parameters, tokens, memory, hours; a preview."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

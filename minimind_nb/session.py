@@ -1,7 +1,5 @@
 """The session: where this code runs, when that ends, and what is mounted there."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import glob

@@ -1,7 +1,5 @@
 """How tests are counted, left out and shared among workers; see the Makefile."""
 
-from __future__ import annotations
-
 import multiprocessing.util
 import sys
 from collections.abc import Iterator

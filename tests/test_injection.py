@@ -1,7 +1,5 @@
 """The points at which faults are injected are functions of the package."""
 
-from __future__ import annotations
-
 import importlib
 from operator import attrgetter
 

@@ -1,7 +1,5 @@
 """The parameters of a notebook as a configuration, the runs it opens, the notebooks."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the documents show is true: their commands, names, links, tables and tree."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import runpy

@@ -1,7 +1,5 @@
 """The session: where it is, when it ends, and what is found by its name in the inputs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -14,8 +14,6 @@ sixteen (`is_held_out`) occurs in none of them: `mm.examine` asks a trained mode
 which it has never read (though perhaps in other words, or in the other language).
 """
 
-from __future__ import annotations
-
 import bz2
 import functools
 import hashlib

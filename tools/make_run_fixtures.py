@@ -10,8 +10,6 @@ the fixture with them (`tests/training/test_earlier_states.py`).
 Nothing in a fixture names this machine: all paths are relative to its folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

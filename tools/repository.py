@@ -4,8 +4,6 @@ The address is `repository` in [tool.minimind_nb] of pyproject.toml. `make docs`
 script; with an empty address it removes the links and install lines.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

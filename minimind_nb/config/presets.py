@@ -1,7 +1,5 @@
 """Model shapes, recipes and stages: tables of defaults, and how they combine."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from typing import Any

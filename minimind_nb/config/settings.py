@@ -1,7 +1,5 @@
 """`TrainConfig`: every setting of a run, flat and frozen."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools
@@ -186,7 +184,7 @@ class TrainConfig:
     max_bad_fraction: float = _DEFAULT
     """Largest share of lines skipped; default 0.01."""
 
-    def __new__(cls, **settings: Any) -> TrainConfig:
+    def __new__(cls, **settings: Any) -> "TrainConfig":
         if not settings.keys() <= kinds().keys():  # else a TypeError names only one
             validate({n: _plain(v) for n, v in settings.items()}, kinds())
         return super().__new__(cls)

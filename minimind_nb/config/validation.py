@@ -1,7 +1,5 @@
 """Validate a configuration, and report every problem at once."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

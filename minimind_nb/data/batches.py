@@ -4,8 +4,6 @@ Its whole state is one number, the samples consumed so far by all ranks together
 sample is a packed row, or a pair of answers if preferences are trained on.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +50,7 @@ class MicroBatch:
     loss_positions: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> "MicroBatch":
         """Return the same samples on a device."""
         if device.type == "cpu":
             return self
@@ -80,7 +78,7 @@ class StepBatch:
 
 def read_samples(
     cache: TokenCache, cfg: ResolvedConfig, pad_id: int, samples: Sequence[list[Piece]]
-) -> MicroBatch:
+) -> "MicroBatch":
     """Return the micro-batch of some samples; pairs are packed into the fewest rows."""
     rows, width = [list(enumerate(sample)) for sample in samples], cfg.max_seq_len
     if cfg.stage == "dpo":

@@ -5,8 +5,6 @@ for in what was said. Special strings in a message are encoded as ordinary text,
 message can forge a turn.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -5,8 +5,6 @@ and the documents of a plain text, parted by blank lines, become a line each. Al
 parquet may be compressed with gzip, whatever their name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import glob

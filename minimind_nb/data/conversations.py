@@ -3,8 +3,6 @@
 `FORMS` has the forms. Each key of a row or a message is used, or named as ignored.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The documents of a run: what is trained on, and what is held out."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +70,7 @@ class Corpus:
         spec: TokenizerSpec,
         root: Path,
         processes: int,
-    ) -> Corpus:
+    ) -> "Corpus":
         """Tokenise the files of a resolved configuration, if that was not done before.
 
         Raises `DataError` for a malformed file, and `ValueError` if no text is left, or

@@ -5,8 +5,6 @@ corpus), a `tokenizer` (an object or a path, None the shipped one) and a `cache_
 for the session's own). They raise `FileNotFoundError`, or `DataError` naming the lines.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from pathlib import Path

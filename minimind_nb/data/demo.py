@@ -4,8 +4,6 @@
 answers, so that a model trained on them can be examined.
 """
 
-from __future__ import annotations
-
 import bz2
 import itertools
 import json

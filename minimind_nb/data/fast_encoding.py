@@ -4,8 +4,6 @@ Vocabularies with other settings than the shipped one's, and texts that tiktoken
 take, go to `tokenizers`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Python's own `json` accepts lone surrogates and duplicate keys, and
 `str.splitlines` splits inside strings at U+2028; neither happens here.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -98,7 +96,7 @@ class Tally:
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(row)
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: "Tally") -> None:
         """Add the rows that follow."""
         self.good += other.good
         self.blank += other.blank

@@ -3,8 +3,6 @@
 A document of n tokens is n - 1 *targets*: each token but its first is predicted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

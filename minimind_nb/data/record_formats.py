@@ -4,8 +4,6 @@ Change `IDS_VERSION` whenever this gives other ids for the same row: it is part 
 name of a token cache.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """The token cache: a data file tokenised once, verified, and memory-mapped."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import concurrent.futures.process
 import contextlib

@@ -1,7 +1,5 @@
 """The tokenizer as plain data, and as an object of transformers."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -112,7 +110,7 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     )
 
 
-def load_tokenizer(source: Any = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: Any = None) -> "PreTrainedTokenizerFast":
     """Read a tokenizer as `read_tokenizer` does, into an object of transformers.
 
     It has the chat template and the special tokens, and adds none of them to a text by

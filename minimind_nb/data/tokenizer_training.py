@@ -1,7 +1,5 @@
 """Training a byte-level BPE vocabulary from JSON Lines, as the shipped one was."""
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

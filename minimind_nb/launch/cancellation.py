@@ -1,7 +1,5 @@
 """Cooperative cancellation: stop requests, and how the ranks agree on them."""
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

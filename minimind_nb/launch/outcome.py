@@ -3,8 +3,6 @@
 Ranks record how they ended. Exit codes count only for those that did not.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -104,7 +102,7 @@ class RankRecord:
         )
 
     @classmethod
-    def read(cls, file: Path) -> RankRecord | None:
+    def read(cls, file: Path) -> "RankRecord | None":
         """Return the record in a file, or None if there is no valid one."""
         try:
             return cls(file=file, **json.loads(file.read_bytes()))

@@ -1,7 +1,5 @@
 """The process group: ranks that meet, and sum tensors."""
 
-from __future__ import annotations
-
 import datetime
 
 import torch

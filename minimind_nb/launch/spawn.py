@@ -3,8 +3,6 @@
 Imports no torch: a worker must watch its parent before that long import.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import importlib
 import math

@@ -4,8 +4,6 @@ The launcher starts a process for each GPU by itself. So there is one way to run
 torchrun's own processes have nothing to do.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -14,8 +14,6 @@ Under `torch.autocast` the residual stream, the norms, the router and the loss s
 float32; only matrix products and attention run in the lower precision.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence

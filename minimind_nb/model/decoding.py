@@ -3,8 +3,6 @@
 A loop of our own, unlike `model.generate`, can stop between two tokens without a thread.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass

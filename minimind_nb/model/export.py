@@ -1,7 +1,5 @@
 """Write models for other programs: folders of transformers, GGUF, MiniMind's `.pth`."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 import os

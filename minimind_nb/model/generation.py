@@ -1,7 +1,5 @@
 """Continue prompts and answer conversations, at once or token by token."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any

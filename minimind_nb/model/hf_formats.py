@@ -3,8 +3,6 @@
 The tensors on disk have MiniMind's names in all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Find and load trained weights: runs, checkpoints, `.pth` files, saved folders."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -39,7 +37,7 @@ def load(
     tokenizer: Any = None,
     rope_scaling: float | Mapping[str, Any] | None = None,
     **shape: Any,
-) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]:
+) -> "tuple[MiniMindForCausalLM, PreTrainedTokenizerFast]":
     """Load a model in float32, ready to generate, and its tokenizer.
 
     `source` is a run or its folder (`which` picks the "last" checkpoint or the "best"

@@ -1,7 +1,5 @@
 """Read named tensors from a file, check them, and load them into a model."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import zipfile

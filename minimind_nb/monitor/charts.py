@@ -4,8 +4,6 @@ No pyplot: a figure made here belongs to its caller alone, so a cell shows it on
 and nothing stays open behind it.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterable

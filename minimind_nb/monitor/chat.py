@@ -1,7 +1,5 @@
 """Chat with a model: answers appear as they are generated, and turns are kept."""
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Several runs on one figure, with a legend of the settings that differ."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Ask models the questions that the demo corpora hold out, and count exact answers."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

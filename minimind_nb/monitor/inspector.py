@@ -1,7 +1,5 @@
 """The curve of a run with controls; a plain picture where widgets do not load."""
 
-from __future__ import annotations
-
 import base64
 import os
 from typing import Any

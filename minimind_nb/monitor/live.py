@@ -4,8 +4,6 @@ A view only reads the history. It is called from the loop that watches the worke
 `attempt`, which catches its errors and reports each once.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import html

@@ -3,8 +3,6 @@
 Standard library only, because every worker imports this module.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -79,7 +77,7 @@ class History:
         self.refresh()
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | History) -> History:
+    def load(cls, source: "str | os.PathLike[str] | History") -> "History":
         """Read a run folder, its metrics.jsonl or a `Run`; return a History unchanged.
 
         Raises FileNotFoundError, listing the runs nearby, if `source` is not a run,

@@ -1,7 +1,5 @@
 """The progress of a run in numbers and in words; standard library only."""
 
-from __future__ import annotations
-
 import datetime
 import math
 

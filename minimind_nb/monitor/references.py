@@ -3,8 +3,6 @@
 `benchmarks/learning.py --reference` writes references.json from its trials.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

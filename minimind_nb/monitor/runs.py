@@ -1,7 +1,5 @@
 """Runs on disk: `Run` opens one, `runs` lists a folder of them; summary and chart."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
@@ -62,7 +60,7 @@ class Run:
         """The content of config.json; `config["settings"]` are TrainConfig's values."""
         return RunFolder(self.folder).read_config()
 
-    def plot(self, **choices: Any) -> Chart:
+    def plot(self, **choices: Any) -> "Chart":
         """Return the chart of `plot_history`, with its choices (x, y, smoothing, …)."""
         from .charts import plot_history
 

@@ -1,7 +1,5 @@
 """Small tables that display themselves in a cell and in a terminal."""
 
-from __future__ import annotations
-
 import html
 import unicodedata
 from typing import Any

@@ -4,8 +4,6 @@ wandb asks for keys, waits for networks and changes the notebook that imports it
 process without a terminal none of that reaches the training or the cell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

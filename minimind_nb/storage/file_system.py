@@ -1,8 +1,6 @@
 """What some file systems lack, such as drives mounted in a notebook: locks, flushed
 folders, a stated size. Each is done without, and a warning says so once."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import functools

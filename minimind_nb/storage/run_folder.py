@@ -1,7 +1,5 @@
 """The run folder: its paths, lock, configuration, status and checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -47,7 +45,7 @@ class Checkpoint:
         return int(self.folder.name[5:13])
 
     @property
-    def run(self) -> RunFolder:
+    def run(self) -> "RunFolder":
         """The run that it belongs to."""
         return RunFolder(self.folder.parents[1])
 

@@ -4,8 +4,6 @@ Checkpoints and token caches are such folders. A folder under its final name is
 complete: a writer that died left a name that starts with a dot.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

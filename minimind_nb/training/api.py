@@ -1,7 +1,5 @@
 """`train` and `evaluate`: run worker processes from a cell, a script or a shell."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

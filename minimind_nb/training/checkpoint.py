@@ -3,8 +3,6 @@
 No random state is kept: every draw of a run is seeded from (seed, rank, step).
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

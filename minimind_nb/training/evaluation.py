@@ -1,7 +1,5 @@
 """Loss and metrics on held-out samples, by all ranks, and answers to fixed prompts."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """The weights that a new run starts from: those of a run, a file or a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """The training loop, of every stage, on one process or several."""
 
-from __future__ import annotations
-
 import math
 import time
 

@@ -1,7 +1,5 @@
 """Defaults and limits of this machine: device, processes, precision, disk space."""
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any

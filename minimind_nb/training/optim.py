@@ -1,7 +1,5 @@
 """The optimizer, its learning rate, and the gradients as one flat tensor."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Cheap checks come first, and nothing that exists is changed until all have passed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

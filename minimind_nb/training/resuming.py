@@ -1,7 +1,5 @@
 """Resuming: find the run to resume, and reconcile settings and content with it."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

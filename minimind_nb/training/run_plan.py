@@ -1,7 +1,5 @@
 """The plan of a run: everything that a rank needs to know, in the run folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json
@@ -85,7 +83,7 @@ class RunPlan:
         text = json.dumps(plan, indent=2, ensure_ascii=False)
         verified.write_text(self.folder.plan_file, f"{text}\n")
 
-    def halve_batch(self) -> RunPlan:
+    def halve_batch(self) -> "RunPlan":
         """Return this plan, written, with the next smaller micro-batches, and the newest
         checkpoint to resume from. Raises `NoGoodCheckpoint` if all are damaged."""
         config = {**self.config, "too_large_batch_size": self.cfg.batch_size}
@@ -97,7 +95,7 @@ class RunPlan:
         return plan
 
     @classmethod
-    def read(cls, folder: RunFolder) -> RunPlan:
+    def read(cls, folder: RunFolder) -> "RunPlan":
         """Read the plan that the preparing process wrote."""
         plan, config = json.loads(folder.plan_file.read_bytes()), folder.read_config()
         caches = [

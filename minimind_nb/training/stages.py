@@ -1,7 +1,5 @@
 """The objective of each stage; the loop is the same for all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,7 +25,7 @@ class Losses(NamedTuple):
     aux_loss: Tensor
     metrics: Tensor
 
-    def share_of(self, step: StepBatch, samples: int) -> Losses:
+    def share_of(self, step: StepBatch, samples: int) -> "Losses":
         """Return what the losses of so many samples add to the means over a step."""
         return Losses(
             self.loss / step.num_targets,
@@ -45,7 +43,7 @@ class Stage(NamedTuple):
 
 def next_token_loss(
     model: MiniMindForCausalLM, batch: MicroBatch, cfg: ResolvedConfig
-) -> Losses:
+) -> "Losses":
     """Return the cross-entropy in float32, summed over the targets."""
     losses, aux_loss = target_losses(model, batch)
     return Losses(losses.sum(), aux_loss, losses.new_zeros(0))
@@ -53,7 +51,7 @@ def next_token_loss(
 
 def preference_loss(
     model: MiniMindForCausalLM, batch: MicroBatch, cfg: ResolvedConfig
-) -> Losses:
+) -> "Losses":
     """Direct preference optimisation (Rafailov et al. 2023): -log σ(margin) of pairs.
 
     The margin is β times how much more the model, relative to the reference, prefers

@@ -1,7 +1,5 @@
 """The state of a run in one process, on which every step of the loop works."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

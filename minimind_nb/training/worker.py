@@ -1,7 +1,5 @@
 """The work of each process: build the parts of a run, and train or evaluate."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Processes of torchrun: rank 0 makes a call, and the others get what comes of it."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

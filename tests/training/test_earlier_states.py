@@ -3,8 +3,6 @@
 `tools/make_run_fixtures.py` made them, and wrote down how that code itself resumed them.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

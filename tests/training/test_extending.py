@@ -1,7 +1,5 @@
 """A run with a linear schedule that is made longer, or shorter, when it has begun."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from pathlib import Path
