@@ -184,9 +184,10 @@ def _find(
     if path.is_file():
         return _find_pth(path, shape)
     if shape:
+        longer = {"inference_rope_scaling", "max_position_embeddings"} & shape.keys()
+        hint = "for longer texts use rope_scaling=4" if longer else "leave it out"
         raise ValueError(
-            f"{', '.join(shape)} cannot be set: the shape comes with {path}; only a "
-            ".pth leaves it open"
+            f"{', '.join(shape)} cannot be set, since {path} records its shape: {hint}"
         )
     if (path / STATE).is_file():
         path = path.absolute()

@@ -201,8 +201,10 @@ def test_a_shape_that_cannot_be_is_refused(run, model, tmp_path):
         ValueError, match="unknown part of a shape .rope_teta.; did you mean rope_theta"
     ):
         load(file, rope_teta=1e4)
-    with pytest.raises(ValueError, match=r"rope_theta cannot be set: .*only a .pth"):
+    with pytest.raises(ValueError, match="rope_theta cannot be set.*leave it out"):
         load(run.root, rope_theta=1e4)
+    with pytest.raises(ValueError, match="cannot be set.*use rope_scaling=4"):
+        load(run.root, inference_rope_scaling=True)
 
 
 def test_a_folder_by_save_pretrained_opens(model, tmp_path, spec):
