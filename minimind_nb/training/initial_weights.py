@@ -85,21 +85,10 @@ def new_model(plan: RunPlan) -> MiniMindForCausalLM:
 
 
 def find_runs(cfg: TrainConfig, stage: str) -> list[RunFolder]:
-    """Return the runs of a stage in out_dir with a checkpoint and the asked shape.
-
-    Unless `use_moe` is set, a mixture is left out beside a dense run of its width.
-    """
-    asked, fits = asked_shape(cfg), []
-    found = map(RunFolder, runs_below(Path(cfg.out_dir), None, pattern=_RUNS))
-    known = [(run, run.settings()) for run in found]
-    known = [(run, s) for run, s in known if asked.items() <= s.items()]
-    dense = [s.get("hidden_size") for _, s in known if not s.get("use_moe")]
-    for run, s in known:
-        if s.get("stage") == stage and s["use_moe"] and s["hidden_size"] in dense:
-            logger.info(f"{run.root}, a mixture, is left out: use_moe=True takes it")
-        elif s.get("stage") == stage:
-            fits.append(run)
-    return fits
+    """Return the runs of a stage in out_dir with a checkpoint and the asked shape."""
+    asked = asked_shape(cfg)
+    runs = map(RunFolder, runs_below(Path(cfg.out_dir), stage, pattern=_RUNS))
+    return [run for run in runs if asked.items() <= run.settings().items()]
 
 
 def keep_reference(plan: RunPlan) -> None:
@@ -140,6 +129,12 @@ def _newest_before(cfg: TrainConfig) -> Path:
     stage, out_dir = STAGE_BEFORE[cfg.stage], Path(cfg.out_dir)
     fits = find_runs(cfg, stage)
     fits = [run for run in fits if run.status() == "finished"] or fits
+    known = [(run, run.settings()) for run in fits]
+    dense = {s["hidden_size"] for _, s in known if not s["use_moe"]}
+    for run, settings in known:
+        if settings["use_moe"] and settings["hidden_size"] in dense:
+            logger.warning(f"{run.root}, a mixture, is left out: use_moe=True takes it")
+            fits.remove(run)
     shapes = {tuple(run.settings().get(name) for name in FIXED_SHAPE) for run in fits}
     if len(shapes) == 1:
         newest = max(fits, key=lambda run: run.checkpoints.stat().st_mtime)

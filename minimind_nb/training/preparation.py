@@ -183,8 +183,10 @@ def _find_run_name(cfg: TrainConfig, init_from: str) -> str | None:
     """Return the name of the only run of the stage that fits, or None without one."""
     fits = []
     for run in find_runs(cfg, cfg.stage) if cfg.resume else ():
-        settings = run.settings()
+        config, settings = run.read_config(), run.settings()
         started_so = init_from in ("auto", settings["init_from"])
+        if settings["use_moe"] and "use_moe" in config["explicit"]:
+            started_so &= cfg.use_moe is not None
         if started_so and run.root.name == default_run_name(settings):
             fits.append(run.root.name)
     if len(fits) > 1:

@@ -29,7 +29,7 @@ from minimind_nb.model.loading import find_weights, load
 from minimind_nb.model.state_dict import read_tensors
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training.initial_weights import find_initial_weights, find_runs
-from minimind_nb.training.preparation import draft
+from minimind_nb.training.preparation import draft, locate_run
 from minimind_nb.training.run_plan import RunPlan
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -328,13 +328,29 @@ def test_of_a_dense_run_and_a_mixture_of_one_width_the_dense_one_is_taken(
     assert named.config["began_from"] == str(other)
 
 
-def test_a_fine_tuned_mixture_does_not_stand_for_the_dense_run_to_come(
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_fine_tuned_mixture_is_resumed_unless_it_was_asked_for(
+    sft: Settings, out_dir: Path, asked: bool
+) -> None:
+    mixture = {"use_moe": True, "n_routed_experts": 4}
+    run = RunFolder(copy_run(out_dir, "sft_32_moe", stage="sft", **mixture))
+    config = run.read_config()
+    config["explicit"] += ["use_moe"] * asked
+    run.write_config(config)
+    folder, _ = locate_run(TrainConfig(**sft))
+    assert folder.root.name == ("sft_32" if asked else "sft_32_moe")
+    folder, _ = locate_run(TrainConfig(**sft, use_moe=True, run_name="sft_32_moe"))
+    assert folder.root == run.root
+
+
+def test_a_dense_run_of_another_stage_hides_no_mixture(
     sft: Settings, out_dir: Path
 ) -> None:
-    copy_run(out_dir, "sft_32_moe", stage="sft", use_moe=True, n_routed_experts=4)
-    with logged() as notes:
-        assert draft(TrainConfig(**sft)).folder.root == out_dir / "sft_32"
-    assert len(notes) == 1
+    config = RunFolder(out_dir / "pretrain_32").read_config()
+    config["settings"] |= {"use_moe": True, "n_routed_experts": 4}
+    RunFolder(out_dir / "pretrain_32").write_config(config)
+    copy_run(out_dir, "dpo_32", stage="dpo", use_moe=False)
+    assert source_of(sft) == out_dir / "pretrain_32"
 
 
 def test_of_weights_files_of_one_width_the_dense_one_is_taken(
