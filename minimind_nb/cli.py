@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _TRAINING = [*(name for name in kinds() if name != "stage"), *_MINIMIND]
 _EVALUATION = (
     "SOURCE data_path which tokenizer rope_scaling out_dir max_seq_len document_mask "
-    "batch_size eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line "
-    "max_bad_fraction"
+    "batch_size allow_smaller_batch eval_tokens device num_processes dtype "
+    "hang_timeout_seconds on_bad_line max_bad_fraction"
 ).split() + SHAPE_FIELDS
 _SAMPLING = (
     "temperature max_new_tokens system thinking top_p top_k repetition_penalty seed"
@@ -147,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "in a notebook the command line is Jupyter's own: call "
             "mm.train(mm.TrainConfig(…)), or write !minimind-nb pretrain --data_path …"
         )
+    warnings.formatwarning = lambda text, *_: f"minimind-nb: {_as_options(f'{text}')}\n"
     options, call = _parse(arguments), run
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun prints what is raised
         from torch.distributed.elastic.multiprocessing.errors import record
@@ -335,7 +337,7 @@ def _check_files(command: str, options: Mapping[str, Any]) -> None:
         return
     if command != "bench":
         require_data(cfg)
-    for path in files if cfg.on_bad_line != "skip" else ():
+    for path in files[:1] if cfg.on_bad_line != "skip" else ():
         for chunk in itertools.islice(iter_chunks(path), 1):
             _, tally = read_rows(chunk, functools.partial(understand, cfg.stage))
             if tally.kinds:

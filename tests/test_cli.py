@@ -38,7 +38,7 @@ OPTIONS = """
 EVALUATION = (
     """
     data_path which tokenizer rope_scaling out_dir max_seq_len document_mask batch_size
-    eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line
+    allow_smaller_batch eval_tokens device num_processes dtype hang_timeout_seconds on_bad_line
     max_bad_fraction
 """.split()
     + SHAPE_FIELDS

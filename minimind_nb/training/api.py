@@ -205,17 +205,21 @@ def _launch(
     target: str, plan: RunPlan, on_poll: Callable[[], None], lock: int | None = None
 ) -> str:
     """Start the workers, again with smaller micro-batches if memory runs out."""
+    asked = plan
     while True:
         try:
             return _start(target, plan, on_poll, lock)
         except TrainingFailed as failure:
-            cfg, full = plan.cfg, failure.phase == "out_of_memory"
-            if not full or cfg.batch_size == 1 or not cfg.allow_smaller_batch:
+            rows = plan.cfg.batch_size
+            if failure.phase != "out_of_memory" or not plan.cfg.allow_smaller_batch:
+                raise
+            if rows == 1:
+                asked.write()  # the number of rows was not the cause
                 raise
         plan = plan.halve_batch()
         logger.warning(
-            f"out of memory with batch_size={cfg.batch_size}: restarting at step "
-            f"{plan.done:,} with batch_size={plan.cfg.batch_size} and the same global batch"
+            f"out of memory with batch_size={rows}: restarting at step {plan.done:,} with "
+            f"batch_size={plan.cfg.batch_size} and the same global batch"
         )
 
 

@@ -129,6 +129,10 @@ def reconcile_with_existing_run(
     split = _split_batch(values, asked.keys())
     too_large = config.get("too_large_batch_size") or math.inf
     if split["batch_size"] >= too_large and values["allow_smaller_batch"]:
+        logger.warning(
+            f"memory ran out with batch_size={too_large}; allow_smaller_batch=False tries "
+            "it again"
+        )
         split = _split_batch({**values, "batch_size": too_large // 2}, ())
     values |= split
     allowed = CHANGEABLE_ON_RESUME | {*cfg.allow_change}

@@ -136,6 +136,19 @@ def test_where_no_smaller_batch_is_left_or_allowed_the_error_gives_advice(
     assert sessions(RunFolder(Path(settings["out_dir"]) / "pretrain_32")) == BEGIN[:1]
 
 
+def test_rows_that_were_not_the_cause_stay_as_they_were(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"batch_size": 2, "accumulation_steps": 4}
+    once = Fault("batch", "out_of_memory", str(tmp_path / "once"), step=1)
+    inject(monkeypatch, full_above(1, tmp_path, step=1), once)
+    with pytest.raises(mm.TrainingFailed, match="batch_size is already 1"):
+        mm.train(TrainConfig(**settings), view=False)
+    assert draft(TrainConfig(**settings)).cfg.batch_size == 2
+    saved = RunFolder(Path(settings["out_dir"]) / "pretrain_32").settings()
+    assert (saved["batch_size"], saved["accumulation_steps"]) == (2, 4)
+
+
 def test_a_run_that_was_to_stop_is_not_restarted(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
