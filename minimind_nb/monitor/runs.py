@@ -106,7 +106,7 @@ class Run:
         return table
 
     def __repr__(self) -> str:
-        return f"Run({os.fspath(self)!r}): {outcome(self.history, self.status)}"
+        return f"Run({shorten_home(os.fspath(self))!r}): {outcome(self.history, self.status)}"
 
 
 class Runs(Table):

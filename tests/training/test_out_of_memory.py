@@ -141,7 +141,7 @@ def test_rows_that_were_not_the_cause_stay_as_they_were(
 ) -> None:
     settings |= {"batch_size": 2, "accumulation_steps": 4}
     once = Fault("batch", "out_of_memory", str(tmp_path / "once"), step=1)
-    inject(monkeypatch, full_above(1, tmp_path, step=1), once)
+    inject(monkeypatch, once, full_above(1, tmp_path, step=1))
     with pytest.raises(mm.TrainingFailed, match="batch_size is already 1"):
         mm.train(TrainConfig(**settings), view=False)
     assert draft(TrainConfig(**settings)).cfg.batch_size == 2
