@@ -171,10 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; an unknown name is an error that names the closest known one."""
-    parser, finder = (
-        _parser(),
-        argparse.ArgumentParser(add_help=False, allow_abbrev=False),
-    )
+    parser = _parser()
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--mode")  # MiniMind's command line has it for a command
     mode, words = finder.parse_known_args(arguments)
     words = [mode.mode, *words] if mode.mode else words or ["--help"]

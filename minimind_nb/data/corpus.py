@@ -65,11 +65,7 @@ class Corpus:
 
     @classmethod
     def prepare(
-        cls,
-        cfg: ResolvedConfig,
-        spec: TokenizerSpec,
-        root: Path,
-        processes: int,
+        cls, cfg: ResolvedConfig, spec: TokenizerSpec, root: Path, processes: int
     ) -> "Corpus":
         """Tokenise the files of a resolved configuration, if that was not done before.
 

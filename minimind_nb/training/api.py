@@ -75,7 +75,7 @@ def train(
 def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) -> str:
     """Train, and return the run folder."""
     shown = choose_view(view)
-    if getattr(cfg, "use_wandb", False):
+    if cfg.use_wandb:
         require_wandb()
     with shown.attached():
         if finished := find_finished_run(cfg):
@@ -192,9 +192,7 @@ def _evaluate(
 def compile_cache() -> str:
     """Return the folder of compiled graphs: the user's own, not torch's default in a
     shared /tmp, since they are read with pickle."""
-    given = os.environ.get(
-        "TORCHINDUCTOR_CACHE_DIR", ""
-    )  # torch sets it on import, too
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # torch's import sets it, too
     if given and not given.startswith(f"{tempfile.gettempdir()}/torchinductor_"):
         return given
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -212,9 +212,8 @@ def _resolve(
         if cfg.tokenizer and cfg.stage == "pretrain":  # which applies no chat template
             kept = read_tokenizer(own)
             other = dataclasses.replace(kept, chat_template=tokenizer.chat_template)
-            tokenizer = (
-                kept if other.fingerprint == tokenizer.fingerprint else tokenizer
-            )
+            if other.fingerprint == tokenizer.fingerprint:
+                tokenizer = kept
     else:
         require_data(cfg)
         initial = initial or find_initial_weights(cfg)
