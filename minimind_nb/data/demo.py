@@ -37,10 +37,8 @@ def _shipped(name: str) -> bytes:
 def locate(
     data_path: str | os.PathLike[str], folder: Path, record_format: str = "pretrain"
 ) -> Path:
-    """Return the file that `data_path` names; "demo" is unpacked into `folder` first.
-
-    Raises what `jsonl.check_file` does for a file that cannot be read.
-    """
+    """Return the file that `data_path` names, checked by `check_file`; "demo" is
+    unpacked into `folder` first."""
     path = Path(data_path)
     if data_path == DEMO:
         path, corpus = folder / _FILES[record_format], _shipped(_FILES[record_format])

@@ -68,7 +68,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     block runs. Raises what `train` raises before anything is started.
     """
     began = time.monotonic()
-    _check_data(cfg)
+    named_files(cfg.data_path, cfg.val_path)
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg)
     verified.check_writable(folder.root.parent)
@@ -92,7 +92,10 @@ def draft(cfg: TrainConfig, hardware: Hardware | None = None) -> RunPlan:
 
     Raises what `train` raises for the configuration, the data and an existing run.
     """
-    _check_data(cfg)
+    if not isinstance(cfg, TrainConfig):
+        found = type(cfg).__name__
+        raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
+    named_files(cfg.data_path, cfg.val_path)
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg, hardware)
     return _draft(cfg, machine, folder, initial, find_checkpoint(folder, cfg))
@@ -139,7 +142,7 @@ def _draft(
 def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
     """Return the run that the settings mean if it is finished and its data is missing."""
     try:
-        _check_data(cfg)
+        named_files(cfg.data_path, cfg.val_path)
     except FileNotFoundError as missing:
         with contextlib.suppress(OSError, ValueError):  # `prepare` raises `missing`
             folder, _ = locate_run(cfg)
@@ -152,13 +155,6 @@ def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
                 )
                 return folder
     return None
-
-
-def _check_data(cfg: TrainConfig) -> None:
-    if not isinstance(cfg, TrainConfig):
-        found = type(cfg).__name__
-        raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
-    named_files(cfg.data_path, cfg.val_path)
 
 
 def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:
