@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..lifetime import die_with_parent, without_main_script
 from ..storage.run_folder import RunFolder
@@ -32,21 +32,14 @@ _LONGEST_LOOK = 10 * POLL_SECONDS
 _SPAWN = multiprocessing.get_context("spawn")  # a fork is lost once CUDA was touched
 
 
-class RankInfo(NamedTuple):
-    """The place of one process among all."""
-
-    rank: int
-    world_size: int
-
-
 @dataclass(frozen=True)
 class Job:
     """The work of each process.
 
-    `target` names a function, "package.module:function", that takes (info, folder,
-    store, record, stop) and returns the status. `environment` is set before it is
-    imported. `less_memory` says what to do if memory runs out. The ranks inherit the
-    descriptor `lock` of the folder's lock.
+    `target` names a function, "package.module:function", that takes (job, store,
+    record, stop) and returns the status. `environment` is set before it is imported.
+    `less_memory` says what to do if memory runs out. The ranks inherit `lock`, the
+    descriptor of the folder's lock.
     """
 
     target: str
@@ -95,8 +88,7 @@ def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:
     try:
         with without_main_script():
             for rank in range(job.num_processes):
-                info = RankInfo(rank, job.num_processes)
-                arguments = (info, job, store, os.getpid(), lock)
+                arguments = (rank, job, store, os.getpid(), lock)
                 process = _SPAWN.Process(target=_enter, args=arguments)
                 process.start()
                 processes.append(process)
@@ -190,7 +182,7 @@ class HangWatch:
         return ""
 
 
-def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) -> None:
+def _enter(rank: int, job: Job, store: str, parent_pid: int, _lock: Any) -> None:
     """Set up a worker process, in which signals are still blocked, run its part of the
     job, and record how it ended."""
     die_with_parent(parent_pid)
@@ -199,7 +191,7 @@ def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) ->
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(job.environment)
     # What native libraries print goes to the log, too.
-    log = job.folder.log_file(info.rank).open("a", encoding="utf-8", buffering=1)
+    log = job.folder.log_file(rank).open("a", encoding="utf-8", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
@@ -208,12 +200,12 @@ def _enter(info: RankInfo, job: Job, store: str, parent_pid: int, _lock: Any) ->
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     stop = StopRequest()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    record = RankRecord(job.folder.record_file(info.rank), info.rank)
+    record = RankRecord(job.folder.record_file(rank), rank)
     record.update()
     module, _, name = job.target.partition(":")
     try:
         run = getattr(importlib.import_module(module), name)
-        status = run(info, job.folder, store, record, stop)
+        status = run(job, store, record, stop)
     except BaseException as error:
         record.fail(error)
         raise

@@ -12,8 +12,7 @@ from ..hardware import choose_threads, count_cores
 from ..launch.cancellation import StopRequest
 from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
-from ..launch.spawn import RankInfo
-from ..storage.run_folder import RunFolder
+from ..launch.spawn import Job
 from ..storage.verified import write_text
 from .evaluation import Evaluator
 from .loop import fit
@@ -23,12 +22,9 @@ from .trainer import Trainer
 _OUT_OF_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
 
 
-def run(
-    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
-) -> str:
-    """Train as the plan in `folder` says, from its checkpoint on; return the status."""
-    plan = RunPlan.read(folder)
-    with _joined(info, plan.cfg, store, record) as (group, device):
+def run(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
+    """Train as the plan in the folder says, from its checkpoint on; return the status."""
+    with _joined(job, store, record) as (plan, group, device):
         trainer = Trainer(plan, group, device, record, stop)
         with trainer.metrics, trainer.blaming_data():
             log_start(trainer)
@@ -37,40 +33,38 @@ def run(
     return status
 
 
-def measure(
-    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
-) -> str:
+def measure(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
     """Evaluate the initial weights of a plan on all its documents, into `scores.json`."""
-    plan = RunPlan.read(folder)
-    with _joined(info, plan.cfg, store, record) as (group, device):
+    with _joined(job, store, record) as (plan, group, device):
         evaluator = Evaluator(plan, group, device, record)
         rows = plan.corpus.validation_rows(plan.cfg, plan.tokenizer.pad_id)
         assert rows is not None
         scores = {**evaluator.evaluate(rows), "documents": len(rows.documents)}
-        if info.rank == 0:
-            write_text(folder.root / "scores.json", json.dumps(scores))
+        if record.rank == 0:
+            write_text(job.folder.root / "scores.json", json.dumps(scores))
     return "finished"
 
 
 @contextlib.contextmanager
 def _joined(
-    info: RankInfo, cfg: ResolvedConfig, store: str, record: RankRecord
-) -> Iterator[tuple[Group, torch.device]]:
-    """Take this rank's threads and device, and meet the other ranks.
+    job: Job, store: str, record: RankRecord
+) -> Iterator[tuple[RunPlan, Group, torch.device]]:
+    """Read the plan, take this rank's threads and device, and meet the other ranks.
 
     Raises `MemoryError` with settings that need less if the block runs out of memory.
     """
-    torch.set_num_threads(choose_threads(info.world_size, count_cores()))
-    device = torch.device("cpu")
+    torch.set_num_threads(choose_threads(job.num_processes, count_cores()))
+    plan, device = RunPlan.read(job.folder), torch.device("cpu")
+    cfg = plan.cfg
     if cfg.device == "cuda":
-        device = torch.device(f"cuda:{info.rank}")
+        device = torch.device(f"cuda:{record.rank}")
         torch.cuda.set_device(device)
     record.update(phase="meeting")
-    group = Group(info.rank, info.world_size, store, cfg.device)
+    group = Group(record.rank, job.num_processes, store, cfg.device)
     group.meet(device)
     record.update(phase="training")
     try:
-        yield group, device
+        yield plan, group, device
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -21,8 +21,7 @@ import pytest
 
 from minimind_nb.launch.cancellation import StopRequest
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.launch.spawn import Job, RankInfo
-from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.launch.spawn import Job
 from minimind_nb.training import api
 
 # The function that a point is in front of (or behind): of a step, then of a save, then
@@ -86,21 +85,19 @@ def with_faults(job: Job, *faults: Fault) -> Job:
     return dataclasses.replace(job, target=f"{__name__}:run")
 
 
-def run(
-    info: RankInfo, folder: RunFolder, store: Any, record: RankRecord, stop: StopRequest
-) -> str:
+def run(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
     """The worker of always, with the faults of this rank in it."""
-    plan = json.loads((folder.root / "faults.json").read_text())
+    plan = json.loads((job.folder.root / "faults.json").read_text())
     for fields in plan["faults"]:
         fault = Fault(**fields)
         if fault.above_rows:
             Path(fault.marker).unlink(missing_ok=True)
-        large = folder.settings()["batch_size"] > fault.above_rows
-        if fault.rank == info.rank and large:
+        large = job.folder.settings()["batch_size"] > fault.above_rows
+        if fault.rank == record.rank and large:
             _wrap(fault, record, stop)
     module, _, name = plan["target"].partition(":")
     target = getattr(importlib.import_module(module), name)
-    return target(info, folder, store, record, stop)
+    return target(job, store, record, stop)
 
 
 def _wrap(fault: Fault, record: RankRecord, stop: StopRequest) -> None:

@@ -12,24 +12,22 @@ import torch
 from minimind_nb.launch.cancellation import StopRequest, agreed_stop_reason
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.process_group import Group
-from minimind_nb.launch.spawn import RankInfo
-from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.launch.spawn import Job
 
 STEPS = 12
 FAILING_STEP = 5
 WAITING_STEP = 3
 
 
-def work(
-    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
-) -> str:
+def work(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
     """Sum a tensor a step; do what todo.json says at step 5 on its rank.
 
     After step 3 it waits for the file `until`, if todo.json names one.
     """
-    rank, todo = info.rank, json.loads((folder.root / "todo.json").read_text())
+    todo = json.loads((job.folder.root / "todo.json").read_text())
+    rank = record.rank
     record.update(phase="meeting", total_steps=STEPS)
-    group = Group(rank, info.world_size, store, "cpu")
+    group = Group(rank, job.num_processes, store, "cpu")
     group.meet(torch.device("cpu"))
     record.update(phase="training")
     print(f"rank {rank} met the others")
@@ -64,9 +62,7 @@ def act(action: str, rank: int) -> None:
         time.sleep(600)
 
 
-def stuck(
-    info: RankInfo, folder: RunFolder, store: str, record: RankRecord, stop: StopRequest
-) -> str:
+def stuck(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
     """Never meet the others."""
     record.update(phase="meeting")
     time.sleep(600)

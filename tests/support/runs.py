@@ -14,7 +14,7 @@ import torch
 from minimind_nb.config import TrainConfig
 from minimind_nb.launch.cancellation import StopRequest
 from minimind_nb.launch.outcome import RankRecord
-from minimind_nb.launch.spawn import RankInfo
+from minimind_nb.launch.spawn import Job
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.storage.verified import hash_file
 from minimind_nb.training import worker
@@ -109,7 +109,7 @@ def run_here(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "choose_threads", lambda *_: 1)
         try:
-            return target(RankInfo(0, 1), folder, "", record, stop)
+            return target(Job("", folder, 1), "", record, stop)
         finally:
             torch.set_num_threads(threads)
 
