@@ -43,7 +43,7 @@ from minimind_nb.launch import spawn
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.spawn import Job
 from minimind_nb.storage import verified
-from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.storage.run_folder import RunFolder, step_of
 from minimind_nb.training import api
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,7 +200,7 @@ class Campaign:
                 records = [RankRecord.read(folder.record_file(r)) for r in range(ranks)]
                 reached = max((record.step for record in records if record), default=0)
                 found = folder.newest_good_checkpoint()
-                kept = found.step if found else 0
+                kept = step_of(found) if found else 0
                 seconds.append(told)
                 lost.append(reached - kept)
                 orphans += sum(Path(f"/proc/{r.pid}").exists() for r in records if r)
@@ -340,7 +340,7 @@ def make_checkpoint(folder: Path) -> Path:
     load(run.folder)
     found = RunFolder(Path(run.folder)).newest_good_checkpoint()
     assert found
-    return found.folder
+    return found
 
 
 def make_cache(folder: Path) -> Path:

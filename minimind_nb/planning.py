@@ -25,7 +25,7 @@ from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.references import expected_loss
 from .monitor.tables import Facts
-from .storage.run_folder import RunFolder
+from .storage.run_folder import run_of
 from .training.initial_weights import NoInitialWeights
 from .training.preparation import draft
 from .training.run_plan import RunPlan, describe_rows, describe_truncated
@@ -119,7 +119,7 @@ class Estimate:
     def __init__(self, drafted: RunPlan, hardware: Hardware) -> None:
         self.cfg, self.done, total = drafted.cfg, drafted.done, drafted.total_steps
         cfg, corpus, checkpoint = drafted.cfg, drafted.corpus, drafted.checkpoint
-        self.run = RunFolder(checkpoint.parents[1]) if checkpoint else drafted.folder
+        self.run = run_of(checkpoint) if checkpoint else drafted.folder
         self.speed, self.source = expected_speed(cfg, hardware), "expected"
         self.history = History(self.run.metrics_file)
         last = self.history.last("train")

@@ -16,7 +16,7 @@ from torch import nn
 from ..config import MIXTURE_FIELDS, SHAPE_FIELDS, WEIGHTS_NAMES, describe_unknown
 from ..data.tokenizer import TokenizerSpec, load_tokenizer, read_tokenizer
 from ..storage import verified
-from ..storage.run_folder import STATE, WEIGHTS, RunFolder
+from ..storage.run_folder import STATE, WEIGHTS, RunFolder, run_of
 from .architecture import THIRD_GENERATION, MiniMindConfig, MiniMindForCausalLM
 from .hf_formats import read_config
 from .state_dict import infer_shape, put_weights, read_pth, read_tensors
@@ -202,7 +202,7 @@ def _find(
         return _find_saved(path, fields)
     best = run.best_checkpoint() if which == "best" else None
     if found := best or run.newest_good_checkpoint():
-        return _find_checkpoint(found.folder, tokenizer)
+        return _find_checkpoint(found, tokenizer)
     raise FileNotFoundError(
         f"the run {path} has no checkpoint yet; it writes one every save_interval "
         "steps and at its end"
@@ -212,7 +212,7 @@ def _find(
 def _find_checkpoint(folder: Path, tokenizer: Any) -> FoundWeights:
     """Describe a checkpoint; `tokenizer` is used if its run's is missing."""
     recorded = json.loads((folder / STATE).read_bytes())["config"]
-    own = RunFolder(folder.parents[1]).tokenizer
+    own = run_of(folder).tokenizer
     given = tokenizer is not None and not own.exists()
     spec = read_tokenizer(tokenizer if given else own)
     trained_with = recorded.get("hashes", {}).get("tokenizer")

@@ -10,7 +10,6 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN
 from pathlib import Path
 from typing import Any
@@ -31,23 +30,6 @@ class RunLocked(RuntimeError):
 
 class NoGoodCheckpoint(RuntimeError):
     """There are checkpoints, but none of them verifies."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint folder."""
-
-    folder: Path
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps made when it was written."""
-        return int(self.folder.name[5:13])
-
-    @property
-    def run(self) -> "RunFolder":
-        """The run that it belongs to."""
-        return RunFolder(self.folder.parents[1])
 
 
 class RunFolder:
@@ -161,7 +143,7 @@ class RunFolder:
         found = self.checkpoints.glob(f"{_STEPS}*")
         return max((path.name[:13] for path in found), default="step 0")
 
-    def newest_good_checkpoint(self, repair: bool = False) -> Checkpoint | None:
+    def newest_good_checkpoint(self, repair: bool = False) -> Path | None:
         """Return the newest checkpoint that verifies, or None if none was written.
 
         With `repair` (for the holder of the lock) damaged ones newer than it are renamed
@@ -182,27 +164,25 @@ class RunFolder:
                 verified.set_aside(folder, damage)
         return found
 
-    def best_checkpoint(self) -> Checkpoint | None:
+    def best_checkpoint(self) -> Path | None:
         """Return the good checkpoint of lowest validation loss, or None."""
         folders = sorted(self.checkpoint_folders(), key=_manifest_loss)
         return self._first_good(folders, {})
 
-    def check(self, folder: Path) -> Checkpoint:
+    def check(self, folder: Path) -> None:
         """Verify a checkpoint. Raises `DamagedFolder`, also if it is of another run."""
         facts = verified.verify(folder)
         with contextlib.suppress(OSError, ValueError):
             own = self.read_config().get("run")
             if own and facts.get("run", own) != own:
                 raise verified.DamagedFolder("it is of another run")
-        return Checkpoint(folder)
 
-    def _first_good(
-        self, folders: list[Path], damaged: dict[Path, str]
-    ) -> Checkpoint | None:
+    def _first_good(self, folders: list[Path], damaged: dict[Path, str]) -> Path | None:
         """Return the first good one; `damaged` gets the others before it, and why."""
         for folder in folders:
             try:
-                return self.check(folder)
+                self.check(folder)
+                return folder
             except verified.DamagedFolder as damage:
                 damaged[folder] = str(damage)
                 logger.warning("Checkpoint %s is not used: %s", folder, damage)
@@ -224,6 +204,16 @@ class RunFolder:
     def is_aside(self) -> bool:
         """Return whether `rename_aside`, or an unfinished copy, gave it its name."""
         return re.search(r"\.old\d+$|^\.", self.root.name) is not None
+
+
+def run_of(checkpoint: Path) -> RunFolder:
+    """Return the run that a checkpoint belongs to."""
+    return RunFolder(checkpoint.parents[1])
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer steps made when a checkpoint was written."""
+    return int(checkpoint.name[5:13])
 
 
 def _manifest_loss(folder: Path) -> float:

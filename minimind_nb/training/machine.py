@@ -8,7 +8,7 @@ from ..config import TrainConfig, count_parameters
 from ..hardware import Hardware, choose_dtype, detect_hardware, has_compiler
 from ..launch.torchrun import find_torchrun
 from ..storage.file_system import free_bytes
-from ..storage.run_folder import Checkpoint
+from ..storage.run_folder import step_of
 from .run_plan import RunPlan
 
 # Per parameter: an fp32 weight and two fp32 moments; the fp16 weights, old and new.
@@ -58,7 +58,7 @@ def check_room(plan: RunPlan) -> None:
     steps = plan.total_steps - plan.done
     # The best one, the one at which the decay begins, and the one being written.
     kept = cfg.keep_checkpoints + 3
-    existing = sum(Checkpoint(f).step <= plan.done for f in run.checkpoint_folders())
+    existing = sum(step_of(f) <= plan.done for f in run.checkpoint_folders())
     existing *= plan.checkpoint is not None
     saves = math.ceil(steps / cfg.save_interval)
     if plan.done < plan.decay_start < plan.total_steps:

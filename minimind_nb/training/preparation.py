@@ -32,7 +32,7 @@ from ..hardware import Hardware, count_cores, pays_to_compile
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
-from ..storage.run_folder import SHORTER, Checkpoint, RunFolder
+from ..storage.run_folder import SHORTER, RunFolder, run_of, step_of
 from .checkpoint import Progress, read_state
 from .initial_weights import find_initial_weights, find_runs, keep_reference
 from .machine import check_room, machine_defaults
@@ -76,8 +76,8 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         recover(folder)
         checkpoint = find_checkpoint(folder, cfg, repair=True)
         plan = _draft(cfg, machine, folder, initial, checkpoint)
-        if checkpoint and plan.checkpoint and checkpoint.run.root != folder.root:
-            plan.checkpoint = copy_run(plan.checkpoint, checkpoint.folder, folder)
+        if checkpoint and plan.checkpoint and run_of(checkpoint).root != folder.root:
+            plan.checkpoint = copy_run(plan.checkpoint, checkpoint, folder)
         hours, spent = plan.cfg.max_session_hours, time.monotonic() - began
         left = current_session().seconds_left(hours, spent)
         plan.deadline = None if left is None else time.monotonic() + left
@@ -106,7 +106,7 @@ def _draft(
     machine: dict[str, Any],
     folder: RunFolder,
     initial: FoundWeights | None,
-    checkpoint: Checkpoint | None,
+    checkpoint: Path | None,
 ) -> RunPlan:
     resolved, tokenizer, initial = _resolve(cfg, machine, initial, checkpoint)
     corpus = open_corpus(resolved, tokenizer)
@@ -120,7 +120,7 @@ def _draft(
         resolved = dataclasses.replace(resolved, compile=pays)
     config = describe_run(cfg, resolved, tokenizer, corpus, initial)
     if checkpoint:
-        keep_identity(checkpoint.run, config, cfg, resolved)
+        keep_identity(run_of(checkpoint), config, cfg, resolved)
     resumed = checkpoint and undo_decay(total, resolved, checkpoint)
     if resumed != checkpoint:  # whose steps may have had another global batch
         total = count_steps(corpus, resolved, resumed)
@@ -132,10 +132,10 @@ def _draft(
         tokenizer=tokenizer,
         corpus=corpus,
         initial=initial.file.absolute() if initial else None,
-        checkpoint=resumed and resumed.folder,
+        checkpoint=resumed,
         complete=resumed is not None
-        and resumed.run.status() == "finished"
-        and resumed.step >= total,
+        and run_of(resumed).status() == "finished"
+        and step_of(resumed) >= total,
     )
 
 
@@ -197,11 +197,11 @@ def _resolve(
     cfg: TrainConfig,
     machine: dict[str, Any],
     initial: FoundWeights | None,
-    checkpoint: Checkpoint | None,
+    checkpoint: Path | None,
 ) -> tuple[ResolvedConfig, TokenizerSpec, FoundWeights | None]:
     """Return the settings, tokenizer and initial weights, if it needs them, of a run."""
     if checkpoint:
-        run = checkpoint.run
+        run = run_of(checkpoint)
         resolved = reconcile_with_existing_run(run, cfg, machine)
         own = run.tokenizer if run.tokenizer.is_dir() else resolved.tokenizer
         tokenizer = read_tokenizer(cfg.tokenizer or own)
@@ -246,7 +246,7 @@ def _begin(plan: RunPlan) -> None:
     for text in describe_truncated(plan.corpus, cfg):
         logger.info(text)
     keep_reference(plan)
-    later = [f for f in folder.checkpoint_folders() if plan.done < Checkpoint(f).step]
+    later = [f for f in folder.checkpoint_folders() if plan.done < step_of(f)]
     if plan.checkpoint and later:
         for file in (plan.weights_file, *later):
             if file.exists():
@@ -319,13 +319,13 @@ def _describe_start(plan: RunPlan) -> Iterator[str]:
 
 
 def count_steps(
-    corpus: Corpus, cfg: ResolvedConfig, checkpoint: Checkpoint | None = None
+    corpus: Corpus, cfg: ResolvedConfig, checkpoint: Path | None = None
 ) -> int:
     """Return the horizon: the steps made, maybe of another global batch, and those that
     the samples left will make, at most `max_steps` in all."""
     progress = Progress()
     if checkpoint:
-        progress = Progress(**read_state(checkpoint.folder)["progress"])
+        progress = Progress(**read_state(checkpoint)["progress"])
     stream = corpus.training_stream(cfg, 0)
     left = max(0, stream.total_samples - progress.samples)
     total = progress.step + math.ceil(left / cfg.global_batch)

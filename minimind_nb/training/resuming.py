@@ -21,7 +21,7 @@ from ..data.token_cache import names_before_version_3
 from ..model.loading import find_weights
 from ..monitor.metrics import History
 from ..storage import verified
-from ..storage.run_folder import Checkpoint, NoGoodCheckpoint, RunFolder
+from ..storage.run_folder import NoGoodCheckpoint, RunFolder, run_of, step_of
 from .checkpoint import read_state
 from .initial_weights import FIXED_SHAPE
 
@@ -68,15 +68,13 @@ def source_run(cfg: TrainConfig) -> RunFolder | None:
 def recover(folder: RunFolder) -> None:
     """Restore a missing config.json."""
     if not folder.exists() and (found := folder.newest_good_checkpoint()):
-        folder.write_config(read_state(found.folder)["config"])
-        logger.warning(
-            f"{folder.config_file} was missing; restored from {found.folder.name}"
-        )
+        folder.write_config(read_state(found)["config"])
+        logger.warning(f"{folder.config_file} was missing; restored from {found.name}")
 
 
 def find_checkpoint(
     folder: RunFolder, cfg: TrainConfig, repair: bool = False
-) -> Checkpoint | None:
+) -> Path | None:
     """Return the checkpoint to resume from: the run's, or that of a run to copy.
 
     `repair` is for the holder of the lock. A run that saved nothing starts over. Raises
@@ -261,22 +259,23 @@ def _other_run(folder: RunFolder, differences: Mapping[str, str]) -> RuntimeErro
     return RuntimeError(text)
 
 
-def undo_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint) -> Checkpoint:
+def undo_decay(total: int, cfg: ResolvedConfig, checkpoint: Path) -> Path:
     """Return the checkpoint to resume from if a run is to have so many steps.
 
     Before its decay nothing depends on the length of a run. One that is extended when
     it decays already resumes from the checkpoint at which that began, and so equals one
     planned that long. A cosine is never undone.
     """
-    before = read_state(checkpoint.folder)["config"]
+    before = read_state(checkpoint)["config"]
     start = before.get("decay_start", math.inf)
-    if checkpoint.step <= start or not _is_extended(total, cfg, before):
+    if step_of(checkpoint) <= start or not _is_extended(total, cfg, before):
         return checkpoint
-    run = checkpoint.run
+    run = run_of(checkpoint)
     for folder in run.checkpoint_folders():
         if folder <= run.checkpoint_folder(start):
             with contextlib.suppress(verified.DamagedFolder):
-                return run.check(folder)
+                run.check(folder)
+                return folder
     logger.warning(
         f"no checkpoint in {run.checkpoints} is from before the decay of the learning "
         "rate, so it rises again: this differs from a run planned that long"
@@ -284,18 +283,18 @@ def undo_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint) -> Check
     return checkpoint
 
 
-def plan_decay(total: int, cfg: ResolvedConfig, checkpoint: Checkpoint | None) -> int:
+def plan_decay(total: int, cfg: ResolvedConfig, checkpoint: Path | None) -> int:
     """Return the step at which the decay begins; of a run that is shortened, at once."""
     if cfg.schedule == "cosine":
         return total
     start = total - round(total * cfg.decay_fraction)
     if checkpoint is None:
         return start
-    before = read_state(checkpoint.folder)["config"]
-    decays = checkpoint.step > before.get("decay_start", math.inf)
+    before = read_state(checkpoint)["config"]
+    decays = step_of(checkpoint) > before.get("decay_start", math.inf)
     if decays and not _is_extended(total, cfg, before):
         return before["decay_start"]
-    return max(start, checkpoint.step)
+    return max(start, step_of(checkpoint))
 
 
 def _is_extended(total: int, cfg: ResolvedConfig, before: dict[str, Any]) -> bool:
@@ -310,11 +309,10 @@ def copy_run(checkpoint: Path, newest: Path, folder: RunFolder) -> Path:
 
     Returns the copy of the checkpoint. Raises `ValueError` for a link out of the run.
     """
-    source = RunFolder(checkpoint.parents[1])
+    source = run_of(checkpoint)
     best = source.best_checkpoint()
     decay = source.checkpoint_folder(source.read_config().get("decay_start", 0))
-    names = {checkpoint.name, newest.name, decay.name}
-    names |= {best.folder.name} if best else set()
+    names = {folder.name for folder in (checkpoint, newest, decay, best) if folder}
     steps = [f"checkpoints/{name}/*" for name in names]
     found = (file for name in (*_COPIED, *steps) for file in source.root.glob(name))
     files = [file for file in found if file.is_file()]

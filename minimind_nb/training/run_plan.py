@@ -19,7 +19,7 @@ from ..hardware import count_cores
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
-from ..storage.run_folder import Checkpoint, RunFolder
+from ..storage.run_folder import RunFolder, step_of
 
 _VERSIONED = ("minimind_nb", "torch", "transformers", "tokenizers", "numpy")
 
@@ -60,7 +60,7 @@ class RunPlan:
     @property
     def done(self) -> int:
         """The steps made before this session."""
-        return Checkpoint(self.checkpoint).step if self.checkpoint else 0
+        return step_of(self.checkpoint) if self.checkpoint else 0
 
     @property
     def weights_file(self) -> Path:
@@ -89,8 +89,7 @@ class RunPlan:
         config = {**self.config, "too_large_batch_size": self.cfg.batch_size}
         config["settings"] = {**config["settings"], **halved_batch(self.cfg)}
         found = self.folder.newest_good_checkpoint(repair=True)
-        plan = dataclasses.replace(self, config=config)
-        plan.checkpoint = found and found.folder
+        plan = dataclasses.replace(self, config=config, checkpoint=found)
         plan.write()
         return plan
 

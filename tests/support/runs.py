@@ -15,7 +15,7 @@ from minimind_nb.config import TrainConfig
 from minimind_nb.launch.cancellation import StopRequest
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.spawn import Job
-from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.storage.run_folder import RunFolder, step_of
 from minimind_nb.storage.verified import hash_file
 from minimind_nb.training import worker
 from minimind_nb.training.loop import Trainer
@@ -139,8 +139,8 @@ def state_hashes(folder: RunFolder) -> tuple[int, str, str]:
     checkpoint = folder.newest_good_checkpoint()
     assert checkpoint is not None
     files = ("model.safetensors", "optimizer.safetensors")
-    weights, moments = (hash_file(checkpoint.folder / name) for name in files)
-    return checkpoint.step, weights, moments
+    weights, moments = (hash_file(checkpoint / name) for name in files)
+    return step_of(checkpoint), weights, moments
 
 
 def metric_rows(folder: RunFolder, kind: str, *names: str) -> list[tuple[Any, ...]]:

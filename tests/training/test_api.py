@@ -503,10 +503,10 @@ def test_a_run_is_measured_by_its_handle_and_its_best_checkpoint(
     _, folder = train_here({**settings, **every, "learning_rate": 1.0}, stop_at=4)
     best, last = folder.best_checkpoint(), folder.newest_good_checkpoint()
     assert best is not None and last is not None
-    assert best.step < last.step, "so steep that it must get worse"
+    assert best < last, "so steep that it must get worse"
     run, path = mm.Run(folder.root), settings["data_path"]
     ask = {"max_seq_len": 32, "eval_tokens": 300, **rank_settings(1)}
     scores = [mm.evaluate(run, path, which, **ask) for which in ("best", "last")]
     assert scores[0]["loss"] < scores[1]["loss"]
-    again = mm.evaluate(best.folder, path, **ask)
+    again = mm.evaluate(best, path, **ask)
     assert again["loss"] == scores[0]["loss"]

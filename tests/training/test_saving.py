@@ -106,7 +106,7 @@ def test_two_newest_checkpoints_and_the_best_are_kept(settings: Settings) -> Non
     best = folder.best_checkpoint()
     assert best is not None
     scores = metric_rows(folder, "eval", "loss", "step")
-    found = verify(best.folder)["val_loss"]
+    found = verify(best)["val_loss"]
     assert found == pytest.approx(min(scores[1:])[0])
 
 
