@@ -121,14 +121,8 @@ _GROUPS = {
     "ddp": "for MiniMind's command lines",
     "temperature": "answers",
 }
-_METAVARS = {
-    int: "INT",
-    float: "FLOAT",
-    str: "TEXT",
-    bool: "BOOL",
-    tuple: "LIST",
-    dict: "JSON",
-}
+_KINDS = (int, float, str, bool, tuple, dict)
+_METAVARS = dict(zip(_KINDS, "INT FLOAT TEXT BOOL LIST JSON".split(), strict=True))
 _MORE: dict[str, Any] = {
     **{"TEXT": {"nargs": "?"}, "RUNS": {"nargs": "+"}},
     **dict.fromkeys(["eval data_path", "tokenizer data_path"], {"required": True}),
