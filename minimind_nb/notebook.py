@@ -43,9 +43,7 @@ def notebook_config(
         with contextlib.suppress(ValueError):
             more = json.loads(more)
     if not isinstance(more, dict):
-        raise ValueError(
-            f'settings={more!r}: expected a dict such as {{"max_steps": 3}}'
-        )
+        raise ValueError(f'settings={more!r}: expected a dict like {{"max_steps": 3}}')
     if repeated := sorted(given.keys() & more):
         names = ", ".join(repeated)
         raise ValueError(f"{names}: set as a parameter and in settings; leave one out")

@@ -389,7 +389,7 @@ def test_an_export_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "full" / "mine").touch()
     for target, kind, words in (
         ("a.gguf", "gguf", 'which is not installed: pip install "minimind_nb[gguf]"'),
-        ("full", "llama", "exists and is not overwritten: use another name"),
+        ("full", "llama", "exists, and is not replaced: use another name"),
         ("new", "qwen3", '--format "qwen3" has no --qk_norm False'),
     ):
         given = (str(tmp_path / "a.pth"), str(tmp_path / target), "--format", kind)

@@ -54,7 +54,7 @@ def test_what_is_given_goes_before_the_demo_even_none():
     [
         ({"beta3": 0.9}, "unknown setting 'beta3'; did you mean"),
         ({"epochs": 3}, "epochs: set as a parameter and in settings; leave one out"),
-        ("{'beta1': 0.8}", 'expected a dict such as {"max_steps": 3}'),
+        ("{'beta1': 0.8}", 'expected a dict like {"max_steps": 3}'),
     ],
 )
 def test_settings_that_are_unknown_or_given_twice_are_refused(settings, words):

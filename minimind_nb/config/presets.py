@@ -52,11 +52,7 @@ _MINIMIND_SFT: dict[str, Any] = dict(
 )
 # The settings of the document that this project reproduces.
 _FOUNDING: dict[str, Any] = dict(
-    accumulation_steps=1,
-    epochs=2,
-    max_seq_len=512,
-    save_interval=500,
-    log_interval=100,
+    accumulation_steps=1, epochs=2, max_seq_len=512, save_interval=500, log_interval=100
 )
 
 _DEMO: dict[str, Any] = dict(

@@ -77,9 +77,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         if re.match(beginning, head):
             raise DataError(f"{path} is {what}")
     if re.match(_TABLE, head) and find_kind(path) == "lines":
-        raise DataError(
-            f"{path} is CSV or plain text: write JSON Lines, or name it .txt"
-        )
+        raise DataError(f"{path} is CSV or text: write JSON Lines, or name it .txt")
 
 
 def iter_chunks(path: str | os.PathLike[str], size: int = 1 << 20) -> Iterator[Chunk]:

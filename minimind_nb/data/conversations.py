@@ -81,9 +81,7 @@ def understand(record_format: str, row: Row) -> Understood:
     """
     keys = _recognise(record_format, row)
     if isinstance(row.get("label"), bool):
-        reason = (
-            'answers rated by "label": make pairs of "chosen" and "rejected" of them'
-        )
+        reason = 'rated answers ("label"): make pairs of "chosen" and "rejected"'
         raise Fault("rated_answer", reason, '"label"')
     form, ignored = ", ".join(keys), row.keys() - {*keys, *_MORE.get(keys[0], ())}
     if record_format == "pretrain":

@@ -123,10 +123,7 @@ class Tally:
         bad = self.kinds.total()
         total = self.good + bad
         if not total:
-            found = (
-                f"only blank lines, {self.blank} of them" if self.blank else "no rows"
-            )
-            raise DataError(f"{path} has {found}")
+            raise DataError(f"{path} has no rows, and {self.blank} blank lines")
         allowed = max_bad_fraction * total if on_bad_line == "skip" else 0
         if bad <= allowed and self.good:
             return

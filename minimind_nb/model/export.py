@@ -88,9 +88,7 @@ def export(
     if format is None and final.suffix[1:] in _FILES:
         format = final.suffix[1:]
     if final.is_file() or final.is_dir() and any(final.iterdir()):
-        raise FileExistsError(
-            f"{final} exists and is not overwritten: use another name"
-        )
+        raise FileExistsError(f"{final} exists, and is not replaced: use another name")
     found = find_weights(source, which, tokenizer, rope_scaling, **shape)
     config, spec = found.config, read_tokenizer(found.tokenizer)
     kind = _choose_format(config, format)

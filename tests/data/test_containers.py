@@ -112,7 +112,7 @@ WHOLE_FILE = {
     "bom16.jsonl": ('{"text": "a"}'.encode("utf-16"), "is UTF-16: use iconv -f UTF-16"),
     "le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "is UTF-16"),
     "be.jsonl": ('{"text": "a"}'.encode("utf-16-be"), "is UTF-16"),
-    "table.csv": (b"text\nhello\n", r"is CSV or plain text: .* or name it \.txt"),
+    "table.csv": (b"text\nhello\n", r"is CSV or text: .* or name it \.txt"),
     "rows.zip": (b"PK\x03\x04..", "is a zip archive: unpack it with unzip"),
     "rows.xz": (b"\xfd7zXZ\0", "is compressed with xz: unpack it with xz -d"),
     "rows.zst": (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it with zstd"),

@@ -188,7 +188,7 @@ def test_nothing_is_overwritten(tmp_path, spec):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     for place in (file, tmp_path / "full"):
-        with pytest.raises(FileExistsError, match="exists and is not overwritten: use"):
+        with pytest.raises(FileExistsError, match="exists, and is not replaced: use"):
             export(file, place, tokenizer=spec)
     assert file.read_bytes() == before
     (tmp_path / "empty").mkdir()
