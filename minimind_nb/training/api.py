@@ -146,17 +146,13 @@ def evaluate(
     `cut` to fit a row, and of those `dropped` because no whole answer fits. Raises what
     `train` raises.
     """
-    settings |= {"which": which, "rope_scaling": rope_scaling}
-    work = functools.partial(_evaluate, source, data_path, **settings)
+    given = source, data_path, which, rope_scaling, settings
+    work = functools.partial(_evaluate, *given)
     return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", on_first_rank(work))
 
 
 def _evaluate(
-    source: str | os.PathLike[str],
-    data_path: str | os.PathLike[str],
-    which: str,
-    rope_scaling: Any,
-    **settings: Any,
+    source: Any, data_path: Any, which: str, rope_scaling: Any, settings: dict[str, Any]
 ) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
