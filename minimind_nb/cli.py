@@ -23,7 +23,7 @@ from . import __version__
 from .config import SHAPE_FIELDS, STAGES, TrainConfig, describe_unknown, kinds
 from .data.containers import iter_chunks
 from .data.conversations import understand
-from .data.demo import named_files, require_data
+from .data.demo import check_files, require_data
 from .data.jsonl import read_rows
 from .launch.outcome import TrainingFailed
 from .session import running_kernel, runs_below
@@ -297,7 +297,7 @@ def run(command: str, **options: Any) -> int:
         options = {"cfg": TrainConfig(**options), **extra}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
-    _check_files(command, options)
+    _check_before_torch(command, options)
     if command == "chat" and options.keys() & set(SHAPE_FIELDS):
         named = options.keys() & {"source", *_LOADING, *SHAPE_FIELDS}
         options["source"] = package.load(**{name: options.pop(name) for name in named})
@@ -313,7 +313,7 @@ def run(command: str, **options: Any) -> int:
     return _EXIT_CODES.get(result.status, 1) if function == "train" else 0
 
 
-def _check_files(command: str, options: Mapping[str, Any]) -> None:
+def _check_before_torch(command: str, options: Mapping[str, Any]) -> None:
     """Refuse wrong files and rows before torch is loaded, which takes seconds."""
     if "torch" in sys.modules:
         return  # the commands check the same
@@ -321,9 +321,9 @@ def _check_files(command: str, options: Mapping[str, Any]) -> None:
     if source and not Path(source).expanduser().exists():
         raise FileNotFoundError(f"{source} does not exist: name a {_HELP['SOURCE']}")
     if not isinstance(cfg, TrainConfig):
-        named_files(options.get("data_path"))
+        check_files(options.get("data_path"))
         return
-    files = named_files(cfg.data_path, cfg.val_path)
+    files = check_files(cfg.data_path, cfg.val_path)
     # A run that is resumed knows its data, and may have its own way with bad rows.
     if cfg.resume not in ("auto", False) or runs_below(Path(cfg.out_dir), cfg.stage):
         return

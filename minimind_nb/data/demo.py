@@ -49,7 +49,7 @@ def locate(
     return path
 
 
-def named_files(*paths: str | tuple[str, ...] | None) -> list[str]:
+def check_files(*paths: str | tuple[str, ...] | None) -> list[str]:
     """Return the files that paths mean, but "demo", each checked by `check_file`."""
     found = itertools.chain(*(find_files(path) for path in paths if path))
     files = [path for path in found if path != DEMO]

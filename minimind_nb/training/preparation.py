@@ -25,7 +25,7 @@ from ..config import (
 )
 from ..data.containers import find_files
 from ..data.corpus import Corpus
-from ..data.demo import named_files, require_data
+from ..data.demo import check_files, require_data
 from ..data.token_cache import REJECTED
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
 from ..hardware import Hardware, count_cores, pays_to_compile
@@ -68,7 +68,7 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     block runs. Raises what `train` raises before anything is started.
     """
     began = time.monotonic()
-    named_files(cfg.data_path, cfg.val_path)
+    check_files(cfg.data_path, cfg.val_path)
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg)
     verified.check_writable(folder.root.parent)
@@ -95,7 +95,7 @@ def draft(cfg: TrainConfig, hardware: Hardware | None = None) -> RunPlan:
     if not isinstance(cfg, TrainConfig):
         found = type(cfg).__name__
         raise TypeError(f"expected a TrainConfig, found {found}: use mm.TrainConfig(…)")
-    named_files(cfg.data_path, cfg.val_path)
+    check_files(cfg.data_path, cfg.val_path)
     folder, initial = locate_run(cfg)
     machine = machine_defaults(cfg, hardware)
     return _draft(cfg, machine, folder, initial, find_checkpoint(folder, cfg))
@@ -142,7 +142,7 @@ def _draft(
 def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
     """Return the run that the settings mean if it is finished and its data is missing."""
     try:
-        named_files(cfg.data_path, cfg.val_path)
+        check_files(cfg.data_path, cfg.val_path)
     except FileNotFoundError as missing:
         with contextlib.suppress(OSError, ValueError):  # `prepare` raises `missing`
             folder, _ = locate_run(cfg)
