@@ -16,12 +16,8 @@ from ..storage import verified
 from .containers import check_file, find_files
 
 DEMO = "demo"
-_FILES = {
-    "pretrain": "demo.jsonl",
-    "sft": "demo_sft.jsonl",
-    "rlaif": "demo_sft.jsonl",
-    "dpo": "demo_dpo.jsonl",
-}
+_FILES = {"pretrain": "demo.jsonl", "dpo": "demo_dpo.jsonl"}
+_CHATS = "demo_sft.jsonl"  # of the other formats
 _ROWS = {
     "pretrain": '{"text": "…"}',
     "sft": '{"conversations": [{"role": "user", "content": "…"}, …]}',
@@ -39,9 +35,9 @@ def locate(
 ) -> Path:
     """Return the file that `data_path` names, checked by `check_file`; "demo" is
     unpacked into `folder` first."""
-    path = Path(data_path)
+    path, name = Path(data_path), _FILES.get(record_format, _CHATS)
     if data_path == DEMO:
-        path, corpus = folder / _FILES[record_format], _shipped(_FILES[record_format])
+        path, corpus = folder / name, _shipped(name)
         if not path.is_file() or path.read_bytes() != corpus:
             verified.check_writable(folder)
             verified.write_text(path, corpus.decode())
