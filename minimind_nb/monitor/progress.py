@@ -51,8 +51,7 @@ def figures(history: History) -> dict[str, str]:
     shown = {"step": f"{step:,}{share}"}
     if (left := seconds_left(history)) is not None:
         shown["time left"] = duration(left)
-    train = history.last("train")
-    if train:
+    if train := history.last("train"):
         shown["loss"] = loss_text(train)
     if validation := history.last("eval"):
         shown["validation"] = loss_text(validation)
