@@ -41,11 +41,11 @@ from .resuming import (
     find_checkpoint,
     keep_identity,
     plan_decay,
-    read_config,
     reconcile_with_existing_run,
     recover,
     source_run,
     undo_decay,
+    upgraded_config,
 )
 from .run_plan import (
     RunPlan,
@@ -146,7 +146,7 @@ def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
     except FileNotFoundError as missing:
         with contextlib.suppress(OSError, ValueError):  # `prepare` raises `missing`
             folder, _ = locate_run(cfg)
-            before = read_config(folder)["settings"]
+            before = upgraded_config(folder)["settings"]
             now = vars(reconcile_with_existing_run(folder, cfg, machine_defaults(cfg)))
             same = all(before[name] == now[name] for name in (*_LENGTH, *_DATA))
             if same and cfg.resume and folder.status() == "finished":

@@ -114,7 +114,7 @@ def reconcile_with_existing_run(
     One that is not asked for keeps the run's value; device, number of processes and
     precision are this machine's. Raises `RuntimeError` for differences not allowed.
     """
-    config = read_config(folder)
+    config = upgraded_config(folder)
     run, asked = config["settings"], _asked(cfg, config["settings"])
     values = run | {**machine, "compile": run["compile"]}
     if "dtype" in config["explicit"] and values["device"] == run["device"]:
@@ -149,7 +149,7 @@ def reconcile_with_existing_run(
     return ResolvedConfig(**values)
 
 
-def read_config(folder: RunFolder) -> dict[str, Any]:
+def upgraded_config(folder: RunFolder) -> dict[str, Any]:
     """Return config.json with what earlier states did not record."""
     config = folder.read_config()
     known = ResolvedConfig.__dataclass_fields__
@@ -181,7 +181,7 @@ def keep_identity(
 
     Raises `RuntimeError` if data, tokenizer or named initial weights have other content.
     """
-    before = read_config(folder)
+    before = upgraded_config(folder)
     then, now = before["hashes"], config["hashes"]
     now["initial"] = then["initial"]
     if cfg.init_from == "none":

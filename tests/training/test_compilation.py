@@ -30,7 +30,7 @@ from minimind_nb.training import preparation, stages
 from minimind_nb.training.api import compile_cache
 from minimind_nb.training.initial_weights import new_model
 from minimind_nb.training.loop import Trainer
-from minimind_nb.training.resuming import read_config
+from minimind_nb.training.resuming import upgraded_config
 from minimind_nb.training.stages import OBJECTIVES, Losses, compile_objective
 
 SMALL = {"preset": "minimind2-small", "max_seq_len": 512, "global_batch": 32}
@@ -138,7 +138,7 @@ def test_a_resumed_run_keeps_it_unless_asked_and_old_runs_are_eager(
     old = folder.read_config()
     del old["settings"]["compile"]
     folder.write_config(old)
-    assert read_config(folder)["settings"]["compile"] is False
+    assert upgraded_config(folder)["settings"]["compile"] is False
 
 
 def test_preferences_are_never_compiled(
