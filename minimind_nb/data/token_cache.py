@@ -272,9 +272,7 @@ def _build(
         }
 
 
-def _encode(
-    source: Source, processes: int
-) -> Generator[tuple[Arrays, Tally], None, None]:
+def _encode(source: Source, processes: int) -> Generator[tuple[Arrays, Tally]]:
     """Encode a file in this process or in helpers; the chunks come in order."""
     chunks = iter_chunks(source.path, CHUNK_BYTES)
     encode = functools.partial(encode_chunk, source.record_format, source.tokenizer)

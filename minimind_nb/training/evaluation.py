@@ -85,9 +85,8 @@ class Evaluator:
         size = (len(rows.sources), 3 + len(metrics))
         sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self.model.eval()
-        share = rows.micro_batches(
-            self.cfg.batch_size, self.group.rank, self.group.size
-        )
+        place = self.group.rank, self.group.size
+        share = rows.micro_batches(self.cfg.batch_size, *place)
         for n, (file, batch) in enumerate(share):
             complete = self.to_device(batch, rows.references.get(n))
             rows.references[n] = complete.reference
