@@ -379,7 +379,7 @@ def feed_metadata(case: Files, place: Path, seeds: Seeds) -> None:
         lambda: repr((run, run.samples(), mm.runs(place))),
         lambda: run.export_csv(place / "table.csv"),
         lambda: result_facts(run.history),
-        lambda: resuming.read_config(RunFolder(run.folder)),
+        lambda: resuming.upgraded_config(RunFolder(run.folder)),
         lambda: compare(read_loaded(run.folder, {}), seeds, STEPS),
         *([run.plot] * (len(run.history.rows) % 5 == 0)),
     ]
