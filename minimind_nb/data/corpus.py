@@ -11,7 +11,7 @@ from .batches import TrainingStream, ValidationRows
 from .containers import check_file, find_files, iter_chunks
 from .conversations import find_stage
 from .demo import DEMO
-from .jsonl import DataError, read_rows
+from .jsonl import Chunk, DataError, read_rows
 from .packing import TruncatedDocuments, split_by_hash, truncate_documents
 from .token_cache import JoinedCache, Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
@@ -25,7 +25,7 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
     if path == DEMO:
         return "pretrain" if demo == "pretrain" else "sft"
     check_file(path)
-    rows, tally = read_rows(next(iter_chunks(path)), lambda row: row)
+    rows, tally = read_rows(next(iter_chunks(path), Chunk(1, b"")), lambda row: row)
     if not rows:
         tally.raise_if_too_many(path)
     found = find_stage(rows[0][1])

@@ -123,7 +123,7 @@ class Tally:
         bad = self.kinds.total()
         total = self.good + bad
         if not total:
-            raise DataError(f"{path} has no rows, and {self.blank} blank lines")
+            raise DataError(f"{path} has no rows: every line in it is blank")
         allowed = max_bad_fraction * total if on_bad_line == "skip" else 0
         if bad <= allowed and self.good:
             return

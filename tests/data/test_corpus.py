@@ -201,6 +201,9 @@ def test_a_file_of_neither_format_says_what_was_found(tmp_path):
     file.write_text("")
     with pytest.raises(DataError, match="is empty"):
         detect_format(file)
+    (blank := tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(DataError, match=r"blank\.txt has no rows: every line"):
+        detect_format(blank)
 
 
 def test_both_answers_of_a_pair_are_on_the_same_side(prepare_rows):

@@ -258,5 +258,5 @@ def test_skipping_is_allowed_up_to_the_fraction():
 
 @pytest.mark.fault("F42")
 def test_file_of_blank_lines_is_refused():
-    with pytest.raises(DataError, match=r"x\.jsonl has no rows, and 2 blank lines"):
+    with pytest.raises(DataError, match=r"x\.jsonl has no rows: every line"):
         read(b"\n \n")[1].raise_if_too_many("x.jsonl")
