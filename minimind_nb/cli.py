@@ -96,6 +96,9 @@ _HELP = {
     "chat seed": "seed of the sampling",
     "export dtype": "precision of the weights: float16, bfloat16 or float32",
     "tokenizer data_path": "data files, separated by commas",
+    "tokenizer out_dir": "folder to write the tokenizer to",
+    "eval data_path": "the file to measure on, texts or conversations",
+    "eval max_seq_len": "tokens in a row (default: as many as SOURCE was trained with)",
     "eval out_dir": "folder for the token cache (default: that of SOURCE)",
     "eval eval_tokens": "largest number of text tokens (default: all)",
     "special": "further special strings, separated by commas",
@@ -273,6 +276,7 @@ def _as_options(text: str) -> str:
     """Write the settings in a message as options: `--resume False` for `resume=False`."""
     names = {name for _, _, names in _COMMANDS.values() for name in names}
     text = re.sub(r'=(\["[^]]*\])', r"='\1'", text)  # quoted for the shell
+    text = re.sub(r"""\bstage=["'](\w+)["']""", r"\1", text)  # a command here
     return re.sub(rf"\b({'|'.join(names)})=", r"--\1 ", text)
 
 
@@ -323,10 +327,10 @@ def _check_before_torch(command: str, options: Mapping[str, Any]) -> None:
     if not isinstance(cfg, TrainConfig):
         check_files(options.get("data_path"))
         return
-    files = check_files(cfg.data_path, cfg.val_path)
-    # A run that is resumed knows its data, and may have its own way with bad rows.
+    # A run that exists knows its data, and may need none or have its way with bad rows.
     if cfg.resume not in ("auto", False) or runs_below(Path(cfg.out_dir), cfg.stage):
         return
+    files = check_files(cfg.data_path, cfg.val_path)
     if command != "bench":
         require_data(cfg)
     for path in files[:1] if cfg.on_bad_line != "skip" else ():

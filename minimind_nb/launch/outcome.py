@@ -80,7 +80,7 @@ class RankRecord:
         fields = {k: v for k, v in vars(self).items() if k != "file"}
         text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")
         try:
-            descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o666)
             with open(descriptor, "wb", buffering=0) as file:
                 file.write(text.ljust(_RECORD_BYTES))
         except OSError as error:

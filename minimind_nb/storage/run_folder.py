@@ -108,7 +108,7 @@ class RunFolder:
         """
         self.lock_file.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        descriptor = os.open(self.lock_file, flags, 0o644)
+        descriptor = os.open(self.lock_file, flags, 0o666)
         with open(descriptor, "r+", encoding="utf-8", errors="replace") as file:
             if not file_system.lock(descriptor, LOCK_EX | LOCK_NB):
                 holder = file.read().strip() or "another process"

@@ -135,10 +135,10 @@ def evaluate(
 ) -> Facts:
     """Measure the loss of a model on a file: the mean over tokens, by all processes.
 
-    `source`, `which` and `rope_scaling` are those of `load`; with the latter, rows are
-    by default as long as the stretched model reads. `data_path` has one {"text": "…"}
-    per line, or {"conversations": […]}, of which the answers are predicted. `settings`
-    are `TrainConfig`'s: max_seq_len, batch_size, num_processes, device, dtype, … (with
+    `source`, `which` and `rope_scaling` are those of `load`. `data_path` has one
+    {"text": "…"} per line, or {"conversations": […]}, of which the answers are predicted.
+    `settings` are `TrainConfig`'s: max_seq_len (default: what the run trained with, or
+    what the stretched model reads), batch_size, num_processes, device, dtype, … (with
     `eval_tokens` only so many tokens are looked at).
 
     Returns loss (nats per token), perplexity, and bits_per_byte of the text or answers,
@@ -165,9 +165,11 @@ def _evaluate(
     home = source.absolute().parent
     out_dir = home if os.access(home, os.W_OK) else "out"
     choices = {"out_dir": out_dir, "eval_tokens": 1 << 62}
-    if rope_scaling is not None:
-        positions = weights.config.max_position_embeddings
-        choices |= {"max_seq_len": positions, "batch_size": 1}
+    length, config = weights.trained_length, weights.config
+    if rope_scaling is not None or (config.inference_rope_scaling and not length):
+        length, choices["batch_size"] = config.max_position_embeddings, 1
+    if length:
+        choices["max_seq_len"] = length
     asked = TrainConfig(stage=stage, **choices | settings)
     caches = current_session().cache_folder(asked.out_dir)
     file = str(locate(data_path, caches, stage))

@@ -151,7 +151,7 @@ def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
             same = all(before[name] == now[name] for name in (*_LENGTH, *_DATA))
             if same and cfg.resume and folder.status() == "finished":
                 logger.warning(
-                    f"{missing}. {folder.root} is finished and needs no data"
+                    f"{folder.root} is finished and needs no data: {missing}"
                 )
                 return folder
     return None
@@ -208,7 +208,10 @@ def _resolve(
         if cfg.tokenizer and cfg.stage == "pretrain":  # which applies no chat template
             kept = read_tokenizer(own)
             other = dataclasses.replace(kept, chat_template=tokenizer.chat_template)
-            if other.fingerprint == tokenizer.fingerprint:
+            if other.fingerprint == tokenizer.fingerprint != kept.fingerprint:
+                logger.warning(
+                    f"{run.root} keeps its chat template, not that of {cfg.tokenizer}"
+                )
                 tokenizer = kept
     else:
         require_data(cfg)
