@@ -31,6 +31,13 @@ _LONG_RUN = re.compile(
     "|".join(f"(?<!{kind}){kind}{{{_LONGEST_RUN}}}" for kind in _CLASSES)
 )
 
+_PROBE = """\
+Hello world, it's a test: they'll say we've 3.14 and I'd don't.  two blanks,\ttabs\t\t\r
+\r
+  lines \u3000\u00a0 自然语言处理，是人工智能的一个方向。鄭國夫人挽歌詞；２０２６年１１月
+naïve Straße e\u0301 Ελλάδα Россия עברית العربية हिन्दी ไทย 日本語 한국어 👩‍👩‍👧 🇨🇳 ½ ² Ⅳ ٣ 𝒳 𠀀
+\u200b\ufeff\ufffd\x00\x1c\x1f\x7f\x85 for i in range(10):\n    print(f'{i:>4}')  # 注释\n\n\n"""
+
 
 class BulkEncoder:
     """Encode many texts into ids that equal those of `tokenizers`.
@@ -50,6 +57,8 @@ class BulkEncoder:
             one["content"] for one in content["added_tokens"] if not one["special"]
         )
         self._tiktoken = _build_tiktoken(content, self._tokenizer)
+        if self._tiktoken and not self._agrees_on_probe():
+            self._tiktoken = None
         self.backend = "tiktoken" if self._tiktoken else "tokenizers"
         self._sizes: np.ndarray | None = None  # bytes of each token
         if self._tiktoken:
@@ -99,6 +108,15 @@ class BulkEncoder:
         self._tokenizer.encode_special_tokens = ordinary
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def _agrees_on_probe(self) -> bool:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        probe = [_PROBE, " a ".join(["", *(one.content for one in added), ""])]
+        return all(
+            [ids.tolist() for ids in self.encode(probe, ordinary)]
+            == [ids.tolist() for ids in self._encode_slowly(probe, ordinary)]
+            for ordinary in (False, True)
+        )
 
 
 def _build_tiktoken(

@@ -233,3 +233,11 @@ def test_vocabulary_of_words_goes_to_tokenizers():
     assert encoder.backend == "tokenizers"
     assert [ids.tolist() for ids in encoder.encode(["low</s>", "x"])] == [[1, 0], [2]]
     assert encoder.encode(["low"], ordinary=True)[0].dtype == np.uint32
+
+
+def test_differing_probe_decides_for_tokenizers(monkeypatch: pytest.MonkeyPatch):
+    split = r" ?\p{L}| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    monkeypatch.setattr("minimind_nb.data.fast_encoding._SPLIT", split)
+    encoder = BulkEncoder(SHIPPED)
+    assert encoder.backend == "tokenizers"
+    assert encoder.encode(["hello"])[0].tolist() == slow_ids("hello")
