@@ -1,5 +1,7 @@
-"""What some file systems lack, such as drives mounted in a notebook: locks, flushed
-folders, a stated size. Each is done without, and a warning says so once."""
+"""Lock, flush and measure free space, also on drives mounted in a notebook.
+
+Such file systems may lack any of these; it is skipped then, with one warning.
+"""
 
 import errno
 import fcntl
@@ -22,7 +24,7 @@ def lock(descriptor: int, operation: int) -> bool:
         return False
     except OSError as error:
         text = "this file system has no file locks: start only one run in a folder"
-        _do_without(error, text)
+        _skip(error, text)
     return True
 
 
@@ -33,7 +35,7 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         text = "this file system cannot flush: a power failure may lose the last files"
-        _do_without(error, text)
+        _skip(error, text)
     finally:
         os.close(descriptor)
 
@@ -47,7 +49,8 @@ def free_bytes(folder: Path) -> float:
     return math.inf
 
 
-def _do_without(error: OSError, warning: str) -> None:
+def _skip(error: OSError, warning: str) -> None:
+    """Warn of an unsupported operation; raise any other error."""
     if error.errno not in _UNSUPPORTED:
         raise error
     _warn_once(warning)

@@ -140,11 +140,14 @@ def _draft(
 
 
 def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
-    """Return the run that the settings mean if it is finished and its data is missing."""
+    """Return the run that the settings mean if it is finished and its data is missing.
+
+    Else None, and `prepare` says what is wrong.
+    """
     try:
         check_files(cfg.data_path, cfg.val_path)
     except FileNotFoundError as missing:
-        with contextlib.suppress(OSError, ValueError):  # `prepare` raises `missing`
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             folder, _ = locate_run(cfg)
             before = upgraded_config(folder)["settings"]
             now = vars(reconcile_with_existing_run(folder, cfg, machine_defaults(cfg)))
@@ -179,7 +182,8 @@ def _find_run_name(cfg: TrainConfig, init_from: str) -> str | None:
     """Return the name of the only run of the stage that fits, or None without one."""
     fits = []
     for run in find_runs(cfg, cfg.stage) if cfg.resume else ():
-        config, settings = run.read_config(), run.settings()
+        config = run.read_config()
+        settings = config["settings"]
         started_so = init_from in ("auto", settings["init_from"])
         if settings["use_moe"] and "use_moe" in config["explicit"]:
             started_so &= cfg.use_moe is not None

@@ -109,6 +109,13 @@ def copy_run(out_dir: Path, name: str, status: str = "finished", **shape: Any) -
     return run
 
 
+def leave_only_files(out_dir: Path, weights_file: Path, *names: str) -> None:
+    """Put bare weights in the place of the run."""
+    shutil.rmtree(out_dir / "pretrain_32")
+    for name in names:
+        shutil.copy(weights_file, out_dir / name)
+
+
 def begin(settings: Settings) -> tuple[RunPlan, list[str]]:
     with logged() as notes:
         return prepare_here(settings), notes
@@ -356,9 +363,7 @@ def test_a_dense_run_of_another_stage_hides_no_mixture(
 def test_of_weights_files_of_one_width_the_dense_one_is_taken(
     sft: Settings, out_dir: Path, weights_file: Path
 ) -> None:
-    shutil.rmtree(out_dir / "pretrain_32")
-    for name in ("pretrain_32.pth", "pretrain_32_moe.pth"):
-        shutil.copy(weights_file, out_dir / name)
+    leave_only_files(out_dir, weights_file, "pretrain_32.pth", "pretrain_32_moe.pth")
     heads = {"num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
     found = find_initial_weights(TrainConfig(**sft, **heads))
     assert found is not None
@@ -376,9 +381,7 @@ def test_runs_that_do_not_fit_the_shape_that_is_set_are_listed(
 def test_several_weights_files_are_listed(
     sft: Settings, out_dir: Path, weights_file: Path
 ) -> None:
-    shutil.rmtree(out_dir / "pretrain_32")
-    for name in ("pretrain_32.pth", "pretrain_64_moe.pth"):
-        shutil.copy(weights_file, out_dir / name)
+    leave_only_files(out_dir, weights_file, "pretrain_32.pth", "pretrain_64_moe.pth")
     text = refusal(ValueError, sft)
     assert f'init_from="{out_dir}/pretrain_32.pth"' in text
     assert "pretrain_64_moe.pth" in text
