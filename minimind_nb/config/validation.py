@@ -59,7 +59,8 @@ _PAIRS = (
     "per_device_train_batch_size=batch_size warmup_steps=warmup_iters "
     "max_grad_norm=grad_clip eval_steps=eval_interval logging_steps=log_interval "
     "save_steps=save_interval save_total_limit=keep_checkpoints "
-    "report_to=use_wandb fp16=dtype bf16=dtype mixed_precision=dtype"
+    "report_to=use_wandb fp16=dtype bf16=dtype mixed_precision=dtype "
+    "rope_scaling=max_seq_len"  # training takes longer rows instead
 ).split()
 _NAMED_ELSEWHERE = {there: here for there, here in (p.split("=") for p in _PAIRS)}
 

@@ -38,6 +38,7 @@ def test_an_unknown_name_gets_the_likely_one():
     [
         ("num_train_epochs", "epochs"),
         ("logging_steps", "log_interval"),
+        ("rope_scaling", "max_seq_len"),
         ("save_steps", "save_interval"),
         ("max_grad_norm", "grad_clip"),
         ("per_device_train_batch_size", "batch_size"),
