@@ -44,7 +44,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.spawn import Job
 from minimind_nb.storage import verified
 from minimind_nb.storage.run_folder import RunFolder, step_of
-from minimind_nb.training import api
+from minimind_nb.training import launching
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 12, 4, 6
@@ -178,8 +178,8 @@ class Campaign:
         spawn._SPAWN = multiprocessing.get_context("fork")
         spawn.POLL_SECONDS = 0.02
         assert torch._dynamo
-        api.choose_threads = lambda *_: 1  # pyright: ignore[reportAttributeAccessIssue]
-        api.save_chart = lambda _: None  # pyright: ignore[reportAttributeAccessIssue]
+        launching.choose_threads = lambda *_: 1  # pyright: ignore[reportAttributeAccessIssue]
+        launching.save_chart = lambda _: None  # pyright: ignore[reportAttributeAccessIssue]
 
     def kill(self, ranks: int, kills: int) -> Lines:
         """Kill so many runs, each once, and see what becomes of them."""
@@ -255,7 +255,7 @@ class Campaign:
         marker.unlink(missing_ok=True)
         started = time.monotonic()
 
-        real = api.run_processes
+        real = launching.run_processes
 
         def kill_in_time(job: Job, on_poll: Callable[[], None]) -> str:
             def look() -> None:
@@ -275,7 +275,7 @@ class Campaign:
                 fault = Fault(kill.point, "kill", str(marker), kill.rank, kill.step)
                 inject(patch, fault)
             elif kill:
-                patch.setattr(api, "run_processes", kill_in_time)
+                patch.setattr(launching, "run_processes", kill_in_time)
             try:
                 assert train(cfg, view=False).status == "finished"
             except TrainingFailed:

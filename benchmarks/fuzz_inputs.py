@@ -33,10 +33,10 @@ from minimind_nb.data.jsonl import Fault
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.model.loading import model_config
 from minimind_nb.monitor import chat as chats
-from minimind_nb.monitor.runs import result_facts
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training import api, resuming
+from minimind_nb.training import api, measurement, resuming
 from minimind_nb.training.preparation import prepare
+from minimind_nb.training.runs import result_facts
 
 Tensors = dict[str, torch.Tensor]
 Files = dict[str, bytes | None]  # to write, or to remove
@@ -113,12 +113,12 @@ def make_seeds(folder: Path) -> Seeds:
 
 def start_nothing() -> None:
     """From now on end a case as fine where it would start a training; cut answers."""
-    changed: Any = (api, chats)
+    changed: Any = (api, chats, measurement)
 
     def start(*_: object, **__: object) -> None:
         raise Finding("fine", "a training would start")
 
-    changed[0]._run = changed[0]._launch = start
+    changed[0]._run = changed[2].launch = start
     real = chats.stream_ids
     changed[1].stream_ids = lambda *a, **b: itertools.islice(real(*a, **b), 3)
 

@@ -21,8 +21,6 @@ from .monitor.comparison import compare as compare
 from .monitor.examination import examine as examine
 from .monitor.inspector import inspect as inspect
 from .monitor.metrics import History as History
-from .monitor.runs import Run as Run
-from .monitor.runs import runs as runs
 from .notebook import check_parameters as check_parameters
 from .notebook import find_runs as find_runs
 from .notebook import notebook_config as notebook_config
@@ -32,8 +30,10 @@ from .planning import preview as preview
 from .session import find_input as find_input
 from .session import find_inputs as find_inputs
 from .session import input_runs as input_runs
-from .training.api import evaluate as evaluate
 from .training.api import train as train
+from .training.measurement import evaluate as evaluate
+from .training.runs import Run as Run
+from .training.runs import runs as runs
 
 __version__: str
 __all__: list[str]

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
-from .monitor.runs import Run
 from .monitor.tables import Facts, Table
 from .session import current_session
 from .storage import verified
 from .storage.run_folder import RunFolder
+from .training.runs import Run
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, describe_unknown, kinds
-from .monitor.runs import Run, runs
 from .session import find_inputs, input_runs
 from .training.api import train
+from .training.runs import Run, runs
 
 _DEMO: dict[str, dict[str, Any]] = {
     "pretrain": {"preset": "demo", "recipe": "demo"},

@@ -170,10 +170,10 @@ def train_once(settings: dict[str, Any], stop_after: int | None) -> None:
 
     from minimind_nb import TrainConfig, train
     from minimind_nb.launch import processes  # pyright: ignore
-    from minimind_nb.training import api, loop
+    from minimind_nb.training import launching, loop
 
     processes._SPAWN = multiprocessing.get_context("fork")  # which keeps the change
-    api.choose_threads = lambda *_: 1  # OpenMP survives no fork with more
+    launching.choose_threads = lambda *_: 1  # OpenMP survives no fork with more
     real = loop.count_step  # pyright: ignore
 
     def count_step(trainer: Any, *given: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from minimind_nb.monitor.charts import Chart
 from minimind_nb.monitor.comparison import LEGEND_COLUMNS, STYLES, compare
-from minimind_nb.monitor.runs import Run
+from minimind_nb.training.runs import Run
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 from minimind_nb.config import PRESETS, TrainConfig, resolve
 from minimind_nb.monitor.charts import Chart
 from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.monitor.runs import (
+from minimind_nb.training.runs import (
     Run,
     result_facts,
     runs,

@@ -22,7 +22,7 @@ import pytest
 from minimind_nb.launch.cancellation import StopRequest
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.spawn import Job
-from minimind_nb.training import api
+from minimind_nb.training import launching
 
 # The function that a point is in front of (or behind): of a step, then of a save, then
 # what else there is.
@@ -70,12 +70,12 @@ class Fault:
 
 def inject(monkeypatch: pytest.MonkeyPatch, *faults: Fault) -> None:
     """Have the next runs of `train` meet these faults, each once."""
-    real = api.run_processes
+    real = launching.run_processes
 
     def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
         return real(with_faults(job, *faults), on_poll)
 
-    monkeypatch.setattr(api, "run_processes", run_processes)
+    monkeypatch.setattr(launching, "run_processes", run_processes)
 
 
 def with_faults(job: Job, *faults: Fault) -> Job:

@@ -12,7 +12,7 @@ import torch._dynamo  # what each rank would import by itself
 from support.runs import Settings
 
 from minimind_nb.launch import spawn
-from minimind_nb.training import api, worker
+from minimind_nb.training import launching, worker
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     assert torch._dynamo
     monkeypatch.setattr(spawn, "_SPAWN", multiprocessing.get_context("fork"))
-    for module in (api, worker):
+    for module in (launching, worker):
         monkeypatch.setattr(module, "choose_threads", lambda *_: 1)
 
 

@@ -37,7 +37,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.spawn import Job
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder, RunLocked
-from minimind_nb.training import api, worker
+from minimind_nb.training import launching, worker
 
 REPORTED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
 
@@ -140,7 +140,7 @@ def test_a_second_call_is_refused_from_preparation_to_end(
             mm.train(cfg, view=False)
         refused.append(time.monotonic() - began)
 
-    real = api.run_processes
+    real = launching.run_processes
 
     def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
         call_again()
@@ -148,7 +148,7 @@ def test_a_second_call_is_refused_from_preparation_to_end(
         call_again()
         return ending
 
-    monkeypatch.setattr(api, "run_processes", run_processes)
+    monkeypatch.setattr(launching, "run_processes", run_processes)
     assert mm.train(cfg, view=False).status == "finished"
     assert len(refused) == 2 and max(refused) < 10.0, "at once"
     assert not RunFolder(Path(settings["out_dir"]) / "pretrain_32").is_locked()
@@ -266,14 +266,14 @@ def test_only_ranks_that_did_not_meet_are_started_once_more(
         jobs.append(job)
         raise mm.TrainingFailed("no answer", 0, phase)
 
-    monkeypatch.setattr(api, "run_processes", fail)
+    monkeypatch.setattr(launching, "run_processes", fail)
     with pytest.raises(mm.TrainingFailed, match="no answer"):
         mm.train(mm.TrainConfig(**settings), view=False)
     assert len(jobs) == starts
 
 
 def test_gpus_that_do_not_meet_are_tried_without_p2p_and_then_without_shm() -> None:
-    assert api._RETRIES["cuda"] == [
+    assert launching._RETRIES["cuda"] == [
         {"NCCL_P2P_DISABLE": "1"},
         {"NCCL_SHM_DISABLE": "1"},
     ]
@@ -493,7 +493,7 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
         record = RankRecord(job.folder.record_file(0), 0)
         return run_here(worker.measure, job.folder, record, HeldStop())
 
-    monkeypatch.setattr(api, "run_processes", measure_here)
+    monkeypatch.setattr(launching, "run_processes", measure_here)
 
 
 def test_a_run_is_measured_by_its_handle_and_its_best_checkpoint(

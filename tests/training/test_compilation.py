@@ -27,8 +27,8 @@ from minimind_nb.data.batches import MicroBatch
 from minimind_nb.hardware import has_compiler, pays_to_compile
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import preparation, stages
-from minimind_nb.training.api import compile_cache
 from minimind_nb.training.initial_weights import new_model
+from minimind_nb.training.launching import compile_cache
 from minimind_nb.training.loop import Trainer
 from minimind_nb.training.resuming import upgraded_config
 from minimind_nb.training.stages import OBJECTIVES, Losses, compile_objective

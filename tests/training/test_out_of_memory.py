@@ -10,7 +10,7 @@ from support.runs import Settings, logged, metric_rows, train_here
 import minimind_nb as mm
 from minimind_nb.config import TrainConfig
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training import api
+from minimind_nb.training import launching
 from minimind_nb.training.preparation import draft
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -170,9 +170,9 @@ def test_an_evaluation_takes_smaller_batches_too(
     expected = mm.evaluate(folder.root, settings["data_path"], batch_size=1, **how)
     inject(monkeypatch, full_above(2, tmp_path, point="validation", step=0))
     starts: list[int] = []
-    run_processes = api.run_processes
+    run_processes = launching.run_processes
     monkeypatch.setattr(
-        api, "run_processes", lambda *a: starts.append(1) or run_processes(*a)
+        launching, "run_processes", lambda *a: starts.append(1) or run_processes(*a)
     )
     scores = mm.evaluate(folder.root, settings["data_path"], batch_size=4, **how)
     assert scores == pytest.approx(expected, rel=1e-6)

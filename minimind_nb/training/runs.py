@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import shorten_home
-from ..storage import verified
-from ..storage.run_folder import RunFolder
-from .metrics import History, flatten
-from .progress import (
+from ..monitor.metrics import History, flatten
+from ..monitor.progress import (
     STATUS_WORDS,
     duration,
     failed_save,
@@ -22,11 +20,13 @@ from .progress import (
     outcome,
     position_text,
 )
-from .references import expected_loss
-from .tables import Table
+from ..monitor.references import expected_loss
+from ..monitor.tables import Table
+from ..storage import verified
+from ..storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from .charts import Chart
+    from ..monitor.charts import Chart
 
 
 class Run:
@@ -62,7 +62,7 @@ class Run:
 
     def plot(self, **choices: Any) -> "Chart":
         """Return the chart of `plot_history`, with its choices (x, y, smoothing, …)."""
-        from .charts import plot_history
+        from ..monitor.charts import plot_history
 
         return plot_history(self.history, **choices)
 
