@@ -65,8 +65,9 @@ class History:
     """The rows of a metrics file, as they stand after every resume.
 
     `rows` holds them in order, non-finite numbers as floats. When a run resumes at step
-    s, earlier rows of a higher step are dropped. `damaged_lines` counts complete lines
-    that are not metrics rows. `History(path)` accepts a file that does not exist yet.
+    s, earlier rows of a higher step and a partial one are dropped. `damaged_lines` counts
+    complete lines that are not metrics rows. `History(path)` accepts a file that does not
+    exist yet.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -123,8 +124,10 @@ class History:
             self.rows.append(row)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows of a higher step, since the weights they describe are lost."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
+        """Drop the rows of a higher step, since the weights they describe are lost, and
+        the row at a stop, which the next one covers."""
+        kept = (row for row in self.rows if row["step"] <= step)
+        self.rows = [row for row in kept if not row.get("partial")]
 
     def select(self, kind: str) -> list[Row]:
         """Return the rows of one kind, oldest first."""

@@ -4,7 +4,7 @@ No random state is kept: every draw of a run is seeded from (seed, rank, step).
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,23 @@ from .run_plan import RunPlan
 
 
 @dataclass
+class LogWindow:
+    """Sums since the last row of metrics, and the newest learning rate and norm.
+
+    `losses` (the auxiliary one and the stage's metrics among them) are weighted by the
+    targets of their step; `counts` are the positions and each expert's choices.
+    """
+
+    losses: torch.Tensor | float = 0.0
+    num_targets: int = 0
+    tokens: int = 0
+    counts: torch.Tensor | float = 0.0
+    learning_rate: float = 0.0
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
 class Progress:
     """The position of a run; `val_loss` is that of this very step, or None."""
 
@@ -29,6 +46,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     val_loss: float | None = None
+    window: LogWindow = field(default_factory=LogWindow)
 
 
 def save_checkpoint(
@@ -65,7 +83,8 @@ def save_checkpoint(
         with verified.writing(target, facts, needed) as aside:
             save_file(weights, aside / WEIGHTS)
             save_file(moments, aside / OPTIMIZER)
-            text = json.dumps(state, indent=2, ensure_ascii=False)
+            style: Any = {"indent": 2, "ensure_ascii": False}
+            text = json.dumps(state, default=torch.Tensor.tolist, **style)
             (aside / STATE).write_text(text, encoding="utf-8")
     try:
         verified.verify(target)
@@ -93,7 +112,12 @@ def load_checkpoint(
     state = read_state(folder)
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    position = state["progress"]
+    window: dict[str, Any] = {
+        name: torch.tensor(value, dtype=torch.float64) if type(value) is list else value
+        for name, value in position.pop("window", {}).items()
+    }
+    return Progress(**position, window=LogWindow(**window))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

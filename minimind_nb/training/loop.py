@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,10 +12,10 @@ from ..hardware import peak_memory_gib
 from ..launch.cancellation import agreed_stop_reason
 from ..model.state_dict import write_pth
 from ..storage.verified import DamagedFolder
-from .checkpoint import save_checkpoint
+from .checkpoint import LogWindow, save_checkpoint
 from .evaluation import answer_prompts, seed_of
 from .optim import learning_rate
-from .trainer import LogWindow, Trainer, describe_lines
+from .trainer import Trainer, describe_lines
 
 _COMPILERS = ("torch._dynamo", "torch._functorch", "torch._inductor", "triton")
 _MAX_FAILED_SAVES = 3
@@ -26,6 +27,8 @@ def fit(trainer: Trainer) -> str:
     if progress.step % cfg.eval_interval == 0 and progress.val_loss is None:
         validate(trainer)  # at first, and what a stop left out
     if progress.step >= total:  # an earlier call may have failed after its checkpoint
+        if progress.window.tokens:
+            log_progress(trainer)
         save(trainer, final=True)
     while progress.step < total:
         stop_reason = train_step(trainer)
@@ -74,7 +77,7 @@ def compute_gradients(trainer: Trainer, batch: StepBatch) -> None:
         losses = sums.share_of(batch, micro_batch.samples)
         trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
         trainer.gradients.add_losses(losses)
-        trainer.window.expert_choices += torch.tensor(trainer.model.expert_load())
+        trainer.count(micro_batch.inputs.numel())
 
 
 def update_weights(trainer: Trainer, norm: float) -> None:
@@ -101,12 +104,12 @@ def record_step(
     trainer: Trainer, batch: StepBatch, losses: list[float], norm: float, seconds: float
 ) -> None:
     """Advance the run by one step, which counts even if it was skipped."""
-    progress, window = trainer.progress, trainer.window
+    progress, window = trainer.progress, trainer.progress.window
     lines = trainer.lines() if progress.skipped_in_a_row else []
     window.losses += torch.tensor(losses, dtype=torch.float64) * batch.num_targets
     window.num_targets += batch.num_targets
     window.tokens += batch.tokens
-    window.positions += sum(one.inputs.numel() for one in batch.micro_batches)
+    window.learning_rate = trainer.optimizer.param_groups[0]["lr"]
     window.grad_norm = norm
     window.seconds += seconds
     progress.step += 1
@@ -173,6 +176,7 @@ def save(trainer: Trainer, final: bool) -> None:
     A save that fails is tried again at the next interval; three in a row, or the one
     at the end, raise `OSError`.
     """
+    trainer.share_counts()
     if trainer.group.rank != 0:
         return
     started, plan = time.monotonic(), trainer.plan
@@ -200,42 +204,42 @@ def save(trainer: Trainer, final: bool) -> None:
 def log_progress(trainer: Trainer) -> None:
     """Append a row of metrics with the means since the last one.
 
-    Raises `RuntimeError` if the weights of the ranks, which all make the same updates,
-    are not the same.
+    A row off the log interval, at a stop, is partial: the next one covers its steps, too.
+    Raises `RuntimeError` if the weights of the ranks, which all make the same updates, are
+    not the same.
     """
-    window, group = trainer.window, trainer.group
+    progress, group = trainer.progress, trainer.group
+    window, partial = progress.window, progress.step % trainer.cfg.log_interval > 0
     ranks = torch.zeros(2, group.size, dtype=torch.float64)
     ranks[0, group.rank] = peak_memory_gib(trainer.device.type)
     sums = [p.detach().sum(dtype=torch.float64) for p in trainer.model.parameters()]
     ranks[1, group.rank] = torch.stack(sums).sum()
-    positions = torch.tensor([window.positions], dtype=torch.float64)
-    load = torch.tensor(trainer.model.expert_load(), dtype=torch.float64)
-    choices = torch.zeros_like(load) + window.expert_choices
-    parts = [ranks.flatten(), positions, choices.flatten()]
-    group.sum(total := torch.cat(parts).to(trainer.device))
-    ranks, positions, choices = total.cpu().split([len(part) for part in parts])
-    memory, checksums = ranks.view(2, -1)
+    group.sum(ranks := ranks.to(trainer.device))
+    memory, checksums = ranks.cpu()
     if not checksums.allclose(checksums[:1], rtol=0, atol=0, equal_nan=True):
         raise RuntimeError(
-            f"the weights of the ranks have drifted apart by step {trainer.progress.step}: "
+            f"the weights of the ranks have drifted apart by step {progress.step}: "
             f"they sum up to {checksums.tolist()}. A device computes wrongly"
         )
     names = ("loss", "aux_loss", *trainer.stage.metrics)
     means = torch.as_tensor(window.losses) / window.num_targets
-    experts = {}
-    if load.numel():  # each expert's share of the choices in its layer
-        choices = choices.view_as(load)
-        experts["expert_load"] = (choices / choices.sum(1, keepdim=True)).tolist()
+    trainer.share_counts()
+    positions, *choices = torch.as_tensor(window.counts)
+    more: dict[str, Any] = {"partial": True} if partial else {}
+    if choices:  # each expert's share of the choices in its layer
+        load = torch.stack(choices).view(len(trainer.model.expert_load()), -1)
+        more["expert_load"] = (load / load.sum(1, keepdim=True)).tolist()
     trainer.log(
         "train",
         **dict(zip(names, means.tolist(), strict=True)),
-        learning_rate=trainer.optimizer.param_groups[0]["lr"],
+        learning_rate=window.learning_rate,
         grad_norm=window.grad_norm,
         tokens_per_second=window.tokens / window.seconds,
-        fill=window.tokens / positions.item(),
+        fill=window.tokens / float(positions),
         peak_memory_gib=memory.tolist(),
         loss_scale=trainer.scaler.get_scale(),
-        skipped_steps=trainer.progress.skipped_steps,
-        **experts,
+        skipped_steps=progress.skipped_steps,
+        **more,
     )
-    trainer.window = LogWindow()
+    if not partial:
+        progress.window = LogWindow()

@@ -330,10 +330,8 @@ def count_steps(
 ) -> int:
     """Return the horizon: the steps made, maybe of another global batch, and those that
     the samples left will make, at most `max_steps` in all."""
-    progress = Progress()
-    if checkpoint:
-        progress = Progress(**read_state(checkpoint)["progress"])
+    at = read_state(checkpoint)["progress"] if checkpoint else vars(Progress())
     stream = corpus.training_stream(cfg, 0)
-    left = max(0, stream.total_samples - progress.samples)
-    total = progress.step + math.ceil(left / cfg.global_batch)
+    left = max(0, stream.total_samples - at["samples"])
+    total = at["step"] + math.ceil(left / cfg.global_batch)
     return min(total, cfg.max_steps or total)

@@ -5,7 +5,6 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,23 +45,6 @@ class SessionClock:
         return time.monotonic() + margin > self.deadline
 
 
-@dataclass
-class LogWindow:
-    """Sums since the last row of metrics, and the newest gradient norm.
-
-    `losses` (the auxiliary one and the stage's metrics among them) are weighted by the
-    targets of their step; `positions` and `expert_choices` are this rank's.
-    """
-
-    losses: torch.Tensor | float = 0.0
-    num_targets: int = 0
-    tokens: int = 0
-    positions: int = 0
-    expert_choices: torch.Tensor | float = 0.0
-    grad_norm: float = 0.0
-    seconds: float = 0.0
-
-
 class Trainer(Evaluator):
     """The parts of a run, restored from its checkpoint if there is one.
 
@@ -96,7 +78,8 @@ class Trainer(Evaluator):
         self.prompts = choose_prompts(self, self.validation) if is_first else []
         self.metrics = MetricsLog(plan.folder.metrics_file if is_first else os.devnull)
         self.clock = SessionClock(plan.deadline if is_first else None)
-        self.window = LogWindow()
+        experts = torch.tensor(self.model.expert_load())
+        self._counts = torch.zeros(1 + experts.numel(), dtype=torch.float64)
         self.failed_saves = 0
 
     def log(self, kind: str, **fields: Any) -> None:
@@ -104,6 +87,18 @@ class Trainer(Evaluator):
         names = ("step", "samples", "tokens", "seconds")
         where = {name: getattr(self.progress, name) for name in names}
         self.metrics.append(kind, **where, **fields)
+
+    def count(self, positions: int) -> None:
+        """Count positions of this rank, and the choices of experts for them."""
+        choices = torch.tensor(self.model.expert_load()).flatten()
+        self._counts[0] += positions
+        self._counts[1:] += choices
+
+    def share_counts(self) -> None:
+        """Move what the ranks counted to the window, which is the same on all."""
+        self.group.sum(total := self._counts.to(self.device))
+        self.progress.window.counts += total.cpu()
+        self._counts.zero_()
 
     def stop_flags(self) -> list[float]:
         """Return this rank's stop flags, the session's deadline considered."""

@@ -149,7 +149,7 @@ def test_a_replaced_file_is_read_from_its_start(tmp_path):
     ("event", "losses"),
     [("resume", [10.0, 20.0, -30.0]), ("start", [-30.0])],
 )
-def test_resuming_drops_rows_of_a_higher_step_and_starting_over_all(
+def test_resuming_drops_lost_and_partial_rows_and_starting_over_all(
     tmp_path, event, losses
 ):
     path = tmp_path / "metrics.jsonl"
@@ -158,6 +158,7 @@ def test_resuming_drops_rows_of_a_higher_step_and_starting_over_all(
         ("event", {"event": "start", "step": 0}),
         *[("train", {"step": step, "loss": step}) for step in (10, 20, 30)],
         ("eval", {"step": 30, "loss": 1}),
+        ("train", {"step": 15, "loss": 15, "partial": True}),
         ("event", {"event": event, "step": 20}),
         ("train", {"step": 30, "loss": -30}),
     )

@@ -12,12 +12,15 @@ from support.runs import (
     train_here,
 )
 
+import minimind_nb as mm
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
 from minimind_nb.training.evaluation import seed_of
 from minimind_nb.training.loop import Trainer
 from minimind_nb.training.stages import Stage
+
+MEASURED = {"seconds", "tokens_per_second", "peak_memory_gib"}
 
 
 def losses(folder: RunFolder) -> list[float]:
@@ -65,6 +68,46 @@ def test_resumed_run_equals_uninterrupted_run(
         ("eval", ("step", "loss")),
     ):
         assert metric_rows(folder, kind, *names) == metric_rows(straight, kind, *names)
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_row_after_a_stop_covers_the_steps_before_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    settings |= {"use_moe": True, "num_processes": ranks, "batch_size": 4 // ranks}
+    settings |= {"log_interval": 5, "max_steps": 13, "epochs": 4}
+    real = Trainer.stop_flags
+
+    def stop_at_7_and_8(trainer: Trainer) -> list[float]:
+        if trainer.progress.step in (6, 7) and "broken" in trainer.cfg.out_dir:
+            trainer.stop.reason = "interrupted"
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "stop_flags", stop_at_7_and_8)
+    found = []
+    for name in ("straight", "broken", "broken", "broken"):
+        cfg = mm.TrainConfig(**{**settings, "out_dir": str(tmp_path / name)})
+        rows = mm.train(cfg, view=False).history.select("train")
+        found.append([{n: row[n] for n in row.keys() - MEASURED} for row in rows])
+    steps = [[row["step"] for row in rows] for rows in found]
+    assert steps == [[5, 10, 13], [5, 7], [5, 8], [5, 10, 13]]
+    assert found[3] == found[0]
+    assert found[0][2]["partial"], "more steps would join this row"
+
+
+def test_a_run_killed_after_its_last_checkpoint_ends_with_its_last_row(
+    settings: Settings,
+) -> None:
+    settings |= {"log_interval": 5, "max_steps": 7}
+    _, folder = train_here(settings)
+    before = History(folder.metrics_file).select("train")
+    folder.record_file(0).unlink()
+    assert train_here(settings)[0] == "finished"
+    after = History(folder.metrics_file).select("train")
+    assert [row["step"] for row in after] == [5, 7]
+    memory = "peak_memory_gib"
+    assert after[1] | {memory: 0} == before[1] | {memory: 0}
 
 
 def test_three_epochs_cross_an_epochs_end_within_a_step(settings: Settings) -> None:
