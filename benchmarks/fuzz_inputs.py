@@ -24,7 +24,7 @@ from support.small_models import make_tokenizer
 from tokenizers import Tokenizer
 
 import minimind_nb as mm
-from minimind_nb import cli, planning
+from minimind_nb import cli
 from minimind_nb.config import STAGES, kinds, presets, resolve
 from minimind_nb.config.settings import ResolvedConfig
 from minimind_nb.data import chat_template, containers, fast_encoding, tokenizer
@@ -105,7 +105,6 @@ def make_seeds(folder: Path) -> Seeds:
     for kind in ("llama", "minimind"):
         mm.export(run.root, folder / kind, format=kind)
     mm.Run(run.root).plot().png()
-    planning.measure_products("cpu", "float32", 0.3)
     found = {int(one.name[5:]): one for one in run.checkpoint_folders()}
     tensors = {n: load_file(one / "model.safetensors") for n, one in found.items()}
     return Seeds(folder, spec, run, tensors, settings)

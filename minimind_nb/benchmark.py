@@ -11,11 +11,11 @@ from pathlib import Path
 
 from .config import TrainConfig, count_parameters, flops_per_token
 from .data.demo import DEMO
-from .hardware import Hardware, detect_hardware
+from .hardware import Hardware, detect_hardware, measure_products
 from .lifetime import without_main_script
 from .monitor.progress import duration
 from .monitor.tables import Facts
-from .planning import Estimate, measure_products
+from .planning import Estimate
 from .session import current_session
 from .training.api import train
 from .training.initial_weights import NoInitialWeights

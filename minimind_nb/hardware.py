@@ -1,12 +1,15 @@
 """The processors of this machine, and the precision that suits them."""
 
+import functools
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +18,10 @@ from .config import ResolvedConfig, flops_per_token
 
 BF16_CAPABILITY, TRITON_CAPABILITY = (8, 0), (7, 0)
 _ASK_SECONDS = 120
+# FLOP/s that the 70 W cap lets a T4 sustain in products, of 65 and 8.1 TFLOP/s nominal;
+# in fp32 the same share is assumed.
+_SUSTAINED = {"Tesla T4": {"float16": 24e12, "float32": 3e12}}
+_PRODUCT_SECONDS = 0.3
 # FLOP/s of eager steps: a Xeon's core in fp32, measured; a T4 in fp16, expected.
 _EAGER_FLOPS = {"cpu": 80e9, "cuda": 12e12}
 # On a CPU 26 M parameters compile in 46 s, which saves 5 to 20 % of the time; half of
@@ -98,6 +105,43 @@ def pays_to_compile(cfg: ResolvedConfig, steps: int, cores: int) -> bool:
     rate = _EAGER_FLOPS[cfg.device] * cfg.num_processes * threads
     flops = flops_per_token(vars(cfg)) * steps * cfg.global_batch * cfg.max_seq_len
     return flops / rate >= (_LEAST_OF_MIXTURES if cfg.use_moe else _LEAST_SECONDS)
+
+
+def machine_flops(cfg: ResolvedConfig, dtype: str, gpus: Sequence[Gpu]) -> float:
+    """Return the FLOP/s of matrix products in a precision, over all processes of a run.
+
+    Measured on a CPU, once, with the threads that they have together, and known for some
+    GPUs; 0 for others.
+    """
+    if cfg.device == "cuda":
+        return cfg.num_processes * _SUSTAINED.get(gpus[0].name, {}).get(dtype, 0.0)
+    cores, processes = count_cores(), cfg.num_processes
+    threads = min(cores, processes * choose_threads(processes, cores))
+    return measure_products("cpu", dtype, _PRODUCT_SECONDS, threads)
+
+
+@functools.cache
+def measure_products(
+    device: str, dtype: str, seconds: float, threads: int = 0
+) -> float:
+    """Return the FLOP/s of square matrix products in a precision on a device.
+
+    `threads` are those of a CPU, by default as many as torch has.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    size = 1024 if device == "cpu" else 4096
+    own = torch.Generator(device)  # the caller's draws stay as they are
+    a = torch.randn(size, size, device=device, generator=own).to(getattr(torch, dtype))
+    torch.mm(a, a)[0, 0].item()  # the first product allocates
+    count, began = 0, time.monotonic()
+    while (spent := time.monotonic() - began) < seconds:
+        torch.mm(a, a)[0, 0].item()  # waits for the device
+        count += 1
+    torch.set_num_threads(before)
+    return count * 2 * size**3 / spent
 
 
 def detect_hardware() -> Hardware:

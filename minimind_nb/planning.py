@@ -1,10 +1,8 @@
 """The cost of a run before it starts: parameters, tokens, memory, hours; a preview."""
 
-import functools
 import itertools
 import json
 import shlex
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -20,7 +18,7 @@ from .config import (
     flops_per_token,
 )
 from .data.tokenizer import load_tokenizer
-from .hardware import Hardware, detect_hardware
+from .hardware import Hardware, detect_hardware, machine_flops
 from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.references import expected_loss
@@ -30,14 +28,11 @@ from .training.initial_weights import NoInitialWeights
 from .training.preparation import draft
 from .training.run_plan import RunPlan, describe_rows, describe_truncated
 
-# FLOP/s that the 70 W cap lets a T4 sustain in products, of 65 and 8.1 TFLOP/s nominal;
-# in fp32 the same share is assumed.
-_SUSTAINED = {"Tesla T4": {"float16": 24e12, "float32": 3e12}}
 _UNKNOWN = "known after the first steps: no figure for this GPU"
 # Beside products, in fp32 FLOP that take as long: for a column of a block, for a logit;
 # for Muon's update of a parameter, by the width. Fitted to 1.6 M and 26 M parameters.
 _COLUMN_FLOPS, _LOGIT_FLOPS, _MUON_FLOPS = 9400, 880, 31
-_GEMM_SECONDS, _START_SECONDS, _ANSWERS_SECONDS = 0.3, 8.0, 0.5
+_START_SECONDS, _ANSWERS_SECONDS = 8.0, 0.5
 _TOKENS_A_PARAMETER, _ENOUGH = 20, 15  # Hoffmann et al. 2022; what a shape must get
 _MOST_EPOCHS = 4  # that are nearly as good as new text: Muennighoff et al. 2023
 _MACHINE = ("device", "num_processes", "dtype", "max_seq_len")
@@ -215,11 +210,7 @@ def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
     """Return text tokens/s by the rates of products, measured on a CPU and known for
     some GPUs; 0 for others. Every process makes the whole update."""
     kinds, size = (cfg.dtype, "float32"), cfg.num_processes
-    if cfg.device == "cpu":
-        rates = [measure_products("cpu", kind, _GEMM_SECONDS) / size for kind in kinds]
-    else:
-        known = _SUSTAINED.get(hardware.gpus[0].name, {})
-        rates = [known.get(kind, 0.0) for kind in kinds]
+    rates = [machine_flops(cfg, kind, hardware.gpus) / size for kind in kinds]
     if not all(rates):
         return 0.0
     beside = _COLUMN_FLOPS * cfg.num_hidden_layers * cfg.hidden_size
@@ -228,21 +219,6 @@ def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
     matrices = count_parameters(cfg.shape())["total"] - cfg.vocab_size * cfg.hidden_size
     update = _MUON_FLOPS * cfg.hidden_size * matrices * (cfg.optimizer == "muon")
     return 1 / (token + update / rates[0] / (cfg.global_batch * cfg.max_seq_len))
-
-
-@functools.cache
-def measure_products(device: str, dtype: str, seconds: float) -> float:
-    """Return the FLOP/s of square matrix products in a precision on a device."""
-    import torch
-
-    size = 1024 if device == "cpu" else 4096
-    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    torch.mm(a, a)[0, 0].item()  # the first product allocates
-    count, began = 0, time.monotonic()
-    while (spent := time.monotonic() - began) < seconds:
-        torch.mm(a, a)[0, 0].item()  # waits for the device
-        count += 1
-    return count * 2 * size**3 / spent
 
 
 class Preview(list[str]):

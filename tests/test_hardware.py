@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from minimind_nb import hardware
+from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.hardware import (
     Gpu,
     Hardware,
@@ -10,6 +12,8 @@ from minimind_nb.hardware import (
     choose_threads,
     count_cores,
     detect_hardware,
+    machine_flops,
+    measure_products,
     peak_memory_gib,
 )
 
@@ -112,6 +116,33 @@ def test_a_gpu_that_does_not_answer_is_named_with_its_error(monkeypatch):
     assert text.startswith("CUDA is installed but does not answer:")
     assert "driver too old" in text
     assert 'Train on the CPU with device="cpu", or fix the driver installation.' in text
+
+
+def test_products_are_counted_in_their_precision_and_draw_nothing():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for kind in ("float32", "bfloat16"):
+        assert 1e8 < measure_products("cpu", kind, 0.01, threads=1) < 1e16
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "processes", "flops"),
+    [(None, 1, 2e9), (None, 2, 4e9), (None, 9, 4e9), ("Tesla T4", 2, 48e12)]
+    + [("Z9000", 2, 0)],
+)
+def test_a_machines_products_are_those_of_all_processes(
+    gpu, processes, flops, monkeypatch
+):
+    """A core of the two that this machine has makes 2 GFLOP/s, a process's thread one."""
+    monkeypatch.setattr(hardware, "count_cores", lambda: 2)
+    monkeypatch.setattr(hardware, "measure_products", lambda *a: 2e9 * a[3])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    device, dtype = ("cuda", "float16") if gpu else ("cpu", "float32")
+    run = {"device": device, "dtype": dtype, "num_processes": processes}
+    gpus = [Gpu(gpu, (7, 5), 15.0)] * 2 if gpu else []
+    cfg = resolve(TrainConfig(**run))
+    assert machine_flops(cfg, cfg.dtype, gpus) == flops
 
 
 def test_native_bf16_is_what_onednn_reports(monkeypatch):

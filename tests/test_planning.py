@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from support.runs import train_here
 
-from minimind_nb import cli, planning
+from minimind_nb import cli, hardware, planning
 from minimind_nb.config import TrainConfig, flops_per_token, resolve
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.planning import plan, preview
 from minimind_nb.session import Session
-from minimind_nb.training import machine, run_plan
+from minimind_nb.training import machine, preparation, run_plan
 
 CPU = Hardware((), cpu_cores=2, cpu_native_bf16=False, memory_gib=8.0)
 
@@ -28,10 +28,10 @@ def settings(tmp_path, monkeypatch) -> dict[str, Any]:
     rows = ({"text": f"The cat saw {n} birds and {7 * n} mice."} for n in range(60))
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for module in (planning, machine):
+    for module in (planning, machine, preparation):
         monkeypatch.setattr(module, "detect_hardware", lambda: CPU)
     monkeypatch.setattr(run_plan, "current_session", lambda: Session("plain"))
-    monkeypatch.setattr(planning, "_GEMM_SECONDS", 0.001)
+    monkeypatch.setattr(hardware, "_PRODUCT_SECONDS", 0.001)
     return {
         "data_path": path,
         "out_dir": tmp_path / "out",
@@ -134,7 +134,7 @@ def test_a_known_gpus_speed_is_expected(settings, monkeypatch):
 
 
 def test_validations_and_start_up_take_time(settings, monkeypatch):
-    monkeypatch.setattr(planning, "measure_products", lambda *_: 1e12)
+    monkeypatch.setattr(hardware, "measure_products", lambda *_: 1e12)
     own = {**settings, "eval_interval": 1, "sample_tokens": 0, "max_seq_len": 32}
     cfg = TrainConfig(**{**own, "max_steps": 3})
     estimate = planning.Estimate(planning.draft(cfg), CPU)
@@ -147,7 +147,7 @@ def test_validations_and_start_up_take_time(settings, monkeypatch):
 
 def test_reduced_precision_has_its_own_rate(settings, monkeypatch):
     rates = {"float32": 1e11, "bfloat16": 4e11}
-    monkeypatch.setattr(planning, "measure_products", lambda _, kind, __: rates[kind])
+    monkeypatch.setattr(hardware, "measure_products", lambda _, kind, *__: rates[kind])
     fp32, bf16 = (
         planning.expected_speed(resolve(TrainConfig(preset="demo", dtype=kind)), CPU)
         for kind in rates
@@ -192,7 +192,7 @@ def test_the_largest_shape_that_gets_enough_tokens_is_chosen(
 
 @pytest.fixture
 def slow(monkeypatch) -> None:
-    monkeypatch.setattr(planning, "measure_products", lambda *_: 1e8)
+    monkeypatch.setattr(hardware, "measure_products", lambda *_: 1e8)
 
 
 def test_hours_choose_a_preset_and_a_length_that_fit(settings, slow):

@@ -28,7 +28,13 @@ from ..data.corpus import Corpus
 from ..data.demo import check_files, require_data
 from ..data.token_cache import REJECTED
 from ..data.tokenizer import TokenizerSpec, read_tokenizer
-from ..hardware import Hardware, count_cores, pays_to_compile
+from ..hardware import (
+    Hardware,
+    count_cores,
+    detect_hardware,
+    machine_flops,
+    pays_to_compile,
+)
 from ..model.loading import FoundWeights
 from ..session import current_session
 from ..storage import verified
@@ -70,7 +76,8 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
     began = time.monotonic()
     check_files(cfg.data_path, cfg.val_path)
     folder, initial = locate_run(cfg)
-    machine = machine_defaults(cfg)
+    hardware = detect_hardware()
+    machine = machine_defaults(cfg, hardware)
     verified.check_writable(folder.root.parent)
     with folder.lock() as lock:
         recover(folder)
@@ -83,6 +90,8 @@ def prepare(cfg: TrainConfig) -> Iterator[tuple[RunPlan, int]]:
         plan.deadline = None if left is None else time.monotonic() + left
         if not plan.complete:
             check_room(plan)
+            gpus = hardware.gpus
+            plan.machine_flops = machine_flops(plan.cfg, plan.cfg.dtype, gpus)
             _begin(plan)
         yield plan, lock
 

@@ -30,7 +30,8 @@ class RunPlan:
 
     `config` is the content of config.json, `initial` the file with the initial weights,
     if any, `checkpoint` the folder to resume from. If `complete`, nothing is left to do.
-    `deadline` is on the monotonic clock, in seconds.
+    `deadline` is on the monotonic clock, in seconds; `machine_flops` are those of matrix
+    products in the run's precision, over all processes, or 0.
     """
 
     config: dict[str, Any]
@@ -41,6 +42,7 @@ class RunPlan:
     checkpoint: Path | None = None
     complete: bool = False
     deadline: float | None = None
+    machine_flops: float = 0.0
 
     @cached_property
     def cfg(self) -> ResolvedConfig:
@@ -79,6 +81,7 @@ class RunPlan:
             "initial": shorten_home(self.initial and str(self.initial)),
             "checkpoint": self.checkpoint and self.checkpoint.name,
             "deadline": self.deadline,
+            "machine_flops": self.machine_flops,
         }
         text = json.dumps(plan, indent=2, ensure_ascii=False)
         verified.write_text(self.folder.plan_file, f"{text}\n")
@@ -110,6 +113,7 @@ class RunPlan:
             initial=plan["initial"] and Path(plan["initial"]).expanduser(),
             checkpoint=checkpoint and folder.checkpoints / checkpoint,
             deadline=plan["deadline"],
+            machine_flops=plan["machine_flops"],
         )
 
 

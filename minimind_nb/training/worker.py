@@ -77,6 +77,7 @@ def log_start(trainer: Trainer) -> None:
     """Log the position and the horizon of a run that starts or is resumed."""
     at, stream, total = trainer.progress, trainer.stream, trainer.plan.total_steps
     trainer.record.update(step=at.step, total_steps=total)
+    known = {"machine_flops": flops} if (flops := trainer.plan.machine_flops) else {}
     samples_left = max(0, total - at.step) * trainer.cfg.global_batch
     trainer.log(
         "event",
@@ -88,6 +89,7 @@ def log_start(trainer: Trainer) -> None:
         global_batch=trainer.cfg.global_batch,
         cut=stream.truncated.cut,
         dropped=stream.truncated.dropped,
+        **known,
     )
     rows, full = trainer.cfg.batch_size, trainer.plan.config.get("too_large_batch_size")
     if full and rows < full:

@@ -33,6 +33,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_files(settings: Settings) -> None:
     first, *_, last = losses(folder)
     assert first == pytest.approx(math.log(6400), abs=0.3)
     assert last < first - 0.5
+    assert 1e8 < History(folder.metrics_file).session[0]["machine_flops"] < 1e16
     evals = metric_rows(folder, "eval", "step", "loss", "perplexity")
     assert [step for step, _, _ in evals] == [0, 4, 8, 12]
     assert evals[-1][2] == pytest.approx(math.exp(evals[-1][1]))

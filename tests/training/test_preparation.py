@@ -16,6 +16,7 @@ from minimind_nb.data import token_cache
 from minimind_nb.data.jsonl import DataError
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.training import machine as machine_module
+from minimind_nb.training import preparation
 from minimind_nb.training.preparation import draft
 
 
@@ -167,7 +168,8 @@ def test_a_resumed_run_needs_no_room_for_checkpoints_that_exist(
 
 def machine(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
     hardware = Hardware(gpus, cpu_cores=4, cpu_native_bf16=False, memory_gib=29.0)
-    monkeypatch.setattr(machine_module, "detect_hardware", lambda: hardware)
+    for module in (machine_module, preparation):
+        monkeypatch.setattr(module, "detect_hardware", lambda: hardware)
 
 
 T4 = Gpu("Tesla T4", (7, 5), 14.6)
