@@ -8,6 +8,7 @@ listed once, in the stub beside this file, which type checkers read.
 import ast
 import importlib
 import pkgutil
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    if "IPython" in sys.modules:  # in a cell a mistake needs no traceback
+        from .errors import concise
+
+        value = concise(value)
     globals()[name] = value
     return value
 

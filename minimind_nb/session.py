@@ -22,7 +22,8 @@ _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also tak
 class Session:
     """The place that a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `batch` is true of a Kaggle commit; `scratch` is thrown away at the end; below the
+    `batch` is true if nobody looks until the end, as in a Kaggle commit: then progress
+    goes to the log every `log_seconds`. `scratch` is thrown away at the end; below the
     read-only `inputs` data sets and other notebooks' outputs are mounted.
     """
 
@@ -30,6 +31,7 @@ class Session:
     batch: bool = False
     scratch: Path | None = None
     inputs: Path | None = None
+    log_seconds: float = 60.0
 
     def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
         """Return the folder for token caches; Kaggle saves `/kaggle/working` each time."""
@@ -53,19 +55,36 @@ class Session:
         return hours * 3600 - age
 
 
-def running_kernel() -> Any:
-    """Return the Jupyter kernel that this process is, or None."""
-    if "ipykernel" not in sys.modules:
+def running_shell() -> Any:
+    """Return the IPython shell that this process is, in a terminal or kernel, or None."""
+    if "IPython" not in sys.modules:
         return None
     from IPython.core.getipython import get_ipython
 
-    return getattr(get_ipython(), "kernel", None)
+    return get_ipython()
+
+
+def running_kernel() -> Any:
+    """Return the Jupyter kernel that this process is, or None."""
+    return getattr(running_shell(), "kernel", None)
+
+
+def is_watched() -> bool:
+    """Return whether this is an IPython shell, and no batch run of a whole notebook."""
+    session, kernel = current_session(), running_kernel()
+    if session.batch or not kernel:
+        return not session.batch and running_shell() is not None
+    # A program that executes whole notebooks does not answer `input()`; hosted front
+    # ends have their own ways for that.
+    request = kernel.get_parent().get("content", {})
+    return session.kind != "plain" or request.get("allow_stdin", True)
 
 
 def current_session(environ: Mapping[str, str] = os.environ) -> Session:
     """Tell Kaggle, Colab and a plain machine apart.
 
-    MINIMIND_NB_INPUTS names a folder to use instead of `/kaggle/input`.
+    MINIMIND_NB_INPUTS names a folder to use instead of `/kaggle/input`. Elsewhere than on
+    Kaggle, MINIMIND_NB_LOG_SECONDS makes a batch run that logs progress so often.
     """
     # An API key on a laptop sets other variables that start with KAGGLE.
     named = environ.get("MINIMIND_NB_INPUTS")
@@ -74,7 +93,8 @@ def current_session(environ: Mapping[str, str] = os.environ) -> Session:
         inputs = inputs or Path("/kaggle/input")
         return Session("kaggle", run_type == "Batch", Path("/kaggle/temp"), inputs)
     kind = "colab" if "COLAB_RELEASE_TAG" in environ else "plain"
-    return Session(kind, inputs=inputs)
+    seconds = environ.get("MINIMIND_NB_LOG_SECONDS")
+    return Session(kind, bool(seconds), inputs=inputs, log_seconds=float(seconds or 60))
 
 
 def find_input(path: Any) -> Any:

@@ -40,7 +40,9 @@ def kernel(tmp_path: Path) -> Iterator[tuple[KernelManager, BlockingKernelClient
     manager.shutdown_kernel(now=True)
 
 
-def run_cell(client: BlockingKernelClient, code: str) -> tuple[str, list[dict]]:
+def run_cell(
+    client: BlockingKernelClient, code: str, **how: Any
+) -> tuple[str, list[dict]]:
     """The status of a cell, and its outputs as the front end would keep them."""
     outputs: list[dict] = []
 
@@ -52,7 +54,7 @@ def run_cell(client: BlockingKernelClient, code: str) -> tuple[str, list[dict]]:
             outputs.append(content)
 
     reply = client.execute_interactive(
-        code, timeout=SECONDS, output_hook=keep, stop_on_error=False
+        code, timeout=SECONDS, output_hook=keep, stop_on_error=False, **how
     )
     return reply["content"]["status"], outputs
 
@@ -101,6 +103,19 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
     )
     assert outputs[-1]["text"].startswith("finished")
     assert outputs[-1]["text"].strip().endswith("True"), "the handler is as before"
+
+
+def test_a_mistake_has_a_traceback_only_where_nobody_looks(
+    kernel: tuple[KernelManager, BlockingKernelClient],
+) -> None:
+    _, client = kernel
+    code = "import minimind_nb as mm\nmm.TrainConfig(epoch=3)"
+    _, (watched,) = run_cell(client, code)
+    assert watched["ename"] == "ValueError" and "did you mean" in watched["evalue"]
+    assert watched["traceback"][0] == f"ValueError: {watched['evalue']}"
+    assert watched["traceback"][1:] == ["", "Type %tb for the full traceback."]
+    _, (batch,) = run_cell(client, code, allow_stdin=False)
+    assert "Traceback" in batch["traceback"][1]
 
 
 @pytest.fixture

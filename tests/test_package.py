@@ -23,6 +23,7 @@ ROOMS = (
     {"lifetime", "hardware"},
     {"storage"},
     {"session"},
+    {"errors"},
     {"data"},
     {"launch"},
     {"model"},
