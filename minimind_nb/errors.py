@@ -1,42 +1,33 @@
-"""Errors of the user's making, shown in a cell as their text instead of a traceback.
-
-IPython shows what an exception's `_render_traceback_` returns, if it has one.
-"""
+"""Errors of the user's making, shown in a cell as their text instead of a traceback."""
 
 import dis
 import functools
 import inspect
-from collections.abc import Callable
+import traceback
 from typing import Any
 
 from .session import is_watched
 
-_KINDS = ValueError, TypeError, OSError, RuntimeError
-
 
 def concise(value: Any) -> Any:
-    """Return a function whose deliberate errors are shown briefly, or change a class so.
+    """Return a function whose deliberate errors a cell shows briefly; or change a class.
 
-    Logs and batch runs keep the traceback, as do errors that are a fault of the package.
-    Classes with a base are left alone.
+    A class with a base is left alone. Logs and batch runs keep every traceback.
     """
-    if not inspect.isclass(value):
-        return _wrap(value)
-    for name, own in [*vars(value).items()] if value.__bases__ == (object,) else ():
-        public = inspect.isfunction(own) and not name.startswith("_")
-        if public or name in ("__new__", "__init__"):
-            setattr(value, name, _wrap(getattr(value, name)))
-    return value
+    if inspect.isclass(value):
+        for name, own in [*vars(value).items()] if value.__bases__ == (object,) else ():
+            public = inspect.isfunction(own) and not name.startswith("_")
+            if public or name in ("__new__", "__init__"):
+                setattr(value, name, concise(getattr(value, name)))
+        return value
 
-
-def _wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
+    @functools.wraps(value)
     def call(*arguments: Any, **settings: Any) -> Any:
         try:
-            return function(*arguments, **settings)
-        except _KINDS as error:
+            return value(*arguments, **settings)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
             if _is_deliberate(error) and is_watched():
-                shown: Any = error
+                shown: Any = error  # IPython shows what this returns
                 shown._render_traceback_ = functools.partial(_render_once, error)
             raise
 
@@ -44,22 +35,14 @@ def _wrap(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_deliberate(error: Exception) -> bool:
-    """Return whether a `raise` of this package made the error, or a name it has not."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    if not trace:
-        return False
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    if module.partition(".")[0] != __package__:
-        return False
-    opcode = trace.tb_frame.f_code.co_code[trace.tb_lasti]
-    call = isinstance(error, TypeError) and "argument" in str(error)
-    return call or dis.opname[opcode] == "RAISE_VARARGS"
+    """Return whether the package raised it, or lacks the name of an argument."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    own = frame.f_globals.get("__name__", "").partition(".")[0] == __package__
+    raised = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "RAISE_VARARGS"
+    return own and (raised or isinstance(error, TypeError) and "argument" in str(error))
 
 
 def _render_once(error: Any) -> list[str]:
-    """Return the lines to show, the first time: `%tb` then shows the traceback."""
-    del error._render_traceback_
+    del error._render_traceback_  # so that %tb shows the traceback
     text = f"{type(error).__name__}: {error}"
     return [text, "", "Type %tb for the full traceback."]

@@ -58,8 +58,7 @@ def plan(cfg: TrainConfig, hours: float | None = None) -> Facts:
         return _describe(cfg, hardware)
     cfg = fit_to_hours(cfg, hours, hardware)
     facts, asked = _describe(cfg, hardware), cfg.explicit()
-    python = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-    facts["in Python"] = f"mm.TrainConfig({python})"
+    facts["in Python"] = repr(cfg)
     facts["in a shell"] = f"minimind-nb {asked.pop('stage', cfg.stage)}"
     for name, value in asked.items():
         text = value if isinstance(value, str) else json.dumps(value)

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import html
 import os
 import types
 import typing
@@ -14,10 +15,14 @@ from .presets import SHAPE_FIELDS, WEIGHTS_NAMES, default_run_name, fill_default
 from .validation import validate
 
 _DEFAULT: Any = None  # of fields that `resolve` always fills in: None until then
+_SHOWN = (  # in a cell, beside what is set
+    "hidden_size num_hidden_layers max_seq_len epochs learning_rate optimizer schedule"
+).split()
+_CELL = "<td style='text-align:left'>"
 PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainConfig:
     """Every setting of a run as asked for; None means the default.
 
@@ -201,6 +206,23 @@ class TrainConfig:
             object.__setattr__(self, name, plain)
         validate(vars(self), kinds(type(self)), isinstance(self, ResolvedConfig))
 
+    def __repr__(self) -> str:
+        """Return the explicit settings as Python: "mm.TrainConfig(epochs=2)"."""
+        settings = (f"{name}={value!r}" for name, value in self.explicit().items())
+        return f"mm.{type(self).__name__}({', '.join(settings)})"
+
+    def _repr_html_(self) -> str:
+        """Return a table of what is set, and of defaults that are known without data."""
+        asked = self.explicit()
+        names = [n for n in _SHOWN if self.stage == "pretrain" or n not in SHAPE_FIELDS]
+        defaults = {n: fill_defaults(asked)[n] for n in names if n not in asked}
+        page = "<b>TrainConfig</b><table>"
+        for name, value in (asked | defaults).items():
+            note = "default" if name in defaults else "set"
+            cells = (name, repr(value), note)
+            page += f"<tr>{''.join(f'{_CELL}{html.escape(cell)}' for cell in cells)}"
+        return f"{page}</table>"
+
     def explicit(self) -> dict[str, Any]:
         """Return the settings that differ from the dataclass's defaults."""
         return {n: v for n, v in vars(self).items() if v != getattr(TrainConfig, n)}
@@ -215,7 +237,7 @@ class TrainConfig:
         return {name: getattr(self, name) for name in SHAPE_FIELDS}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedConfig(TrainConfig):
     """The settings of a run with every default filled in; None means not used."""
 

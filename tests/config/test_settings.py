@@ -1,7 +1,9 @@
+import ast
 import copy
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,33 @@ def test_only_what_differs_from_the_defaults_is_explicit():
     assert TrainConfig().explicit() == {}
     cfg = config(stage="pretrain", epochs=2, seed=42, dropout=None)
     assert cfg.explicit() == {"epochs": 2, "seed": 42}
+
+
+def test_a_configuration_shows_what_is_set_as_python():
+    cfg = config(data_path=("a", "b"), epochs=2, learning_rate=1e-3)
+    assert repr(cfg) == (
+        "mm.TrainConfig(data_path=('a', 'b'), epochs=2, learning_rate=0.001)"
+    )
+    assert ast.unparse(ast.parse(repr(cfg))) == repr(cfg)
+    assert repr(TrainConfig()) == "mm.TrainConfig()"
+
+
+def test_a_cell_also_shows_the_defaults_that_are_known():
+    rows = cells(config(data_path="<a>", recipe="founding", epochs=2))
+    assert rows["data_path"] == ["&#x27;&lt;a&gt;&#x27;", "set"]
+    assert rows["epochs"] == ["2", "set"]
+    assert rows["hidden_size"] == ["512", "default"]
+    assert rows["optimizer"] == ["&#x27;adamw&#x27;", "default"], "the recipe's"
+    answers = cells(config(stage="sft", preset="demo"))
+    assert "hidden_size" not in answers, "that of the initial weights"
+    assert answers["learning_rate"][1] == "default"
+
+
+def cells(cfg: TrainConfig) -> dict[str, list[str]]:
+    """The rows of the table by name."""
+    _, *rows = cfg._repr_html_().removesuffix("</table>").split("<tr>")
+    parts = (re.split("<td.*?>", row)[1:] for row in rows)
+    return {name: values for name, *values in parts}
 
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
