@@ -23,7 +23,7 @@ ROOMS = (
     {"lifetime", "hardware"},
     {"storage"},
     {"session"},
-    {"errors"},
+    {"errors", "progress_bar"},
     {"data"},
     {"launch"},
     {"model"},

@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import time
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..lifetime import die_with_parent, without_main_script
+from ..progress_bar import open_bar
 from ..storage import file_system, verified
 from .containers import find_kind, iter_chunks
 from .conversations import IN_LOSS
@@ -35,7 +35,6 @@ _GZIP_RATIO = 3
 # Below this helpers cost more than they save: two start in 0.9 s of processor time, and
 # one process alone tokenises 16 MB in 2.1 s.
 _ALONE_BYTES = 16 << 20
-_LOG_SECONDS = 10.0
 REJECTED = "rejected.jsonl"
 _CONTENT_VERSION = 3  # of the hash by which runs know their data
 
@@ -229,8 +228,9 @@ def _build(
     policy = (path, source.on_bad_line, source.max_bad_fraction)
     tally = Tally()
     facts: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0}
-    next_log = time.monotonic() + _LOG_SECONDS
+    bar = open_bar(f"Tokenising {path.name}", unpacked, unit="B", unit_scale=True)
     with (
+        bar,
         verified.writing(folder, facts, int(unpacked * _CACHE_SHARE)) as aside,
         contextlib.closing(_encode(source, processes)) as parts,
     ):
@@ -246,10 +246,7 @@ def _build(
             facts["tokens"] += len(arrays["tokens"])
             facts["documents"] += len(arrays["lines"])
             facts["text_bytes"] += int(arrays["sizes"].sum())
-            if time.monotonic() > next_log:
-                next_log = time.monotonic() + _LOG_SECONDS
-                done, size = facts["text_bytes"] / 1e6, before.st_size / 1e6
-                logger.info("tokenised %.0f MB of text (file: %.0f MB)", done, size)
+            bar.update(min(CHUNK_BYTES, unpacked - bar.n))
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(f"{path} changed while it was read: start again afterwards")

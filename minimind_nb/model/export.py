@@ -22,6 +22,7 @@ from ..data.tokenizer import (
     read_tokenizer,
     write_tokenizer,
 )
+from ..progress_bar import open_bar
 from ..storage.run_folder import WEIGHTS
 from ..storage.verified import beside, rename_flushed
 from .architecture import MiniMindConfig, MiniMindForCausalLM
@@ -94,9 +95,10 @@ def export(
     kind = _choose_format(config, format)
     if rope_scaling is not None and kind in _FILES:
         raise ValueError(f"a .{kind} file keeps no rope_scaling: export a folder")
-    model = found.read()
-    precision = _cast(model, dtype or (torch.float16 if kind == "pth" else None))
-    with beside(final) as aside:
+    with open_bar(f"Exporting {final.name}", 2) as bar, beside(final) as aside:
+        model = found.read()
+        bar.update()
+        precision = _cast(model, dtype or (torch.float16 if kind == "pth" else None))
         written = aside / final.name if kind in _FILES else aside
         write = {"pth": _write_pth, "gguf": _write_gguf}.get(kind, _write_folder)
         checked = write(model, spec, written, kind)

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from ..data.chat_template import ChatEncoder
 from ..data.conversations import Message, read_chat
 from ..data.tokenizer import read_tokenizer
+from ..progress_bar import open_bar
 from .architecture import MiniMindForCausalLM
 from .decoding import Sampling, decode
 
+_MANY = 8  # rows, from which on progress is shown
 Prompt = str | Sequence[Message]
 
 
@@ -163,7 +165,11 @@ def continue_ids(
     **settings: Any,
 ) -> list[list[int]]:
     """Return the new ids of each row of a batch, up to the first of the ids `ends`."""
-    steps = decode(model, rows, ends=ends, sampling=Sampling(**settings))
+    sampling = Sampling(**settings)
+    steps = decode(model, rows, ends=ends, sampling=sampling)
+    if len(rows) >= _MANY:
+        title, most = f"Answering {len(rows)} prompts", sampling.max_new_tokens
+        steps = open_bar(title, most, iterable=steps, unit="token")
     return [
         list(itertools.takewhile(lambda token: token not in ends, row))
         for row in zip(*steps, strict=True)

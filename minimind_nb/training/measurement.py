@@ -16,6 +16,7 @@ from ..data.tokenizer import read_tokenizer
 from ..launch.torchrun import on_first_rank
 from ..model.loading import find_weights
 from ..monitor.tables import Facts
+from ..progress_bar import open_bar
 from ..session import current_session
 from ..storage.run_folder import RunFolder
 from .launching import launch
@@ -79,6 +80,7 @@ def _evaluate(
         config = {"settings": cfg.portable(), "rope_scaling": rope}
         plan = RunPlan(config, place, tokenizer, corpus, weights.file)
         plan.write()
-        launch("measure", plan, lambda: None)
+        with open_bar(f"Evaluating {source.name} on {Path(file).name}") as bar:
+            launch("measure", plan, lambda: bar.update(0))
         scores = json.loads((place.root / "scores.json").read_bytes())
     return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}

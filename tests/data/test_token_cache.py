@@ -353,18 +353,6 @@ def test_helpers_make_the_same_bytes_as_one_process(
     assert len(helped) >= len(rows)
 
 
-def test_progress_is_logged_now_and_then(make_source, root, monkeypatch, caplog):
-    caplog.set_level("INFO", "minimind_nb")
-    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 500_000)
-    source = make_source(["a" * 400_000] * 5)
-    open_cache(source, root / "quick")
-    assert caplog.messages == []
-    monkeypatch.setattr(token_cache, "_LOG_SECONDS", -1.0)
-    open_cache(source, root / "slow")
-    assert len(caplog.messages) > 2
-    assert caplog.messages[-1] == "tokenised 2 MB of text (file: 2 MB)"
-
-
 def test_small_files_start_no_helpers(make_source, root, monkeypatch):
     monkeypatch.setattr(token_cache.concurrent.futures, "ProcessPoolExecutor", None)
     assert len(open_cache(make_source(["a"]), root, processes=8)) == 1
