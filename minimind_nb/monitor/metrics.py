@@ -4,6 +4,7 @@ Standard library only, because every worker imports this module.
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -141,6 +142,19 @@ class History:
     def last(self, kind: str) -> Row | None:
         """Return the newest row of a kind, or None."""
         return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
+
+    def to_frame(self) -> Any:
+        """Return the training and validation rows as a pandas DataFrame.
+
+        Each entry of a list has a column, such as `expert_load_0_3` of the fourth expert
+        in the first layer. Raises ImportError without pandas.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise ImportError("a DataFrame needs pandas: pip install pandas") from None
+        rows = (row for row in self.rows if row["kind"] in ("train", "eval"))
+        return pandas.DataFrame([dict(flatten(row)) for row in rows])
 
     @property
     def session(self) -> list[Row]:

@@ -3,6 +3,8 @@ import io
 import json
 import math
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -240,3 +242,21 @@ def test_load_of_a_file_without_rows_is_an_error(tmp_path):
         ValueError, match=r"notes\.txt has no metrics; pass the folder of a run"
     ):
         History.load(path)
+
+
+def test_rows_become_a_data_frame_of_one_column_a_name(tmp_path, monkeypatch):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.append("event", event="start", step=0)
+        log.append("eval", step=0, loss=2.5)
+        log.append("sample", step=0, answer="a")
+        log.append("train", step=1, loss=2, load=[[0.25, 0.75], [0.5, 0.5]])
+    history = History(tmp_path / "metrics.jsonl")
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    loads = {"load_0_0": 0.25, "load_0_1": 0.75, "load_1_0": 0.5, "load_1_1": 0.5}
+    assert history.to_frame() == [
+        {"kind": "eval", "step": 0, "loss": 2.5},
+        {"kind": "train", "step": 1, "loss": 2, **loads},
+    ]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="needs pandas: pip install pandas"):
+        history.to_frame()
