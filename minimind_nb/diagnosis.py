@@ -18,6 +18,7 @@ from .training.runs import Run
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
+_UNKNOWN = "unknown until that is fixed"
 
 
 def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
@@ -29,7 +30,7 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
         hardware = detect_hardware()
         processors, used = hardware.describe(), _training(hardware)
     except RuntimeError as error:  # a GPU that does not answer
-        processors, used = str(error), "unknown until that is fixed"
+        processors, used = str(error), _UNKNOWN
     session = current_session()
     left = session.seconds_left(None)
     end = (
@@ -40,6 +41,9 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
         support = "several processes are supported"
     shared = Path("/dev/shm")
     memory = shutil.disk_usage(shared).total / _GIB if shared.exists() else 0
+    disk, ready = _disk(Path(out_dir)), f"ready to train: {used}"
+    if used is _UNKNOWN or ";" in disk:
+        ready = f"not ready: {processors if used is _UNKNOWN else disk}"
     return Facts(
         "This machine",
         {
@@ -49,9 +53,10 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
             "versions": _versions("torch", "transformers", "tokenizers"),
             "processors": processors,
             "training uses": used,
-            "disk": _disk(Path(out_dir)),
+            "disk": disk,
             "shared memory": f"{memory:.2f} GiB",
             "notebook": _versions("ipykernel", "ipywidgets", "papermill", "matplotlib"),
+            "in short": ready,
         },
     )
 

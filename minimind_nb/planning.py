@@ -17,14 +17,17 @@ from .config import (
     count_parameters,
     flops_per_token,
 )
+from .data.demo import DEMO
 from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware, machine_flops
 from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
 from .monitor.references import expected_loss
 from .monitor.tables import Facts
+from .session import current_session
 from .storage.run_folder import run_of
 from .training.initial_weights import NoInitialWeights
+from .training.machine import check_room
 from .training.preparation import draft
 from .training.run_plan import RunPlan, describe_rows, describe_truncated
 
@@ -35,6 +38,7 @@ _COLUMN_FLOPS, _LOGIT_FLOPS, _MUON_FLOPS = 9400, 880, 31
 _START_SECONDS, _ANSWERS_SECONDS = 8.0, 0.5
 _TOKENS_A_PARAMETER, _ENOUGH = 20, 15  # Hoffmann et al. 2022; what a shape must get
 _MOST_EPOCHS = 4  # that are nearly as good as new text: Muennighoff et al. 2023
+_UNITS = ("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)
 _MACHINE = ("device", "num_processes", "dtype", "max_seq_len")
 _HOURS_USED, _FEWEST_STEPS = 0.95, 100
 # fp32 weights, gradients and two moments; logits and their gradients in fp32.
@@ -183,16 +187,49 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         f"{cfg.warmup_iters} steps, falls {how[cfg.schedule == 'linear']}",
         "steps": f"{left[0]}{drafted.total_steps:,} optimizer steps{left[1]}, about "
         f"{estimate.tokens_left:,} text tokens",
-        "tokens a parameter": f"{estimate.tokens / count['active']:.1f} (some "
-        f"{_TOKENS_A_PARAMETER} make the most of a model of this size)",
         "expected loss": expected_loss(vars(cfg), estimate.tokens),
         "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",
         "time": "" if drafted.complete else time_left,
+        "in short": "" if drafted.complete else _judge(estimate, drafted, hardware),
     }
     known = {name: text for name, text in facts.items() if text}
     return Facts(f"{cfg.run_name} on {hardware.describe()}", known)
+
+
+def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
+    """Say whether a run fits this machine, and whether it is long enough to learn."""
+    cfg, each = estimate.cfg, estimate.tokens / estimate.parameters
+    seconds = estimate.seconds() if estimate.speed else 0.0
+    room, needed = hardware.memory_gib, _memory_gib(cfg) * cfg.num_processes
+    if cfg.device == "cuda":
+        room, needed = min(gpu.memory_gib for gpu in hardware.gpus), _memory_gib(cfg)
+    left = current_session().seconds_left(cfg.max_session_hours)
+    fits = "fits this machine"
+    if needed > room:
+        fits = f"needs {needed:.0f} GiB of memory, of {room:.0f}: lower batch_size"
+    elif left is not None and seconds > left:
+        fits = "outlasts the session: it saves, and the same call goes on in the next"
+    try:
+        check_room(drafted)
+    except OSError as error:
+        fits = f"does not fit the disk: {error}".rstrip(".")
+    unit, size = next(pair for pair in _UNITS if seconds >= 2 * pair[1] or pair[1] == 1)
+    takes = f"takes about {seconds / size:.0f} {unit}s and " if seconds else ""
+    learns = ""
+    if drafted.total_steps < _FEWEST_STEPS:
+        learns = f" {drafted.total_steps} steps teach it hardly anything: raise epochs."
+    elif cfg.data_path == DEMO:
+        learns = " It learns the small demo corpus, and nothing else."
+    elif cfg.stage == "pretrain":
+        learns = (
+            f" It sees {each:.2g} tokens a parameter, of some {_TOKENS_A_PARAMETER}"
+        )
+        learns += " that make the most of a model of this size"
+        advice = ": expect fluent nonsense, raise epochs or take a smaller preset."
+        learns += advice if each < _ENOUGH else "."
+    return f"This run {takes}{fits}.{learns}"
 
 
 def _memory_gib(cfg: ResolvedConfig) -> float:

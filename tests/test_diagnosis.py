@@ -46,6 +46,7 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
         "disk",
         "shared memory",
         "notebook",
+        "in short",
     ]
     assert not list(tmp_path.iterdir())
     assert f"torch {importlib.metadata.version('torch')}" in facts["versions"]
@@ -77,6 +78,7 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
 def test_processors_and_precision_are_those_a_run_takes(gpus, bf16, text, place):
     place(*gpus, bf16=bf16)
     assert doctor()["training uses"] == text
+    assert doctor()["in short"] == f"ready to train: {text}"
 
 
 def test_the_place_says_when_the_session_ends(place, monkeypatch):
@@ -111,6 +113,7 @@ def test_little_disk_and_shared_memory_are_said(place, monkeypatch):
     assert facts["disk"] == (
         "1.0 GiB free for out; little: a checkpoint of 100 M parameters takes 1.2 GiB"
     )
+    assert facts["in short"] == f"not ready: {facts['disk']}"
     assert facts["shared memory"] == "0.50 GiB"
 
 
@@ -129,6 +132,7 @@ def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch)
     facts = doctor(tmp_path)
     assert "driver too old" in facts["processors"]
     assert facts["training uses"] == "unknown until that is fixed"
+    assert facts["in short"] == f"not ready: {facts['processors']}"
 
 
 def seal(folder: Path, facts: dict[str, Any] | None = None, **files: str) -> Path:
