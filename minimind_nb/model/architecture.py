@@ -557,6 +557,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """The language model; `lm_head` shares the embedding's weight when tied."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    stage: str | None = None  # of the training that it comes from, if that is known
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__(config)

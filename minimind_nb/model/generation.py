@@ -1,6 +1,7 @@
 """Continue prompts and answer conversations, at once or token by token."""
 
 import itertools
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,13 @@ def stream_ids(
         yield text[len(shown) :]
 
 
+def begin_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a text behind the bos token, which is not doubled."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin: Any = [tokenizer.bos_token_id]
+    return ids if ids[:1] == begin else begin + ids
+
+
 def check_tokenizer(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -130,9 +138,15 @@ def _encode(
                     "thinking and tools are for conversations, and this prompt is a text: "
                     'make it [{"role": "user", "content": "…"}]'
                 )
-            row: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            begin: Any = [tokenizer.bos_token_id]
-            rows.append(row if row[:1] == begin else begin + row)
+            rows.append(begin_document(tokenizer, prompt))
+            special = tokenizer.all_special_tokens
+            if model.stage in ("sft", "dpo") and not any(s in prompt for s in special):
+                warnings.warn(
+                    f"a string is continued as a text, and the model was tuned by {model.stage} to "
+                    "answer conversations. To ask it: mm.generate(model, tokenizer, "
+                    '[[{"role": "user", "content": "…"}]])',
+                    stacklevel=3,
+                )
             continue
         try:
             chat, _ = read_chat(prompt, [*sampling.tools])

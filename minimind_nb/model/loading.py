@@ -60,6 +60,7 @@ def load(
     """
     found = find_weights(source, which, tokenizer, rope_scaling, **shape)
     model = found.read().eval()
+    model.stage = found.stage
     nn.Module.float(model)  # PreTrainedModel's own is not typed
     return model, load_tokenizer(found.tokenizer)
 

@@ -247,3 +247,31 @@ def test_a_stream_refuses_settings_before_it_begins(counter, tokenizer):
     room = counter.config.max_position_embeddings
     with pytest.raises(ValueError, match="the longest prompt has 2 tokens"):
         stream(counter, tokenizer, "one", max_new_tokens=room)
+
+
+@pytest.mark.parametrize("function", [generate, stream])
+def test_a_bare_question_to_a_chat_model_is_told_how_to_ask(
+    counter, tokenizer, monkeypatch, function
+):
+    monkeypatch.setattr(counter, "stage", "sft")
+    asked = r"tuned by sft.*mm\.generate\(model, tokenizer, \[\[\{\"role\": \"user\""
+    with pytest.warns(UserWarning, match=asked) as found:
+        function(counter, tokenizer, "one", max_new_tokens=1)
+    assert found[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("stage", "prompt"),
+    [
+        ("pretrain", "one"),
+        (None, "one"),
+        ("sft", "<|im_start|>user\nsix<|im_end|>\n<|im_start|>assistant\n"),
+        ("dpo", asking("six")),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_who_asks_as_the_model_was_trained_is_told_nothing(
+    counter, tokenizer, monkeypatch, stage, prompt
+):
+    monkeypatch.setattr(counter, "stage", stage)
+    assert isinstance(generate(counter, tokenizer, prompt, max_new_tokens=1), str)

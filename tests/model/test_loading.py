@@ -100,7 +100,7 @@ def test_a_run_folder_gives_its_last_or_best_checkpoint(which, step, run, spec):
     with warnings.catch_warnings(action="error"):  # nothing is assumed
         model, tokenizer = load(run.root, which)
     assert step_of(model) == step
-    assert not model.training
+    assert not model.training and model.stage == "pretrain"
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (tokenizer.bos_token_id, len(tokenizer)) == (spec.bos_id, 6400)
     assert model.config.eos_token_id == spec.eos_id
