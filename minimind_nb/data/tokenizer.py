@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, processors
 
 from ..storage import verified
+from ..storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,8 +62,8 @@ def read_tokenizer(source: Any = None) -> TokenizerSpec:
     """Read a tokenizer and check its special tokens.
 
     `source`: None (the vocabulary shipped with the package), the path of a
-    `tokenizer.json`, a folder with one (as `save_pretrained` writes it), an object of
-    transformers or tokenizers, or a `TokenizerSpec`, which is returned as it is.
+    `tokenizer.json`, a folder with one (as `save_pretrained` writes it), a run, an object
+    of transformers or tokenizers, or a `TokenizerSpec`, which is returned as it is.
 
     Padding, begin and end are those named by `tokenizer_config.json` or
     `special_tokens_map.json` beside it, else ChatML's or `</s>` and its like; begin and
@@ -147,6 +148,8 @@ def _settings(spec: TokenizerSpec) -> dict[str, Any]:
 
 def _read_path(path: Path) -> tuple[bytes, dict[str, Any]]:
     """Return a `tokenizer.json`, and the settings in the files beside it."""
+    if (own := RunFolder(path).tokenizer).is_dir():
+        path = own
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(

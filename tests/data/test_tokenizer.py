@@ -94,6 +94,8 @@ def test_spec_is_written_pickled_and_given_back_as_it_is(tmp_path: Path):
     spec = read_tokenizer()
     write_tokenizer(spec, tmp_path / "new")
     assert read_tokenizer(tmp_path / "new") == spec == pickle.loads(pickle.dumps(spec))
+    write_tokenizer(spec, tmp_path / "run" / "tokenizer")
+    assert read_tokenizer(tmp_path / "run") == spec
     assert read_tokenizer(spec) is spec
 
 
