@@ -21,6 +21,7 @@ from .monitor.comparison import compare as compare
 from .monitor.examination import examine as examine
 from .monitor.inspector import inspect as inspect
 from .monitor.metrics import History as History
+from .monitor.surprise import surprise as surprise
 from .monitor.vocabulary import vocabulary as vocabulary
 from .notebook import check_parameters as check_parameters
 from .notebook import find_runs as find_runs
