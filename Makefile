@@ -18,8 +18,13 @@ setup: .venv/.ready
 RUN = $(BIN)/papermill --kernel python3 --log-output --no-progress-bar
 ON = -p out_dir $(OUT) -p trial False -p num_processes 2 -p batch_size 2 -y 'settings: {device: cpu}'
 
+SHORT = settings: {device: cpu, max_steps: 160}
+
+# A first, short run at a lower rate is there to be compared. Progress comes every 10 s.
+demo: export MINIMIND_NB_LOG_SECONDS := 10
 demo: setup
 	@mkdir -p $(OUT)
+	$(RUN) notebooks/pretrain.ipynb $(OUT)/slower.ipynb $(ON) -p run_name slower -p learning_rate 0.0003 -y '$(SHORT)'
 	$(RUN) notebooks/pretrain.ipynb $(OUT)/pretrain.ipynb $(ON)
 	$(RUN) notebooks/sft.ipynb $(OUT)/sft.ipynb $(ON) -p questions 20
 	$(RUN) notebooks/curves.ipynb $(OUT)/curves.ipynb -p out_dir $(OUT)

@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..data.demo import held_out_questions
 from ..model.generation import generate
 from ..model.loading import find_weights, load
-from ..progress_bar import hidden, open_bar
 from .tables import Table
 
 _BATCH = 64
@@ -52,9 +50,7 @@ def examine(
     for name in dict.fromkeys(os.fspath(each) for each in several):
         chat = find_weights(name, which).stage != "pretrain"
         model, tokenizer = load(name, which)
-        starts = range(0, len(asked), _BATCH)
-        title = f"Examining {Path(name).name}"
-        for start in open_bar(title, len(starts), iterable=starts):
+        for start in range(0, len(asked), _BATCH):
             rows = asked[start : start + _BATCH]
             prompts: list[Any] = [row["prompt"] for row in rows]
             if chat:
@@ -62,9 +58,9 @@ def examine(
             texts = [row["answer"] for row in rows]
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
             length = max(map(len, ids)) + _SPARE_TOKENS
-            settings = {"max_new_tokens": length, "temperature": 0}
-            with hidden():
-                outputs = generate(model, tokenizer, prompts, **settings)
+            outputs = generate(
+                model, tokenizer, prompts, max_new_tokens=length, temperature=0
+            )
             for row, output in zip(rows, outputs, strict=True):
                 given = (output if chat else output.partition("\n")[0]).strip()
                 right = given == row["answer"]

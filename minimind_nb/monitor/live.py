@@ -22,7 +22,6 @@ from .progress import STATUS_WORDS, figures, outcome, position, progress_line
 
 # A drawing takes 0.2 s of the cores that the workers need, and an update sends 70 kB.
 REDRAW_SECONDS = 5.0
-LOG_SECONDS = 60.0
 SMALL = "opacity:.65;font-size:85%"
 
 
@@ -141,7 +140,7 @@ class CellView(View):
         self._page = self._progress(history)
         self._show_page(line)
         if self._batch and now >= self._next_log:
-            self._next_log = now + LOG_SECONDS
+            self._next_log = now + current_session().log_seconds
             self._log(line)
 
     def finish(self, history: History, status: str) -> None:
