@@ -10,14 +10,13 @@ from .session import is_watched
 
 
 def concise(value: Any) -> Any:
-    """Return a function whose deliberate errors a cell shows briefly; or change a class.
+    """Return a function whose deliberate errors a cell shows briefly, or change a class.
 
-    A class with a base is left alone. Logs and batch runs keep every traceback.
+    A class with a base is left alone. Batch runs keep every traceback.
     """
     if inspect.isclass(value):
         for name, own in [*vars(value).items()] if value.__bases__ == (object,) else ():
-            public = inspect.isfunction(own) and not name.startswith("_")
-            if public or name in ("__new__", "__init__"):
+            if inspect.isfunction(own) or name == "__new__":
                 setattr(value, name, concise(getattr(value, name)))
         return value
 

@@ -217,19 +217,14 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
         fits = f"does not fit the disk: {error}".rstrip(".")
     unit, size = next(pair for pair in _UNITS if seconds >= 2 * pair[1] or pair[1] == 1)
     takes = f"takes about {seconds / size:.0f} {unit}s and " if seconds else ""
-    learns = ""
+    learns = f"It sees {each:.2g} tokens a parameter; {_TOKENS_A_PARAMETER} are best"
     if drafted.total_steps < _FEWEST_STEPS:
-        learns = f" {drafted.total_steps} steps teach it hardly anything: raise epochs."
-    elif cfg.data_path == DEMO:
-        learns = " It learns the small demo corpus, and nothing else."
-    elif cfg.stage == "pretrain":
-        learns = (
-            f" It sees {each:.2g} tokens a parameter, of some {_TOKENS_A_PARAMETER}"
-        )
-        learns += " that make the most of a model of this size"
-        advice = ": expect fluent nonsense, raise epochs or take a smaller preset."
-        learns += advice if each < _ENOUGH else "."
-    return f"This run {takes}{fits}.{learns}"
+        learns = f"{drafted.total_steps} steps teach it hardly anything: raise epochs"
+    elif cfg.stage != "pretrain" or cfg.data_path == DEMO:
+        learns = "It learns what is in its data, and nothing else"
+    elif each < _ENOUGH:
+        learns += ": expect fluent nonsense, raise epochs or take a smaller preset"
+    return f"This run {takes}{fits}. {learns}."
 
 
 def _memory_gib(cfg: ResolvedConfig) -> float:

@@ -22,9 +22,9 @@ _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also tak
 class Session:
     """The place that a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `batch` is true if nobody looks until the end, as in a Kaggle commit: then progress
-    goes to the log every `log_seconds`. `scratch` is thrown away at the end; below the
-    read-only `inputs` data sets and other notebooks' outputs are mounted.
+    `batch` is true of a Kaggle commit, which logs progress every `log_seconds`; `scratch`
+    is thrown away at the end; below the read-only `inputs` data sets and other notebooks'
+    outputs are mounted.
     """
 
     kind: str
@@ -55,29 +55,23 @@ class Session:
         return hours * 3600 - age
 
 
-def running_shell() -> Any:
-    """Return the IPython shell that this process is, in a terminal or kernel, or None."""
-    if "IPython" not in sys.modules:
+def running_kernel() -> Any:
+    """Return the Jupyter kernel that this process is, or None."""
+    if "ipykernel" not in sys.modules:
         return None
     from IPython.core.getipython import get_ipython
 
-    return get_ipython()
-
-
-def running_kernel() -> Any:
-    """Return the Jupyter kernel that this process is, or None."""
-    return getattr(running_shell(), "kernel", None)
+    return getattr(get_ipython(), "kernel", None)
 
 
 def is_watched() -> bool:
-    """Return whether this is an IPython shell, and no batch run of a whole notebook."""
+    """Return whether somebody looks at the outputs: not in a batch run of a notebook."""
     session, kernel = current_session(), running_kernel()
-    if session.batch or not kernel:
-        return not session.batch and running_shell() is not None
     # A program that executes whole notebooks does not answer `input()`; hosted front
     # ends have their own ways for that.
-    request = kernel.get_parent().get("content", {})
-    return session.kind != "plain" or request.get("allow_stdin", True)
+    request = kernel.get_parent().get("content", {}) if kernel else {}
+    answered = session.kind != "plain" or request.get("allow_stdin", True)
+    return answered and not session.batch
 
 
 def current_session(environ: Mapping[str, str] = os.environ) -> Session:

@@ -170,8 +170,8 @@ def test_a_plan_ends_in_whether_it_fits_and_learns(settings, monkeypatch):
     assert list(plan(cfg))[-1] == "in short"
     assert re.fullmatch(
         r"This run takes about \d+ (second|minute)s and fits this machine\. It sees 0\.0\d+ "
-        "tokens a parameter, of some 20 that make the most of a model of this size: "
-        "expect fluent nonsense, raise epochs or take a smaller preset.",
+        "tokens a parameter; 20 are best: expect fluent nonsense, raise epochs or take a "
+        r"smaller preset\.",
         short,
     )
     few = plan(replace(cfg, max_steps=2))["in short"]
@@ -192,7 +192,7 @@ def test_a_plan_ends_in_whether_it_fits_and_learns(settings, monkeypatch):
 def test_the_demo_is_told_apart_from_other_texts(settings):
     demo = TrainConfig(**{**settings, "data_path": "demo"})
     short = plan(demo)["in short"]
-    assert short.endswith("machine. It learns the small demo corpus, and nothing else.")
+    assert short.endswith("machine. It learns what is in its data, and nothing else.")
 
 
 SMALL, MEDIUM, LARGE = 1_606_784, 25_829_888, 104_034_816

@@ -15,10 +15,7 @@ from .presets import SHAPE_FIELDS, WEIGHTS_NAMES, default_run_name, fill_default
 from .validation import validate
 
 _DEFAULT: Any = None  # of fields that `resolve` always fills in: None until then
-_SHOWN = (  # in a cell, beside what is set
-    "hidden_size num_hidden_layers max_seq_len epochs learning_rate optimizer schedule"
-).split()
-_CELL = "<td style='text-align:left'>"
+_SHOWN = "hidden_size num_hidden_layers max_seq_len epochs learning_rate".split()
 PATH_FIELDS = ("data_path", "val_path", "tokenizer", "out_dir", "resume", "init_from")
 
 
@@ -219,8 +216,7 @@ class TrainConfig:
         page = "<b>TrainConfig</b><table>"
         for name, value in (asked | defaults).items():
             note = "default" if name in defaults else "set"
-            cells = (name, repr(value), note)
-            page += f"<tr>{''.join(f'{_CELL}{html.escape(cell)}' for cell in cells)}"
+            page += f"<tr><td>{name}<td>{html.escape(repr(value))}<td>{note}"
         return f"{page}</table>"
 
     def explicit(self) -> dict[str, Any]:

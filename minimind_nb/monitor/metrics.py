@@ -144,10 +144,9 @@ class History:
         return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
 
     def to_frame(self) -> Any:
-        """Return the training and validation rows as a pandas DataFrame.
+        """Return the train and eval rows as a pandas DataFrame, a column for each name.
 
-        Each entry of a list has a column, such as `expert_load_0_3` of the fourth expert
-        in the first layer. Raises ImportError without pandas.
+        An entry of a list has its own, such as `expert_load_0_3`: layer 0, expert 3.
         """
         try:
             pandas = importlib.import_module("pandas")

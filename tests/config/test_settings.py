@@ -62,7 +62,7 @@ def test_a_cell_also_shows_the_defaults_that_are_known():
     assert rows["data_path"] == ["&#x27;&lt;a&gt;&#x27;", "set"]
     assert rows["epochs"] == ["2", "set"]
     assert rows["hidden_size"] == ["512", "default"]
-    assert rows["optimizer"] == ["&#x27;adamw&#x27;", "default"], "the recipe's"
+    assert rows["learning_rate"] == ["0.0005", "default"], "the recipe's"
     answers = cells(config(stage="sft", preset="demo"))
     assert "hidden_size" not in answers, "that of the initial weights"
     assert answers["learning_rate"][1] == "default"
