@@ -77,7 +77,8 @@ def compute_gradients(trainer: Trainer, batch: StepBatch) -> None:
         losses = sums.share_of(batch, micro_batch.samples)
         trainer.scaler.scale(losses.loss + losses.aux_loss).backward()
         trainer.gradients.add_losses(losses)
-        trainer.count(micro_batch.inputs.numel())
+        trainer.counts[0] += micro_batch.inputs.numel()
+        trainer.counts[1:] += torch.tensor(trainer.model.expert_load()).flatten()
 
 
 def update_weights(trainer: Trainer, norm: float) -> None:

@@ -79,7 +79,7 @@ class Trainer(Evaluator):
         self.metrics = MetricsLog(plan.folder.metrics_file if is_first else os.devnull)
         self.clock = SessionClock(plan.deadline if is_first else None)
         experts = torch.tensor(self.model.expert_load())
-        self._counts = torch.zeros(1 + experts.numel(), dtype=torch.float64)
+        self.counts = torch.zeros(1 + experts.numel(), dtype=torch.float64)
         self.failed_saves = 0
 
     def log(self, kind: str, **fields: Any) -> None:
@@ -88,17 +88,11 @@ class Trainer(Evaluator):
         where = {name: getattr(self.progress, name) for name in names}
         self.metrics.append(kind, **where, **fields)
 
-    def count(self, positions: int) -> None:
-        """Count positions of this rank, and the choices of experts for them."""
-        choices = torch.tensor(self.model.expert_load()).flatten()
-        self._counts[0] += positions
-        self._counts[1:] += choices
-
     def share_counts(self) -> None:
         """Move what the ranks counted to the window, which is the same on all."""
-        self.group.sum(total := self._counts.to(self.device))
+        self.group.sum(total := self.counts.to(self.device))
         self.progress.window.counts += total.cpu()
-        self._counts.zero_()
+        self.counts.zero_()
 
     def stop_flags(self) -> list[float]:
         """Return this rank's stop flags, the session's deadline considered."""
