@@ -16,10 +16,10 @@ from .model.export import export as export
 from .model.generation import generate as generate
 from .model.generation import stream as stream
 from .model.loading import load as load
+from .monitor.charts import inspect as inspect
 from .monitor.chat import chat as chat
 from .monitor.comparison import compare as compare
 from .monitor.examination import examine as examine
-from .monitor.inspector import inspect as inspect
 from .monitor.metrics import History as History
 from .monitor.surprise import surprise as surprise
 from .monitor.vocabulary import vocabulary as vocabulary

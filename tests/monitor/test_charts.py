@@ -1,27 +1,29 @@
+import base64
 import gc
+import json
 import math
+import re
 import subprocess
 import sys
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 
-from minimind_nb.monitor.charts import Chart, choose_smoothing, plot_history, smooth
+from minimind_nb.monitor.charts import LARGEST_OUTPUT, chart_html, inspect, plot_history
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def line(figure, start):
-    """The first curve whose legend entry starts so, as matplotlib has it."""
-    lines = figure.axes[0].get_lines()
-    return next(one for one in lines if str(one.get_label()).startswith(start))
+def payload(html):
+    """The data that the script of a chart reads."""
+    (text,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    return json.loads(text)
 
 
-def points(figure, start):
-    """Its x and y values."""
-    return line(figure, start).get_xydata().T
+def lines(chart):
+    """The x and y values of the curves of its picture, in the order of drawing."""
+    return [line.get_xydata().T.tolist() for line in chart.figure.axes[0].get_lines()]
 
 
 @pytest.fixture(autouse=True)
@@ -32,173 +34,142 @@ def warnings_are_errors():
         yield
 
 
-def test_smoothing_is_corrected_for_its_short_start():
-    assert smooth([4.0, 2.0], 0.5).tolist() == [4.0, pytest.approx(8 / 3)]
-    assert smooth([3.0, 1.0], 0.0).tolist() == [3.0, 1.0]
-    assert smooth([5.0] * 50, 0.99).tolist() == pytest.approx([5.0] * 50)
+@pytest.fixture
+def history(make_history):
+    return make_history([4.0, 3.0, 2.0], [(0, 4.5), (3, 2.5)])
 
 
-def test_smoothing_never_averages_past_what_is_not_finite():
-    averages = smooth([4.0, 2.0, math.nan, 1.0, math.inf, 7.0], 0.9)
-    assert np.isnan(averages[[2, 4]]).all()
-    assert averages[3] == pytest.approx(1.0) and averages[5] == pytest.approx(7.0)
+def test_a_chart_is_a_page_a_picture_and_a_line(history):
+    bundle = plot_history(history)._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "image/png", "text/plain"}
+    assert base64.b64decode(bundle["image/png"]).startswith(PNG)
+    assert f"base64,{bundle['image/png']}" in bundle["text/html"]
+    assert bundle["text/plain"].startswith("pretrain_64: step 3 of 100 · loss 2.000")
+    assert bundle["text/plain"] in bundle["text/html"]
 
 
-def test_the_smoothing_grows_with_the_rows_unless_it_is_set(make_history):
-    history = make_history()
-    for rows, weight in ((0, 0.0), (89, 0.0), (120, 0.5), (600, 0.9), (10**4, 0.99)):
-        history.rows = [{"kind": "train"}] * rows
-        assert choose_smoothing(history) == weight
-    assert choose_smoothing(history, 0.3) == 0.3
+def test_the_page_holds_every_quantity_and_the_choices(history):
+    page = chart_html([history], key="a", x="tokens", y="perplexity", smoothing=0.5)
+    assert "<img" not in page
+    data = payload(page)
+    assert (data["key"], data["title"]) == ("a", "pretrain_64")
+    assert data["choices"] == {
+        "x": "tokens", "y": "perplexity", "smoothing": 0.5, "log_x": False, "log_y": None
+    }  # fmt: skip
+    assert list(data["ys"]) == [
+        *("loss", "perplexity", "bits_per_byte"),
+        *("tokens_per_second", "peak_memory_gib"),
+    ]
+    assert data["runs"][0]["grids"]["train"]["tokens"] == [4000, 8000, 12000]
+    assert data["ys"]["loss"]["curves"][0]["mean"] == [4, 3, 2]
 
 
-def test_the_chart_shows_training_validation_and_perplexity(make_history):
-    figure = plot_history(make_history([4.0, 3.0, 2.0], [(0, 4.5), (3, 2.5)]))
-    axes: Any = figure.axes[0]
-    assert points(figure, "training").tolist() == [[1, 2, 3], [4, 3, 2]]
-    assert points(figure, "validation").tolist() == [[0, 3], [4.5, 2.5]]
-    assert axes.get_xlabel() == "optimizer step"
-    assert axes.get_ylabel() == "loss (nats per token)"
-    assert axes.get_title(loc="left") == "pretrain_64"
-    assert axes.texts[0].get_text().startswith("step 3 of 100 · loss 2.000")
-    assert isinstance(figure, Chart) and figure._repr_png_().startswith(PNG)
-
-
-@pytest.mark.parametrize(
-    ("losses", "perplexities"),
-    [([2.5, 2.0], [8, 9, 10, 11, 12]), ([8.8, 1.0], [5, 10, 1000, 2000, 5000])],
-)
-def test_the_second_scale_has_round_perplexities(make_history, losses, perplexities):
-    figure = plot_history(make_history(losses))
-    figure.png(40)
-    second: Any = figure.axes[0].child_axes[0]
-    assert second.get_ylabel().startswith("perplexity")
-    assert set(perplexities) <= set(np.round(second.get_yticks(), 6))
-
-
-def test_each_choice_of_x_and_y_draws_its_own_column(make_history):
-    history = make_history([4.0, 3.0], [(2, 2.5)])
-    tokens = plot_history(history, x="tokens")
-    assert points(tokens, "training")[0].tolist() == [4000, 8000]
-    minutes = plot_history(history, x="minutes", y="perplexity")
-    assert points(minutes, "training")[0] == pytest.approx([2 / 60, 4 / 60])
-    assert points(minutes, "training")[1] == pytest.approx(np.exp([4, 3]))
-
-
-def test_preferences_have_a_loss_of_pairs_without_perplexity(preferences):
-    axes: Any = plot_history(preferences).axes[0]
-    assert axes.get_ylabel() == "loss (nats per pair)"
-    assert not axes.child_axes
-    assert (
-        axes.texts[0].get_text().startswith("step 3 of 100 · loss 0.600 · validation")
-    )
-
-
-@pytest.mark.parametrize(
-    ("y", "trained", "validated", "label"),
-    [
-        ("reward_margin", [0.1, 0.3, 0.5], 0.434, "reward margin (nats)"),
-        ("accuracy", [0.3, 0.5, 0.7], 0.71, "accuracy (share of pairs"),
-        ("kl", [0.01, 0.03, 0.05], -0.0123, "KL divergence, estimated"),
-    ],
-)
-def test_preferences_have_curves_of_their_own(
-    preferences, y, trained, validated, label
-):
-    figure = plot_history(preferences, y=y)
-    assert points(figure, "training")[1] == pytest.approx(trained)
-    assert points(figure, "validation").T.tolist() == [[3, validated]]
-    axes: Any = figure.axes[0]
-    assert axes.get_ylabel().startswith(label) and not axes.child_axes
-
-
-def test_a_mixture_has_a_line_for_each_expert_and_the_range_over_layers(mixture):
-    figure = plot_history(mixture, y="expert_load", x="tokens")
-    shares = [points(figure, f"expert {number}")[1].tolist() for number in range(4)]
-    assert [one[0] for one in shares] == [0.25] * 4
-    assert [one[1] for one in shares] == pytest.approx([0.175, 0.225, 0.275, 0.325])
-    assert points(figure, "even share")[1].tolist() == [0.25, 0.25]
-    (band,) = figure.axes[0].collections
-    (path,) = band.get_paths()
-    assert set(np.asarray(path.vertices)[:, 1]) == {0.1, 0.25, 0.4}
-    assert figure.png(30).startswith(PNG)
-
-
-def test_the_load_of_a_single_row_is_drawn(make_history, add_rows):
-    history = make_history()
-    add_rows(history, 1, expert_load=[[0.5, 0.5]])
-    assert line(plot_history(history, y="expert_load"), "expert 1").get_marker() == "o"
-
-
-def test_an_infinite_loss_has_an_infinite_perplexity(make_history):
-    figure = plot_history(make_history([2.0, math.inf, 1.0]), y="perplexity")
-    assert points(figure, "loss not finite (1 rows)")[0].tolist() == [2]
-    assert points(figure, "training")[1, [0, 2]] == pytest.approx(np.exp([2, 1]))
-
-
-def test_raw_rows_stay_visible_behind_the_smoothed_curve(make_history):
-    figure = plot_history(make_history([4.0, 2.0, 3.0]), smoothing=0.5)
-    raw, smoothed = figure.axes[0].get_lines()
-    assert np.asarray(raw.get_ydata()).tolist() == [4, 2, 3]
-    assert raw.get_linewidth() < smoothed.get_linewidth()
-    assert smoothed.get_label() == "training, smoothed 0.5"
-
-
-def test_rows_that_are_not_finite_are_marked_and_break_the_curve(make_history):
-    figure = plot_history(make_history([4.0, math.nan, 3.0, math.inf]))
-    assert points(figure, "loss not finite (2 rows)")[0].tolist() == [2, 4]
-    assert np.isnan(points(figure, "training")[1, [1, 3]]).all()
-
-
-def test_a_resume_is_a_faint_line(make_history):
-    history = make_history([4.0, 3.0, 2.0, 1.0], resume=2)
-    assert points(plot_history(history), "resumed")[0].tolist() == [2, 2]
-    tokens = plot_history(history, x="tokens")
-    assert points(tokens, "resumed")[0].tolist() == [8000, 8000]
-
-
-@pytest.mark.parametrize("losses", [[], [3.0], [math.nan], [0.0]])
-def test_odd_histories_draw_without_a_warning(make_history, losses):
-    history = make_history(losses, [(0, 8.8)] if losses else [])
-    plot_history(history).png(30)
-    plot_history(history, y="perplexity", log_x=True, log_y=True).png(30)
-
-
-def test_log_axes_leave_out_step_zero(make_history):
-    history = make_history([4.0, 3.0], [(0, 5.0), (2, 3.0)])
-    axes = plot_history(history, log_x=True, log_y=True).axes[0]
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.get_xlim()[0] > 0.5
-
-
-@pytest.mark.parametrize("title", ["预训练 512", "a_$_b"])
-def test_titles_in_chinese_or_with_dollar_signs_do_not_warn(make_history, title):
-    plot_history(make_history([3.0, 2.0]), title).png(30)
-
-
-def test_choices_that_do_not_exist_are_refused(make_history, preferences):
-    history = make_history([3.0])
-    with pytest.raises(ValueError, match="x='epoch' is not a choice of this chart"):
-        plot_history(history, x="epoch")
-    with pytest.raises(ValueError, match="expected y='loss' or 'perplexity'"):
-        plot_history(history, y="bits")
-    with pytest.raises(ValueError, match="y='kl' is not .* y='loss' or 'perplexity'"):
-        plot_history(history, y="kl")
-    expected = "expected y='loss' or 'reward_margin' or 'accuracy' or 'kl'"
-    with pytest.raises(ValueError, match=expected):
-        plot_history(preferences, y="perplexity")
-    for smoothing in (1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="is out of range; expected 0"):
-            plot_history(history, smoothing=smoothing)
-
-
-def test_a_chart_is_drawn_without_pyplot():
+def test_a_running_training_needs_no_matplotlib():
     code = (
         "import sys; from minimind_nb.monitor import charts, metrics\n"
-        "charts.plot_history(metrics.History('none')).png()\n"
-        "print('matplotlib.pyplot' in sys.modules)"
+        "chart = charts.plot_history(metrics.History('none'))\n"
+        "chart.html(); print('matplotlib' in sys.modules)\n"
+        "chart.png(); print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "False"
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_picture_shows_training_and_validation(history, tmp_path):
+    chart = inspect(history, x="tokens", smoothing=0.5)
+    raw, smoothed, validation = [line for line in lines(chart) if line[0]]
+    assert raw[1] == [4, 4, 3, 3, 2, 2]
+    assert smoothed[0] == [4000, 8000, 12000]
+    assert smoothed[1][1] == pytest.approx(10 / 3)
+    assert validation == [[0, 12000], [4.5, 2.5]]
+    axes = chart.figure.axes[0]
+    assert axes.get_xlabel() == "text tokens"
+    assert axes.get_ylabel() == "loss (nats per token)"
+    axes.set_title("mine")  # is kept
+    chart.savefig(tmp_path / "a.png", dpi=30)
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    assert chart.figure.axes[0].get_title() == "mine"
+
+
+def test_preferences_have_a_loss_of_pairs_and_curves_of_their_own(preferences):
+    data = payload(chart_html([preferences]))
+    assert data["ys"]["loss"]["label"] == "loss (nats per pair)"
+    assert "perplexity" not in data["ys"]
+    assert {"reward_margin", "accuracy", "kl"} <= set(data["ys"])
+    chart = plot_history(preferences, y="kl")
+    assert lines(chart)[-1] == [[3], [-0.0123]]
+    assert chart.figure.axes[0].get_ylabel().startswith("KL divergence (estimate")
+
+
+def test_the_picture_of_a_mixture_has_experts_and_their_range(mixture):
+    figure = plot_history(mixture, y="expert_load").figure
+    (band,) = figure.axes[0].collections
+    assert {y for _, y in np.asarray(band.get_paths()[0].vertices).tolist()} == {
+        0.1,
+        0.25,
+        0.4,
+    }
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*(f"expert {n}" for n in range(4)), "range over layers"]
+
+
+def test_a_resume_and_values_that_are_not_finite_are_marked(make_history):
+    history = make_history([4.0, math.nan, 2.0, 1.0], resume=2)
+    drawn = lines(plot_history(history))
+    assert drawn[0][0] == [2, 2] and drawn[1][0] == [2]
+    data = payload(chart_html([history]))
+    assert data["runs"][0]["resumes"]["step"] == [2]
+    (curve,) = data["ys"]["loss"]["curves"]
+    assert (curve["mean"], curve["lost"]) == ([4, None, 2, 1], [1])
+
+
+@pytest.mark.parametrize(
+    "losses", [[], [3.0], [math.nan], [0.0], [-1.0, 1e199], [800.0]]
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_odd_histories_draw_without_a_warning(make_history, losses, log):
+    history = make_history(losses, [(0, 8.8)] if losses else [])
+    for y in ("loss", "perplexity"):
+        chart = plot_history(history, y=y, log_x=log, log_y=log)
+        assert chart.png(30).startswith(PNG)
+        assert payload(chart.html())["choices"]["y"] == y
+
+
+@pytest.mark.parametrize("title", ["预训练 512", "a_$_b$", "_<b>1</b></script>"])
+def test_odd_titles_are_shown_as_text(make_history, title):
+    chart = plot_history(make_history([3.0, 2.0]), title)
+    chart.png(30)
+    page = chart.html()
+    assert "<b>1" not in page
+    assert payload(page)["title"] == title
+
+
+def test_choices_that_do_not_exist_are_refused(history, preferences):
+    with pytest.raises(ValueError, match="x='epoch' is not a choice of this chart"):
+        plot_history(history, x="epoch")
+    with pytest.raises(ValueError, match="y='kl' is not .*'loss' or 'perplexity'"):
+        plot_history(history, y="kl")
+    with pytest.raises(ValueError, match="y='perplexity' is not .* or 'kl'"):
+        inspect(preferences, y="perplexity")
+
+
+def test_many_long_runs_stay_below_the_largest_output(make_history):
+    history = make_history()
+    history.rows = [
+        {
+            "kind": "train",
+            "step": n,
+            "tokens": 32_768 * n,
+            "seconds": n / 3,
+            "loss": loss,
+        }
+        | {"grad_norm": 1 / n, "learning_rate": loss / n, "tokens_per_second": n / 7}
+        | {"peak_memory_gib": [n / 3, n / 7], "accuracy": loss, "kl": loss}
+        for n in range(1, 3_001)
+        for loss in [math.sin(n) ** 2]
+    ]
+    page = chart_html([history] * 8, picture=b"0" * 30_000)
+    assert 0.6 * LARGEST_OUTPUT < len(page.encode()) + 40_000 < LARGEST_OUTPUT

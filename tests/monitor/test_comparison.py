@@ -1,12 +1,11 @@
 import json
-import math
 import warnings
 from typing import Any
 
 import pytest
 
-from minimind_nb.monitor.charts import Chart
-from minimind_nb.monitor.comparison import LEGEND_COLUMNS, STYLES, compare
+from minimind_nb.monitor.comparison import MOST_RUNS, compare
+from minimind_nb.monitor.picture import COLORS, LONGEST, MARKERS
 from minimind_nb.training.runs import Run
 
 
@@ -31,28 +30,29 @@ def make_run(make_history):
     return make
 
 
-def legend(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+def legend(chart):
+    return [text.get_text() for text in chart.figure.legends[0].get_texts()]
 
 
-def curves(figure):
-    """The y values of each line, thin ones and those with markers in turn."""
-    return [line.get_xydata().T[1].tolist() for line in figure.axes[0].get_lines()]
+def curves(chart, y="loss"):
+    """The mean values of each curve."""
+    return [curve["mean"].tolist() for curve in chart.data()["ys"][y]["curves"]]
+
+
+def finals(chart):
+    """The rows of the table, by run."""
+    return {row[0]: row[1:] for row in chart._table.rows}
 
 
 def test_every_run_has_a_training_and_a_validation_curve(make_run):
-    figure = compare(make_run("a"), make_run("b", [5.0, 4.0]).folder)
-    assert isinstance(figure, Chart)
-    assert curves(figure) == [[3, 2], [4, 2.5], [5, 4], [4, 2.5]]
-    axes: Any = figure.axes[0]
-    colors = [line.get_color() for line in axes.get_lines()]
-    assert colors[0] == colors[1] != colors[2] == colors[3]
-    markers = [line.get_marker() for line in axes.get_lines()]
-    assert markers[1] != markers[3]
-    assert axes.get_title(loc="left") == "loss of 2 runs"
-    assert axes.get_ylabel() == "loss (nats per token)"
-    subtitle = "with markers: validation · thin: training"
-    assert axes.texts[0].get_text() == subtitle
+    chart = compare(make_run("a"), make_run("b", [5.0, 4.0]).folder)
+    assert curves(chart) == [[3, 2], [4, 2.5], [5, 4], [4, 2.5]]
+    drawn: Any = chart.figure.axes[0].get_lines()
+    validation = [line for line in drawn if line.get_marker() in MARKERS]
+    colors = [line.get_color() for line in validation]
+    markers = [line.get_marker() for line in validation]
+    assert (colors, markers) == (COLORS[:2], [*MARKERS[:2]])
+    assert repr(chart).startswith("2 runs: with markers: validation · thin: training\n")
 
 
 def test_the_legend_tells_what_was_set_differently(make_run):
@@ -62,74 +62,84 @@ def test_the_legend_tells_what_was_set_differently(make_run):
     assert legend(compare(first, second)) == lines
 
 
-def test_a_long_list_of_differences_is_cut(make_run):
+def test_a_long_list_of_differences_is_cut_in_the_picture(make_run):
     names = [f"setting_{number}" for number in range(20)]
     first = make_run("a", explicit=names, **dict.fromkeys(names, 1))
     second = make_run("b", **dict.fromkeys(names, 2))
     line = legend(compare(first, second))[0]
     assert line.startswith("a: setting_0 1, setting_1 1, ") and line.endswith("…")
-    assert len(line) == LEGEND_COLUMNS
+    assert len(line) == LONGEST
 
 
 def test_runs_of_one_name_and_equal_settings_are_told_apart_by_their_paths(make_run):
     runs = make_run("out/pretrain_64"), make_run("other/pretrain_64")
     assert legend(compare(*runs)) == ["out/pretrain_64", "other/pretrain_64"]
-    assert legend(compare(runs[0])) == ["pretrain_64"]
+    assert compare(runs[0]).title == "pretrain_64"
 
 
 def test_metrics_alone_are_enough_to_compare(make_history):
     history = make_history([6.0], name="bare")
-    figure = compare(history, history.path)
-    assert legend(figure) == ["bare", "bare"]
-    assert curves(figure)[:3] == [[6], [], [6]]
-    assert figure.axes[0].get_lines()[0].get_marker() == "o"
+    chart = compare(history, history.path)
+    assert legend(chart) == ["bare", "bare"]
+    assert curves(chart) == [[6], [6]]
 
 
-def test_each_choice_of_x_and_y_draws_its_own_column(make_run):
-    runs = make_run("a"), make_run("b")
-    figure = compare(*runs, x="minutes", y="perplexity", log_x=True, log_y=True)
-    axes: Any = figure.axes[0]
-    assert curves(figure)[0] == pytest.approx([math.exp(3), math.exp(2)])
-    assert list(axes.get_lines()[0].get_xydata().T[0]) == pytest.approx(
-        [2 / 60, 4 / 60]
-    )
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    smoothed = compare(*runs, smoothing=0.5)
-    assert curves(smoothed)[0] == pytest.approx([3, 7 / 3])
-    assert smoothed.axes[0].texts[0].get_text().endswith("thin: training")
+def test_the_table_has_the_ends_and_the_losses_at_what_all_have_reached(make_history):
+    first = make_history([3.0] * 4, [(0, 9.0), (4, 1.0)], name="a")
+    second = make_history([3.0] * 3, [(0, 8.0), (2, 5.0)], name="b")
+    chart = compare(first, second)
+    assert chart._table is not None
+    assert chart._table.columns[-2:] == ["loss at 8,000 tokens", "loss at 0.1 minutes"]
+    assert finals(chart) == {
+        "a": ["4", "16,000", "0.1", "1", "2.718", "1.25", "5", "5"],
+        "b": ["2", "8,000", "0.1", "5", "148.4", "1.25", "5", "5"],
+    }
+    assert "loss at 8,000 tokens" in repr(chart)
+    assert "loss at 8,000 tokens" in chart.html()
 
 
-def test_preferences_are_compared_by_their_margins(preferences):
-    figure = compare(preferences, preferences, y="reward_margin")
-    assert curves(figure)[1] == [0.434]
-    assert figure.axes[0].get_ylabel() == "reward margin (nats)"
+def test_the_table_says_nothing_of_what_was_not_validated(make_history):
+    chart = compare(make_history([3.0], name="a"), make_history(name="b"))
+    assert finals(chart)["a"] == ["1", "4,000", "0.0", *"–" * 5]
+    assert finals(chart)["b"] == ["0", "0", "0.0", *"–" * 5]
 
 
-def test_different_stages_are_drawn_and_said(make_run, preferences):
-    axes: Any = compare(make_run("a"), preferences).axes[0]
-    assert "stages pretrain, dpo: their values do not" in axes.texts[0].get_text()
-    assert axes.get_ylabel() == "loss (nats per token)"
+def test_different_stages_tokenizers_and_validation_data_are_said(
+    make_run, preferences
+):
+    chart = compare(make_run("a"), preferences)
+    assert "stages pretrain, dpo: compare bits per byte" in chart.subtitle
+    assert curves(chart, "kl") == [pytest.approx([0.01, 0.03, 0.05]), [-0.0123]]
+
+    def make(name, tokenizer, validation, text):
+        run = make_run(name)
+        file = run.folder / "config.json"
+        hashes = {"tokenizer": tokenizer, "validation": validation}
+        file.write_text(json.dumps(run.config | {"hashes": hashes}))
+        (run.folder / "tokenizer").mkdir()
+        (run.folder / "tokenizer/tokenizer.json").write_text(text)
+        return run
+
+    first, other = make("b", "1", "v", "{}"), make("c", "2", "w", "[]")
+    template = make("d", "3", "v", "{}")  # differs, its vocabulary does not
+    subtitle = compare(first, other).subtitle
+    assert "different tokenizers: compare bits per byte of the same text" in subtitle
+    assert subtitle.endswith("different validation data")
+    assert compare(first, template).subtitle.endswith("thin: training")
 
 
-def test_only_what_every_run_has_can_be_compared(make_run, preferences, mixture):
-    with pytest.raises(ValueError, match=r"y='perplexity' is .*expected y='loss'\."):
-        compare(make_run("a"), preferences, y="perplexity")
-    with pytest.raises(ValueError, match="y='expert_load' is not .*'perplexity'"):
-        compare(mixture, y="expert_load")
-    with pytest.raises(ValueError, match="x='epoch' is not a choice of this chart"):
-        compare(mixture, x="epoch")
+def test_what_no_run_has_cannot_be_compared(make_run, mixture):
+    with pytest.raises(ValueError, match="y='kl' is not a choice"):
+        compare(make_run("a"), mixture, y="kl")
+    assert len(curves(compare(make_run("a"), mixture), "expert_load")) == 4
 
 
 def test_eight_runs_are_told_apart_and_nine_are_too_many(make_run):
     runs = [make_run(f"run{number}") for number in range(9)]
-    figure = compare(*runs[:8])
-    styles = {
-        (line.get_color(), line.get_marker())
-        for line in figure.axes[0].get_lines()[1::2]
-    }
-    assert len(styles) == len(STYLES) == 8
+    assert len(legend(compare(*runs[:8]))) == len(set(COLORS)) == len(set(MARKERS)) == 8
     with pytest.raises(ValueError, match="9 runs to compare; expected 1 to 8"):
         compare(*runs)
+    assert MOST_RUNS == 8
 
 
 def test_to_compare_nothing_is_an_error():
@@ -139,13 +149,13 @@ def test_to_compare_nothing_is_an_error():
 
 @pytest.mark.parametrize("name", ["_hidden", "a_$_b$", "预训练"])
 def test_odd_names_stand_in_the_legend(make_run, name):
-    figure = compare(make_run(name), make_run("b"))
-    figure.png(30)
-    (shown, _) = legend(figure)
+    chart = compare(make_run(name), make_run("b"))
+    chart.png(30)
+    (shown, _) = legend(chart)
     assert shown in (name, "?" * len(name))
 
 
 def test_runs_without_rows_yet_say_so(make_history):
-    figure = compare(make_history(name="a"), make_history(name="b"))
-    assert "no rows yet" in [text.get_text() for text in figure.axes[0].texts]
-    figure.png(30)
+    chart = compare(make_history(name="a"), make_history(name="b"))
+    assert "no rows yet" in [text.get_text() for text in chart.figure.axes[0].texts]
+    chart.png(30)

@@ -315,7 +315,7 @@ CHARTS = """
 from minimind_nb.monitor.charts import plot_history
 plot_history(history)
 ---
-from minimind_nb.monitor.inspector import inspect
+from minimind_nb.monitor.charts import inspect
 inspect(history)
 """
 
