@@ -12,11 +12,10 @@
   const escape = (text) => text.replace(/[&<>"]/g, (one) => `&#${one.charCodeAt(0)};`);
   const isPositive = (value, log) => value !== null && !(log && value <= 0);
 
-  function format(value, short = false) {
+  function format(value, least = 4, short = false) {
     if (value === null || !Number.isFinite(value)) return "–";
     const size = Math.abs(value);
     if (size && (size < 1e-4 || size >= 1e12)) return value.toExponential(2);
-    const least = short || Number.isInteger(value) ? 1 : 4;
     const digits = { minimumSignificantDigits: least, maximumSignificantDigits: 4 };
     if (short && size >= 1e5) digits.notation = "compact";
     else if (size >= 1000) return Math.round(value).toLocaleString("en-US");
@@ -176,6 +175,7 @@
     }
 
     function draw() {
+      if (!host.isConnected) return;
       fitTheme(host);
       curves = prepare();
       for (const name of ["x", "y"]) find(`[name=${name}]`).value = state[name];
@@ -184,7 +184,7 @@
       const weight = state.smoothing ?? data.runs[0].smoothing;
       find("[name=smoothing]").value = -25 * Math.log10(1 - weight);
       const auto = state.smoothing === null && !data.alone;
-      find("output").textContent = auto ? "auto" : format(weight);
+      find("output").textContent = auto ? "auto" : format(weight, 1);
       width = Math.max(100, picture.getBoundingClientRect().width - MARGIN.left - MARGIN.right);
       scales = fitScales();
       const center = `x="${width / 2}" text-anchor="middle"`;
@@ -199,9 +199,9 @@
 
     function drawAxes(center) {
       const across = scales.y.ticks.map((tick) => `<path class="grid" d="M0,${pixelY(tick)}h${width}"/>
-        <text x="-8" y="${pixelY(tick) + 4}" text-anchor="end">${format(tick, true)}</text>`);
+        <text x="-8" y="${pixelY(tick) + 4}" text-anchor="end">${format(tick, 1, true)}</text>`);
       const along = scales.x.ticks.map((tick) => `<path class="axis" d="M${pixelX(tick)},${height}v4"/>
-        <text x="${pixelX(tick)}" y="${height + 17}" text-anchor="middle">${format(tick, true)}</text>`);
+        <text x="${pixelX(tick)}" y="${height + 17}" text-anchor="middle">${format(tick, 1, true)}</text>`);
       const turned = `transform="translate(-50,${height / 2}) rotate(-90)" text-anchor="middle"`;
       return `${across.join("")}${along.join("")}<path class="axis" d="M0,${height}h${width}"/>
         <text ${center} y="${height + 36}">${data.x[state.x]}${scales.x.note}</text>
@@ -279,7 +279,7 @@
         const group = curves.filter((curve) => curve.key === key);
         const { name, role, color, number, at } = group[0];
         const marked = group.some((curve) => curve.role === "eval") ? marker(number, 13, 6) : "";
-        const places = Object.keys(data.x).map((x) => `<td>${format(at[x][rowOf(group[0])])}</td>`);
+        const places = Object.keys(data.x).map((x) => `<td>${format(at[x][rowOf(group[0])], 1)}</td>`);
         return `<tr class="${state.hidden[key] ? "off" : ""}" data-key="${escape(key)}"><td><button>
           <svg width="26" height="12" stroke="${color}"><path class="${role}" d="M1,6h24v1h-24"/>
           <path style="fill:${color}" d="${marked}"/></svg> ${escape(name)}</button></td>${cells(group).join("")}${places.join("")}</tr>`;
