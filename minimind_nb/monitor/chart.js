@@ -4,7 +4,6 @@
   const HEIGHT = 340;
   const MARGIN = { left: 62, right: 12, top: 10, bottom: 42 };
   const LEAST_RATIO = 12; // of an axis' ends for ticks at equal ratios
-  const TALL = 40; // pixels of a range that is dragged on both axes
   // Corners and turn of each run's marker.
   const MARKERS = [[4, 0.125], [24, 0], [3, 0], [4, 0], [3, 0.5], [5, 0], [6, 0], [3, 0.25]];
   const HINT = "drag: zoom · shift-drag: pan · double-click: show all · click a name: hide";
@@ -41,8 +40,10 @@
     return found.filter((value) => value >= low && value <= high);
   }
 
-  /* A scale from values to `length` pixels; null if there is no value to show. */
-  function makeScale(values, zoom, log, length, margin, most) {
+  /* A scale from values, or a range that is zoomed, to pixels; null without values. A
+     logarithmic one, if asked for, needs a value above 0. */
+  function makeScale(values, length, asked, margin, most, zoom = null) {
+    const log = asked && values.some((value) => value > 0);
     let [low, high] = [Infinity, -Infinity];
     for (const value of values) {
       if (!isPositive(value, log)) continue;
@@ -52,16 +53,16 @@
     if (low > high) return null;
     const [to, back] = log ? [Math.log10, (v) => 10 ** v] : [(v) => v, (v) => v];
     const pad = (to(high) - to(low)) * margin || (log ? 0.1 : Math.abs(high) * 0.1 || 1);
-    const fitting = zoom && isPositive(zoom[0], log);
-    const [start, end] = fitting ? zoom.map(to) : [to(low) - pad, to(high) + pad];
+    const whole = [to(low) - pad, to(high) + pad];
+    const [start, end] = zoom && isPositive(zoom[0], log) ? zoom.map(to) : whole;
     const place = (value) => ((to(value) - start) / (end - start)) * length;
     const value = (pixel) => back(start + (pixel / length) * (end - start));
-    const lacks = log && values.some((one) => one !== null && one <= 0);
-    const ticks = tickValues(value(0), value(length), log, most);
-    return { log, place, value, ticks, note: lacks ? " · only values above 0" : "" };
+    const lacks = asked && values.some((one) => one !== null && one <= 0);
+    const note = lacks ? ` · ${log ? "only values" : "no value"} above 0` : "";
+    return { log, place, value, note, ticks: tickValues(value(0), value(length), log, most) };
   }
 
-  function smooth({ mean, rows }, weight) { // as `Curve.smooth` in curves.py
+  function smooth(mean, rows, weight) { // as `Curve.smooth` in curves.py
     let [total, mass] = [0, 0];
     return mean.map((value, at) => {
       const past = value === null ? 0 : weight ** rows[at];
@@ -71,23 +72,9 @@
     });
   }
 
-  function decode(data) {
-    for (const quantity of Object.values(data.ys)) {
-      quantity.curves = quantity.curves.map((curve) => {
-        const at = data.runs[curve.run].grids[curve.role === "eval" ? "eval" : "train"];
-        return { low: curve.mean, high: curve.mean, ...curve, at, rows: at.rows };
-      });
-    }
-  }
-
-  function nearest(places, target) {
-    let [low, high] = [0, places.length - 1];
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (places[middle] < target) low = middle;
-      else high = middle;
-    }
-    return target - places[low] <= places[high] - target ? low : high;
+  function nearest(places, target) { // the last of equals
+    const nearer = (one, other) => Math.abs(one - target) <= Math.abs(other - target);
+    return places.reduce((best, place, row) => (nearer(place, places[best]) ? row : best), 0);
   }
 
   function marker(number, x, y, size = 4) {
@@ -110,21 +97,19 @@
     host.drawn = true;
     const source = host.querySelector("script");
     const data = JSON.parse(source.textContent);
-    decode(data);
-    const state = states.get(data.key) ?? { ...data.choices, hidden: {}, zoom: {} };
+    const state = states.get(data.key) ?? { ...data.choices, hidden: {}, zoom: null };
     if (data.key) states.set(data.key, state);
-    if (!data.ys[state.y]) Object.assign(state, { y: data.choices.y, zoom: {} });
-    const names = (labels) => Object.entries(labels).map(([name, label]) =>
-      `<option value="${name}">${escape(label.split(/ \(|,/)[0])}</option>`).join("");
-    const labels = Object.entries(data.ys).map(([name, y]) => [name, y.label]);
+    if (!data.ys[state.y]) state.y = data.choices.y;
+    const options = (labels) => Object.entries(labels).map(([name, { label = labels[name] }]) =>
+      `<option value="${name}">${label.split(" (")[0]}</option>`).join("");
     host.replaceChildren(source);
     host.classList.toggle("several", !data.alone);
     host.insertAdjacentHTML("beforeend", `
       <div class="title">${escape(data.title)}</div>
       <div class="faint">${escape(data.subtitle)}</div>
       <div class="controls">
-        <select name="y">${names(Object.fromEntries(labels))}</select>
-        <select name="x">${names(data.x)}</select>
+        <select name="y">${options(data.ys)}</select>
+        <select name="x">${options(data.x)}</select>
         <label class="smoothing">smoothing <input type="range" name="smoothing"><output></output></label>
         <label><input type="checkbox" name="log_x"> log x</label>
         <label><input type="checkbox" name="log_y"> log y</label>
@@ -139,39 +124,33 @@
     const pixelY = (value) => height - scales.y.place(value);
     const visible = () => curves.filter(({ key }) => !state.hidden[key]);
 
-    /* The curves of the chosen quantity, smoothed, with colour and legend entry. */
+    /* The curves of the chosen quantity with their places, smoothed, and their looks. */
     function prepare() {
       const all = data.ys[state.y].curves;
-      const entries = [...new Set(all.filter(({ role }) => role !== "range").map((c) => c.name))];
+      const names = [...new Set(all.filter(({ role }) => role !== "range").map((c) => c.name))];
       return all.map((curve) => {
-        const entry = curve.name === "validation" ? 1 : entries.indexOf(curve.name);
-        const number = data.alone ? entry : curve.run;
-        const own = state.smoothing ?? data.runs[curve.run].smoothing;
-        const weight = curve.role === "train" ? own : 0;
+        const { smoothing, grids } = data.runs[curve.run];
+        const at = grids[curve.role === "eval" ? "eval" : "train"];
+        const own = curve.name === "validation" ? 1 : names.indexOf(curve.name);
+        const number = data.alone ? own : curve.run;
         const color = number < 0 ? "currentColor" : `var(--c${number % 8})`;
+        const weight = curve.role === "train" ? state.smoothing ?? smoothing : 0;
+        const line = smooth(curve.mean, at.rows, weight);
         const key = data.alone ? curve.name : String(curve.run);
-        const rest = { places: curve.at[state.x], line: smooth(curve, weight) };
-        return { ...curve, number, weight, color, key, ...rest };
+        const ends = { low: curve.mean, high: curve.mean };
+        return { ...ends, ...curve, at, places: at[state.x], number, color, line, key };
       });
     }
 
     function fitScales() {
-      const fit = (axis, log, values, length, margin, most) => {
-        const scale = (asked) => makeScale(values, state.zoom[axis], asked, length, margin, most);
-        const made = (log && scale(true)) || scale(false);
-        if (log && made && !made.log) made.note = " · no value above 0";
-        return made;
-      };
       const places = visible().flatMap((curve) => curve.places);
-      const x = fit("x", state.log_x, places, width, 0.015, Math.ceil(width / 90));
-      const inside = [];
-      for (const curve of x ? visible() : []) {
-        curve.places.forEach((place, row) => {
-          const pixel = x.place(place);
-          if (pixel >= 0 && pixel <= width) inside.push(curve.low[row], curve.high[row]);
-        });
-      }
-      return { x, y: fit("y", isLogY(), inside, height, 0.05, 6) };
+      const most = Math.ceil(width / 90);
+      const x = makeScale(places, width, state.log_x, 0.015, most, state.zoom);
+      const inside = visible().flatMap((curve) => curve.places.flatMap((place, row) => {
+        const pixel = x.place(place);
+        return pixel >= 0 && pixel <= width ? [curve.low[row], curve.high[row]] : [];
+      }));
+      return { x, y: makeScale(inside, height, isLogY(), 0.05, 6) };
     }
 
     function draw() {
@@ -209,13 +188,10 @@
     }
 
     function drawResumes() {
-      return data.runs.map(({ resumes }, run) => {
-        if (!visible().some((curve) => curve.run === run)) return "";
-        const places = resumes[state.x].filter((place) => isPositive(place, scales.x.log));
-        const color = data.alone ? "currentColor" : `var(--c${run})`;
-        const path = places.map((place) => `M${pixelX(place)},0v${height}`).join("");
-        return `<path class="resume" stroke="${color}" d="${path}"/>`;
-      }).join("");
+      const runs = data.runs.filter((_, run) => visible().some((curve) => curve.run === run));
+      const places = runs.flatMap(({ resumes }) => resumes[state.x]).filter((x) => isDrawn(x, 1));
+      const lines = places.map((place) => `M${pixelX(place)},0v${height}`);
+      return `<path class="resume" d="${lines.join("")}"/>`;
     }
 
     const isDrawn = (place, value) =>
@@ -227,8 +203,9 @@
       places.forEach((place, row) => {
         for (const values of lists) {
           const drawn = isDrawn(place, values[row]);
-          if (drawn) text += `${pen}${pixelX(place).toFixed(1)},${pixelY(values[row]).toFixed(1)}`;
-          if (drawn && pen === "M") text += "h0"; // a lone point is a dot
+          const start = pen === "M" ? "h0" : ""; // a lone point is a dot
+          const point = drawn && [pixelX(place).toFixed(1), pixelY(values[row]).toFixed(1)];
+          text += drawn ? `${pen}${point}${start}` : "";
           pen = drawn ? "L" : "M";
         }
       });
@@ -248,8 +225,8 @@
         if (!wanted || !isDrawn(place, mean[row])) return "";
         return marker(curve.number, pixelX(place), pixelY(mean[row]));
       });
-      const crosses = lost.filter((row) => isPositive(places[row], scales.x.log))
-        .map((row) => `M${pixelX(places[row]) - 4},4l8,8m0,-8l-8,8`);
+      const crosses = lost.filter((row) => isDrawn(places[row], 1)).map((row) => (
+        `M${pixelX(places[row]) - 4},4l8,8m0,-8l-8,8`));
       const dashes = curve.number >= 8 ? 'stroke-dasharray="6 4"' : "";
       return `<g stroke="${color}"><path class="raw ${role}" d="${path(curve, ...lists)}"/>
         <path class="${role}" ${dashes} d="${path(curve, line)}"/>
@@ -258,35 +235,32 @@
     }
 
     /* The legend: each curve or run with its values at a place, or else the last. */
-    function fillTable(target = Infinity) {
+    function fillTable(target = Number.MAX_VALUE) {
       const rowOf = ({ places }) => nearest(places, target);
       const value = (curve) => {
-        const row = rowOf(curve);
-        const [low, high] = [curve.low[row], curve.high[row]].map((one) => format(one));
-        if (curve.lost.includes(row)) return "not finite";
+        const [low, high] = [curve.low, curve.high].map((values) => format(values[rowOf(curve)]));
+        if (curve.lost.includes(rowOf(curve))) return "not finite";
         return low === high ? low : `${low} – ${high}`;
       };
       const smoothed = (curve) => format(curve.line[rowOf(curve)]);
-      const columns = data.alone
-        ? [["value", "", value], ["smoothed", "train", smoothed]]
-        : [["training", "train", value], ["smoothed", "train", smoothed], ["validation", "eval", value]];
-      const cells = (group) => columns.map(([, role, read]) => {
-        const chosen = group.filter((curve) => !role || curve.role === role).slice(0, 4);
-        return `<td>${chosen.map(read).join(" / ")}</td>`;
-      });
-      const keys = [...new Set(curves.map(({ key }) => key))];
-      const rows = keys.map((key) => {
+      const average = ["train", smoothed];
+      const all = data.alone
+        ? { value: ["", value], smoothed: average }
+        : { training: ["train", value], smoothed: average, validation: ["eval", value] };
+      const rows = [...new Set(curves.map(({ key }) => key))].map((key) => {
         const group = curves.filter((curve) => curve.key === key);
         const { name, role, color, number, at } = group[0];
-        const marked = group.some((curve) => curve.role === "eval") ? marker(number, 13, 6) : "";
-        const places = Object.keys(data.x).map((x) => `<td>${format(at[x][rowOf(group[0])], 1)}</td>`);
+        const mark = group.some((curve) => curve.role === "eval") ? marker(number, 13, 6) : "";
+        const values = Object.values(all).map(([wanted, read]) => (
+          group.filter((curve) => !wanted || curve.role === wanted).slice(0, 4).map(read).join(" / ")));
+        const places = Object.keys(data.x).map((x) => format(at[x][rowOf(group[0])], 1));
         return `<tr class="${state.hidden[key] ? "off" : ""}" data-key="${escape(key)}"><td><button>
           <svg width="26" height="12" stroke="${color}"><path class="${role}" d="M1,6h24v1h-24"/>
-          <path style="fill:${color}" d="${marked}"/></svg> ${escape(name)}</button></td>${cells(group).join("")}${places.join("")}</tr>`;
+          <path style="fill:${color}" d="${mark}"/></svg> ${escape(name)}</button></td>
+          ${[...values, ...places].map((text) => `<td>${text}</td>`).join("")}</tr>`;
       });
-      const titles = ["", ...columns.map(([title]) => title), ...Object.keys(data.x)];
-      const head = `<tr>${titles.map((title) => `<th>${title}</th>`).join("")}</tr>`;
-      table.innerHTML = rows.length ? head + rows.join("") : "";
+      const heads = ["", ...Object.keys(all), ...Object.keys(data.x)];
+      table.innerHTML = heads.map((head) => `<th>${head}</th>`).join("") + rows.join("");
       const lost = curves.some((curve) => curve.lost.length) && "×: not finite";
       const resumed = data.runs.some(({ resumes }) => resumes.step.length) && "dashed: resumed";
       find(".faint:last-child").textContent = [resumed, lost, HINT].filter(Boolean).join(" · ");
@@ -322,36 +296,33 @@
         if (event.button || !scales.y) return;
         event.preventDefault();
         picture.setPointerCapture(event.pointerId);
-        drag = { from: position(event), pan: event.shiftKey, ...scales };
+        drag = { from: position(event)[0], pan: event.shiftKey, scale: scales.x };
       });
       picture.addEventListener("pointermove", (event) => {
         const [x, y] = position(event);
+        if (!event.buttons) drag = null; // a touch that became a scroll has no end
         if (!drag) {
           if (scales.y) showPoint(x, y);
           return;
         }
-        const [across, down] = [x - drag.from[0], y - drag.from[1]];
         if (drag.pan) {
-          state.zoom.x = range(drag.x, -across, width - across);
-          if (state.zoom.y) state.zoom.y = range(drag.y, down, height + down);
+          state.zoom = range(drag.scale, drag.from - x, drag.from - x + width);
           draw();
           return;
         }
-        const tall = Math.abs(down) > TALL;
-        find(".hover").innerHTML = `<rect x="${Math.min(x, drag.from[0])}" width="${Math.abs(across)}"
-          y="${tall ? Math.min(y, drag.from[1]) : 0}" height="${tall ? Math.abs(down) : height}"/>`;
+        const size = `x="${Math.min(x, drag.from)}" width="${Math.abs(x - drag.from)}"`;
+        find(".hover").innerHTML = `<rect ${size} height="${height}"/>`;
       });
       picture.addEventListener("pointerup", (event) => {
-        const [x, y] = position(event);
+        const [x] = position(event);
         const { pan, from } = drag ?? { pan: true };
         drag = null;
-        if (pan || Math.abs(x - from[0]) < 6) return;
-        state.zoom.x = range(scales.x, x, from[0]);
-        if (Math.abs(y - from[1]) > TALL) state.zoom.y = range(scales.y, height - y, height - from[1]);
+        if (pan || Math.abs(x - from) < 6) return;
+        state.zoom = range(scales.x, x, from);
         draw();
       });
       picture.addEventListener("dblclick", () => {
-        state.zoom = {};
+        state.zoom = null;
         draw();
       });
       picture.addEventListener("pointerleave", () => drag || draw());
@@ -359,12 +330,12 @@
         state[name] = type === "checkbox" ? checked : value;
         if (name === "smoothing") state.smoothing = 1 - 10 ** (-value / 25); // 100 is 0.9999
         if (name === "y") state.log_y = null;
-        if (name === "x" || name === "y") state.zoom[name] = null;
+        if (name === "x") state.zoom = null;
         draw();
       });
       table.addEventListener("click", ({ target }) => {
         const { key } = target.closest("tr").dataset;
-        state.hidden[key] = !state.hidden[key];
+        if (key) state.hidden[key] = !state.hidden[key];
         draw();
       });
       new ResizeObserver(draw).observe(host);

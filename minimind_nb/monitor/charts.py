@@ -6,14 +6,14 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import curves
-from .curves import X_LABELS, Y_LABELS
+from .curves import KINDS, X_LABELS, Y_LABELS
 from .metrics import History
 from .page import page, read_asset
 from .progress import outcome
@@ -56,16 +56,17 @@ class Chart:
         self.subtitle = " · ".join([words, *notes])
         self._histories, self._table = histories, table
         self._tables = [curves.read_run(history) for history in histories]
-        self._pairs = {history.stage for history in histories} == {"dpo"}
-        usual = ["loss"] if self._pairs else ["loss", "perplexity"]
         columns = [kind for tables in self._tables for kind in tables.values()]
-        self._ys = [
-            name
-            for name in Y_LABELS
-            if name in usual or any(not np.isnan(one[name]).all() for one in columns)
-        ]
-        check_choice("x", x, X_LABELS)
-        check_choice("y", y, self._ys)
+        known = [n for n in Y_LABELS if any(not np.isnan(c[n]).all() for c in columns)]
+        self._labels = {name: Y_LABELS[name] for name in known} or Y_LABELS
+        if {history.stage for history in histories} == {"dpo"}:
+            self._labels = self._labels | {"loss": "loss (nats per pair)"}
+        for name, value, offered in (("x", x, X_LABELS), ("y", y, self._labels)):
+            if value not in offered:
+                raise ValueError(
+                    f"{name}={value!r} is not a choice of this chart; expected "
+                    f"{name}={' or '.join(map(repr, offered))}."
+                )
         counts = [len(tables["train"]["step"]) for tables in self._tables]
         self._weights = [curves.choose_smoothing(n, smoothing) for n in counts]
         self.choices = {"x": x, "y": y, "smoothing": smoothing}
@@ -74,26 +75,19 @@ class Chart:
     def data(self, most: int = MOST_NUMBERS[0]) -> dict[str, Any]:
         """Return what is drawn: quantities with their curves of at most `most` numbers,
         and for each run the places of their points and of its resumes."""
-        ys: dict[str, Any] = {
-            y: {"label": Y_LABELS[y], "log": y == "perplexity", "curves": []}
-            for y in self._ys
-        }
-        if self._pairs:
-            ys["loss"]["label"] = "loss (nats per pair)"
-        runs = []
-        for number, (tables, weight) in enumerate(
-            zip(self._tables, self._weights, strict=True)
-        ):
-            grids = {
-                kind: curves.make_grid(tables[kind], most) for kind in curves.KINDS
-            }
+        runs, ys = [], {}
+        for y, label in self._labels.items():
+            ys[y] = {"label": label, "log": y == "perplexity", "curves": []}
+        for number, history in enumerate(self._histories):
+            tables, label = self._tables[number], self._names[number]
+            grids = {kind: curves.make_grid(tables[kind], most) for kind in KINDS}
             resumes = curves.places(tables["event"], slice(None))
-            runs.append({"smoothing": weight, "grids": grids, "resumes": resumes})
-            about = self._histories[number], tables
-            label = "" if self.alone else self._names[number]
-            for y in self._ys:
-                found = curves.read_curves(*about, y, grids, label)
-                ys[y]["curves"] += [{"run": number, **curve} for curve in found]
+            run = {"smoothing": self._weights[number], "grids": grids}
+            runs.append(run | {"resumes": resumes})
+            about = history, tables, grids, "" if self.alone else label
+            for y, quantity in ys.items():
+                for curve in curves.read_curves(y, *about):
+                    quantity["curves"].append({"run": number, **curve})
         words = {"title": self.title, "subtitle": self.subtitle, "alone": self.alone}
         return words | {"choices": self.choices, "x": X_LABELS, "ys": ys, "runs": runs}
 
@@ -107,17 +101,13 @@ class Chart:
         below = self._table._repr_html_() if self._table else ""
         below += f"<script>{read_asset('chart.js')}</script>"
         room = LARGEST_OUTPUT - len(encoded) - len(page(body + below).encode()) - 2_000
-        style: Any = {
-            "separators": (",", ":"),
-            "default": _plain,
-            "ensure_ascii": False,
-        }
         text = ""
         for most in MOST_NUMBERS:
-            text = json.dumps({"key": key, **self.data(most)}, **style)
-            text = text.replace("<", "\\u003c")
-            if len(text.encode()) < room:
+            data = {"key": key, **self.data(most)}
+            text = json.dumps(data, default=_plain, separators=(",", ":"))
+            if len(text) < room:
                 break
+        text = text.replace("<", "\\u003c")
         text = f'<script type="application/json">{text}</script>'
         return page(f'<div class="minimind-chart">{text}{body}</div>{below}')
 
@@ -185,20 +175,7 @@ def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
     return plot_history(History.load(source), **choices)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError for an axis that a chart does not have."""
-    if value not in choices:
-        raise ValueError(
-            f"{name}={value!r} is not a choice of this chart; expected "
-            f"{name}={' or '.join(map(repr, choices))}."
-        )
-
-
 def _plain(values: np.ndarray) -> list[float | int | None]:
     """Return numbers for JSON: whole ones, others of five digits, None if not finite."""
-    return [
-        (float(f"{number:.5g}") if number % 1 else int(number))
-        if math.isfinite(number)
-        else None
-        for number in values.tolist()
-    ]
+    short = [float(f"{n:.5g}") if n % 1 else n for n in values.tolist()]
+    return [None if math.isnan(n) else int(n) if n % 1 == 0 else n for n in short]

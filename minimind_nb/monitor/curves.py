@@ -63,10 +63,9 @@ def read_run(history: History) -> dict[str, Table]:
 
 def places(table: Table, chosen: np.ndarray | slice) -> dict[str, np.ndarray]:
     """Return steps, tokens and minutes of chosen rows."""
-    step, tokens, seconds = (
-        np.nan_to_num(table[field].sum(1)[chosen], posinf=0)
-        for field in ("step", "tokens", "seconds")
-    )
+    fields = "step", "tokens", "seconds"
+    numbers = (table[field].sum(1)[chosen] for field in fields)
+    step, tokens, seconds = (np.nan_to_num(one, posinf=0) for one in numbers)
     return {"step": step, "tokens": tokens, "minutes": seconds / 60}
 
 
@@ -88,11 +87,7 @@ def make_grid(table: Table, most: int) -> dict[str, np.ndarray]:
 
 
 def read_curves(
-    history: History,
-    tables: dict[str, Table],
-    y: str,
-    grids: dict[str, Any],
-    label: str,
+    y: str, history: History, tables: dict[str, Table], grids: Any, label: str
 ) -> Iterator[Curve]:
     """Yield the curves of a quantity: `mean`, `low`, `high` and `lost` (see `_thin`).
 
@@ -108,11 +103,9 @@ def read_curves(
             yield {"role": kind, "name": label or part, **_thin(values, rows)}
         if y == "expert_load" and not label:
             least, greatest = (_thin(ends, rows) for ends in tables[kind]["range"].T)
-            low, high = (
-                least.get("low", least["mean"]),
-                greatest.get("high", greatest["mean"]),
-            )
-            ends = {"mean": low * math.nan, "low": low, "high": high, "lost": rows[:0]}
+            low = least.get("low", least["mean"])
+            high = greatest.get("high", greatest["mean"])
+            ends = {"mean": rows * math.nan, "low": low, "high": high, "lost": rows[:0]}
             yield {"role": "range", "name": "range over layers", **ends}
 
 
@@ -152,14 +145,12 @@ def smooth(mean: np.ndarray, rows: np.ndarray, weight: float) -> np.ndarray:
     """
     averages, total, mass = [], 0.0, 0.0
     for value, count in zip(mean.tolist(), rows.tolist(), strict=True):
-        if math.isfinite(value):
-            past = weight**count
-            total = past * total + (1 - past) * value
-            mass = past * mass + (1 - past)
-            averages.append(total / mass)
-        else:
+        if math.isnan(total):
             total = mass = 0.0
-            averages.append(math.nan)
+        past = weight**count
+        total = past * total + (1 - past) * value
+        mass = past * mass + 1 - past
+        averages.append(total / mass)
     return np.array(averages)
 
 
