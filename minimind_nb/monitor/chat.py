@@ -1,12 +1,11 @@
 """Chat with a model: answers appear as they are generated, and turns are kept."""
 
-import bisect
 import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from ..data.chat_template import ChatEncoder
@@ -15,18 +14,18 @@ from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load
 from ..session import current_session, running_kernel
+from .chat_panel import Panel, View, as_html
 
+_LEFT_OUT = "Older turns are left out: the chat has outgrown the model."
 _THOUGHT = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
-# What is shown only when more has come: white space, and what may become a tag.
-_UNSETTLED = re.compile(r"\s*(<[/a-z]*)?\Z")
+# What is shown only when more has come: white space, calls, and what may become a tag.
+_UNSETTLED = re.compile(r"\s*(<tool_call>.*|<[/a-z_]*)?\Z", re.DOTALL)
 
 
 class Answer(str):
-    """An answer, already printed: a cell does not show it again as its value.
-
-    `thought` is what the model thought before it, and `calls` are the calls of its turn,
-    each {"name", "arguments"}.
+    """An answer with the `thought` before it, and the `calls` of its turn, each
+    {"name", "arguments"}. A cell has shown it already, and does not as its value.
     """
 
     thought: str
@@ -42,10 +41,10 @@ class Chat:
     `say` adds a turn; `history` holds the messages of the system turn, if any, and the
     answered turns: {"role", "content"}, an answer's thought as "reasoning_content", its
     calls as "tool_calls", and their results in the role "tool". `clear` forgets these.
-    `settings` are those of `generate`, by default with 256 new tokens; a `seed` is raised
-    by one for each answer, so a question asked twice has two answers. An interrupt ends
-    the answer, not the chat. A prompt that outgrows the model's positions leaves out the
-    oldest turns.
+    A cell that ends with a chat shows it. `settings` are those of `generate`, by default
+    with 256 new tokens; a `seed` is raised by one for each answer, so a question asked
+    twice has two answers. An interrupt ends the answer, not the chat. A prompt that
+    outgrows the model's positions leaves out the oldest turns.
 
     Functions among `tools` are run when the model calls them, at most `max_rounds` times
     before it must answer; their results, or errors, go back to it as JSON. Calls of a
@@ -62,69 +61,102 @@ class Chat:
         **settings: Any,
     ) -> None:
         check_tokenizer(model, tokenizer)
-        self._settings = {"max_new_tokens": 256, **settings}
-        self._sampling = Sampling(**self._settings)  # raises for an invalid setting
+        defaults = {"max_new_tokens": 256, "temperature": Sampling.temperature}
+        self.settings: dict[str, Any] = {**defaults, **settings}
+        self._sampling = Sampling(**self.settings)  # raises for an invalid setting
         self._model, self._tokenizer = model, tokenizer
         self._encoder = ChatEncoder(read_tokenizer(tokenizer))
         self._ends = {tokenizer.eos_token_id, self._encoder.end_id}
         self._tools: Any = {_name(tool): tool for tool in self._sampling.tools}
         self._encode([{"role": "user", "content": "?"}])  # raises for a poor template
         self._system, self._max_rounds = system, max_rounds
+        self._running: Any = (None for _ in ())  # the answer that is being generated
+        self._shown_by = 0  # the number of the cell that has shown all of it
         self.clear()
 
     def clear(self) -> None:
         """Forget all turns but the system turn."""
+        self.stop()
         self.history: list[Message] = []
         if self._system is not None:
             self.history.append({"role": "system", "content": self._system})
-        self._shortened = False
+        self._answers, self._shortened = 0, False
 
     def say(self, text: str) -> Answer:
-        """Print the answer as it is generated, and return it.
+        """Show the answer as it is generated, and return it.
 
-        Thoughts are printed behind bars, results of tools in brackets. Raises
+        In a terminal, thoughts, calls of tools and their results are behind bars. Raises
         `ValueError` if `text` is empty, too long or not a string.
         """
-        messages = [*self.history, {"role": "user", "content": text}]
+        view = View()
+        turn: list[Message] = [{"role": "user", "content": text}]
         try:
-            read_chat(messages)
-        except ValueError as reason:
-            raise ValueError(f"invalid message: {reason}") from None
-        messages.append(self._answer(messages))
-        for _ in range(self._max_rounds):
-            if not (results := self._run_calls(messages[-1])):
-                break
-            messages += results
-            messages.append(self._answer(messages))
-        message, turn = messages[-1], messages[len(self.history) :]
-        if message["content"].strip() or "tool_calls" in message:
-            self.history = messages  # an empty turn is invalid in the next prompt
+            for _ in self.take(turn):
+                view.show(turn)
+        except KeyboardInterrupt:
+            self.stop()
+        view.show(turn, live=False)
+        message = turn[-1]
         answer = Answer(message["content"])
         answer.thought = message.get("reasoning_content", "")
         answer.calls = [call for one in turn for call in one.get("tool_calls", [])]
         return answer
 
-    def _answer(self, messages: list[Message]) -> Message:
-        """Print an answer as it is generated; return it as a message."""
-        ids, left_out = self._fit(messages)
-        if left_out and not self._shortened:
-            self._shortened = True
-            print("[The chat outgrew the model: its oldest turns are left out.]")
-        settings = {**self._settings, "ends": self._ends}
+    def take(self, turn: list[Message]) -> Generator[None]:
+        """Answer the user's message in `turn`, which grows, and yield after each piece.
+
+        A chat answers one at a time: an answer that is still being generated ends.
+        """
+        self.stop()
+        self._running = self._take(turn)
+        return self._running
+
+    def stop(self) -> None:
+        """End the answer that is being generated, and keep what was said."""
+        if self._running.gi_running:  # a handler of signals calls this
+            raise KeyboardInterrupt
+        with contextlib.suppress(KeyboardInterrupt, StopIteration):
+            self._running.throw(KeyboardInterrupt)
+
+    def _take(self, turn: list[Message]) -> Generator[None]:
+        read_chat([*self.history, *turn])  # raises for a poor message
+        yield from self._answer(turn)
+        for _ in range(self._max_rounds):
+            if not (results := self._run_calls(turn[-1])):
+                break
+            turn += results
+            yield from self._answer(turn)
+        if turn[-1]["content"].strip() or "tool_calls" in turn[-1]:
+            self.history = [*self.history, *turn]  # an empty one would be invalid
+
+    def _answer(self, turn: list[Message]) -> Generator[None]:
+        """Add an answer to a turn, and replace it as it grows."""
+        asked = turn[-1]
+        turn.append({"role": "assistant", "content": ""})
+        ids, shortened = self._fit([*self.history, *turn[:-1]])
+        if shortened and not self._shortened:
+            self._shortened, asked["note"] = True, _LEFT_OUT
+        settings = {**self.settings, "ends": self._ends}
         if settings.get("seed") is not None:
-            settings["seed"] += sum(one["role"] == "assistant" for one in messages)
+            settings["seed"] += self._answers
+        self._answers += 1
         opened = str(self._tokenizer.decode(ids)).rstrip().endswith("<think>")
-        text, shown, complete = "<think>" * opened, 0, False
-        pieces = stream_ids(self._model, self._tokenizer, ids, **settings)
-        with contextlib.suppress(KeyboardInterrupt):
-            for piece in pieces:
+        text = "<think>" * opened
+        try:
+            yield
+            for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
                 text += piece
-                view = _view(_UNSETTLED.sub("", text))
-                print(view[shown:], end="", flush=True)
-                shown = len(view)
-            complete = True
-        print(_view(text)[shown:])
-        thought, said = _split(text)
+                turn[-1] = self._read(_UNSETTLED.sub("", text))
+                yield
+            turn[-1] = self._read(text, complete=True)
+            yield
+        except KeyboardInterrupt:
+            turn[-1] = self._read(text)
+
+    def _read(self, text: str, complete: bool = False) -> Message:
+        """Return the text of an answer as a message; only a complete one calls tools."""
+        found = _THOUGHT.match(text)
+        thought, said = (found[1].strip(), text[found.end() :]) if found else ("", text)
         message: Message = {"role": "assistant", "content": said}
         if thought:
             message["reasoning_content"] = thought
@@ -138,9 +170,7 @@ class Chat:
         calls = message.get("tool_calls", [])
         if any(isinstance(self._tools.get(call["name"]), dict) for call in calls):
             return []
-        results = [self._run(call) for call in calls]
-        print("".join(f"[{result}]\n" for result in results), end="")
-        return [{"role": "tool", "content": result} for result in results]
+        return [{"role": "tool", "content": self._run(call)} for call in calls]
 
     def _run(self, call: dict[str, Any]) -> str:
         """Return what a call gives, or how it fails, as JSON."""
@@ -154,23 +184,20 @@ class Chat:
         tools, thinking = self._sampling.tools, self._sampling.thinking
         return self._encoder.prompt(messages, tools, thinking).tolist()
 
-    def _fit(self, messages: list[Message]) -> tuple[list[int], int]:
-        """Return the prompt's ids, and the number of turns that it leaves out."""
+    def _fit(self, messages: list[Message]) -> tuple[list[int], bool]:
+        """Return the prompt's ids, and whether it leaves out turns to have room."""
         positions = self._model.config.max_position_embeddings
-        room = positions - self._settings["max_new_tokens"]
+        room, ids = positions - self.settings["max_new_tokens"], []
         turns = [n for n, one in enumerate(messages) if one["role"] == "user"]
-
-        def encode(turn: int) -> list[int]:
-            return self._encode([*messages[: turns[0]], *messages[turn:]])
-
-        first = bisect.bisect_left(turns, True, key=lambda n: len(encode(n)) <= room)
-        if first == len(turns):
-            raise ValueError(
-                f"this message makes a prompt of {len(encode(turns[-1]))} tokens; the "
-                f"model's {positions} positions less max_new_tokens leave room for "
-                f"{room}: say less, or chat with fewer max_new_tokens"
-            )
-        return encode(turns[first]), first
+        for turn in turns:
+            ids = self._encode([*messages[: turns[0]], *messages[turn:]])
+            if len(ids) <= room:
+                return ids, turn > turns[0]
+        raise ValueError(
+            f"this message makes a prompt of {len(ids)} tokens; the model's {positions} "
+            f"positions less max_new_tokens leave room for {room}: say less, or chat "
+            "with fewer max_new_tokens"
+        )
 
     def converse(self) -> None:
         """Ask in the terminal and answer, until an empty line, Ctrl-D or Ctrl-C."""
@@ -178,53 +205,18 @@ class Chat:
             import readline  # noqa: F401  # lets input() edit a line
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while text := input("> ").strip():
-                self._try(text)
+                try:
+                    self.say(text)
+                except ValueError as error:
+                    print(error)
         print()
 
-    def panel(self) -> Any:
-        """Return the chat as a widget: transcript, a line to write in, a button."""
-        import ipywidgets as widgets
-
-        transcript = widgets.Output()
-        line = widgets.Text(placeholder="Say something", layout={"width": "80%"})
-        button = widgets.Button(description="Send")
-
-        def send() -> None:
-            text, line.value = line.value.strip(), ""
-            if text:
-                with transcript:
-                    print(f"> {text}")
-                    self._try(text)
-
-        def receive(_: object, content: dict[str, Any], __: object) -> None:
-            if content.get("event") == "submit":  # the key Enter
-                send()
-
-        button.on_click(lambda _: send())
-        line.on_msg(receive)
-        return widgets.VBox([transcript, widgets.HBox([line, button])])
-
-    def _try(self, text: str) -> None:
-        try:
-            self.say(text)
-        except ValueError as error:
-            print(error)
+    def _repr_html_(self) -> str | None:
+        cell = getattr(running_kernel(), "execution_count", None)
+        return None if cell == self._shown_by else as_html(self.history)
 
     def __repr__(self) -> str:
         return f"Chat of {len(self.history)} messages"
-
-
-def _split(text: str) -> tuple[str, str]:
-    """Return the thought and the rest of an answer, also of one that is not complete."""
-    found = _THOUGHT.match(text)
-    return (found[1].strip(), text[found.end() :]) if found else ("", text)
-
-
-def _view(text: str) -> str:
-    """Return an answer as it is printed, with a bar before each line of its thought."""
-    thought, said = _split(text)
-    lines = [f"| {line}" for line in thought.splitlines()]
-    return "\n".join([*lines, *([said] if said else [])])
 
 
 def _name(tool: Callable[..., Any] | dict[str, Any]) -> str:
@@ -278,9 +270,8 @@ def chat(
     elif kernel is None:
         talk.converse()
     else:
-        from IPython.display import display
-
-        display(talk.panel())
+        Panel(talk)
+    talk._shown_by = getattr(kernel, "execution_count", 0)
     return talk
 
 

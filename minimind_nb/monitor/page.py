@@ -12,9 +12,12 @@ def read_asset(name: str) -> str:
 
 
 def page(body: str) -> str:
-    """Return the HTML of an output: `body` (HTML) in the common style, page.css."""
+    """Return the HTML of an output: `body` (HTML) in the common style, page.css.
+
+    Dollars in it are no mathematics: two classes say so, to MathJax 2 and 3.
+    """
     style = f"<style>{read_asset('page.css')}</style>"
-    return f'{style}<div class="minimind">{body}</div>'
+    return f'{style}<div class="minimind tex2jax_ignore mathjax_ignore">{body}</div>'
 
 
 def facts_row(facts: dict[str, str]) -> str:

@@ -1,20 +1,28 @@
 """Chats: the prompts of a model, the history, and where answers are shown."""
 
+import asyncio
 import builtins
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ipywidgets.widgets import widget
 from jupyter_client.manager import start_new_kernel
 from support.small_models import make_model, make_tokenizer, teach
 
 from minimind_nb.model.generation import generate
 from minimind_nb.monitor import chat as chat_module
+from minimind_nb.monitor import chat_panel
 from minimind_nb.monitor.chat import Chat, chat
+from minimind_nb.monitor.chat_panel import as_html, as_text
 
 SECONDS = 120
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
@@ -142,7 +150,7 @@ def test_a_chat_that_outgrows_the_model_forgets_its_oldest_turns(pair, capsys, s
     talk = Chat(model, pair[1], system=system, **GREEDY)
     for _ in range(6):
         talk.say("one")
-    assert capsys.readouterr().out.count("its oldest turns are left out") == 1
+    assert capsys.readouterr().out.count("Older turns are left out") == 1
     assert len(talk.history) == 12 + (system is not None)
     asked = [*talk.history, said("user", "six")]
     start = 1 if system else 0
@@ -170,7 +178,7 @@ def test_a_message_that_is_too_long_alone_is_refused(pair):
     [("", "message 1.*user's.*empty"), (" \n", "message 1"), (5, "message 1.* 5")],
 )
 def test_what_is_nothing_to_say_is_refused(pair, text, message):
-    with pytest.raises(ValueError, match=f"invalid message: {message}"):
+    with pytest.raises(ValueError, match=message):
         chat(pair, text)
 
 
@@ -226,28 +234,259 @@ def test_where_nobody_can_write_a_text_is_asked_for(pair, monkeypatch):
         chat(pair)
 
 
-def test_the_widget_answers_what_is_sent(pair, answers, capsys):
-    answers("fi", "ve")
+class Output:
+    """An output of a cell: what it shows, and how often that was replaced."""
+
+    def __init__(self, bundle: dict[str, Any]) -> None:
+        self.updates = -1
+        self.update(bundle)
+
+    def update(self, bundle: dict[str, Any], raw: bool = True) -> None:
+        self.bundle, self.updates = bundle, self.updates + 1
+
+    @property
+    def text(self) -> str:
+        return self.bundle["text/plain"]
+
+    @property
+    def html(self) -> str:
+        return self.bundle["text/html"].partition("</style>")[2]
+
+
+@pytest.fixture
+def outputs(monkeypatch) -> Iterator[list[Output]]:
+    """What is shown in a cell: instead of a kernel's front end, this list gets it."""
+    shown: list[Output] = []
+
+    def display(bundle: dict[str, Any], **_: Any) -> Output:
+        shown.append(Output(bundle))
+        return shown[-1]
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("IPython.display.display", display)
+    kernel = SimpleNamespace(execution_count=7)
+    monkeypatch.setattr(chat_module, "running_kernel", lambda: kernel)
+    monkeypatch.setattr(chat_panel, "running_kernel", lambda: kernel)
+    yield shown
+    signal.signal(signal.SIGINT, handler)
+
+
+class Hand:
+    """Uses the controls of a chat that a cell shows."""
+
+    def __init__(self, talk: Chat, outputs: list[Output]) -> None:
+        self.panel = chat_panel.Panel(talk)
+        self.transcript, controls = outputs[-2:]
+        (view,) = [one for kind, one in controls.bundle.items() if "widget" in kind]
+        box: Any = widget._instances[view["model_id"]]
+        first, second = box.children
+        self.line, *buttons = [*first.children, *second.children]
+        self.warmth, self.length = buttons[-2:]
+        self.buttons = {button.description: button for button in buttons[:-2]}
+
+    async def press(self, name: str, seconds: float = 0.02) -> None:
+        self.buttons[name].click()
+        await asyncio.sleep(seconds)
+
+    async def send(self, text: str) -> None:
+        self.line.value = text
+        await self.press("Send")
+
+    async def enter(self, text: str) -> None:
+        self.line._handle_custom_msg({"event": "submit"}, [])
+        self.line.value = text  # comes behind
+        await asyncio.sleep(0.1)
+
+
+def use(talk: Chat, outputs: list[Output], act: Callable[[Hand], Any]) -> Hand:
+    """Let a hand act in a running event loop, as a kernel has one."""
+
+    async def run() -> Hand:
+        hand = Hand(talk, outputs)
+        await act(hand)
+        return hand
+
+    return asyncio.run(run())
+
+
+def endless(word: str) -> Iterator[str]:
+    return itertools.repeat(f"{word} ")
+
+
+def test_a_cell_answers_what_is_sent_or_entered(pair, turns, outputs):
+    prompts = turns(["fi", "ve"], "2")
     talk = Chat(*pair)
-    line, button = talk.panel().children[1].children
-    line.value = "six"
-    button.click()
-    assert line.value == ""
-    line._handle_custom_msg({"event": "submit"}, [])
-    assert len(talk.history) == 2, "an empty line is not sent"
-    line.value = "one"
-    line._handle_custom_msg({"event": "submit"}, [])
-    assert len(talk.history) == 4
-    assert capsys.readouterr().out == "> six\nfive\n> one\nfive\n"
+
+    async def act(hand: Hand) -> None:
+        await hand.press("Send")
+        assert talk.history == [], "an empty line is not sent"
+        await hand.send("six")
+        assert hand.line.value == ""
+        assert hand.transcript.text == "> six\nfive"
+        hand.warmth.value, hand.length.value = 1.5, 20
+        await hand.enter("one")
+
+    hand = use(talk, outputs, act)
+    assert hand.transcript.text == "> six\nfive\n> one\n2"
+    assert len(prompts) == 2
+    assert (talk.settings["temperature"], talk.settings["max_new_tokens"]) == (1.5, 20)
+    assert outputs[1].text == "", "a saved notebook shows no controls"
 
 
-def test_the_widget_shows_why_a_message_is_refused(pair, capsys):
+def test_a_cell_tells_why_a_message_is_refused_and_gives_it_back(pair, outputs):
     talk = Chat(make_model(pair[1], max_position_embeddings=130), pair[1], **GREEDY)
-    line, button = talk.panel().children[1].children
-    line.value = "one " * 200
-    button.click()
-    assert "say less" in capsys.readouterr().out
+    long = "one " * 200
+
+    async def act(hand: Hand) -> None:
+        await hand.send(long)
+        assert hand.line.value == long.strip()
+
+    hand = use(talk, outputs, act)
+    assert "say less" in hand.transcript.text
     assert talk.history == []
+
+
+def test_stop_ends_an_answer_and_keeps_what_was_said(pair, turns, outputs):
+    turns(endless("one"), "two")
+    talk = Chat(*pair)
+
+    async def act(hand: Hand) -> None:
+        await hand.send("six")
+        assert talk.history == []
+        await hand.press("Stop")
+        assert talk.history[1]["content"].startswith("one one")
+        await hand.press("Stop")
+        await hand.send("six")
+
+    use(talk, outputs, act)
+    assert [message["content"] for message in talk.history[2:]] == ["six", "two"]
+
+
+def test_an_interrupt_of_an_idle_kernel_ends_an_answer(pair, turns, outputs):
+    turns(endless("one"))
+    talk = Chat(*pair)
+
+    async def act(hand: Hand) -> None:
+        await hand.send("six")
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.02)
+        assert talk.history[1]["content"].startswith("one one")
+        os.kill(os.getpid(), signal.SIGINT)  # nothing is left to end
+
+    use(talk, outputs, act)
+
+
+def test_an_interrupt_ends_a_tool_and_the_model_is_told(pair, turns, outputs):
+    def wait() -> None:
+        """Wait."""
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    turns(calling({"name": "wait", "arguments": {}}), "Sorry.")
+    talk = Chat(*pair, tools=[wait])
+    use(talk, outputs, lambda hand: hand.send("Go."))
+    assert "KeyboardInterrupt" in talk.history[2]["content"]
+    assert talk.history[3]["content"] == "Sorry."
+
+
+def test_again_gives_another_answer_to_the_last_question(pair, turns, outputs):
+    prompts = turns("1", "2", endless("3"), "4")
+    talk = Chat(*pair, seed=1)
+
+    async def act(hand: Hand) -> None:
+        await hand.press("Again")
+        assert talk.history == []
+        await hand.send("six")
+        await hand.send("six")
+        await hand.press("Again")
+        await hand.press("Again")
+
+    hand = use(talk, outputs, act)
+    assert hand.transcript.text == "> six\n1\n> six\n4"
+    assert prompts[1] == prompts[2] == prompts[3] != prompts[0]
+
+
+def test_a_message_ends_the_answer_before_it(pair, turns, outputs):
+    turns(endless("one"), endless("two"), "3")
+    talk = Chat(*pair)
+
+    async def act(hand: Hand) -> None:
+        await hand.send("a")
+        await hand.send("b")
+        talk.say("c")
+
+    use(talk, outputs, act)
+    said = [message["content"][:3] for message in talk.history]
+    assert said == ["a", "one", "b", "two", "c", "3"]
+
+
+def test_clear_ends_the_answer_and_forgets_it(pair, turns, outputs):
+    turns(endless("one"))
+    talk = Chat(*pair, system="two")
+
+    async def act(hand: Hand) -> None:
+        await hand.send("six")
+        await hand.press("Clear")
+
+    hand = use(talk, outputs, act)
+    assert talk.history == [said("system", "two")]
+    assert hand.transcript.text == "| two"
+
+
+def test_a_new_panel_ends_the_answer_of_the_one_before(pair, turns, outputs):
+    turns(endless("one"))
+    talk = Chat(*pair)
+
+    async def act(hand: Hand) -> None:
+        await hand.send("six")
+        chat_panel.Panel(Chat(*pair))
+
+    use(talk, outputs, act)
+    assert len(talk.history) == 2
+
+
+def test_bubbles_show_text_as_it_is_and_parts_apart():
+    messages = [
+        said("system", "Be kind."),
+        said("user", "<script>1</script>\n你好 **b**"),
+        said("assistant", "") | {"reasoning_content": "<i>", "tool_calls": [CALL]},
+        said("tool", "<42>"),
+        said("assistant", " six"),
+    ]
+    html = as_html(messages)
+    assert re.findall(r'class="bubble (\w+)"', html) == [
+        *("system", "user", "thought", "call", "tool", "assistant")
+    ]
+    assert "&lt;script&gt;1&lt;/script&gt;\n你好 **b**" in html
+    assert "&lt;i&gt;" in html
+    assert "&lt;42&gt;" in html
+    assert not re.search("<(script|i|42)>", html)
+    text = '> <script>1</script>\n> 你好 **b**\n| <i>\n| multiply {"a": 6, "b": 7}'
+    assert as_text(messages) == f"| Be kind.\n{text}\n| <42>\n six"
+
+
+def test_a_thought_is_open_while_it_is_thought():
+    thinking = [said("user", "six"), said("assistant", "") | {"reasoning_content": "h"}]
+    answering = [thinking[0], thinking[1] | {"content": "five"}]
+    assert "<details open>" in as_html(thinking, live=True)
+    assert "<details>" in as_html(answering, live=True)
+    assert "<details>" in as_html(thinking)
+
+
+def test_an_answer_in_a_cell_is_one_output_that_a_saved_notebook_has(
+    pair, answers, outputs, monkeypatch
+):
+    seconds = itertools.count(1)
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds) / 20)
+    answers(*["one "] * 20)
+    talk = chat(pair, "six")
+    (output,) = outputs
+    assert output.text == "> six\n" + "one " * 20
+    assert output.html.count("bubble") == 2
+    assert 5 < output.updates < 15
+    assert talk._repr_html_() is None, "this cell shows it already"
+    monkeypatch.setattr(chat_module, "running_kernel", lambda: None)
+    assert str(talk._repr_html_()).partition("</style>")[2] == output.html
 
 
 def multiply(a: int, b: int) -> int:
@@ -281,8 +520,9 @@ def test_functions_that_are_called_are_run_and_their_results_answered(
     final = said("assistant", "It is 42.")
     assert talk.history == [said("user", "6 times 7?"), asked, *results, final]
     written = f"Well:\n{calling(CALL)}\n{calling(CALL)}<|im_end|>\n"
-    shown = capsys.readouterr().out
-    assert shown == f"Well:\n{calling(CALL, CALL)}\n[42]\n[42]\nIt is 42.\n"
+    call = '| multiply {"a": 6, "b": 7}'
+    shown = ["Well:", call, call, "| 42", "| 42", "It is 42.", ""]
+    assert capsys.readouterr().out.split("\n") == shown
     assert '"name": "multiply"' in prompts[0]
     assert written in prompts[1]
     talk.say("Thank you.")
@@ -329,7 +569,8 @@ def test_a_call_of_a_schema_is_shown_and_left_to_the_caller(pair, turns, capsys)
     talk = Chat(*pair, tools=[multiply, WEATHER])
     assert talk.say("Go.").calls == calls
     assert len(talk.history) == 2
-    assert capsys.readouterr().out == f"{calling(*calls)}\n"
+    shown = '| multiply {"a": 6, "b": 7}\n| weather {}\n'
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize(
@@ -415,9 +656,9 @@ def run_cell(pair, tmp_path) -> Iterator[Any]:
         quiet = ("status", "execute_input", "comm_open", "comm_msg")
 
         def keep(message: dict) -> None:
-            last = outputs[-1] if outputs else {}
-            if message["msg_type"] == "stream" and "name" in last:
-                last["text"] += message["content"]["text"]  # as notebooks keep it
+            if message["msg_type"] == "update_display_data":  # as notebooks keep it
+                shown = [one for one in outputs if one.get("transient")]
+                shown[-1]["data"] = message["content"]["data"]
             elif message["msg_type"] not in quiet:
                 outputs.append(message["content"])
 
@@ -440,15 +681,16 @@ def test_a_cell_shows_one_output_an_answer_and_a_widget_only_to_somebody(
 ):
     load = "from minimind_nb.monitor.chat import chat"
     (shown,) = run_cell(f"{load}\ntalk = chat('.', 'six', temperature=0)")
-    assert (shown["name"], shown["text"]) == ("stdout", "five\n")
+    assert shown["data"]["text/plain"] == "> six\nfive"
+    assert "five</div>" in shown["data"]["text/html"]
     (shown,) = run_cell("talk.say('six')")
-    assert "text" in shown, "the value is not shown a second time"
+    assert "transient" in shown, "the value is not shown a second time"
     (error,) = run_cell("chat('.')")
     assert error["ename"] == "ValueError"
     assert "nobody can write here" in error["evalue"]
-    widget, value = run_cell("chat('.')", allow_stdin=True)
+    transcript, widget, value = run_cell("chat('.')", allow_stdin=True)
+    assert "text/html" in transcript["data"]
     assert "application/vnd.jupyter.widget-view+json" in widget["data"]
-    assert value["data"]["text/plain"] == "Chat of 0 messages"
-    send = "line, button = talk.panel().children[1].children; line.value = 'six'"
-    (shown,) = run_cell(f"{send}; button.click()")
-    assert shown["text"] == "> six\nfive\n"
+    assert value["data"] == {"text/plain": "Chat of 0 messages"}
+    (value,) = run_cell("talk")
+    assert value["data"]["text/html"].count("five</div>") == 2
