@@ -16,7 +16,6 @@ from ..model.loading import load
 from ..session import current_session, running_kernel
 from .chat_panel import Panel, View, as_html
 
-_LEFT_OUT = "Older turns are left out: the chat has outgrown the model."
 _THOUGHT = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
 # What is shown only when more has come: white space, calls, and what may become a tag.
@@ -65,7 +64,12 @@ class Chat:
         self.settings: dict[str, Any] = {**defaults, **settings}
         self._sampling = Sampling(**self.settings)  # raises for an invalid setting
         self._model, self._tokenizer = model, tokenizer
-        self._encoder = ChatEncoder(read_tokenizer(tokenizer))
+        if not (spec := read_tokenizer(tokenizer)).chat_template:
+            raise ValueError(
+                "this model continues texts but does not chat, since its tokenizer has no "
+                'chat template: mm.generate(model, tokenizer, "Once upon a time")'
+            )
+        self._encoder = ChatEncoder(spec)
         self._ends = {tokenizer.eos_token_id, self._encoder.end_id}
         self._tools: Any = {_name(tool): tool for tool in self._sampling.tools}
         self._encode([{"role": "user", "content": "?"}])  # raises for a poor template
@@ -131,17 +135,17 @@ class Chat:
 
     def _answer(self, turn: list[Message]) -> Generator[None]:
         """Add an answer to a turn, and replace it as it grows."""
-        asked = turn[-1]
         turn.append({"role": "assistant", "content": ""})
         ids, shortened = self._fit([*self.history, *turn[:-1]])
         if shortened and not self._shortened:
-            self._shortened, asked["note"] = True, _LEFT_OUT
+            turn[-2]["note"] = "Older turns are left out: the chat outgrew the model."
+            self._shortened = True
         settings = {**self.settings, "ends": self._ends}
         if settings.get("seed") is not None:
             settings["seed"] += self._answers
         self._answers += 1
-        opened = str(self._tokenizer.decode(ids)).rstrip().endswith("<think>")
-        text = "<think>" * opened
+        thinks = str(self._tokenizer.decode(ids)).rstrip().endswith("<think>")
+        text = "<think>" * thinks
         try:
             yield
             for piece in stream_ids(self._model, self._tokenizer, ids, **settings):
@@ -186,17 +190,16 @@ class Chat:
 
     def _fit(self, messages: list[Message]) -> tuple[list[int], bool]:
         """Return the prompt's ids, and whether it leaves out turns to have room."""
-        positions = self._model.config.max_position_embeddings
-        room, ids = positions - self.settings["max_new_tokens"], []
+        room = self._model.config.max_position_embeddings
+        room, ids = room - self.settings["max_new_tokens"], []
         turns = [n for n, one in enumerate(messages) if one["role"] == "user"]
         for turn in turns:
             ids = self._encode([*messages[: turns[0]], *messages[turn:]])
             if len(ids) <= room:
                 return ids, turn > turns[0]
         raise ValueError(
-            f"this message makes a prompt of {len(ids)} tokens; the model's {positions} "
-            f"positions less max_new_tokens leave room for {room}: say less, or chat "
-            "with fewer max_new_tokens"
+            f"this message makes a prompt of {len(ids)} tokens, and beside max_new_tokens "
+            f"the model has room for {room}: say less, or chat with fewer max_new_tokens"
         )
 
     def converse(self) -> None:

@@ -50,9 +50,8 @@ def as_html(messages: Sequence[Message], live: bool = False) -> str:
 class View:
     """Shows messages as they grow: as one output of a cell, or printed in a terminal."""
 
-    def __init__(self) -> None:
-        self._display: Any = None
-        self._next, self._printed = 0.0, 0
+    _display: Any = None
+    _next, _printed = 0.0, 0
 
     def show(self, messages: Sequence[Message], live: bool = True) -> None:
         """Show messages; in a terminal, where it was typed, without what the user said."""
@@ -91,7 +90,6 @@ class Panel:
             Panel._newest.stop()
         Panel._newest = self._chat = chat
         self._loop, self._view = asyncio.get_running_loop(), View()
-        self._task: asyncio.Future[None] = self._loop.create_future()
         self._view.show(chat.history, live=False)
         # If keys were told one by one, Enter would be told before the last of them.
         self._line = widgets.Text(placeholder="Say something", continuous_update=False)
@@ -126,7 +124,8 @@ class Panel:
     def send(self) -> None:
         if text := self._line.value.strip():
             self._line.value = ""
-            self._start(text)
+            self._chat.stop()
+            self._task = self._loop.create_task(self._answer(text))
 
     def again(self) -> None:
         """Replace the last turn by another answer to its question."""
@@ -134,24 +133,22 @@ class Panel:
         history = self._chat.history
         asked = [n for n, one in enumerate(history) if one["role"] == "user"]
         if asked:
-            self._chat.history = history[: asked[-1]]
-            self._start(history[asked[-1]]["content"])
+            text, self._chat.history = (
+                history[asked[-1]]["content"],
+                history[: asked[-1]],
+            )
+            self._task = self._loop.create_task(self._answer(text))
 
     def clear(self) -> None:
-        self._task.cancel()
         self._chat.clear()
-        self._view.show(self._chat.history, live=False)
-
-    def _start(self, text: str) -> None:
-        self._task.cancel()
-        self._task = self._loop.create_task(self._answer(text))
+        # Behind what is left of a task.
+        self._loop.call_soon(self._view.show, self._chat.history, False)
 
     async def _answer(self, text: str) -> None:
         # An idle kernel ignores interrupts. This is not taken back, since by then a cell
         # may run; while no answer is being generated it does nothing.
         signal.signal(signal.SIGINT, lambda *_: self._chat.stop())
         self._chat.settings |= {name: one.value for name, one in self._sliders.items()}
-        self._chat.stop()
         before, turn = self._chat.history, [{"role": "user", "content": text}]
         try:
             for _ in self._chat.take(turn):

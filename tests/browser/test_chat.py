@@ -4,22 +4,54 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-# A model of random weights, hot enough that no two answers are equal.
-CHAT = f"""
-import sys; sys.path.insert(0, {str(TESTS)!r})
+# A model of random weights that never ends an answer.
+OPEN = """
+chat = mm.chat(pair, temperature=2, max_new_tokens=1024, seed=1)
+chat._ends = ()
+"""
+PAIR = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from support.small_models import make_model, make_tokenizer
 import minimind_nb as mm
 tokenizer = make_tokenizer()
 pair = make_model(tokenizer), tokenizer
 """
-OPEN = (
-    "chat = mm.chat(pair, temperature=2, max_new_tokens=1024, seed=1)\nchat._ends = ()"
-)
+# What a trained model might say, as slowly.
+SCRIPT = [
+    "<think>\nA length in feet: the tool has the factor.\n</think>\n\n<tool_call>\n"
+    '{"name": "to_millimetres", "arguments": {"amount": 3, "unit": "foot"}}'
+    "\n</tool_call>",
+    "3 feet are 914.4 millimetres.",
+    "3 加 4 等于 7。 😀",
+    "<think>\nThe third question asks for reasons, of which there are some",
+]
+SCRIPTED = f"""
+import time
+from minimind_nb.monitor import chat as module
+script = {SCRIPT!r}
+def stream(*_, **__):
+    text = script.pop(0)
+    for piece in text:
+        time.sleep(0.005)
+        yield piece
+    while not script:
+        time.sleep(0.01)
+        yield ""
+module.stream_ids = stream
+
+def to_millimetres(amount: int, unit: str) -> float:
+    \"\"\"Convert.
+
+    Args:
+        amount: number
+        unit: of length
+    \"\"\"
+    return round(304.8 * amount, 3)
+"""
 
 
 def test_a_chat_streams_stops_answers_again_and_is_saved(lab, chromium):
-    file = lab.open_notebook([CHAT, OPEN, "chat.history"])
+    file = lab.open_notebook([PAIR, OPEN, "chat.history"])
     lab.run_cell(0)
     shown = lab.run_cell(1)
     answers = shown.locator(".bubble.assistant")
@@ -81,3 +113,27 @@ def test_a_chat_streams_stops_answers_again_and_is_saved(lab, chromium):
     page.goto(file.with_suffix(".html").as_uri())
     assert "three" in page.locator(".bubble.user").inner_text()
     page.screenshot(path="out/browser/chat-saved.png", full_page=True)
+
+
+def test_thoughts_calls_and_results_are_parts_of_a_chat(lab):
+    lab.open_notebook([PAIR + SCRIPTED, "mm.chat(pair, tools=[to_millimetres])"])
+    lab.run_cell(0)
+    shown = lab.run_cell(1)
+    line = shown.locator("input[type=text]").first
+    asked = (
+        "How long are 3 feet?",
+        "再问一个：3 加 4 等于几？",
+        "And <b>why</b> $a$ or $b$?",
+    )
+    for number, text in enumerate(asked, start=1):
+        line.fill(text)
+        line.press("Enter")
+        if number < len(asked):
+            shown.locator(".bubble.assistant").nth(number - 1).wait_for()
+            lab.page.wait_for_timeout(1000)
+    shown.locator("details[open]", has_text="some").wait_for()
+    lab.screenshot("chat-parts", lab.cell(1), gallery=True)
+    assert shown.locator(".bubble.tool").inner_text() == "Tool: 914.4"
+    assert shown.locator(".bubble.user").last.inner_text().endswith(asked[-1])
+    lab.set_theme(dark=True)
+    lab.screenshot("chat-parts-dark", lab.cell(1))

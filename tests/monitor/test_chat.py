@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from ipywidgets.widgets import widget
 from jupyter_client.manager import start_new_kernel
 from support.small_models import make_model, make_tokenizer, teach
 
+from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model.generation import generate
 from minimind_nb.monitor import chat as chat_module
 from minimind_nb.monitor import chat_panel
@@ -625,6 +627,13 @@ def test_a_thought_that_the_model_opens_itself_is_a_thought(pair, turns):
     assert (answer, answer.thought) == ("six", "hm")
     talk = Chat(*pair, thinking=False)
     assert talk.say("one").thought == ""
+
+
+def test_a_model_without_a_chat_template_only_continues_texts(pair, monkeypatch):
+    spec = dataclasses.replace(read_tokenizer(pair[1]), chat_template=None)
+    monkeypatch.setattr(chat_module, "read_tokenizer", lambda _: spec)
+    with pytest.raises(ValueError, match=r"no chat template: mm\.generate\(model, "):
+        Chat(*pair)
 
 
 def test_tools_and_thinking_need_a_template_with_them(pair):
