@@ -23,21 +23,46 @@ def test_a_long_cell_is_cut_to_one_line_in_a_terminal_only():
 
 
 def test_what_a_page_shows_is_escaped():
-    page = Table("<t>", ["<c>"], [["<b>&"]])._repr_html_()
-    assert page.startswith("<b>&lt;t&gt;</b><table><tr><th ")
-    assert "&lt;c&gt;</th>" in page and "&lt;b&gt;&amp;</td>" in page
-    page = Facts("<t>", {"<n>": "<v>"})._repr_html_()
-    assert "&lt;n&gt;</td><td " in page and "&lt;v&gt;</td>" in page
+    page = Table("<t>", ["<c>"], [["<b>&"]], "<n>")._repr_html_()
+    assert '<div class="title">&lt;t&gt;</div><div>&lt;n&gt;</div><table>' in page
+    assert "<tr><th>&lt;c&gt;</th></tr><tr><td>&lt;b&gt;&amp;</td></tr>" in page
+    facts = Facts("<t>", {"<n>": "<v>"}, "<&>")
+    assert "<tr><td>&lt;n&gt;</td><td>&lt;v&gt;</td></tr>" in facts._repr_html_()
+    card = facts.card()
+    assert "&lt;t&gt;</div><div>&lt;&amp;&gt;</div>" in card
+    assert "&lt;n&gt;</div>&lt;v&gt;</div>" in card
+
+
+def test_numbers_stand_to_the_right_on_a_page():
+    rows = [["a", "2.5", "1 MiB", "3"], ["longer", "", "nan", "4 of 5"]]
+    page = Table("runs", ["name", "loss", "size", "step"], rows)._repr_html_()
+    number = ' class="number"'
+    for tag, row in (("th", ["name", "loss", "size", "step"]), ("td", rows[1])):
+        name, loss, size, step = row
+        assert (
+            f"<tr><{tag}>{name}</{tag}><{tag}{number}>{loss}</{tag}>"
+            f"<{tag}{number}>{size}</{tag}><{tag}>{step}</{tag}></tr>"
+        ) in page
 
 
 def test_a_table_without_rows_is_its_title():
     table = Table("Runs in out: none", ["name"], [])
     assert repr(table) == "Runs in out: none"
-    assert table._repr_html_() == "<b>Runs in out: none</b><table><tr></tr></table>"
+    assert "Runs in out: none</div><table></table>" in table._repr_html_()
+    assert table.markdown() == "| name |\n| --- |"
 
 
 def test_facts_are_a_dictionary_that_shows_itself():
-    facts = Facts("machine", {"GPU": "none", "memory": "4 GiB"})
+    facts = Facts("machine", {"GPU": "none", "memory": "4 GiB"}, "It works.")
     assert facts["memory"] == "4 GiB"
-    assert repr(facts) == "machine\n  GPU     none\n  memory  4 GiB"
+    assert repr(facts) == "machine\nIt works.\n  GPU     none\n  memory  4 GiB"
     assert repr(Facts("empty", {})) == "empty"
+    long = Facts("t", {"n": 60 * "wide "})
+    assert repr(long).count("wide") == 60, "only the cells of tables are cut"
+
+
+def test_markdown_keeps_bars_and_new_lines_within_their_cell():
+    table = Table("t", ["a|b", "c"], [["1\n2", "3"]])
+    assert table.markdown() == "| a\\|b | c |\n| --- | --- |\n| 1 2 | 3 |"
+    facts = Facts("t", {"loss": 2, "text": "x"})
+    assert facts.markdown() == "|  |  |\n| --- | --- |\n| loss | 2 |\n| text | x |"
