@@ -36,7 +36,6 @@ from minimind_nb.monitor import chat as chats
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import api, measurement, resuming
 from minimind_nb.training.preparation import prepare
-from minimind_nb.training.runs import result_facts
 
 Tensors = dict[str, torch.Tensor]
 Files = dict[str, bytes | None]  # to write, or to remove
@@ -376,8 +375,7 @@ def feed_metadata(case: Files, place: Path, seeds: Seeds) -> None:
     run = mm.Run(put(case, place / seeds.run.root.name, seeds.run.root))
     views: list[Callable[[], object]] = [
         lambda: repr((run, run.samples(), mm.runs(place))),
-        lambda: run.export_csv(place / "table.csv"),
-        lambda: result_facts(run.history),
+        lambda: (run.summary(), run._repr_html_()),
         lambda: resuming.upgraded_config(RunFolder(run.folder)),
         lambda: compare(read_loaded(run.folder, {}), seeds, STEPS),
         *([run.plot] * (len(run.history.rows) % 5 == 0)),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,23 +68,31 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
     status, _ = run_cell(client, "import minimind_nb as mm, threading, os, signal")
     assert status == "ok"
     record_file = tmp_path / "out" / "pretrain_32" / "rank0.json"
-    client.execute(
-        f"run = mm.train(mm.TrainConfig(max_steps=100_000, epochs=1_000, {SETTINGS}))"
+
+    def interrupt() -> None:
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            record = RankRecord.read(record_file)
+            if record and record.step >= 10:
+                break
+            time.sleep(0.1)
+        manager.interrupt_kernel()
+
+    threading.Thread(target=interrupt).start()
+    status, (output,) = run_cell(
+        client,
+        f"run = mm.train(mm.TrainConfig(max_steps=100_000, epochs=1_000, {SETTINGS}))",
     )
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        record = RankRecord.read(record_file)
-        if record and record.step >= 10:
-            break
-        time.sleep(0.1)
-    manager.interrupt_kernel()
-    status, outputs = run_cell(client, "print(run.status, threading.active_count())")
     assert status == "ok"
+    status, outputs = run_cell(client, "print(run.status, threading.active_count())")
     assert outputs[-1]["text"].startswith("interrupted")
     record = RankRecord.read(record_file)
     assert record is not None
     checkpoint = record_file.parent / "checkpoints" / f"step_{record.step:08d}"
     assert (checkpoint / "manifest.json").is_file(), "no step was lost"
+    at = f"Saved at step {record.step:,} of 100,000; run this cell again to resume."
+    for kind in ("text/html", "text/plain"):
+        assert f"Stopped: interrupted. {at}" in output["data"][kind]
     for rank in range(2):
         rank_record = RankRecord.read(record_file.with_name(f"rank{rank}.json"))
         assert rank_record is not None
@@ -94,8 +103,9 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
         f"run = mm.train(mm.TrainConfig(max_steps={more}, epochs=1_000, {SETTINGS}))",
     )
     assert status == "ok"
-    assert len(outputs) == 1, "one output, with a picture"
-    assert outputs[0]["data"].keys() == {"image/png", "text/plain"}
+    assert len(outputs) == 1
+    assert outputs[0]["data"].keys() == {"text/html", "text/plain"}
+    assert "data:image/png;base64,iVBORw0KGgo" in outputs[0]["data"]["text/html"]
     status, outputs = run_cell(
         client,
         "print(run.status, threading.active_count(), "

@@ -1,28 +1,32 @@
-"""Live views of a training run, for the parent process: a cell's picture or plain lines.
+"""Live views of a training run, for the parent process: a cell's page or plain lines.
 
 A view only reads the history. It is called from the loop that watches the workers by
 `attempt`, which catches its errors and reports each once.
 """
 
-import base64
 import contextlib
 import html
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from difflib import SequenceMatcher
 from typing import Any
 
 from tqdm import tqdm
 
 from ..session import current_session, running_kernel
+from . import progress
 from .metrics import History, Row
-from .progress import STATUS_WORDS, figures, outcome, position, progress_line
+from .page import facts_row, page
+from .tables import shorten
 
-# A drawing takes 0.2 s of the cores that the workers need, and an update sends 70 kB.
 REDRAW_SECONDS = 5.0
-SMALL = "opacity:.65;font-size:85%"
+LARGEST_SHARE = 0.02  # of the time that updates may take; the workers need the cores
+ANSWER_WIDTH = 320  # shown of a prompt or an answer; a Chinese character takes two
+_WORDS = re.compile(r"[a-zA-Z0-9]+|.", re.DOTALL)  # a Chinese character is one
 
 
 class View:
@@ -89,8 +93,8 @@ class TerminalView(View):
         if self._bar is None:
             style: Any = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True}
             self._bar = tqdm(leave=False, disable=None, **style)
-        line = progress_line(history)
-        self._bar.n, self._bar.total = position(history)
+        line = progress.progress_line(history)
+        self._bar.n, self._bar.total = progress.position(history)
         self._bar.set_description_str(line)
         newest = history.last("train") or history.last("eval")
         at_end = self._bar.n == self._bar.total  # `finish` has the last validation
@@ -101,53 +105,57 @@ class TerminalView(View):
     def finish(self, history: History, status: str) -> None:
         self.update(history)
         self._bar.close()
-        self.note(outcome(history, status))
+        self.note(progress.outcome(history, status))
+        self.note(progress.what_next(history, status))
 
     def note(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
 class CellView(View):
-    """Show progress and curve as one output of a cell, at the end one static chart.
+    """Show progress and curve as one output of a cell, at the end the result.
 
-    The output is a display that is updated in place, without JavaScript or widgets, so
-    it works under papermill. Updates do not reach the log of a Kaggle batch run, so
-    there a plain line a minute goes to the stderr that the kernel was started with:
-    `sys.stderr` is an output of the cell, but its `fileno()` is that stream.
+    The output is HTML that is updated in place, without widgets, so it works under
+    papermill. Updates do not reach the log of a Kaggle batch run, so there a plain line
+    a minute goes to the stderr that the kernel was started with: `sys.stderr` is an
+    output of the cell, but its `fileno()` is that stream.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
         self._display: Any = None
-        self._seen: list[Row] | None = None
+        self._seen: list[object] = []
         self._page = ""
         self._next_update = self._next_log = clock()
         self._batch = current_session().batch
 
     def note(self, text: str) -> None:
         super().note(text)
-        self._show_page(text)
+        self._show(text)
 
     def update(self, history: History) -> None:
         now = self._clock()
-        if now < self._next_update or history.rows[-1:] == self._seen:
+        if now < self._next_update:
             return
+        doing = self.attempt(progress.activity, history) or ""
+        if [doing, *history.rows[-1:]] == self._seen:
+            return
+        self._seen = [doing, *history.rows[-1:]]
+        line = progress.progress_line(history)
+        self._show(line, history, _figures(history, doing))
         if history.rows:
-            self._next_update = now + REDRAW_SECONDS
-        self._seen = history.rows[-1:]
-        line = progress_line(history)
-        self._page = self._progress(history)
-        self._show_page(line)
+            taken = self._clock() - now
+            self._next_update = now + max(REDRAW_SECONDS, taken / LARGEST_SHARE)
         if self._batch and now >= self._next_log:
             self._next_log = now + current_session().log_seconds
             self._log(line)
 
     def finish(self, history: History, status: str) -> None:
-        words = "\n".join([*self.notes, outcome(history, status)])
-        title = f"{history.path.parent.name} ({STATUS_WORDS[status]})"
-        picture = self.attempt(self._draw, history, title, 120)
-        self._show({"text/plain": words} | ({"image/png": picture} if picture else {}))
+        facts = progress.result(history, status, "run this cell again")
+        outcome = progress.outcome(history, status)
+        words = "\n".join([*self.notes, outcome, facts.note])
+        self._show(words, history, facts.card(), final=True)
         if self._batch:
             self._log(words)
 
@@ -155,47 +163,82 @@ class CellView(View):
         with contextlib.suppress(OSError, ValueError):  # there may be no such stream
             os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
-    def _draw(self, history: History, title: str | None = None, dpi: int = 96) -> str:
-        """Return the curve as a PNG in base64, "" before there is one."""
-        from .charts import plot_history
-
-        if not (history.last("train") or history.last("eval")):
-            return ""
-        return base64.b64encode(plot_history(history, title).png(dpi)).decode()
-
-    def _show(self, bundle: dict[str, str]) -> None:
-        """Replace what the cell shows; the first time, show it."""
+    def _show(
+        self,
+        line: str,
+        history: History | None = None,
+        top: str = "",
+        final: bool = False,
+    ) -> None:
+        """Replace what the cell shows: `top`, the chart and the newest answers, unless
+        there is no `history`, and all notes. A viewer without HTML gets the line."""
         from IPython.display import display
 
+        if history:
+            chart = self.attempt(self._chart, history, final)
+            self._page = f"{top}{chart or ''}{self.attempt(answers, history) or ''}"
+        notes = "<br>".join(map(html.escape, self.notes))
+        body = f'{self._page}<div class="faint">{notes}</div>'
+        bundle = {"text/html": page(body), "text/plain": line}
         if self._display is None:
             self._display = display(bundle, raw=True, display_id=True)
         else:
             self._display.update(bundle, raw=True)
 
-    def _show_page(self, line: str) -> None:
-        """Show the newest page with all notes; a viewer without HTML gets the line."""
-        notes = "<br>".join(map(html.escape, self.notes))
-        page = f'{self._page}<div style="{SMALL}">{notes}</div>'
-        self._show({"text/html": page, "text/plain": line})
+    def _chart(self, history: History, final: bool) -> str:
+        """Return HTML of the chart, "" before there is one; a final one has a picture,
+        for pages that run no scripts."""
+        from .charts import chart_html
 
-    def _progress(self, history: History) -> str:
-        """Return a bar, figures and curve, legible on light and dark pages."""
-        step, total = position(history)
-        cells = "".join(
-            f'<div><div style="{SMALL}">{name}</div>{html.escape(text)}</div>'
-            for name, text in figures(history).items()
-        )
-        curve = ""
-        if picture := self.attempt(self._draw, history):
-            source = f"data:image/png;base64,{picture}"
-            curve = f'<img alt="loss so far" style="max-width:100%" src="{source}">'
-        return (
-            '<div style="max-width:800px;font-variant-numeric:tabular-nums">'
-            f"<b>{html.escape(history.path.parent.name)}</b><br>"
-            f'<progress style="width:100%" value="{step}" max="{total or 1}"></progress>'
-            f'<div style="display:flex;flex-wrap:wrap;gap:4px 26px">{cells}</div></div>'
-            f"{curve}"
-        )
+        if not (history.last("train") or history.last("eval")):
+            return ""
+        picture = self.attempt(_draw, history) if final else b""
+        key = f"{history.path.parent.name}-{id(self)}"
+        return chart_html([history], key=key, picture=picture or b"")
+
+
+def _draw(history: History) -> bytes:
+    from .charts import plot_history
+
+    return plot_history(history).png()
+
+
+def _figures(history: History, doing: str) -> str:
+    """Return HTML of a bar and figures; `doing` says what the run is at."""
+    step, total = progress.position(history)
+    name, doing = map(html.escape, (history.path.parent.name, doing))
+    facts = progress.figures(history) | progress.machine_figures(history)
+    return (
+        f'<div class="title">{name} <span class="faint">{doing}</span></div>'
+        f'<progress value="{step}" max="{total or 1}"></progress>{facts_row(facts)}'
+    )
+
+
+def answers(history: History) -> str:
+    """Return HTML of the newest answers beside those of the validation before, with
+    what is new in them marked; "" without any."""
+    found = progress.samples_by_step(history)
+    steps = [*found][-2:]
+    lines = ["".join(f"<th>step {step:,}</th>" for step in steps)]
+    for prompt in found[steps[-1]] if steps else ():
+        texts = [shorten(found[at].get(prompt, ""), ANSWER_WIDTH) for at in steps]
+        cells = [html.escape(texts[0]), mark_changes(texts[0], texts[-1])]
+        asked = html.escape(shorten(prompt, ANSWER_WIDTH))
+        lines.append(f'<td class="faint" colspan="{len(steps)}">{asked}</td>')
+        lines.append("".join(f"<td>{cell}</td>" for cell in cells[-len(steps) :]))
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="answers">{rows}</table>' if steps else ""
+
+
+def mark_changes(old: str, new: str) -> str:
+    """Return the new text as HTML, marked where it differs from the old one."""
+    before, after = (_WORDS.findall(text) for text in (old, new))
+    shown = ""
+    changes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    for kind, _, _, begin, end in changes:
+        text = html.escape("".join(after[begin:end]))
+        shown += f"<mark>{text}</mark>" if text and kind != "equal" else text
+    return shown
 
 
 def choose_view(view: object = None) -> View:

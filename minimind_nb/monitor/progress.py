@@ -1,12 +1,19 @@
 """The progress of a run in numbers and in words; standard library only."""
 
+import contextlib
 import datetime
+import itertools
 import math
 
+from ..config import ResolvedConfig, flops_per_token, shorten_home
+from ..launch.outcome import RankRecord
+from ..storage.run_folder import RunFolder, step_of
 from .metrics import History, Row
+from .tables import Facts
 
 RECENT_ROWS = 12  # logged rows whose speed gives the time left
 LARGEST_LOSS = 700  # exp of more does not fit a float
+AGAIN = "train again with the same settings"
 
 STATUS_WORDS = {
     "running": "running",
@@ -27,9 +34,10 @@ def position(history: History) -> tuple[int, int | None]:
     return history.rows[-1]["step"], history.session[0].get("total_steps")
 
 
-def position_text(history: History) -> str:
-    """Return the steps done and in all: "3 of 100"."""
+def position_text(history: History, done: int | None = None) -> str:
+    """Return the steps `done` (by default all that are logged) and in all: "3 of 100"."""
     step, total = position(history)
+    step = step if done is None else done
     return f"{step:,} of {total:,}" if total else f"{step:,}"
 
 
@@ -67,9 +75,50 @@ def figures(history: History) -> dict[str, str]:
     return shown
 
 
+def machine_figures(history: History) -> dict[str, str]:
+    """Return how much of the machine and of its rows the newest steps used, by name."""
+    if not (train := history.last("train")):
+        return {}
+    memory = ", ".join(f"{gib:.2f}" for gib in train["peak_memory_gib"])
+    shown = {"peak memory (GiB, each process)": memory}
+    if "fill" in train:
+        shown["fill of the rows"] = f"{train['fill']:.0%}"
+    if rate := history.session[0].get("machine_flops"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            token = flops_per_token(RunFolder(history.path.parent).settings())
+            share = train["tokens_per_second"] * token / rate
+            shown["of the machine's rate"] = f"{share:.0%}"
+    return shown
+
+
 def progress_line(history: History) -> str:
     """Return the figures as one plain line."""
     return "  ".join(f"{name} {text}" for name, text in figures(history).items())
+
+
+def activity(history: History) -> str:
+    """Return what a running training does besides making steps, else ""."""
+    folder = RunFolder(history.path.parent)
+    record = RankRecord.read(folder.record_file(0))
+    if record is None or (record.status, record.phase) != ("running", "training"):
+        return "starting the processes"
+    step, last = record.step, record.step == record.total_steps
+    here = itertools.takewhile(lambda row: row["step"] == step, reversed(history.rows))
+    seen = {row.get("event", row["kind"]) for row in here}
+    cfg = folder.settings()
+    if "eval" not in seen and (last or step % cfg["eval_interval"] == 0):
+        return "validating" if cfg["val_path"] or cfg["val_fraction"] else ""
+    if step and not seen & {"save", "save_failed"}:
+        return "saving" if last or step % cfg["save_interval"] == 0 else ""
+    return ""
+
+
+def samples_by_step(history: History) -> dict[int, dict[str, str]]:
+    """Return the answer to each prompt at each step that has any, oldest first."""
+    found: dict[int, dict[str, str]] = {}
+    for row in history.select("sample"):
+        found.setdefault(row["step"], {})[row["prompt"]] = row["answer"]
+    return found
 
 
 def outcome(history: History, status: str = "") -> str:
@@ -83,12 +132,76 @@ def outcome(history: History, status: str = "") -> str:
         train and f"{train['tokens']:,} text tokens",
         train and duration(train["seconds"]),
     ]
-    if status == "killed":
-        saves = [row for row in history.rows if row.get("event") == "save"]
-        parts.append(
-            f"last save at step {saves[-1]['step']:,}" if saves else "not saved"
-        )
     return " · ".join(filter(None, parts))
+
+
+def what_next(history: History, status: str, again: str = AGAIN) -> str:
+    """Return what is saved of a run, and how it goes on; `again` says how to resume."""
+    if status == "finished":
+        use = "generate" if history.stage == "pretrain" else "chat"
+        longer = "raise epochs or max_steps and train again to train it longer."
+        return f'Try it with run.{use}("…"); {longer}'
+    if status == "running":
+        return "run.plot() draws what is logged so far."
+    saved = RunFolder(history.path.parent).checkpoint_folders()
+    if not saved:
+        return f"Nothing is saved yet; {again} to start."
+    at = position_text(history, step_of(saved[0]))
+    return f"Saved at step {at}; {again} to resume."
+
+
+def result(history: History, status: str, again: str = AGAIN) -> Facts:
+    """Return the known figures of a run in words, in reading order, and what is next."""
+    words = STATUS_WORDS[status]
+    note = f"{words[0].upper()}{words[1:]}. {what_next(history, status, again)}"
+    facts = {"optimizer steps": position_text(history)}
+    if train := history.last("train"):
+        seconds, tokens = train["seconds"], train["tokens"]
+        facts |= {
+            "training loss, last logged": loss_text(train),
+            "text tokens": f"{tokens:,}",
+            "training time": duration(seconds),
+            "text tokens per second": f"{tokens / seconds:,.0f}",
+            "skipped steps": f"{train['skipped_steps']:,}",
+        }
+    facts |= machine_figures(history)
+    if last := history.last("eval"):
+        best = min(history.select("eval"), key=lambda row: row["loss"])
+        facts["validation loss"] = loss_text(last)
+        facts["lowest validation loss"] = f"{best['loss']:.3f} at step {best['step']:,}"
+        if "bits_per_byte" in last:
+            facts["bits per byte (validation)"] = f"{last['bits_per_byte']:.3f}"
+        if "kl" in last:
+            name = "KL divergence, estimated (nats per answer token)"
+            facts[name] = f"{last['kl']:.3f}"
+    resumes = [row for row in history.select("event") if row["event"] == "resume"]
+    if resumes:
+        facts["resumed at step"] = ", ".join(f"{row['step']:,}" for row in resumes)
+    if failed := failed_save(history):
+        facts["save that failed"] = failed
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts |= _configured_facts(history)
+    return Facts(history.path.parent.name, facts, note)
+
+
+def _configured_facts(history: History) -> dict[str, str]:
+    """Return what the settings of the run tell, too: a reference, and its weights."""
+    from .references import expected_loss  # loads numpy
+
+    folder = RunFolder(history.path.parent)
+    shape, facts = folder.settings(), {}
+    tokens = (history.last("train") or {"tokens": 0})["tokens"]
+    if expected := expected_loss(shape, tokens):
+        facts["validation loss of a reference run"] = expected
+    weights = folder.root.with_name(ResolvedConfig(**shape).weights_name)
+    if weights.is_file():
+        facts["weights"] = shorten_home(str(weights))
+        width = (math.pi if shape["qk_norm"] else 8 / 3) * shape["hidden_size"]
+        inner, theirs = shape["intermediate_size"], 64 * math.ceil(width / 64)
+        if inner != theirs:
+            words = f"set intermediate_size={inner:,}; theirs is {theirs:,}"
+            facts["for MiniMind's scripts"] = words
+    return facts
 
 
 def failed_save(history: History) -> str:

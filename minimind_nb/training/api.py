@@ -103,4 +103,4 @@ def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
         shown.attempt(follower.finish)
         shown.attempt(shown.finish, history, status)
         shown.attempt(save_chart, run)
-        shown.attempt(write_summary, run, status, plan.weights_file)
+        shown.attempt(write_summary, run, status)

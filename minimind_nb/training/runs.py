@@ -1,32 +1,22 @@
 """Runs on disk: `Run` opens one, `runs` lists a folder of them; summary and chart."""
 
 import contextlib
-import csv
-import io
-import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import shorten_home
-from ..monitor.metrics import History, flatten
-from ..monitor.progress import (
-    STATUS_WORDS,
-    duration,
-    failed_save,
-    loss_text,
-    outcome,
-    position_text,
-)
-from ..monitor.references import expected_loss
-from ..monitor.tables import Table
+from ..monitor.metrics import History
+from ..monitor.page import page
+from ..monitor.progress import STATUS_WORDS, position_text, result, samples_by_step
+from ..monitor.tables import Facts, Table
 from ..storage import verified
 from ..storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ..monitor.charts import Chart
+    from ..monitor.chat import Chat
 
 
 class Run:
@@ -66,47 +56,63 @@ class Run:
 
         return plot_history(self.history, **choices)
 
-    def export_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write the training and validation rows as one table, replacing a file.
+    def summary(self) -> Facts:
+        """Return the figures of the run, as in its summary.md, and what to do next."""
+        return result(self.history, self.status)
 
-        There is a column for each name, empty if a row has no such value. Each entry of
-        a list has its own: `peak_memory_gib_1` is that of the second process,
-        `expert_load_0_3` the share of the fourth expert in the first layer.
-        """
-        kept = [row for row in self.history.rows if row["kind"] in ("train", "eval")]
-        rows = [dict(flatten(row)) for row in kept]
-        names = dict.fromkeys(["kind", "step", *(name for row in rows for name in row)])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(names), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        verified.write_text(file, text.getvalue())
-        return file
+    def chat(self, text: str | None = None, **settings: Any) -> "Chat":
+        """Chat with the model of the run: `mm.chat(run, text, …)`."""
+        from ..monitor.chat import chat
+
+        return chat(self, text, **settings)
+
+    def generate(self, prompts: Any, **settings: Any) -> Any:
+        """Continue one prompt or a list of them: `mm.generate(*mm.load(run), prompts, …)`."""
+        from ..model.generation import generate
+        from ..model.loading import load
+
+        return generate(*load(self), prompts, **settings)
+
+    def evaluate(self, data_path: str | os.PathLike[str], **settings: Any) -> Facts:
+        """Measure the loss on a file: `mm.evaluate(run, data_path, …)`."""
+        from .measurement import evaluate
+
+        return evaluate(self, data_path, **settings)
+
+    def export(
+        self, path: str | os.PathLike[str], format: str | None = None, **settings: Any
+    ) -> Path:
+        """Write the model for other programs: `mm.export(run, path, format, …)`."""
+        from ..model.export import export
+
+        return export(self, path, format, **settings)
 
     def samples(self, most: int = 8) -> Table:
         """Return the answers to the run's fixed prompts, one row per validation.
 
         There are at most `most` rows at even distances, the first and last included.
         """
-        name, samples = self.folder.name, self.history.select("sample")
-        if not samples:
+        name, found = self.folder.name, samples_by_step(self.history)
+        if not found:
             title = f"{name} has no sampled answers; every validation makes some unless"
             return Table(f"{title} sample_tokens=0", [], [])
-        prompts = dict.fromkeys(row["prompt"] for row in samples)
-        answers = {(row["step"], row["prompt"]): row["answer"] for row in samples}
-        steps = sorted({row["step"] for row in samples})
+        prompts = dict.fromkeys(prompt for given in found.values() for prompt in given)
+        steps = sorted(found)
         gaps = max(1, min(most, len(steps)) - 1)
         shown = [steps[round(n * (len(steps) - 1) / gaps)] for n in range(gaps + 1)]
-        table = Table(f"How the answers of {name} change", ["step", *prompts], [])
-        for step in dict.fromkeys(shown):
-            given = (answers.get((step, prompt), "") for prompt in prompts)
-            table.rows.append([f"{step:,}", *given])
-        return table
+        rows = [
+            [f"{step:,}", *(found[step].get(prompt, "") for prompt in prompts)]
+            for step in dict.fromkeys(shown)
+        ]
+        return Table(f"How the answers of {name} change", ["step", *prompts], rows)
 
     def __repr__(self) -> str:
-        return f"Run({shorten_home(os.fspath(self))!r}): {outcome(self.history, self.status)}"
+        facts = self.summary()
+        facts.title = f"Run({shorten_home(os.fspath(self))!r})"
+        return repr(facts)
+
+    def _repr_html_(self) -> str:
+        return page(self.summary().card())
 
 
 class Runs(Table):
@@ -164,40 +170,24 @@ def save_chart(run: Run) -> None:
     verified.write_bytes(run.folder / "loss.png", run.plot().png())
 
 
-def write_summary(run: Run, status: str, weights_file: Path) -> None:
-    """Write summary.md; `weights_file` is the run's `.pth` beside the folder."""
-    folder, config = run.folder, run.config
-    path = shorten_home(str(folder))
+def write_summary(run: Run, status: str) -> None:
+    """Write summary.md."""
+    facts, config = result(run.history, status), run.config
+    path = shorten_home(str(run.folder))
     settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
-    facts = result_facts(run.history)
-    tokens = (run.history.last("train") or {"tokens": 0})["tokens"]
-    if expected := expected_loss(config["settings"], tokens):
-        facts["validation loss of a reference run"] = expected
-    if weights_file.is_file():
-        facts["weights"] = f"`../{weights_file.name}`"
-        shape = config["settings"]
-        width = (math.pi if shape["qk_norm"] else 8 / 3) * shape["hidden_size"]
-        inner, theirs = shape["intermediate_size"], 64 * math.ceil(width / 64)
-        if inner != theirs:
-            words = f"set intermediate_size={inner:,}; theirs is {theirs:,}"
-            facts["for MiniMind's scripts"] = words
-    following = "`mm.train(cfg)` resumes from the newest good checkpoint."
-    if status == "finished":
-        following = "To train longer, raise `epochs` or `max_steps` and train again."
-    text = f"""# {folder.name}
+    text = f"""# {facts.title}
 
-{STATUS_WORDS[status].capitalize()}, {time.strftime("%Y-%m-%d %H:%M")}.
-{following}
+{facts.note} ({time.strftime("%Y-%m-%d %H:%M")})
 
 ## Result
 
-{_markdown(facts)}
+{facts.markdown()}
 
 ![loss](loss.png)
 
 ## Settings
 
-{_markdown(settings)}
+{Facts("", settings).markdown()}
 
 All other settings have their defaults; `config.json` lists them.
 
@@ -208,42 +198,4 @@ model, tokenizer = mm.load("{path}")
 mm.Run("{path}").plot()
 ```
 """
-    verified.write_text(folder / "summary.md", text)
-
-
-def result_facts(history: History) -> dict[str, str]:
-    """Return the known figures of a run in words, in reading order."""
-    facts = {"optimizer steps": position_text(history)}
-    if train := history.last("train"):
-        seconds, tokens = train["seconds"], train["tokens"]
-        memory = ", ".join(f"{gib:.2f}" for gib in train["peak_memory_gib"])
-        facts |= {
-            "training loss, last logged": loss_text(train),
-            "text tokens": f"{tokens:,}",
-            "training time": duration(seconds),
-            "text tokens per second": f"{tokens / seconds:,.0f}",
-            "peak memory (GiB, each process)": memory,
-            "skipped steps": f"{train['skipped_steps']:,}",
-        }
-    if last := history.last("eval"):
-        best = min(history.select("eval"), key=lambda row: row["loss"])
-        facts["validation loss"] = loss_text(last)
-        facts["lowest validation loss"] = f"{best['loss']:.3f} at step {best['step']:,}"
-        if "bits_per_byte" in last:
-            facts["bits per byte (validation)"] = f"{last['bits_per_byte']:.3f}"
-        if "kl" in last:
-            name = "KL divergence, estimated (nats per answer token)"
-            facts[name] = f"{last['kl']:.3f}"
-    resumes = [row for row in history.select("event") if row["event"] == "resume"]
-    if resumes:
-        facts["resumed at step"] = ", ".join(f"{row['step']:,}" for row in resumes)
-    if failed := failed_save(history):
-        facts["save that failed"] = failed
-    return facts
-
-
-def _markdown(facts: Mapping[str, str]) -> str:
-    """Return a table; in Markdown a bar ends a cell, and a new line the row."""
-    cells = {n: " ".join(t.split()).replace("|", "\\|") for n, t in facts.items()}
-    rows = [f"| {name} | {cell} |" for name, cell in cells.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+    verified.write_text(run.folder / "summary.md", text)

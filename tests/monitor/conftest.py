@@ -1,7 +1,9 @@
+import json
 import math
 
 import pytest
 
+from minimind_nb.config import TrainConfig, resolve
 from minimind_nb.monitor.metrics import History, MetricsLog
 
 
@@ -103,3 +105,16 @@ def add_answers():
         history.refresh()
 
     return add
+
+
+@pytest.fixture
+def write_config():
+    """A function that writes the config.json of a history's run, returning its settings."""
+
+    def write(history, **settings):
+        shape = json.loads(json.dumps(vars(resolve(TrainConfig(**settings)))))
+        config = {"settings": shape, "explicit": [*settings]}
+        (history.path.parent / "config.json").write_text(json.dumps(config))
+        return shape
+
+    return write

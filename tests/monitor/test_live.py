@@ -15,6 +15,7 @@ from minimind_nb.monitor.live import (
     choose_view,
 )
 from minimind_nb.monitor.metrics import History, MetricsLog
+from minimind_nb.storage.run_folder import RunFolder
 
 
 class Handle:
@@ -149,6 +150,7 @@ def test_a_terminal_without_a_screen_gets_one_line_for_each_row(
         "text tokens/s 2,000",
         "stopped: interrupted · step 2 of 10 · loss 3.000 · 8,000 text tokens · "
         "0:00:04",
+        "Nothing is saved yet; train again with the same settings to start.",
     ]
 
 
@@ -166,8 +168,9 @@ def test_a_step_has_one_line_and_the_last_one_only_the_outcome(
         view.update(history)
     view.finish(history, "finished")
     lines = capsys.readouterr().err.splitlines()
-    assert [line[:8] for line in lines] == ["step 0/2", "step 1/2", "finished"]
-    assert "validation 2.000" in lines[-1]
+    starts = ["step 0/2", "step 1/2", "finished", "Try it w"]
+    assert [line[:8] for line in lines] == starts
+    assert "validation 2.000" in lines[-2]
 
 
 @pytest.mark.fault("F27")
@@ -195,35 +198,40 @@ def test_a_terminal_with_a_screen_gets_a_bar(
     view.finish(history, "finished")
     shown = capsys.readouterr().err
     assert re.search(r"\r█+ +step 2/10 \(20%\)  time left", shown)
-    assert "finished · step 2 of 10" in shown and shown.endswith("0:00:04\n")
+    assert "finished · step 2 of 10" in shown and "0:00:04\n" in shown
     assert not view.failures
 
 
-def test_a_cell_has_one_output_that_ends_as_a_picture(make_history, add_rows, cell):
+def test_a_cell_has_one_output_that_ends_as_the_result(make_history, add_rows, cell):
     view, clock, shown = cell
     history = make_history(total=10)
     view.note("an <earlier> run")
-    assert set(shown[-1]) == {"text/html", "text/plain"}
     view.update(history)
     add_rows(history, 1, 2)
     clock.now += live.REDRAW_SECONDS
     view.update(history)
     page = shown[-1]["text/html"]
-    assert '<img alt="loss so far"' in page and 'value="2" max="10"' in page
-    assert "2/10 (20%)" in page and "an &lt;earlier&gt; run" in page
+    assert '<progress value="2" max="10">' in page and "starting the processes" in page
+    assert "2/10 (20%)" in page and "0.50, 0.25" in page
+    assert "an &lt;earlier&gt; run" in page
+    RunFolder(history.path.parent).checkpoint_folder(2).mkdir(parents=True)
     view.finish(history, "interrupted")
-    assert set(shown[-1]) == {"image/png", "text/plain"}
-    assert shown[-1]["text/plain"].startswith(
-        "an <earlier> run\nstopped: interrupted · step 2 of 10"
-    )
-    assert shown[-1]["image/png"].startswith("iVBORw0KGgo")
+    assert all(bundle.keys() == {"text/html", "text/plain"} for bundle in shown)
+    page, text = shown[-1]["text/html"], shown[-1]["text/plain"]
+    said = "Stopped: interrupted. Saved at step 2 of 10; run this cell again to resume."
+    assert text.splitlines()[0] == "an <earlier> run"
+    assert text.splitlines()[1].startswith("stopped: interrupted · step 2 of 10")
+    assert text.splitlines()[2] == said
+    assert page.count(f"<div>{said}</div>") == 1 and "<progress" not in page
+    assert page.count('class="faint">training loss') == 1
+    assert "data:image/png;base64,iVBORw0KGgo" in page
     assert not view.failures
 
 
 def test_a_cell_is_not_redrawn_without_need(make_history, add_rows, cell, monkeypatch):
     view, clock, shown = cell
     history, draws = make_history(), []
-    monkeypatch.setattr(view, "_draw", lambda *_: draws.append(clock.now))
+    monkeypatch.setattr(view, "_chart", lambda *_: draws.append(clock.now))
     view.update(history)
     for tick in range(40):
         clock.now = 100.0 + tick / 2
@@ -232,6 +240,39 @@ def test_a_cell_is_not_redrawn_without_need(make_history, add_rows, cell, monkey
         view.update(history)
     assert draws == [100.0, 105.0, 110.0]
     assert len(shown) == len(draws)
+
+
+def test_updates_that_take_long_are_made_less_often(make_history, add_rows, cell):
+    view, clock, shown = cell
+    history = make_history(total=1000)
+
+    def slow(*_):
+        clock.now += 1.0
+
+    view._chart = slow
+    began = clock.now
+    while clock.now < began + 200:
+        add_rows(history, int(clock.now))
+        view.update(history)
+        clock.now += 1.0
+    assert len(shown) == 200 * live.LARGEST_SHARE
+
+
+def test_the_newest_answers_stand_beside_those_before(make_history, add_answers):
+    history = make_history()
+    assert live.answers(history) == ""
+    add_answers(history, 5, answer="一只小狗 & cat", prompts=["<q>"])
+    assert "<th>step 5</th></tr>" in live.answers(history)
+    assert "<tr><td>一只小狗 &amp; cat</td></tr>" in live.answers(history)
+    add_answers(history, 1000, answer="一只大狗 & cats", prompts=["<q>"])
+    table = live.answers(history)
+    assert "<th>step 5</th><th>step 1,000</th>" in table
+    assert '<td class="faint" colspan="2">&lt;q&gt;</td>' in table
+    new = "一只<mark>大</mark>狗 &amp; <mark>cats</mark>"
+    assert f"<tr><td>一只小狗 &amp; cat</td><td>{new}</td></tr>" in table
+    add_answers(history, 1001, answer=live.ANSWER_WIDTH * "长", prompts=["<q>"])
+    assert live.answers(history).count("长") == live.ANSWER_WIDTH // 2 - 1
+    assert "<th>step 5</th>" not in live.answers(history)
 
 
 def test_a_batch_run_also_writes_plain_lines_to_the_log(
@@ -243,7 +284,7 @@ def test_a_batch_run_also_writes_plain_lines_to_the_log(
     monkeypatch.setattr("os.write", lambda _, line: lines.append(line.decode()))
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)
     view, history = CellView(clock), make_history(total=20)
-    monkeypatch.setattr(view, "_draw", lambda *_: None)
+    monkeypatch.setattr(view, "_chart", lambda *_: None)
     for step in range(1, 13):
         add_rows(history, step)
         view.update(history)
@@ -254,15 +295,16 @@ def test_a_batch_run_also_writes_plain_lines_to_the_log(
     ]  # fmt: skip
 
 
-def test_a_cell_goes_on_without_pictures_when_drawing_fails(
+def test_a_cell_goes_on_without_a_chart_when_drawing_fails(
     make_history, add_rows, cell, monkeypatch, capsys
 ):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("no fonts")
 
     view, clock, shown = cell
     history = make_history([4.0], total=10)
-    monkeypatch.setattr("minimind_nb.monitor.charts.plot_history", broken)
+    for name in ("plot_history", "chart_html"):
+        monkeypatch.setattr(f"minimind_nb.monitor.charts.{name}", broken)
     view.update(history)
     for step in range(2, 10):
         clock.now += 10
@@ -270,8 +312,8 @@ def test_a_cell_goes_on_without_pictures_when_drawing_fails(
         view.update(history)
     assert "9/10 (90%)" in shown[-1]["text/html"]
     view.finish(history, "finished")
-    assert set(shown[-1]) == {"text/plain"}
-    assert capsys.readouterr().err.count("no fonts") == 1
+    assert "9 of 10" in shown[-1]["text/html"] and "Try it" in shown[-1]["text/html"]
+    assert capsys.readouterr().err.count("no fonts") == 2
 
 
 def test_a_run_without_rows_ends_as_text(tmp_path, cell):
@@ -279,7 +321,9 @@ def test_a_run_without_rows_ends_as_text(tmp_path, cell):
     history = History(tmp_path / "run" / "metrics.jsonl")
     view.update(history)
     view.finish(history, "failed")
-    assert shown[-1] == {"text/plain": "failed · step 0"}
+    said = "Nothing is saved yet; run this cell again to start."
+    assert shown[-1]["text/plain"] == f"failed · step 0\nFailed. {said}"
+    assert said in shown[-1]["text/html"] and "<img" not in shown[-1]["text/html"]
 
 
 def test_log_terminal_view_and_follower_load_no_heavy_library():
@@ -304,26 +348,18 @@ with MetricsLog({path!r}) as log:
     for step in (1, 2, 3):
         log.append(
             "train", step=step, seconds=float(step), tokens=step, loss=4.0 - step,
-            tokens_per_second=1.0, skipped_steps=0,
+            tokens_per_second=1.0, skipped_steps=0, peak_memory_gib=[0.5],
         )
         history.refresh()
         view.update(history)
 view.finish(history, "finished")
 assert (type(view).__name__, view.failures) == ("CellView", [])
 """
-CHARTS = """
-from minimind_nb.monitor.charts import plot_history
-plot_history(history)
----
-from minimind_nb.monitor.charts import inspect
-inspect(history)
-"""
 
 
-def test_each_cell_of_an_executed_notebook_holds_one_picture(tmp_path):
+def test_the_cell_of_an_executed_notebook_holds_one_output(tmp_path):
     path = str(tmp_path / "metrics.jsonl")
-    sources = [CELL.format(path=path), *CHARTS.split("---")]
-    cells = [nbformat.v4.new_code_cell(source.strip()) for source in sources]
+    cells = [nbformat.v4.new_code_cell(CELL.format(path=path).strip())]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(
         cells=cells,
@@ -333,9 +369,8 @@ def test_each_cell_of_an_executed_notebook_holds_one_picture(tmp_path):
     executed = papermill.execute_notebook(
         tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False
     )
-    for cell in executed.cells:
-        (output,) = cell.outputs
-        assert output["data"]["image/png"].startswith("iVBORw0KGgo")
-    live_output = executed.cells[0].outputs[0]
-    assert live_output["output_type"] == "display_data"
-    assert live_output["data"]["text/plain"].startswith("finished · step 3")
+    (output,) = executed.cells[0].outputs
+    assert output["output_type"] == "display_data"
+    assert output["data"].keys() == {"text/html", "text/plain"}
+    assert output["data"]["text/html"].count("data:image/png;base64,iVBORw0KGgo") == 1
+    assert output["data"]["text/plain"].startswith("finished · step 3")

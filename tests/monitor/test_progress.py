@@ -1,14 +1,21 @@
 import math
 
+from minimind_nb.config import flops_per_token
+from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.monitor.progress import (
+    activity,
     duration,
     loss_text,
+    machine_figures,
     outcome,
     position,
     progress_line,
+    result,
     seconds_left,
+    what_next,
 )
+from minimind_nb.storage.run_folder import RunFolder
 
 
 def test_time_left_is_steps_left_at_the_recent_speed(make_history, add_rows):
@@ -51,15 +58,93 @@ def test_the_last_line(make_history):
     )
 
 
-def test_the_last_line_of_a_run_that_was_killed_says_what_is_saved(make_history):
-    history = make_history([2.0], total=3)
-    assert outcome(history, "killed").endswith(" · 0:00:02 · not saved")
+def test_what_is_next_says_what_is_saved_and_how_it_goes_on(make_history):
+    history = make_history([2.0], total=3000)
+    assert what_next(history, "killed") == (
+        "Nothing is saved yet; train again with the same settings to start."
+    )
+    folder = RunFolder(history.path.parent)
+    for step in (7, 2000):
+        folder.checkpoint_folder(step).mkdir(parents=True)
+    for status in ("time_budget", "interrupted", "terminated", "killed", "failed"):
+        assert what_next(history, status, "run this cell again") == (
+            "Saved at step 2,000 of 3,000; run this cell again to resume."
+        )
+    assert "run.plot()" in what_next(history, "running")
+    assert what_next(history, "finished").startswith('Try it with run.generate("…")')
+    chats = make_history(stage="sft", name="out/sft_64")
+    assert what_next(chats, "finished").startswith('Try it with run.chat("…")')
+
+
+def test_the_result_has_every_known_figure_and_what_is_next(make_history):
+    history = make_history([5.0, 3.0], [(0, 5.0), (2, 2.0)], total=2, resume=1)
     with MetricsLog(history.path) as log:
-        log.append("event", event="save", step=1)
         log.append("event", event="save_failed", step=2, error="the disk is full")
     history.refresh()
-    assert outcome(history, "killed").startswith("killed · step 2 of 3 · loss")
-    assert outcome(history, "killed").endswith(" · last save at step 1")
+    facts = result(history, "interrupted", "run this cell again")
+    assert facts.title == "pretrain_64"
+    assert facts.note == (
+        "Stopped: interrupted. Nothing is saved yet; run this cell again to start."
+    )
+    assert facts == {
+        "optimizer steps": "2 of 2",
+        "training loss, last logged": "3.000 (perplexity 20.09)",
+        "text tokens": "8,000",
+        "training time": "0:00:04",
+        "text tokens per second": "2,000",
+        "skipped steps": "0",
+        "peak memory (GiB, each process)": "0.50, 0.25",
+        "validation loss": "2.000 (perplexity 7.389)",
+        "lowest validation loss": "2.000 at step 2",
+        "bits per byte (validation)": "1.250",
+        "resumed at step": "1",
+        "save that failed": "at step 2: the disk is full",
+    }
+
+
+def test_the_share_of_the_machine_s_rate_is_told_where_it_is_known(
+    make_history, add_rows, write_config
+):
+    history = make_history([3.0], machine_flops=1e12)
+    assert "of the machine's rate" not in machine_figures(history), "without settings"
+    settings = write_config(history, hidden_size=512)
+    add_rows(history, 2, fill=0.984)
+    share = 2000.4 * flops_per_token(settings) / 1e12
+    assert machine_figures(history) == {
+        "peak memory (GiB, each process)": "0.50, 0.25",
+        "fill of the rows": "98%",
+        "of the machine's rate": f"{share:.0%}",
+    }
+    unknown = make_history([3.0], name="out/other")
+    write_config(unknown)
+    assert "of the machine's rate" not in machine_figures(unknown)
+    assert machine_figures(make_history(name="out/empty")) == {}
+
+
+def test_what_a_run_is_at_is_read_off_its_record_and_rows(make_history, write_config):
+    history = make_history()
+    write_config(history, eval_interval=10, save_interval=20)
+    folder = RunFolder(history.path.parent)
+    assert activity(history) == "starting the processes"
+    record = RankRecord(folder.record_file(0), 0)
+    record.update(phase="meeting", total_steps=45)
+    assert activity(history) == "starting the processes"
+    told = {0: ["validating", ""], 5: [""], 10: ["validating", ""]}
+    told |= {20: ["validating", "saving", ""], 45: ["validating", "saving", ""]}
+    for step, doing in told.items():
+        record.update(phase="training", step=step)
+        for number, text in enumerate(doing):
+            if number:
+                name = {"event": "save"} if doing[number - 1] == "saving" else {}
+                with MetricsLog(history.path) as log:
+                    log.append("event" if name else "eval", step=step, loss=1.0, **name)
+                history.refresh()
+            assert (step, number, activity(history)) == (step, number, text)
+    write_config(history, val_fraction=0.0)
+    record.update(step=0)
+    assert activity(make_history()) == "", "nothing is held out"
+    record.update(status="interrupted")
+    assert activity(history) == "starting the processes", "of the session before"
 
 
 def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):

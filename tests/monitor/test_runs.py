@@ -1,19 +1,11 @@
 import json
-import math
 import os
 
 import pytest
 
 from minimind_nb.config import PRESETS, TrainConfig, resolve
 from minimind_nb.monitor.charts import Chart
-from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.training.runs import (
-    Run,
-    result_facts,
-    runs,
-    save_chart,
-    write_summary,
-)
+from minimind_nb.training.runs import Run, runs, save_chart, write_summary
 
 SETTINGS = json.loads(json.dumps(vars(resolve(TrainConfig(hidden_size=64)))))
 CONFIG = {"settings": SETTINGS, "explicit": ["hidden_size"]}
@@ -33,20 +25,57 @@ def test_a_run_opens_by_its_folder(run, add_rows):
     assert os.fspath(again) == str(run.folder)
     assert (again.status, again.config) == ("finished", CONFIG)
     assert isinstance(again.plot(x="tokens", smoothing=0.5), Chart)
-    assert repr(again) == (
-        f"Run('{run.folder}'): finished · step 3 of 3 · loss 3.000 · "
-        "validation 2.000 (perplexity 7.389) · 12,000 text tokens · 0:00:06"
-    )
+    title, note, step, *_ = repr(again).splitlines()
+    assert title == f"Run('{run.folder}')"
+    assert note.startswith('Finished. Try it with run.generate("…"); raise epochs')
+    assert step.split("  ")[-1] == "3 of 3"
     add_rows(run.history, 4, loss=1.0)
     assert again.history.column("train", "loss") == [5.0, 4.0, 3.0, 1.0]
 
 
-def test_a_save_that_failed_is_in_the_summary(run):
-    assert "failed" not in str(result_facts(run.history))
-    with MetricsLog(run.history.path) as log:
-        log.append("event", event="save_failed", step=3, error="the disk is full")
-    line = "at step 3: the disk is full"
-    assert result_facts(run.history)["save that failed"] == line
+def test_a_run_is_a_card_in_a_cell_without_its_chart(run):
+    card = run._repr_html_()
+    assert card.count("pretrain_64") == 1
+    assert "Finished. Try it with run.generate(&quot;…&quot;)" in card
+    for name, text in run.summary().items():
+        assert f'<div class="faint">{name}</div>{text}</div>' in card
+    assert "<img" not in card and "<script" not in card
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "passed"),
+    [
+        (
+            "monitor.chat.chat",
+            lambda run: run.chat("hi", top_k=1),
+            ("hi", {"top_k": 1}),
+        ),
+        (
+            "training.measurement.evaluate",
+            lambda run: run.evaluate("a.jsonl", which="best"),
+            ("a.jsonl", {"which": "best"}),
+        ),
+        (
+            "model.export.export",
+            lambda run: run.export("x.gguf", dtype="float16"),
+            ("x.gguf", None, {"dtype": "float16"}),
+        ),
+        (
+            "model.generation.generate",
+            lambda run: run.generate(["a", "b"], seed=1),
+            (["a", "b"], {"seed": 1}),
+        ),
+    ],
+)
+def test_a_run_passes_itself_to_the_package_s_functions(
+    place, call, passed, run, monkeypatch
+):
+    def record(*given, **settings):
+        return *given, settings
+
+    monkeypatch.setattr("minimind_nb.model.loading.load", lambda source: [source])
+    monkeypatch.setattr(f"minimind_nb.{place}", record)
+    assert call(run) == (run, *passed)
 
 
 def test_a_run_without_a_row_yet_is_a_run(run):
@@ -74,11 +103,11 @@ def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     weights = run.folder.parent / "pretrain_64.pth"
     for file in (weights, weights.with_name("other.pth")):
         file.touch()
-    write_summary(run, "finished", weights)
+    write_summary(run, "finished")
     text = (run.folder / "summary.md").read_text()
     for line in (
         "# pretrain_64\n",
-        "Finished, 20",
+        'Finished. Try it with run.generate("…"); raise epochs or max_steps',
         "| optimizer steps | 3 of 3 |",
         "| training loss, last logged | 3.000 (perplexity 20.09) |",
         "| validation loss | 2.000 (perplexity 7.389) |",
@@ -91,9 +120,8 @@ def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
         "| resumed at step | 2 |",
         "![loss](loss.png)",
         "| hidden_size | `64` |",
-        "| weights | `../pretrain_64.pth` |",
+        f"| weights | {weights} |",
         f'mm.load("{run.folder}")',
-        "raise `epochs`",
     ):
         assert line in text
     assert "preset" not in text and "other.pth" not in text
@@ -115,7 +143,8 @@ def test_the_summary_says_where_minimind_s_scripts_build_another_width(
 ):
     shape = vars(resolve(TrainConfig(**settings)))
     (run.folder / "config.json").write_text(json.dumps({**CONFIG, "settings": shape}))
-    write_summary(run, "finished", run.folder / "rank0.json")
+    (run.folder.parent / resolve(TrainConfig(**settings)).weights_name).touch()
+    write_summary(run, "finished")
     text = (run.folder / "summary.md").read_text()
     assert told in text if told else "MiniMind's scripts" not in text
 
@@ -123,18 +152,19 @@ def test_the_summary_says_where_minimind_s_scripts_build_another_width(
 def test_the_summary_of_a_stopped_run_without_rows(make_history, run):
     run.history.path.unlink()
     make_history()
-    write_summary(run, "time_budget", run.folder / "none.pth")
+    write_summary(run, "time_budget")
     text = (run.folder / "summary.md").read_text()
-    assert "Stopped: the session's time was used up, 20" in text
-    assert "`mm.train(cfg)` resumes from the newest good checkpoint" in text
+    assert (
+        "Stopped: the session's time was used up. Nothing is saved yet; train" in text
+    )
     assert "| optimizer steps | 0 of 100 |" in text
-    assert "none.pth" not in text
+    assert ".pth" not in text
 
 
 def test_the_summary_of_preferences_has_no_perplexity(preferences):
     folder = preferences.path.parent
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    write_summary(Run(folder), "finished", folder / "none.pth")
+    write_summary(Run(folder), "finished")
     text = (folder / "summary.md").read_text()
     for line in (
         "| training loss, last logged | 0.600 (accuracy 70 %, margin 0.5) |",
@@ -171,34 +201,6 @@ def test_a_prompt_that_came_later_has_a_column_of_its_own(run, add_answers):
 
 def test_a_run_without_answers_says_so(run):
     assert repr(run.samples()).startswith("pretrain_64 has no sampled answers; every")
-
-
-def test_the_metrics_of_a_run_become_a_table(run, tmp_path):
-    table = run.export_csv(tmp_path / "curve.csv")
-    head, *lines = table.read_text().splitlines()
-    assert head.startswith("kind,step,samples,tokens,seconds,loss,")
-    assert [line.split(",")[0] for line in lines] == ["train"] * 3 + ["eval"] * 2
-
-
-def test_training_and_validation_rows_become_one_table(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path) as log:
-        log.append("event", event="start", step=0)
-        log.append("eval", step=0, loss=2.5)
-        log.append("sample", step=0, answer="a, b")
-        log.append("train", step=1, loss=math.nan, memory=[0.5, 1], scale=None)
-        log.append("train", step=2, loss=2, load=[[0.25, 0.75], [0.5, 0.5]])
-    table = tmp_path / "new" / "curve.csv"
-    assert Run(tmp_path).export_csv(table) == table
-    columns = "memory_0,memory_1,scale,load_0_0,load_0_1,load_1_0,load_1_1"
-    expected = (
-        f"kind,step,loss,{columns}\neval,0,2.5,,,,,,,\ntrain,1,nan,0.5,1,,,,,\n"
-        "train,2,2,,,,0.25,0.75,0.5,0.5\n"
-    )
-    assert table.read_text() == expected
-    Run(tmp_path).export_csv(str(table))
-    assert table.read_text() == expected
-    assert [file.name for file in table.parent.iterdir()] == ["curve.csv"]
 
 
 def test_the_runs_of_a_folder_are_listed_with_the_last_changed_first(
