@@ -143,7 +143,8 @@ class CellView(View):
             return
         self._seen = [doing, *history.rows[-1:]]
         line = progress.progress_line(history)
-        self._show(line, history, _figures(history, doing))
+        self._page = self._compose(_figures(history, doing), history)
+        self._show(line)
         if history.rows:
             taken = self._clock() - now
             self._next_update = now + max(REDRAW_SECONDS, taken / LARGEST_SHARE)
@@ -155,7 +156,8 @@ class CellView(View):
         facts = progress.result(history, status, "run this cell again")
         outcome = progress.outcome(history, status)
         words = "\n".join([*self.notes, outcome, facts.note])
-        self._show(words, history, facts.card(), final=True)
+        self._page = self._compose(facts.card(), history, final=True)
+        self._show(words)
         if self._batch:
             self._log(words)
 
@@ -163,20 +165,10 @@ class CellView(View):
         with contextlib.suppress(OSError, ValueError):  # there may be no such stream
             os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
-    def _show(
-        self,
-        line: str,
-        history: History | None = None,
-        top: str = "",
-        final: bool = False,
-    ) -> None:
-        """Replace what the cell shows: `top`, the chart and the newest answers, unless
-        there is no `history`, and all notes. A viewer without HTML gets the line."""
+    def _show(self, line: str) -> None:
+        """Show the newest page with all notes; a viewer without HTML gets the line."""
         from IPython.display import display
 
-        if history:
-            chart = self.attempt(self._chart, history, final)
-            self._page = f"{top}{chart or ''}{self.attempt(answers, history) or ''}"
         notes = "<br>".join(map(html.escape, self.notes))
         body = f'{self._page}<div class="faint">{notes}</div>'
         bundle = {"text/html": page(body), "text/plain": line}
@@ -185,22 +177,20 @@ class CellView(View):
         else:
             self._display.update(bundle, raw=True)
 
+    def _compose(self, top: str, history: History, final: bool = False) -> str:
+        """Return `top`, the chart and the newest answers, as far as there are any."""
+        chart = self.attempt(self._chart, history, final)
+        return "".join(filter(None, [top, chart, self.attempt(answers, history)]))
+
     def _chart(self, history: History, final: bool) -> str:
-        """Return HTML of the chart, "" before there is one; a final one has a picture,
-        for pages that run no scripts."""
-        from .charts import chart_html
+        """Return HTML of the chart; a final one has a picture for pages without scripts."""
+        from .charts import chart_html, plot_history
 
         if not (history.last("train") or history.last("eval")):
             return ""
-        picture = self.attempt(_draw, history) if final else b""
+        picture = self.attempt(plot_history(history, "").png) if final else b""
         key = f"{history.path.parent.name}-{id(self)}"
-        return chart_html([history], key=key, picture=picture or b"")
-
-
-def _draw(history: History) -> bytes:
-    from .charts import plot_history
-
-    return plot_history(history).png()
+        return chart_html([history], key=key, picture=picture or b"", title="")
 
 
 def _figures(history: History, doing: str) -> str:
@@ -226,16 +216,16 @@ def answers(history: History) -> str:
         asked = html.escape(shorten(prompt, ANSWER_WIDTH))
         lines.append(f'<td class="faint" colspan="{len(steps)}">{asked}</td>')
         lines.append("".join(f"<td>{cell}</td>" for cell in cells[-len(steps) :]))
-    rows = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<table class="answers">{rows}</table>' if steps else ""
+    rows = "</tr><tr>".join(lines)
+    return f'<table class="answers"><tr>{rows}</tr></table>' if steps else ""
 
 
 def mark_changes(old: str, new: str) -> str:
     """Return the new text as HTML, marked where it differs from the old one."""
     before, after = (_WORDS.findall(text) for text in (old, new))
-    shown = ""
     changes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    for kind, _, _, begin, end in changes:
+    shown = ""
+    for kind, *_, begin, end in changes:
         text = html.escape("".join(after[begin:end]))
         shown += f"<mark>{text}</mark>" if text and kind != "equal" else text
     return shown

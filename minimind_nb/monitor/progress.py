@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import itertools
 import math
 
 from ..config import ResolvedConfig, flops_per_token, shorten_home
@@ -103,9 +102,8 @@ def activity(history: History) -> str:
     if record is None or (record.status, record.phase) != ("running", "training"):
         return "starting the processes"
     step, last = record.step, record.step == record.total_steps
-    here = itertools.takewhile(lambda row: row["step"] == step, reversed(history.rows))
-    seen = {row.get("event", row["kind"]) for row in here}
-    cfg = folder.settings()
+    here = (row for row in history.rows[-99:] if row["step"] == step)
+    seen, cfg = {row.get("event", row["kind"]) for row in here}, folder.settings()
     if "eval" not in seen and (last or step % cfg["eval_interval"] == 0):
         return "validating" if cfg["val_path"] or cfg["val_fraction"] else ""
     if step and not seen & {"save", "save_failed"}:
@@ -139,8 +137,7 @@ def what_next(history: History, status: str, again: str = AGAIN) -> str:
     """Return what is saved of a run, and how it goes on; `again` says how to resume."""
     if status == "finished":
         use = "generate" if history.stage == "pretrain" else "chat"
-        longer = "raise epochs or max_steps and train again to train it longer."
-        return f'Try it with run.{use}("…"); {longer}'
+        return f'Try it with run.{use}("…"); raise epochs or max_steps to train longer.'
     if status == "running":
         return "run.plot() draws what is logged so far."
     saved = RunFolder(history.path.parent).checkpoint_folders()

@@ -3,7 +3,6 @@
 import html
 import re
 import unicodedata
-from collections.abc import Iterable
 from typing import Any
 
 from .page import facts_row, page
@@ -13,19 +12,16 @@ _NUMBER = re.compile(r"[-+]?([\d,]*\.?\d+(e[-+]\d+)?|nan|inf)( ?%| [KMG]iB)?")
 
 
 class Table:
-    """Rows of text with named columns below a title and a `note`, if any.
+    """Rows of text with named columns below a title.
 
     A terminal gets each cell on one line of at most 60 columns; a page gets the whole
     text, which `rows` holds too, with numbers to the right.
     """
 
-    def __init__(
-        self, title: str, columns: list[str], rows: list[list[str]], note: str = ""
-    ) -> None:
+    def __init__(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         self.title = title
         self.columns = columns
         self.rows = rows
-        self.note = note
 
     def markdown(self) -> str:
         """Return the table in Markdown, in which a bar ends a cell, a new line a row."""
@@ -39,23 +35,26 @@ class Table:
 
     def __repr__(self) -> str:
         lines = [self.columns, *self.rows] if self.rows else []
-        return _align(self, [[*map(shorten, row)] for row in lines if row])
+        return _align(self.title, [[*map(shorten, row)] for row in lines if row])
 
     def _repr_html_(self) -> str:
-        kinds = [_kind(column) for column in zip(*self.rows, strict=True)]
-        lines = [("td", row) for row in self.rows]
-        if self.columns and self.rows:
-            lines.insert(0, ("th", self.columns))
+        kinds = [
+            ' class="number"' * all(map(_NUMBER.fullmatch, filter(None, column)))
+            for column in zip(*self.rows, strict=True)
+        ]
+        lines = [("th", self.columns)] if self.columns and self.rows else []
+        lines += [("td", row) for row in self.rows]
         rows = ""
         for tag, row in lines:
             cells = zip(kinds, map(html.escape, row), strict=True)
             line = "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in cells)
             rows += f"<tr>{line}</tr>"
-        return page(f"{heading(self)}<table>{rows}</table>")
+        title = f'<div class="title">{html.escape(self.title)}</div>'
+        return page(f"{title}<table>{rows}</table>")
 
 
 class Facts(dict[str, Any]):
-    """Names with texts or numbers, in order, below a title and a `note`, if any."""
+    """Names with texts or numbers, in order, below a title; with a `note`, a card."""
 
     def __init__(self, title: str, facts: dict[str, Any], note: str = "") -> None:
         super().__init__(facts)
@@ -64,34 +63,24 @@ class Facts(dict[str, Any]):
 
     def _table(self) -> Table:
         texts = {n: v if isinstance(v, str) else f"{v:,.6g}" for n, v in self.items()}
-        return Table(self.title, [], [*map(list, texts.items())], self.note)
+        return Table(self.title, [], [*map(list, texts.items())])
 
     def card(self) -> str:
-        """Return HTML for a `page`: the facts side by side, below title and note."""
+        """Return HTML for a `page`: title, note, and the facts side by side."""
+        title, note = map(html.escape, (self.title, self.note))
         facts = facts_row(dict(self._table().rows))
-        return f'<div class="card">{heading(self)}{facts}</div>'
+        return f'<div class="card"><div class="title">{title}</div>{note}{facts}</div>'
 
     def markdown(self) -> str:
-        """Return the facts as a table in Markdown, without the title."""
+        """Return the facts as a table in Markdown, without title and note."""
         return self._table().markdown()
 
     def __repr__(self) -> str:
-        return _align(self, self._table().rows)
+        head = "\n".join(filter(None, [self.title, self.note]))
+        return _align(head, self._table().rows)
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
-
-
-def heading(shown: Table | Facts) -> str:
-    """Return HTML for a `page`: the title, and the note below it."""
-    note = f"<div>{html.escape(shown.note)}</div>" if shown.note else ""
-    return f'<div class="title">{html.escape(shown.title)}</div>{note}'
-
-
-def _kind(column: Iterable[str]) -> str:
-    """Return the class of a column's cells: numbers stand to the right."""
-    texts = [*filter(None, column)]
-    return ' class="number"' if texts and all(map(_NUMBER.fullmatch, texts)) else ""
+        return page(self.card()) if self.note else self._table()._repr_html_()
 
 
 def shorten(text: str, width: int = WIDEST) -> str:
@@ -109,10 +98,10 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
 
 
-def _align(shown: Table | Facts, rows: list[list[str]]) -> str:
-    """Return the rows below title and note, each column as wide as its widest cell."""
+def _align(title: str, rows: list[list[str]]) -> str:
+    """Return the rows below the title, each column as wide as its widest cell."""
     widths = [max(map(columns_of, cells)) for cells in zip(*rows, strict=True)]
-    lines = [*filter(None, [shown.title, shown.note])]
+    lines = [title]
     for row in rows:
         cells = zip(row, widths, strict=True)
         padded = (cell + " " * (width - columns_of(cell)) for cell, width in cells)

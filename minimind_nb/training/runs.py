@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import shorten_home
 from ..monitor.metrics import History
-from ..monitor.page import page
 from ..monitor.progress import STATUS_WORDS, position_text, result, samples_by_step
 from ..monitor.tables import Facts, Table
 from ..storage import verified
@@ -112,7 +111,7 @@ class Run:
         return repr(facts)
 
     def _repr_html_(self) -> str:
-        return page(self.summary().card())
+        return self.summary()._repr_html_()
 
 
 class Runs(Table):

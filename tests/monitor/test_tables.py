@@ -23,13 +23,13 @@ def test_a_long_cell_is_cut_to_one_line_in_a_terminal_only():
 
 
 def test_what_a_page_shows_is_escaped():
-    page = Table("<t>", ["<c>"], [["<b>&"]], "<n>")._repr_html_()
-    assert '<div class="title">&lt;t&gt;</div><div>&lt;n&gt;</div><table>' in page
+    page = Table("<t>", ["<c>"], [["<b>&"]])._repr_html_()
+    assert '<div class="title">&lt;t&gt;</div><table>' in page
     assert "<tr><th>&lt;c&gt;</th></tr><tr><td>&lt;b&gt;&amp;</td></tr>" in page
-    facts = Facts("<t>", {"<n>": "<v>"}, "<&>")
+    facts = Facts("<t>", {"<n>": "<v>"})
     assert "<tr><td>&lt;n&gt;</td><td>&lt;v&gt;</td></tr>" in facts._repr_html_()
-    card = facts.card()
-    assert "&lt;t&gt;</div><div>&lt;&amp;&gt;</div>" in card
+    card = Facts("<t>", {"<n>": "<v>"}, "<&>")._repr_html_()
+    assert '&lt;t&gt;</div>&lt;&amp;&gt;<div class="facts">' in card
     assert "&lt;n&gt;</div>&lt;v&gt;</div>" in card
 
 
