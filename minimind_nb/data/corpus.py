@@ -17,8 +17,12 @@ from .token_cache import JoinedCache, Source, TokenCache, open_cache
 from .tokenizer import TokenizerSpec
 
 
-def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
-    """Return "pretrain" or "sft" by the keys of a file's first row.
+def detect_format(
+    path: str | os.PathLike[str],
+    demo: str = "pretrain",
+    expected: Sequence[str] = ("pretrain", "sft"),
+) -> str:
+    """Return one of the stages `expected` by the keys of a file's first row.
 
     "demo" is the embedded corpus of the stage `demo`. Raises as `check_file` does.
     """
@@ -29,7 +33,7 @@ def detect_format(path: str | os.PathLike[str], demo: str = "pretrain") -> str:
     if not rows:
         tally.raise_if_too_many(path)
     found = find_stage(rows[0][1])
-    if found not in ("pretrain", "sft"):
+    if not found or found not in expected:
         raise DataError(
             f"{path} has neither texts nor conversations, its first row the keys "
             f'{list(rows[0][1])}: expected is one {{"text": "…"}} or '
