@@ -28,10 +28,12 @@ from .notebook import find_runs as find_runs
 from .notebook import notebook_config as notebook_config
 from .notebook import train_demo_before as train_demo_before
 from .planning import plan as plan
-from .planning import preview as preview
 from .session import find_input as find_input
 from .session import find_inputs as find_inputs
 from .session import input_runs as input_runs
+from .survey import data_report as data_report
+from .survey import filter_data as filter_data
+from .survey import preview as preview
 from .training.api import train as train
 from .training.measurement import evaluate as evaluate
 from .training.runs import Run as Run

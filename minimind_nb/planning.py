@@ -1,12 +1,9 @@
-"""The cost of a run before it starts: parameters, tokens, memory, hours; a preview."""
+"""The cost of a run before it starts: parameters, tokens, memory, hours."""
 
-import itertools
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-
-import numpy as np
 
 from .config import (
     PRESETS,
@@ -18,7 +15,6 @@ from .config import (
     flops_per_token,
 )
 from .data.demo import DEMO
-from .data.tokenizer import load_tokenizer
 from .hardware import Hardware, detect_hardware, machine_flops
 from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, duration, position_text
@@ -26,7 +22,6 @@ from .monitor.references import expected_loss
 from .monitor.tables import Facts
 from .session import current_session
 from .storage.run_folder import run_of
-from .training.initial_weights import NoInitialWeights
 from .training.machine import check_room
 from .training.preparation import draft
 from .training.run_plan import RunPlan, describe_rows, describe_truncated
@@ -250,46 +245,3 @@ def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
     matrices = count_parameters(cfg.shape())["total"] - cfg.vocab_size * cfg.hidden_size
     update = _MUON_FLOPS * cfg.hidden_size * matrices * (cfg.optimizer == "muon")
     return 1 / (token + update / rates[0] / (cfg.global_batch * cfg.max_seq_len))
-
-
-class Preview(list[str]):
-    """Samples as text, below a line that says how the rows were understood."""
-
-    def __init__(self, title: str, samples: Iterable[str]) -> None:
-        super().__init__(samples)
-        self.title = title
-
-    def __repr__(self) -> str:
-        return "\n\n".join([self.title, *self])
-
-
-def preview(cfg: TrainConfig, rows: int = 2) -> Preview:
-    """Return the first samples of the first epoch as text, as the model gets them.
-
-    Documents follow each other within a row, each with its end; special tokens are
-    shown. A document that is cut continues in another row. In the chat stages, tokens
-    that count in the loss are between ⟦ and ⟧; the chosen answer of a pair comes first.
-    Without a run to start from the shipped tokenizer is used, unless one is set.
-    """
-    try:
-        drafted = draft(cfg)
-    except NoInitialWeights:
-        drafted = draft(replace(cfg, init_from="none"))
-    resolved, tokenizer = drafted.cfg, drafted.tokenizer
-    stream = drafted.corpus.training_stream(resolved, tokenizer.pad_id)
-    decode = load_tokenizer(tokenizer).decode
-
-    def text(ids: np.ndarray, loss_mask: np.ndarray) -> str:
-        if resolved.stage == "pretrain":
-            return str(decode(ids))
-        cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(ids)]
-        parts = ((decode(ids[a:b]), loss_mask[a]) for a, b in itertools.pairwise(cuts))
-        return "".join(f"⟦{part}⟧" if counts else str(part) for part, counts in parts)
-
-    shown = []
-    for sample in range(min(rows, stream.rows)):
-        pieces = [text(*piece) for piece in stream.pieces(sample)]
-        if resolved.stage == "dpo":
-            pieces = ["chosen: ", pieces[0], "\nrejected: ", pieces[1]]
-        shown.append("".join(pieces))
-    return Preview(describe_rows(drafted.corpus, resolved), shown)

@@ -59,6 +59,8 @@ COMMANDS = {
     "tokenizer": ["data_path", "vocab_size", "special", "out_dir"],
     "plan": ["stage", "hours", *TRAINING],
     "preview": ["stage", "rows", *TRAINING],
+    "report": ["stage", *TRAINING],
+    "filter": ["drop", "overwrite", "stage", *TRAINING],
     "bench": ["stage", *TRAINING],
     "runs": ["out_dir"],
     "compare": ["file", "y", "x"],
@@ -69,6 +71,7 @@ POSITIONALS = {
     "eval": ["SOURCE"],
     "chat": ["SOURCE", "TEXT"],
     "export": ["SOURCE", "FOLDER"],
+    "filter": ["OUT"],
     "verify": ["RUN_DIR"],
     "compare": ["RUNS"],
 }

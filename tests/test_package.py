@@ -29,7 +29,7 @@ ROOMS = (
     {"model"},
     {"monitor"},
     {"training"},
-    {"planning", "benchmark", "diagnosis", "notebook", "cli", "__main__", ""},
+    {"planning", "survey", "benchmark", "diagnosis", "notebook", "cli", "__main__", ""},
 )
 HEAVY = "torch matplotlib ipywidgets transformers IPython numpy tokenizers tqdm".split()
 MOST_LINES = 350

@@ -11,7 +11,7 @@ from minimind_nb import cli, hardware, planning
 from minimind_nb.config import TrainConfig, flops_per_token, resolve
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.planning import plan, preview
+from minimind_nb.planning import plan
 from minimind_nb.session import Session
 from minimind_nb.training import machine, preparation, run_plan
 
@@ -301,17 +301,6 @@ def test_operations_of_a_token_count_parameters_in_use_and_attention(
     assert flops_per_token(vars(resolve(TrainConfig(**settings)))) == operations
 
 
-def test_a_preview_shows_packed_documents_as_the_model_meets_them(settings):
-    cfg = TrainConfig(**settings, batch_size=3, max_seq_len=64)
-    first, second = preview(cfg)
-    assert preview(cfg) == [first, second]
-    assert first != second
-    for row in (first, second):
-        assert "mice.<|im_end|><|im_start|>The cat saw " in row
-        assert row.startswith("<|im_start|>")
-    assert preview(cfg, rows=1) == [first]
-
-
 def test_what_train_would_refuse_is_refused(settings, tmp_path):
     with pytest.raises(ValueError, match='data_path is not set: .* data_path="demo"'):
         plan(TrainConfig())
@@ -406,22 +395,3 @@ def test_a_plan_says_what_the_run_would_begin_from(settings, chat_settings):
     assert not (folder.root.parent / "sft_32").exists()
     with pytest.raises(FileNotFoundError, match="has no run of stage='sft' and no "):
         plan(TrainConfig(**{**chat_settings, "stage": "dpo", "recipe": "demo-dpo"}))
-
-
-def test_a_preview_marks_what_is_learned_from(chat_settings):
-    (row,) = preview(TrainConfig(**chat_settings), rows=1)
-    assert row.startswith("<|im_start|>user\nIs ")
-    asked = re.findall(r"Is (\d+) a number\?<\|im_end\|>\n<\|im_start\|>assistant", row)
-    learned = re.findall(r"\n⟦Yes, (\d+)\.<\|im_end\|>\n⟧", row)
-    assert asked == learned and len(learned) >= 2
-
-
-def test_a_preview_of_a_pair_shows_the_chosen_answer_first(pair_settings):
-    first, second = preview(TrainConfig(**pair_settings))
-    for pair in (first, second):
-        yes, no = re.findall(r"⟦(.*?)<\|im_end\|>\n⟧", pair, re.DOTALL)
-        assert (yes, no) == ("Yes.", "No, never.")
-        assert pair.startswith("chosen: <|im_start|>user\n")
-        assert "\nrejected: <|im_start|>user\n" in pair
-        assert len(set(re.findall(r"Is (\d+) a", pair))) == 1
-    assert first != second
