@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-oldest faults fuzz bench check docs clean
+.PHONY: setup demo test test-fast test-browser test-oldest faults fuzz bench check docs clean
 
 setup: .venv/.ready
 
@@ -41,6 +41,22 @@ test: setup
 # Without notebooks and without the tests that start processes.
 test-fast: setup
 	$(TEST) --no-processes -r fE tests
+
+# The notebooks in JupyterLab, clicked through in a headless Chromium; pictures of what
+# they show are left in out/browser, and GALLERY=1 renews those in docs/images.
+CHROMIUM = $(MINIMIND_NB_CHROMIUM) $(shell which chromium chromium-browser google-chrome 2>/dev/null)
+NO_CHROMIUM = No Chromium found: apt-get install chromium, or set MINIMIND_NB_CHROMIUM to the path of one.
+
+test-browser: .venv/.browser
+ifeq ($(strip $(CHROMIUM)),)
+	@[ "$$(id -u)" = 0 ] && apt-get install -y chromium fonts-noto-cjk || { echo "$(NO_CHROMIUM)"; exit 1; }
+endif
+	GALLERY=$(GALLERY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(OPTIONS) tests/browser
+	@echo "The pictures are in out/browser."
+
+.venv/.browser: .venv/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,browser]'
+	@touch $@
 
 # The oldest versions that pyproject.toml admits. torch stays at the pinned version:
 # 2.10.0 is several gigabytes, to be tried by hand.

@@ -83,5 +83,6 @@ def lab(chromium: Any, jupyterlab: Server) -> Iterator[Lab]:
     errors = watched(page)
     lab = Lab(page, jupyterlab)
     yield lab
+    found = [*errors]  # before JupyterLab tells what its end cancelled
     lab.close()
-    assert not errors
+    assert not found

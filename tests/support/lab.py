@@ -27,7 +27,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 # What JupyterLab and Chromium say themselves, with all their outputs in order.
 USUAL = ("favicon", "ResizeObserver loop", "Canvas2D", "net::ERR_ABORTED")
 
@@ -153,9 +153,17 @@ class Lab:
             [name, arguments],
         )
 
+    def find(self, code: str) -> int:
+        """Return the number of the only cell whose source has `code`."""
+        sources = f"{NOTEBOOK}.widgets.map(cell => cell.model.sharedModel.source)"
+        sources = self.page.evaluate(sources)
+        (number,) = (n for n, source in enumerate(sources) if code in source)
+        return number
+
     def cell(self, number: int) -> Any:
-        """Return the locator of a cell, counted from 0; negative ones from the end."""
-        return self.page.locator(".jp-Notebook .jp-Cell").nth(number)
+        """Scroll to a cell, counted from 0, and return its locator."""
+        self.page.evaluate(f"{NOTEBOOK}.scrollToItem({number}, 'start')")
+        return self.page.locator(f'.jp-Cell[data-windowed-list-index="{number}"]')
 
     def output(self, number: int) -> Any:
         """Return the locator of what a cell shows."""
@@ -207,6 +215,8 @@ class Lab:
         )
         shown = f"body[data-jp-theme-name='{theme}']"
         self.page.wait_for_selector(shown, state="attached", timeout=PATIENCE)
+        gone = "#jupyterlab-splash"
+        self.page.wait_for_selector(gone, state="detached", timeout=PATIENCE)
 
     def screenshot(self, name: str, of: Any = None, gallery: bool = False) -> None:
         """Save the picture NAME.png of the page, or of a locator."""
