@@ -1,13 +1,22 @@
 """A page of Chromium and JupyterLab in it; `make test-browser` runs these tests."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import FLAGS, USUAL, Lab, Server, find_chromium, save_picture
+from support.lab import FLAGS, ROOT, USUAL, Lab, Server, find_chromium, save_picture
+
+import minimind_nb as mm
 
 HERE = Path(__file__).parent
+GALLERY_RUNS: dict[str, dict[str, Any]] = {
+    "muon": {},
+    "muon_slow": {"learning_rate": 3e-4},
+    "adamw": {"optimizer": "adamw"},
+    "adamw_fast": {"optimizer": "adamw", "learning_rate": 1e-2},
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +54,8 @@ def watched(page: Any) -> list[str]:
 @pytest.fixture
 def chromium_page(chromium: Any) -> Iterator[Any]:
     """An empty page; an error in it, or on its console, fails the test."""
-    page = chromium.new_page(viewport={"width": 980, "height": 700})
+    page = chromium.new_page(viewport={"width": 900, "height": 700})
+    page.set_default_timeout(10_000)
     errors = watched(page)
     yield page
     page.close()
@@ -60,11 +70,13 @@ def show(chromium_page: Any) -> Callable[..., Any]:
         body: str, name: str, dark: bool = False, gallery: bool = False
     ) -> Any:
         colours = "#111111; color: #e6e6e6" if dark else "#ffffff; color: #222222"
-        style = f"background: {colours}; margin: 12px; font-family: sans-serif"
+        style = (
+            f"background: {colours}; margin: 0; padding: 12px; font-family: sans-serif"
+        )
         chromium_page.emulate_media(color_scheme="dark" if dark else "light")
         chromium_page.set_content(f'<body style="{style}">{body}</body>')
         name += "-dark" if dark else ""
-        save_picture(chromium_page, name, gallery, full_page=True)
+        save_picture(chromium_page.locator("body"), name, gallery)
         return chromium_page
 
     return show_html
@@ -77,12 +89,34 @@ def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def lab(chromium: Any, jupyterlab: Server) -> Iterator[Lab]:
+def lab(
+    chromium: Any, jupyterlab: Server, request: pytest.FixtureRequest
+) -> Iterator[Lab]:
     """JupyterLab in a page; an error in it, or on its console, fails the test."""
     page = chromium.new_page(viewport={"width": 1180, "height": 900})
     errors = watched(page)
     lab = Lab(page, jupyterlab)
     yield lab
+    lab.screenshot(f"end-of-{request.node.name}")
     found = [*errors]  # before JupyterLab tells what its end cancelled
     lab.close()
     assert not found
+
+
+@pytest.fixture(scope="session")
+def out_dir() -> str:
+    """A folder of runs for notebooks, which train short ones where there are none.
+
+    Those of the gallery are trained in some ten minutes, and kept for the next time.
+    """
+    if not os.environ.get("GALLERY"):
+        return "out"
+    folder = ROOT / "out" / "gallery"
+    usual: dict[str, Any] = {"out_dir": folder, "device": "cpu", "num_processes": 1}
+    usual |= {"log_interval": 5, "batch_size": 4, "view": False}
+    for name, settings in GALLERY_RUNS.items():
+        shared = usual | {"preset": "demo", "recipe": "demo", "max_steps": 240}
+        mm.train("demo", run_name=name, **shared, **settings)
+    first = {"init_from": folder / "muon", "recipe": "demo-sft"}
+    mm.train("demo", stage="sft", **usual, **first)
+    return str(folder)

@@ -14,9 +14,11 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
 TOKEN = "browser"
-PATIENCE = 60_000  # milliseconds
+PATIENCE = 120_000  # milliseconds
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "out" / "browser"
+PICTURE = ".minimind-chart > svg"  # of an interactive chart
+CURVES = f"{PICTURE} g[stroke]"
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content"
 FLAGS = [
     "--no-sandbox",
@@ -160,6 +162,11 @@ class Lab:
         (number,) = (n for n, source in enumerate(sources) if code in source)
         return number
 
+    def write(self, number: int, code: str) -> None:
+        """Replace the source of a cell."""
+        source = f"{NOTEBOOK}.widgets[{number}].model.sharedModel.setSource"
+        self.page.evaluate(f"code => {source}(code)", code)
+
     def cell(self, number: int) -> Any:
         """Scroll to a cell, counted from 0, and return its locator."""
         self.page.evaluate(f"{NOTEBOOK}.scrollToItem({number}, 'start')")
@@ -175,7 +182,7 @@ class Lab:
         self.page.locator('[data-command="runmenu:run-all"]').click()
 
     def run_cell(self, number: int, wait: bool = True) -> Any:
-        """Run a cell and return the locator of its output."""
+        """Run a cell and return the locator of its output; `wait` until it is done."""
         self.page.evaluate(f"{NOTEBOOK}.activeCellIndex = {number}")
         self.command("notebook:run-cell")
         if wait:

@@ -1,0 +1,170 @@
+"""The notebooks as a user clicks through them, and what a saved one still shows."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from support.lab import CURVES, PATIENCE, PICTURE, save_picture
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+STEPS = 160
+SMALL = {
+    "out_dir": "out",
+    "num_processes": 1,
+    "settings": {"device": "cpu", "log_interval": 2},
+}
+
+
+QUESTIONS = ["How many days are there in 3 weeks?", "今天是星期一，2 天以后是星期几？"]
+CHAT_PICTURES = {
+    "chat": "talk = mm.chat(",
+    "surprise": "mm.surprise",
+    "vocabulary": "mm.vocabulary",
+}
+
+
+def numbers(pattern: str, text: str) -> list[int]:
+    return [int(found.replace(",", "")) for found in re.findall(pattern, text)]
+
+
+def watch(lab, output, steps: int, seconds: float = 300) -> list[int]:
+    """Return the first different steps that a running cell tells."""
+    seen: list[int] = []
+    until = time.monotonic() + seconds
+    while len(seen) < steps and time.monotonic() < until:
+        step = numbers(rf"([\d,]+)/{STEPS}", output.inner_text())
+        seen += step if step[:1] != seen[-1:] else []
+        assert_nothing_failed(lab)
+        lab.page.wait_for_timeout(200)
+    return seen
+
+
+def assert_nothing_failed(lab) -> None:
+    """Fail with the text of the first cell that raised."""
+    failed = lab.page.locator('[data-mime-type="application/vnd.jupyter.stderr"]')
+    assert not failed.all_inner_texts()
+
+
+def write_page(file: Path) -> str:
+    """Write a saved notebook as a web page without a kernel; return its address."""
+    no_network = [
+        f"--HTMLExporter.{name}_url=" for name in ("mathjax", "require_js", "jquery")
+    ]
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", *no_network]
+    subprocess.run([*command, str(file)], check=True, capture_output=True)
+    return file.with_suffix(".html").as_uri()
+
+
+def assert_a_page_shows_all(chromium: Any, file: Path) -> None:
+    page = chromium.new_page()
+    page.goto(write_page(file))
+    heights = page.evaluate(
+        """[...document.querySelectorAll(".jp-OutputArea-output")]
+        .map(output => output.getBoundingClientRect().height)"""
+    )
+    assert heights and min(heights) > 10
+    chart = page.locator(PICTURE).last
+    chart.scroll_into_view_if_needed()
+    chart.hover()
+    assert float(page.locator(".hover text").last.text_content()) > 0
+    save_picture(page, "saved", full_page=True)
+    page.close()
+
+
+def assert_a_page_without_scripts_shows_all(chromium: Any, file: Path) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(write_page(file))
+    pictures = page.locator(".minimind-chart img")
+    assert pictures.count() == 2
+    for number in range(2):
+        assert pictures.nth(number).bounding_box()["height"] > 200
+    save_picture(page, "saved-without-scripts", full_page=True)
+    context.close()
+
+
+def test_a_training_is_watched_stopped_and_resumed(lab):
+    lab.open_notebook(
+        NOTEBOOKS / "pretrain.ipynb", trial=False, max_steps=STEPS, **SMALL
+    )
+    lab.run_all()
+    cell = lab.find("mm.train(cfg)")
+    output = lab.output(cell)
+    seen = watch(lab, output, steps=3)
+    assert len(seen) == 3 and seen == sorted(seen)
+    lab.screenshot("live", lab.cell(cell), gallery=True)
+    lab.interrupt()
+    lab.wait_idle(300)
+    lab.cell(cell)
+    (saved,) = numbers(rf"Saved at step ([\d,]+) of {STEPS}", output.inner_text())
+    assert saved >= seen[-1]
+    lab.screenshot("stopped", lab.cell(cell), gallery=True)
+    lab.run_cell(cell)
+    said = output.inner_text()
+    assert "Finished" in said and f"{STEPS} of {STEPS}" in said
+    assert re.search(rf"resumed at step\s+{saved}\b", said)
+    for dark in (False, True):
+        lab.set_theme(dark)
+        lab.screenshot("resumed" + "-dark" * dark, lab.cell(cell), gallery=True)
+
+
+def test_curves_are_compared_kept_and_exported(lab, chromium, out_dir):
+    file = lab.open_notebook(NOTEBOOKS / "curves.ipynb", out_dir=out_dir)
+    lab.run_all()
+    lab.wait_idle(300)
+    assert_nothing_failed(lab)
+    compared = lab.output(lab.find("mm.compare"))
+    name, curves = (
+        compared.locator("tr[data-key] button").first,
+        compared.locator(CURVES),
+    )
+    drawn = curves.count()
+    name.click()
+    assert curves.count() < drawn
+    name.click()
+    assert curves.count() == drawn
+    for dark in (False, True):
+        lab.set_theme(dark)
+        lab.screenshot("compare" + "-dark" * dark, compared, gallery=True)
+    lab.save()
+    assert_a_page_shows_all(chromium, file)
+    assert_a_page_without_scripts_shows_all(chromium, file)
+
+
+def test_a_model_is_talked_to_and_looked_into(lab, out_dir):
+    lab.open_notebook(NOTEBOOKS / "chat.ipynb", out_dir=out_dir)
+    lab.run_all()
+    lab.wait_idle(300)
+    assert_nothing_failed(lab)
+    cell = lab.find("chat.say(")
+    lab.write(cell, "talk = mm.chat((model, text_tokenizer), seed=1)")
+    panel = lab.run_cell(cell)
+    line = panel.locator("input[type=text]").first
+    for question in QUESTIONS:
+        line.fill(question)
+        line.press("Enter")
+        panel.locator(".bubble.user", has_text=question).wait_for(timeout=PATIENCE)
+        lab.wait_idle()
+    assert panel.locator(".bubble.assistant").count()
+    for dark in (False, True):
+        lab.set_theme(dark)
+        for name, code in CHAT_PICTURES.items():
+            shown = lab.output(lab.find(code))
+            lab.screenshot(name + "-dark" * dark, shown, gallery=True)
+
+
+def test_a_mistake_is_answered_in_a_sentence(lab):
+    lab.open_notebook(
+        ["import minimind_nb as mm", 'mm.TrainConfig(stage="pretran")', "%tb"]
+    )
+    lab.run_cell(0)
+    said = lab.run_cell(1).inner_text()
+    assert "pretran" in said and "did you mean" in said
+    assert "most recent call last" not in said
+    for dark in (False, True):
+        lab.set_theme(dark)
+        lab.screenshot("error" + "-dark" * dark, lab.cell(1), gallery=True)
+    assert "most recent call last" in lab.run_cell(2).inner_text()
