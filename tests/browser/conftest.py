@@ -93,7 +93,7 @@ def lab(
     chromium: Any, jupyterlab: Server, request: pytest.FixtureRequest
 ) -> Iterator[Lab]:
     """JupyterLab in a page; an error in it, or on its console, fails the test."""
-    page = chromium.new_page(viewport={"width": 1180, "height": 900})
+    page = chromium.new_page(viewport={"width": 1000, "height": 1500})
     errors = watched(page)
     lab = Lab(page, jupyterlab)
     yield lab

@@ -30,13 +30,13 @@ def numbers(pattern: str, text: str) -> list[int]:
     return [int(found.replace(",", "")) for found in re.findall(pattern, text)]
 
 
-def watch(lab, output, steps: int, seconds: float = 300) -> list[int]:
-    """Return the first different steps that a running cell tells."""
-    seen: list[int] = []
-    until = time.monotonic() + seconds
-    while len(seen) < steps and time.monotonic() < until:
+def watch(lab, output, until: int, seconds: float = 300) -> list[int]:
+    """Return the different steps that a running cell tells until it reaches one."""
+    seen = [0]
+    end = time.monotonic() + seconds
+    while seen[-1] < until and time.monotonic() < end:
         step = numbers(rf"([\d,]+)/{STEPS}", output.inner_text())
-        seen += step if step[:1] != seen[-1:] else []
+        seen += step if step and step[0] != seen[-1] else []
         assert_nothing_failed(lab)
         lab.page.wait_for_timeout(200)
     return seen
@@ -93,22 +93,27 @@ def test_a_training_is_watched_stopped_and_resumed(lab):
     lab.run_all()
     cell = lab.find("mm.train(cfg)")
     output = lab.output(cell)
-    seen = watch(lab, output, steps=3)
-    assert len(seen) == 3 and seen == sorted(seen)
-    lab.screenshot("live", lab.cell(cell), gallery=True)
+    seen = watch(lab, output, until=STEPS // 4)
+    assert len(seen) > 1 and seen == sorted(seen)
+    curves = output.locator(CURVES).count()
+    assert curves and output.locator(PICTURE).is_visible()
     lab.interrupt()
     lab.wait_idle(300)
-    lab.cell(cell)
+    output = lab.output(cell)
     (saved,) = numbers(rf"Saved at step ([\d,]+) of {STEPS}", output.inner_text())
     assert saved >= seen[-1]
-    lab.screenshot("stopped", lab.cell(cell), gallery=True)
-    lab.run_cell(cell)
+    lab.picture("stopped", lab.cell(cell))
+    lab.run_cell(cell, wait=False)
+    output.locator("progress").wait_for(timeout=PATIENCE)
+    watch(lab, output, until=STEPS // 2)
+    lab.picture("live", lab.cell(cell))
+    lab.wait_idle(300)
     said = output.inner_text()
     assert "Finished" in said and f"{STEPS} of {STEPS}" in said
     assert re.search(rf"resumed at step\s+{saved}\b", said)
-    for dark in (False, True):
-        lab.set_theme(dark)
-        lab.screenshot("resumed" + "-dark" * dark, lab.cell(cell), gallery=True)
+    lab.picture("card", output.locator(".card"))
+    answer = output.locator(".answers td").last
+    assert answer.evaluate("cell => getComputedStyle(cell).textAlign") == "left"
 
 
 def test_curves_are_compared_kept_and_exported(lab, chromium, out_dir):
@@ -126,9 +131,7 @@ def test_curves_are_compared_kept_and_exported(lab, chromium, out_dir):
     assert curves.count() < drawn
     name.click()
     assert curves.count() == drawn
-    for dark in (False, True):
-        lab.set_theme(dark)
-        lab.screenshot("compare" + "-dark" * dark, compared, gallery=True)
+    lab.picture("curves", compared)
     lab.save()
     assert_a_page_shows_all(chromium, file)
     assert_a_page_without_scripts_shows_all(chromium, file)
@@ -149,11 +152,8 @@ def test_a_model_is_talked_to_and_looked_into(lab, out_dir):
         panel.locator(".bubble.user", has_text=question).wait_for(timeout=PATIENCE)
         lab.wait_idle()
     assert panel.locator(".bubble.assistant").count()
-    for dark in (False, True):
-        lab.set_theme(dark)
-        for name, code in CHAT_PICTURES.items():
-            shown = lab.output(lab.find(code))
-            lab.screenshot(name + "-dark" * dark, shown, gallery=True)
+    for name, code in CHAT_PICTURES.items():
+        lab.picture(name, lab.output(lab.find(code)))
 
 
 def test_a_mistake_is_answered_in_a_sentence(lab):
@@ -164,7 +164,5 @@ def test_a_mistake_is_answered_in_a_sentence(lab):
     said = lab.run_cell(1).inner_text()
     assert "pretran" in said and "did you mean" in said
     assert "most recent call last" not in said
-    for dark in (False, True):
-        lab.set_theme(dark)
-        lab.screenshot("error" + "-dark" * dark, lab.cell(1), gallery=True)
+    lab.picture("error", lab.cell(1))
     assert "most recent call last" in lab.run_cell(2).inner_text()

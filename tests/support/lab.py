@@ -225,9 +225,15 @@ class Lab:
         gone = "#jupyterlab-splash"
         self.page.wait_for_selector(gone, state="detached", timeout=PATIENCE)
 
-    def screenshot(self, name: str, of: Any = None, gallery: bool = False) -> None:
-        """Save the picture NAME.png of the page, or of a locator."""
-        save_picture(of or self.page, name, gallery)
+    def screenshot(self, name: str) -> None:
+        """Save a picture of the page."""
+        save_picture(self.page, name)
+
+    def picture(self, name: str, shown: Any) -> None:
+        """Save pictures of a locator for the gallery, in the light and the dark theme."""
+        for dark in (True, False):
+            self.set_theme(dark)
+            save_picture(shown, f"{name}{'-dark' * dark}", gallery=True)
 
 
 def save_picture(shown: Any, name: str, gallery: bool = False, **how: Any) -> Path:
