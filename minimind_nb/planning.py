@@ -214,11 +214,12 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
     takes = f"takes about {seconds / size:.0f} {unit}s and " if seconds else ""
     learns = f"It sees {each:.2g} tokens a parameter; {_TOKENS_A_PARAMETER} are best"
     if drafted.total_steps < _FEWEST_STEPS:
-        learns = f"{drafted.total_steps} steps teach it hardly anything: raise epochs"
+        more = "max_steps" if cfg.max_steps else "epochs"
+        learns = f"{drafted.total_steps} steps teach it hardly anything: raise {more}"
     elif cfg.stage != "pretrain" or cfg.data_path == DEMO:
         learns = "It learns what is in its data, and nothing else"
     elif each < _ENOUGH:
-        learns += ": expect fluent nonsense, raise epochs or take a smaller preset"
+        learns += ": expect fluent nonsense, or raise epochs or take a smaller preset"
     return f"This run {takes}{fits}. {learns}."
 
 

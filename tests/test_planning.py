@@ -170,12 +170,12 @@ def test_a_plan_ends_in_whether_it_fits_and_learns(settings, monkeypatch):
     assert list(plan(cfg))[-1] == "in short"
     assert re.fullmatch(
         r"This run takes about \d+ (second|minute)s and fits this machine\. It sees 0\.0\d+ "
-        "tokens a parameter; 20 are best: expect fluent nonsense, raise epochs or take a "
+        "tokens a parameter; 20 are best: expect fluent nonsense, or raise epochs or take a "
         r"smaller preset\.",
         short,
     )
     few = plan(replace(cfg, max_steps=2))["in short"]
-    assert few.endswith("machine. 2 steps teach it hardly anything: raise epochs.")
+    assert few.endswith("machine. 2 steps teach it hardly anything: raise max_steps.")
     large = plan(replace(cfg, batch_size=4096, max_seq_len=1024))["in short"]
     assert "GiB of memory, of 8: lower batch_size. " in large
     over = plan(replace(cfg, max_session_hours=1e-9))["in short"]

@@ -12,6 +12,7 @@ from minimind_nb import progress_bar
 from minimind_nb.config import TrainConfig
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
+from minimind_nb.model import generation
 from minimind_nb.progress_bar import hidden, open_bar
 from minimind_nb.session import Session
 from minimind_nb.training import api
@@ -120,3 +121,14 @@ def test_tokenising_shows_how_far_it_is(shown, tmp_path):
     file.write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(9)))
     open_cache(Source(str(file), "pretrain", read_tokenizer(None)), tmp_path / "cache")
     assert shown[0].startswith("Tokenising a.jsonl: 100%|") and shown[-1] == ""
+
+
+def test_many_prompts_show_how_many_tokens_are_made(shown, monkeypatch):
+    steps = [[5] * 8] * 3
+    monkeypatch.setattr(generation, "decode", lambda *_, **__: iter(steps))
+    for count, expected in ((7, 0), (8, 1)):
+        rows: Any = [[1]] * count
+        found = generation.continue_ids(None, rows, ends={9}, max_new_tokens=4)  # pyright: ignore[reportArgumentType]
+        assert found == [[5, 5, 5]] * 8
+        assert bool(shown) == expected
+    assert shown[0].startswith("Answering 8 prompts:  25%|") and shown[-1] == ""

@@ -61,6 +61,14 @@ def test_a_hosted_sessions_clock_started_with_the_session(kind, monkeypatch):
     assert Session(kind).seconds_left(1.0) == 3000.0
 
 
+def test_a_batch_run_elsewhere_logs_as_often_as_asked():
+    place = current_session({"MINIMIND_NB_LOG_SECONDS": "10"})
+    assert (place.kind, place.batch, place.log_seconds) == ("plain", True, 10.0)
+    commit = current_session({"KAGGLE_KERNEL_RUN_TYPE": "Batch"})
+    assert commit.batch and commit.log_seconds == 60.0
+    assert not current_session({}).batch
+
+
 @pytest.fixture
 def mount(tmp_path, monkeypatch):
     working, inputs = tmp_path / "working", tmp_path / "input"
