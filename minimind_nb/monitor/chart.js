@@ -197,11 +197,11 @@
     const isDrawn = (place, value) =>
       isPositive(place, scales.x.log) && isPositive(value, scales.y.log);
 
-    /* The path through the values of each row, with its gaps. */
+    /* The path through the values of each row, to and fro, with its gaps. */
     function path({ places }, ...lists) {
       let [text, pen] = ["", "M"];
       places.forEach((place, row) => {
-        for (const values of lists) {
+        for (const values of row % 2 ? lists : lists.toReversed()) {
           const drawn = isDrawn(place, values[row]);
           const start = pen === "M" ? "h0" : ""; // a lone point is a dot
           const point = drawn && [pixelX(place).toFixed(1), pixelY(values[row]).toFixed(1)];

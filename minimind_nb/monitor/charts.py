@@ -167,10 +167,9 @@ def plot_history(history: History, title: str | None = None, **choices: Any) -> 
 
 
 def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
-    """Show the chart of a run: `mm.inspect("out/pretrain_512", y="grad_norm")`.
+    """Chart a run: `mm.inspect("out/pretrain_512", y="grad_norm")`.
 
-    `source` is what `History.load` takes, `choices` are those of `plot_history`. Raises
-    what these raise.
+    Takes, and raises, what `History.load` and `plot_history` do.
     """
     return plot_history(History.load(source), **choices)
 

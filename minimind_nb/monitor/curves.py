@@ -167,8 +167,8 @@ def choose_smoothing(rows: int, asked: float | None = None) -> float:
 
 def _column(rows: list[Row], field: str) -> np.ndarray:
     """Return numbers [rows, parts]; a list of lists becomes the means over the first."""
-    if not rows:
-        return np.empty((0, 1))
+    if not rows or field not in {**rows[0], **rows[-1]}:
+        return np.full((len(rows), 1), np.nan)
     values = [row.get(field) for row in rows]
     known = np.array([value is not None for value in values], bool)[:, None]
     try:

@@ -98,6 +98,23 @@ def test_the_script_replaces_the_picture(chromium_page, make_run):
     assert last["validation"][0] == "2.500"
 
 
+def test_a_resume_is_a_visible_line(chromium_page, make_run):
+    history = make_run()
+    resume = {
+        "kind": "event",
+        "event": "resume",
+        "step": 100,
+        "tokens": 1,
+        "seconds": 1,
+    }
+    history.rows.append(resume)
+    show(chromium_page, chart_html([history]))
+    line = chromium_page.locator(".resume")
+    assert line.get_attribute("d").count("M") == 1
+    assert line.evaluate("node => getComputedStyle(node).stroke") == "rgb(34, 34, 34)"
+    assert chromium_page.get_by_text("dashed: resumed").is_visible()
+
+
 def test_without_scripts_the_picture_stays(chromium, make_run):
     page = chromium.new_context(java_script_enabled=False).new_page()
     show(page, plot_history(make_run())._repr_mimebundle_()["text/html"])
