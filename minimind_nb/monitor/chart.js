@@ -110,7 +110,8 @@
       <div class="controls">
         <select name="y">${options(data.ys)}</select>
         <select name="x">${options(data.x)}</select>
-        <label class="smoothing">smoothing <input type="range" name="smoothing"><output></output></label>
+        <label class="smoothing">smoothing
+          <input type="range" name="smoothing"><output></output></label>
         <label><input type="checkbox" name="log_x"> log x</label>
         <label><input type="checkbox" name="log_y"> log y</label>
       </div>
@@ -177,10 +178,13 @@
     }
 
     function drawAxes(center) {
-      const across = scales.y.ticks.map((tick) => `<path class="grid" d="M0,${pixelY(tick)}h${width}"/>
+      const across = scales.y.ticks.map((tick) => `
+        <path class="grid" d="M0,${pixelY(tick)}h${width}"/>
         <text x="-8" y="${pixelY(tick) + 4}" text-anchor="end">${format(tick, 1, true)}</text>`);
-      const along = scales.x.ticks.map((tick) => `<path class="axis" d="M${pixelX(tick)},${height}v4"/>
-        <text x="${pixelX(tick)}" y="${height + 17}" text-anchor="middle">${format(tick, 1, true)}</text>`);
+      const along = scales.x.ticks.map((tick) => `
+        <path class="axis" d="M${pixelX(tick)},${height}v4"/>
+        <text x="${pixelX(tick)}" y="${height + 17}"
+          text-anchor="middle">${format(tick, 1, true)}</text>`);
       const turned = `transform="translate(-50,${height / 2}) rotate(-90)" text-anchor="middle"`;
       return `${across.join("")}${along.join("")}<path class="axis" d="M0,${height}h${width}"/>
         <text ${center} y="${height + 36}">${data.x[state.x]}${scales.x.note}</text>
@@ -251,8 +255,10 @@
         const group = curves.filter((curve) => curve.key === key);
         const { name, role, color, number, at } = group[0];
         const mark = group.some((curve) => curve.role === "eval") ? marker(number, 13, 6) : "";
-        const values = Object.values(all).map(([wanted, read]) => (
-          group.filter((curve) => !wanted || curve.role === wanted).slice(0, 4).map(read).join(" / ")));
+        const values = Object.values(all).map(([wanted, read]) => {
+          const chosen = group.filter((curve) => !wanted || curve.role === wanted);
+          return chosen.slice(0, 4).map(read).join(" / ");
+        });
         const places = Object.keys(data.x).map((x) => format(at[x][rowOf(group[0])], 1));
         return `<tr class="${state.hidden[key] ? "off" : ""}" data-key="${escape(key)}"><td><button>
           <svg width="26" height="12" stroke="${color}"><path class="${role}" d="M1,6h24v1h-24"/>
@@ -274,7 +280,8 @@
         if (!isDrawn(place, value)) continue;
         const [left, top] = [pixelX(place), pixelY(value)];
         const distance = Math.hypot(x - left, y - top);
-        if (distance < best.distance) best = { distance, place, value, left, top, color: curve.color };
+        const point = { distance, place, value, left, top, color: curve.color };
+        if (distance < best.distance) best = point;
       }
       const { place, value, left, top, color } = best;
       if (place === undefined) return;
