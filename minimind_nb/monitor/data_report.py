@@ -88,7 +88,7 @@ class DataReport(Facts):
         return "\n\n".join(parts if parts[1:] else [*parts, _NOTHING])
 
     def _repr_html_(self) -> str:
-        facts = {name.replace("_", " "): text for name, text in self._rows()}
+        facts = {name.replace("_", " "): text for name, text in self._table().rows}
         body = f'<div class="title">{html.escape(self.title)}</div>{facts_row(facts)}'
         charts = (_bars(title, *each) for title, each in self.charts.items())
         body += f'<div class="facts">{"".join(charts)}</div>'
