@@ -53,7 +53,7 @@ class Chart:
         first = self._names[0] if self.alone else f"{len(self._names)} runs"
         self.title = first if title is None else title
         words = outcome(histories[0]) if self.alone else SEVERAL
-        self.subtitle = " · ".join([words, *notes])
+        self.subtitle = " · ".join([words, *notes]) if self.title else ""
         self._histories, self._table = histories, table
         self._tables = [curves.read_run(history) for history in histories]
         columns = [kind for tables in self._tables for kind in tables.values()]

@@ -339,6 +339,7 @@ def test_log_terminal_view_and_follower_load_no_heavy_library():
 
 
 CELL = """
+import sys
 from minimind_nb.monitor.live import choose_view
 from minimind_nb.monitor.metrics import History, MetricsLog
 
@@ -352,6 +353,7 @@ with MetricsLog({path!r}) as log:
         )
         history.refresh()
         view.update(history)
+assert "matplotlib" not in sys.modules
 view.finish(history, "finished")
 assert (type(view).__name__, view.failures) == ("CellView", [])
 """
