@@ -116,7 +116,7 @@ def test_every_target_of_make_exists() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_relative_link_leads_to_a_file(document: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", DOCUMENTS[document]):
+    for target in re.findall(r"(?:\]\(|src(?:set)?=\")([^)\"#]+)", DOCUMENTS[document]):
         linked = target.startswith("http") or (ROOT / document).parent / target
         assert linked is True or linked.exists(), target
 

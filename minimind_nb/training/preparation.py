@@ -298,7 +298,8 @@ def _describe_start(plan: RunPlan) -> Iterator[str]:
     """Yield what a user should know of the run before it starts."""
     cfg, total = plan.cfg, plan.total_steps
     if plan.checkpoint:
-        yield f"{plan.folder.root} is resumed from step {plan.done:,} of {total:,}"
+        folder = shorten_home(str(plan.folder.root))
+        yield f"{folder} is resumed from step {plan.done:,} of {total:,}"
         before = plan.folder.settings()
         changed = any(before[name] != getattr(cfg, name) for name in _LENGTH)
         if changed and cfg.schedule == "cosine":

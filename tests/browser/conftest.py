@@ -118,5 +118,5 @@ def out_dir() -> str:
         shared = usual | {"preset": "demo", "recipe": "demo", "max_steps": 240}
         mm.train("demo", run_name=name, **shared, **settings)
     first = {"init_from": folder / "muon", "recipe": "demo-sft"}
-    mm.train("demo", stage="sft", **usual, **first)
+    mm.train("demo", stage="sft", max_steps=700, **usual, **first)
     return str(folder)

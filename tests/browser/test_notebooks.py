@@ -105,7 +105,7 @@ def test_a_training_is_watched_stopped_and_resumed(lab):
     lab.picture("stopped", lab.cell(cell))
     lab.run_cell(cell, wait=False)
     output.locator("progress").wait_for(timeout=PATIENCE)
-    watch(lab, output, until=STEPS // 2)
+    watch(lab, output, until=3 * STEPS // 4)
     lab.picture("live", lab.cell(cell))
     lab.wait_idle(300)
     said = output.inner_text()

@@ -59,7 +59,7 @@ class Server:
         name = "notification.jupyterlab-settings"
         (settings / name).write_text(json.dumps(quiet))
         home = {
-            "HOME": folder,
+            "HOME": self.root,
             "IPYTHONDIR": folder / "ipython",
             "JUPYTER_CONFIG_DIR": folder / "config",
             "JUPYTER_DATA_DIR": folder / "data",
@@ -130,7 +130,7 @@ class Lab:
             )
             own = new_code_cell("\n".join(["# Parameters", *lines]))
             notebook.cells.insert(next(tagged) + 1, own)
-        folder = self.server.root / f"open{len([*self.server.root.iterdir()])}"
+        folder = self.server.root / f"work{len([*self.server.root.glob('work*')])}"
         folder.mkdir()
         nbformat.write(notebook, folder / name)
         self.reopen(folder / name)
@@ -231,6 +231,8 @@ class Lab:
 
     def picture(self, name: str, shown: Any) -> None:
         """Save pictures of a locator for the gallery, in the light and the dark theme."""
+        self.page.mouse.move(0, 0)  # else what is below it is marked
+        self.page.evaluate(f"{NOTEBOOK}.activeCellIndex = 0")
         for dark in (True, False):
             self.set_theme(dark)
             save_picture(shown, f"{name}{'-dark' * dark}", gallery=True)
