@@ -74,7 +74,7 @@ def show(chromium_page: Any) -> Callable[..., Any]:
             f"background: {colours}; margin: 0; padding: 12px; font-family: sans-serif"
         )
         chromium_page.emulate_media(color_scheme="dark" if dark else "light")
-        chromium_page.set_content(f'<body style="{style}">{body}</body>')
+        chromium_page.set_content(f'<!doctype html><body style="{style}">{body}</body>')
         name += "-dark" if dark else ""
         save_picture(chromium_page.locator("body"), name, gallery)
         return chromium_page

@@ -16,8 +16,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 TOKEN = "browser"
 PATIENCE = 120_000  # milliseconds
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "out" / "browser"
+PICTURES, IMAGES = ROOT / "out" / "browser", ROOT / "docs" / "images"
 PICTURE = ".minimind-chart > svg"  # of an interactive chart
+# A chart takes the colours of a new theme when it is drawn next.
+LEAVE = "chart => chart.dispatchEvent(new Event('pointerleave'))"
 CURVES = f"{PICTURE} g[stroke]"
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content"
 FLAGS = [
@@ -235,6 +237,9 @@ class Lab:
         self.page.evaluate(f"{NOTEBOOK}.activeCellIndex = 0")
         for dark in (True, False):
             self.set_theme(dark)
+            self.page.evaluate(
+                f"document.querySelectorAll('{PICTURE}').forEach({LEAVE})"
+            )
             save_picture(shown, f"{name}{'-dark' * dark}", gallery=True)
 
 
@@ -252,5 +257,6 @@ def save_picture(shown: Any, name: str, gallery: bool = False, **how: Any) -> Pa
         picture = (
             Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE)
         )
-        picture.save(ROOT / "docs" / "images" / file.name, optimize=True)
+        IMAGES.mkdir(exist_ok=True)
+        picture.save(IMAGES / file.name, optimize=True)
     return file
