@@ -227,9 +227,9 @@ class Lab:
         gone = "#jupyterlab-splash"
         self.page.wait_for_selector(gone, state="detached", timeout=PATIENCE)
 
-    def screenshot(self, name: str) -> None:
-        """Save a picture of the page."""
-        save_picture(self.page, name)
+    def screenshot(self, name: str, shown: Any = None, gallery: bool = False) -> None:
+        """Save a picture of the page or of a locator."""
+        save_picture(shown or self.page, name, gallery)
 
     def picture(self, name: str, shown: Any) -> None:
         """Save pictures of a locator for the gallery, in the light and the dark theme."""
