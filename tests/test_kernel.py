@@ -79,7 +79,7 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
         manager.interrupt_kernel()
 
     threading.Thread(target=interrupt).start()
-    status, (output,) = run_cell(
+    status, (*_, output) = run_cell(
         client,
         f"run = mm.train(mm.TrainConfig(max_steps=100_000, epochs=1_000, {SETTINGS}))",
     )

@@ -17,7 +17,7 @@ import minimind_nb as mm
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.storage.run_folder import RunFolder
 
-TIMED = {"seconds", "tokens_per_second", "peak_memory_gib"}
+TIMED = {"seconds", "tokens_per_second", "peak_memory_gib", "machine_flops"}
 SECONDS = 240.0
 # As long as nobody ends it.
 MORE = {"max_steps": 100_000, "epochs": 20_000, "save_interval": 50_000}
