@@ -2,101 +2,91 @@
 
 import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.chat_template import ChatEncoder
+from ..data.conversations import Message, read_chat
+from ..data.tokenizer import read_tokenizer
 from ..model.architecture import MoEGate
 from ..model.generation import begin_document, check_tokenizer
-from .tables import Table
-from .vocabulary import Mark, MarkedText, mark_tokens, readable, spell, tint
+from .vocabulary import Mark, MarkedText, mark_tokens, readable, spell
 
-_STRONGEST = 8.0  # nats, of the tint; a blind guess among 6,400 tokens has 8.8
+_STRONGEST = 8  # nats, of the tint; a blind guess among 6,400 tokens has 8.8
 
 
 class Surprise(MarkedText):
     """The loss of each token of a text, and a table of the most surprising ones.
 
-    Of each token: `tokens`, its text; `losses` in nats, NaN for the first, which nothing
-    predicts; `ranks`, 1 for the likeliest; `top`, the five likeliest and their
-    probabilities; and of a mixture `routes` [tokens, layers, experts]. `total_loss` is
-    the sum, `loss` the mean; `bits_per_byte` leaves out the bytes of special tokens.
-    `experts` is a table of the share of the tokens that each got.
+    Of each token: `tokens`, its text; `losses` in nats; `top`, the five likeliest in its
+    place and their probabilities; `routes`, the experts of each layer of a mixture. Loss
+    and probabilities of the first, which nothing predicts, are NaN. Of all: `loss`, the
+    mean; `perplexity`; `bits_per_byte`, of all bytes but those of special tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any, ids: list[int], width: int) -> None:
-        losses, ranks, chances, likeliest, self.routes = _measure(model, ids, width)
-        entries = dict(enumerate(spell(tokenizer)))
+        entries = spell(tokenizer)
+        entries += [b"unused"] * (model.config.vocab_size - len(entries))
         pieces = [entries[token] for token in ids]
-        self.tokens = [readable(piece) for piece in pieces]
-        # What the last token predicts is not in the text.
-        self.losses, self.ranks = np.array([np.nan, *losses[:-1]]), [0, *ranks[:-1]]
-        self.top = [list[tuple[str, float]]()]
-        for five, shares in zip(
-            likeliest[:-1].tolist(), chances.tolist(), strict=False
-        ):
-            names = (readable(entries.get(token, b"unused")) for token in five)
-            self.top.append([*zip(names, shares, strict=True)])
-        self.total_loss = float(self.losses[1:].sum())
-        self.loss = self.total_loss / max(1, len(ids) - 1)
+        self.tokens = [*map(readable, pieces)]
+        measured = zip(*_measure(model, ids, width), strict=True)
+        self.losses, likeliest, chances, self.routes = measured
+        self.top = [
+            [(readable(entries[token]), p) for token, p in zip(*five, strict=True)]
+            for five in zip(likeliest, chances, strict=True)
+        ]
+        total = sum(self.losses[1:])
+        self.loss = total / max(1, len(ids) - 1)
         self.perplexity = math.exp(min(self.loss, 700))
-        self._special = np.isin(ids, [*tokenizer.added_tokens_decoder])
-        size = sum(len(pieces[n]) for n in np.flatnonzero(~self._special))
-        self.bits_per_byte = self.total_loss / math.log(2) / max(1, size)
+        special = tokenizer.added_tokens_decoder
+        size = sum(len(entries[token]) for token in ids if token not in special)
+        self.bits_per_byte = total / math.log(2) / max(1, size)
+        worst = sorted(range(1, len(ids)), key=self.losses.__getitem__, reverse=True)
         super().__init__(
             f"{len(ids):,} tokens, loss {self.loss:.3f} (perplexity "
             f"{self.perplexity:,.4g}), {self.bits_per_byte:.3f} bits per byte",
-            ["token", "loss", "probability", "rank", "the likeliest"],
-            [self._describe(n) for n in 1 + np.argsort(-self.losses[1:])[:8]],
+            ["token", "loss", "probability", "the likeliest"],
+            [self._describe(n) for n in worst[:8]],
         )
-        experts = range(model.config.n_routed_experts if self.routes.size else 0)
-        self.experts = Table("Share of each expert", ["layer", *map(str, experts)], [])
-        for layer in range(self.routes.shape[1]):
-            shares = (f"{np.mean(self.routes[:, layer] == n):.0%}" for n in experts)
-            self.experts.rows.append([str(layer), *shares])
-        steps = (f"<span{tint(n / _STRONGEST)}> {n} </span>" for n in range(9))
-        legend = f'<p class="faint">{"".join(steps)} nats</p>'
-        self.body = mark_tokens(self._marks(pieces)) + legend
-        if experts:
-            self.body += self.experts._repr_html_()
+        scale = [(f" {n} ", f"{n} nats", n / _STRONGEST) for n in range(9)]
+        self.body = mark_tokens(self._marks(pieces)) + mark_tokens(scale)
 
     def _describe(self, n: int) -> list[str]:
-        loss, chance = self.losses[n], math.exp(-self.losses[n])
-        likeliest = " · ".join(f"“{token}” {100 * p:.3g}%" for token, p in self.top[n])
-        row = [f"“{self.tokens[n]}”", f"{loss:.2f}", f"{100 * chance:.3g}%"]
-        return [*row, f"{self.ranks[n]:,}", likeliest]
+        loss, chance = f"{self.losses[n]:.2f}", f"{math.exp(-self.losses[n]):.3%}"
+        likeliest = (f"“{token}” {p:.1%}" for token, p in self.top[n])
+        return [f"“{self.tokens[n]}”", loss, chance, " · ".join(likeliest)]
 
     def _note(self, n: int) -> str:
-        token, loss, chance, rank, likeliest = self._describe(n)
-        note = f"{token} {loss} nats, {chance}, rank {rank} · {likeliest}"
-        note = note.replace(" · ", "\n") if n else f"{token} is the first"
-        experts = " ".join("+".join(map(str, layer)) for layer in self.routes[n])
-        return f"{note}\nexperts {experts}" if experts else note
+        token, loss, chance, likeliest = self._describe(n)
+        lines = [f"{token} {loss} nats, {chance}", *likeliest.split(" · ")]
+        lines = lines if n else [f"{token} is the first"]
+        if self.routes[n]:
+            layers = ("+".join(map(str, layer)) for layer in self.routes[n])
+            lines.append(f"experts {' '.join(layers)}")
+        return "\n".join(lines)
 
-    def _marks(self, pieces: list[bytes]) -> list[Mark]:
-        """Return what `mark_tokens` takes; tokens that only together make characters
-        are one, with the sum of their losses."""
-        marks, first = list[Mark](), 0
+    def _marks(self, pieces: list[bytes]) -> Iterator[Mark]:
+        """Yield marks; tokens that only together make characters have one."""
+        first = 0
         for end in range(1, len(pieces) + 1):
             data = b"".join(pieces[first:end])
             if data.decode(errors="ignore").encode() == data or end == len(pieces):
                 notes = "\n".join(map(self._note, range(first, end)))
-                share = min(1.0, np.nansum(self.losses[first:end]) / _STRONGEST)
-                faint = bool(self._special[first])
-                marks.append((readable(data), notes, share, faint))
+                loss = sum(self.losses[max(1, first) : end])
+                yield readable(data), notes, loss / _STRONGEST
                 first = end
-        return marks
 
 
 @torch.no_grad()
-def _measure(model: Any, ids: list[int], width: int) -> list[np.ndarray]:
-    """Return loss and rank of the token after each [T], the five likeliest's
-    probabilities and ids [T, 5], and the experts of each [T, layers, K]."""
+def _measure(model: Any, ids: list[int], width: int) -> Iterator[tuple[Any, ...]]:
+    """Yield the loss, the five likeliest, their probabilities, and the experts by layer
+    of each token, after half as many tokens as `width` at least."""
     chosen: list[Tensor] = []
-    ids_T = torch.tensor(ids, device=model.device)
-    parts, done = list[list[Tensor]](), 0
+    ids_T, half = torch.tensor(ids, device=model.device), max(1, width // 2)
+    last_1V = torch.full((1, model.config.vocab_size), math.nan, device=model.device)
     with contextlib.ExitStack() as undo:
         undo.callback(model.train, model.training)
         model.eval()
@@ -104,32 +94,38 @@ def _measure(model: Any, ids: list[int], width: int) -> list[np.ndarray]:
             if isinstance(gate, MoEGate):
                 hook = gate.register_forward_hook(lambda *x: chosen.append(x[2][0][0]))
                 undo.callback(hook.remove)
-        while done < len(ids):
-            start = max(0, done - width // 2)
+        for start in range(0, len(ids), half):
+            seen, end = max(0, start - half), start + half
             chosen.clear()
-            logits_TV = model(ids_T[None, start : start + width]).logits[0]
-            log_TV = logits_TV[done - start :].float().log_softmax(-1)
-            next_T1 = ids_T.roll(-1)[done : done + len(log_TV), None]
-            log_T1 = log_TV.gather(1, next_T1)
-            rank_T = (log_TV > log_T1).sum(1) + 1
-            experts_LTK = torch.stack(chosen or [next_T1])[:, -len(log_TV) :]
-            routes_TLK = experts_LTK.transpose(0, 1)[:, : len(chosen)]
-            parts.append([-log_T1[:, 0], rank_T, *log_TV.exp().topk(5), routes_TLK])
-            done += len(log_TV)
-    return [torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True)]
+            next_TV = model(ids_T[None, seen:end]).logits[0, start - seen :].float()
+            log_TV = torch.cat([last_1V, next_TV.log_softmax(-1)])
+            log_TV, last_1V = log_TV[:-1], log_TV[-1:]
+            loss_T = -log_TV.gather(1, ids_T[start:end, None])[:, 0]
+            chance_T5, id_T5 = log_TV.exp().topk(5)
+            routes = torch.stack(chosen, 1)[start - seen :].tolist() if chosen else []
+            columns = [loss_T.tolist(), id_T5.tolist(), chance_T5.tolist()]
+            yield from zip(*columns, routes or [[]] * len(loss_T), strict=True)
 
 
-def surprise(model: Any, tokenizer: Any, text: str, max_seq_len: int = 512) -> Surprise:
+def surprise(
+    model: Any, tokenizer: Any, text: str | Sequence[Message], max_seq_len: int = 512
+) -> Surprise:
     """Show the loss of each token of a text as colour, and what was likelier on hover.
 
-    The text begins with the bos token, as in pretraining; for a conversation pass what
-    `tokenizer.apply_chat_template(messages, tokenize=False)` returns. Tokens that only
-    together make a character are shown as one. More than `max_seq_len` tokens are read in
-    windows of that many, which overlap by half, so that half of one at least stands
-    before every token behind the first window; pass what the model was trained with.
+    A text begins with the bos token, as in pretraining; a conversation, a list of
+    {"role", "content"}, is rendered by the chat template. Tokens that only together make
+    a character are shown as one. A longer text than `max_seq_len` tokens is read in
+    windows of that many, which overlap by half; pass what the model was trained with.
     Dropout is off. From a run: `mm.surprise(*mm.load(run), "…")`. Raises `ValueError`
-    for a tokenizer that does not fit the model.
+    for a tokenizer that does not fit the model, and a conversation that is invalid or
+    that the tokenizer has no template for.
     """
     check_tokenizer(model, tokenizer)
-    width = max(2, min(max_seq_len, model.config.max_position_embeddings))
-    return Surprise(model, tokenizer, begin_document(tokenizer, text), width)
+    if isinstance(text, str):
+        ids = begin_document(tokenizer, text)
+    else:
+        chat, _ = read_chat(text)
+        encoder = ChatEncoder(read_tokenizer(tokenizer))
+        ids = encoder.prompt(chat.messages, chat.tools).tolist()
+    width = min(max_seq_len, model.config.max_position_embeddings)
+    return Surprise(model, tokenizer, ids, width)

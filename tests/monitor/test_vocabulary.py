@@ -18,9 +18,8 @@ def test_every_entry_is_counted_once_by_kind():
     found = rows(vocabulary())
     assert sum(int(cells[0].replace(",", "")) for cells in found.values()) == 6400
     assert found["special"][:2] == ["3", "“<|endoftext|>” “<|im_start|>” “<|im_end|>”"]
-    assert "“的”" in found["Chinese"][1] and "çļĦ" in found["Chinese"][2]
     assert found["bytes"][1].startswith("“‹")
-    assert found["English"][3] == "“ international”"
+    assert "“部分”" in found["text"][1] and "éĥ¨åĪĨ" in found["text"][2]
 
 
 def test_bytes_spell_what_the_tokenizer_decodes():
@@ -48,7 +47,7 @@ def test_a_text_is_shown_cut_by_both_tokenizers():
     first, second = re.findall(r'<div class="tokens">(.*?)</div>', table._repr_html_())
     assert first.count("<span") < second.count("<span") == 5
     assert re.sub("<[^>]*>", "", second) == "one ‹E4›‹BD›‹A0›"
-    assert "0.14" in second and "0.42" in second and 'title="“ ” ' in second
+    assert "0.14" in second and "0.42" in second
 
 
 @pytest.mark.parametrize("text", [None, ""])
