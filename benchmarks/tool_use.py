@@ -104,7 +104,8 @@ def examine(source: Any, count: int) -> dict[str, list[tuple[bool, bool]]]:
         talk.clear()
         with contextlib.redirect_stdout(io.StringIO()) as shown:
             said = talk.say(question)
-        right = said.calls == [call], said == answer.format(compute(call))
+        calls = [one for said in talk.history for one in said.get("tool_calls", [])]
+        right = calls == [call], said == answer.format(compute(call))
         found.setdefault(call["name"], []).append(right)
         if number < 2:
             print(f"> {question}\n{shown.getvalue()}")

@@ -139,12 +139,10 @@ def _encode(
                     'make it [{"role": "user", "content": "…"}]'
                 )
             rows.append(begin_document(tokenizer, prompt))
-            special = tokenizer.all_special_tokens
-            if model.stage in ("sft", "dpo") and not any(s in prompt for s in special):
+            if model.stage in ("sft", "dpo") and str(tokenizer.bos_token) not in prompt:
                 warnings.warn(
-                    f"a string is continued as a text, and the model was tuned by {model.stage} to "
-                    "answer conversations. To ask it: mm.generate(model, tokenizer, "
-                    '[[{"role": "user", "content": "…"}]])',
+                    "a string is continued as a text, and this model answers conversations: "
+                    'mm.generate(model, tokenizer, [{"role": "user", "content": "…"}])',
                     stacklevel=3,
                 )
             continue
@@ -182,8 +180,8 @@ def continue_ids(
     sampling = Sampling(**settings)
     steps = decode(model, rows, ends=ends, sampling=sampling)
     if len(rows) >= _MANY:
-        title, most = f"Answering {len(rows)} prompts", sampling.max_new_tokens
-        steps = open_bar(title, most, iterable=steps, unit="token")
+        title, total = f"Answering {len(rows)} prompts", sampling.max_new_tokens
+        steps = open_bar(title, total, iterable=steps, unit="token")
     return [
         list(itertools.takewhile(lambda token: token not in ends, row))
         for row in zip(*steps, strict=True)

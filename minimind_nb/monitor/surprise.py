@@ -60,13 +60,10 @@ class Surprise(MarkedText):
         return [f"“{self.tokens[n]}”", loss, chance, " · ".join(likeliest)]
 
     def _note(self, n: int) -> str:
-        token, loss, chance, likeliest = self._describe(n)
-        lines = [f"{token} {loss} nats, {chance}", *likeliest.split(" · ")]
-        lines = lines if n else [f"{token} is the first"]
-        if self.routes[n]:
-            layers = ("+".join(map(str, layer)) for layer in self.routes[n])
-            lines.append(f"experts {' '.join(layers)}")
-        return "\n".join(lines)
+        note = "{} {} nats, {}\n{}".format(*self._describe(n)).replace(" · ", "\n")
+        note = note if n else f"“{self.tokens[0]}” is the first"
+        experts = " ".join("+".join(map(str, layer)) for layer in self.routes[n])
+        return f"{note}\nexperts {experts}" if experts else note
 
     def _marks(self, pieces: list[bytes]) -> Iterator[Mark]:
         """Yield marks; tokens that only together make characters have one."""

@@ -1,4 +1,4 @@
-"""A chat in JupyterLab, as a user has it: the line, the buttons, ■, and the saved notebook."""
+"""A chat in JupyterLab, as a user has it: the line, the buttons, and the saved notebook."""
 
 import subprocess
 import sys
@@ -83,8 +83,8 @@ def test_a_chat_streams_stops_answers_again_and_is_saved(lab, chromium):
     press("Again")
     lab.page.wait_for_timeout(600)
     assert grows()
-    lab.interrupt()
-    lab.page.wait_for_timeout(400)
+    press("Stop")
+    lab.page.wait_for_timeout(300)
     assert not grows()
     assert answers.count() == 1
     assert answers.last.inner_text() != first

@@ -254,7 +254,9 @@ def test_a_bare_question_to_a_chat_model_is_told_how_to_ask(
     counter, tokenizer, monkeypatch, function
 ):
     monkeypatch.setattr(counter, "stage", "sft")
-    asked = r"tuned by sft.*mm\.generate\(model, tokenizer, \[\[\{\"role\": \"user\""
+    asked = (
+        r"answers conversations: mm\.generate\(model, tokenizer, \[\{\"role\": \"user\""
+    )
     with pytest.warns(UserWarning, match=asked) as found:
         function(counter, tokenizer, "one", max_new_tokens=1)
     assert found[0].filename == __file__

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import re
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,9 +124,8 @@ def test_a_seed_makes_a_chat_reproducible_and_each_of_its_answers_different(pair
     assert talk.history[1]["content"] == first
     second = talk.say("one")
     assert second != first
-    talk.clear()
-    assert talk.history == []
-    assert [talk.say("one"), talk.say("one")] == [first, second]
+    again = chat(pair, "one", **hot)
+    assert (again.history[1]["content"], again.say("one")) == (first, second)
 
 
 def test_an_empty_answer_leaves_no_turn(pair, answers):
@@ -147,12 +144,13 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(pair, answers, cap
 
 
 @pytest.mark.parametrize("system", [None, "two"])
-def test_a_chat_that_outgrows_the_model_forgets_its_oldest_turns(pair, capsys, system):
+@pytest.mark.filterwarnings("ignore:older turns are left out")
+def test_a_chat_that_outgrows_the_model_forgets_its_oldest_turns(pair, system):
     model = make_model(pair[1], max_position_embeddings=130)
     talk = Chat(model, pair[1], system=system, **GREEDY)
-    for _ in range(6):
-        talk.say("one")
-    assert capsys.readouterr().out.count("Older turns are left out") == 1
+    with pytest.warns(UserWarning, match="older turns are left out"):
+        for _ in range(6):
+            talk.say("one")
     assert len(talk.history) == 12 + (system is not None)
     asked = [*talk.history, said("user", "six")]
     start = 1 if system else 0
@@ -197,17 +195,6 @@ def test_rope_scaling_goes_to_the_model_that_is_loaded(pair, tmp_path):
     asked = {"factor": 2, "original_max_position_embeddings": 100}
     talk = chat(tmp_path, "six", rope_scaling=asked, **GREEDY)
     assert talk._model.config.max_position_embeddings == 200
-    with pytest.raises(ValueError, match=r"pass rope_scaling to mm\.load"):
-        chat(pair, "six", rope_scaling=2, **GREEDY)
-
-
-def test_a_saved_model_and_another_tokenizer_are_taken(pair, tmp_path):
-    model, tokenizer = pair
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert chat(tmp_path, "six", **GREEDY).history[1]["content"] == "five"
-    talk = chat((model, None), "six", tokenizer=tmp_path, **GREEDY)
-    assert talk.history[1]["content"] == "five"
 
 
 def test_a_terminal_is_read_until_an_empty_line(pair, types, capsys, monkeypatch):
@@ -256,7 +243,7 @@ class Output:
 
 
 @pytest.fixture
-def outputs(monkeypatch) -> Iterator[list[Output]]:
+def outputs(monkeypatch) -> list[Output]:
     """What is shown in a cell: instead of a kernel's front end, this list gets it."""
     shown: list[Output] = []
 
@@ -264,13 +251,11 @@ def outputs(monkeypatch) -> Iterator[list[Output]]:
         shown.append(Output(bundle))
         return shown[-1]
 
-    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("IPython.display.display", display)
     kernel = SimpleNamespace(execution_count=7)
     monkeypatch.setattr(chat_module, "running_kernel", lambda: kernel)
     monkeypatch.setattr(chat_panel, "running_kernel", lambda: kernel)
-    yield shown
-    signal.signal(signal.SIGINT, handler)
+    return shown
 
 
 class Hand:
@@ -281,8 +266,7 @@ class Hand:
         self.transcript, controls = outputs[-2:]
         (view,) = [one for kind, one in controls.bundle.items() if "widget" in kind]
         box: Any = widget._instances[view["model_id"]]
-        first, second = box.children
-        self.line, *buttons = [*first.children, *second.children]
+        self.line, *buttons = box.children
         self.warmth, self.length = buttons[-2:]
         self.buttons = {button.description: button for button in buttons[:-2]}
 
@@ -364,33 +348,6 @@ def test_stop_ends_an_answer_and_keeps_what_was_said(pair, turns, outputs):
     assert [message["content"] for message in talk.history[2:]] == ["six", "two"]
 
 
-def test_an_interrupt_of_an_idle_kernel_ends_an_answer(pair, turns, outputs):
-    turns(endless("one"))
-    talk = Chat(*pair)
-
-    async def act(hand: Hand) -> None:
-        await hand.send("six")
-        os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.sleep(0.02)
-        assert talk.history[1]["content"].startswith("one one")
-        os.kill(os.getpid(), signal.SIGINT)  # nothing is left to end
-
-    use(talk, outputs, act)
-
-
-def test_an_interrupt_ends_a_tool_and_the_model_is_told(pair, turns, outputs):
-    def wait() -> None:
-        """Wait."""
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-
-    turns(calling({"name": "wait", "arguments": {}}), "Sorry.")
-    talk = Chat(*pair, tools=[wait])
-    use(talk, outputs, lambda hand: hand.send("Go."))
-    assert "KeyboardInterrupt" in talk.history[2]["content"]
-    assert talk.history[3]["content"] == "Sorry."
-
-
 def test_again_gives_another_answer_to_the_last_question(pair, turns, outputs):
     prompts = turns("1", "2", endless("3"), "4")
     talk = Chat(*pair, seed=1)
@@ -408,20 +365,6 @@ def test_again_gives_another_answer_to_the_last_question(pair, turns, outputs):
     assert prompts[1] == prompts[2] == prompts[3] != prompts[0]
 
 
-def test_a_message_ends_the_answer_before_it(pair, turns, outputs):
-    turns(endless("one"), endless("two"), "3")
-    talk = Chat(*pair)
-
-    async def act(hand: Hand) -> None:
-        await hand.send("a")
-        await hand.send("b")
-        talk.say("c")
-
-    use(talk, outputs, act)
-    said = [message["content"][:3] for message in talk.history]
-    assert said == ["a", "one", "b", "two", "c", "3"]
-
-
 def test_clear_ends_the_answer_and_forgets_it(pair, turns, outputs):
     turns(endless("one"))
     talk = Chat(*pair, system="two")
@@ -433,18 +376,6 @@ def test_clear_ends_the_answer_and_forgets_it(pair, turns, outputs):
     hand = use(talk, outputs, act)
     assert talk.history == [said("system", "two")]
     assert hand.transcript.text == "| two"
-
-
-def test_a_new_panel_ends_the_answer_of_the_one_before(pair, turns, outputs):
-    turns(endless("one"))
-    talk = Chat(*pair)
-
-    async def act(hand: Hand) -> None:
-        await hand.send("six")
-        chat_panel.Panel(Chat(*pair))
-
-    use(talk, outputs, act)
-    assert len(talk.history) == 2
 
 
 def test_bubbles_show_text_as_it_is_and_parts_apart():
@@ -481,14 +412,11 @@ def test_an_answer_in_a_cell_is_one_output_that_a_saved_notebook_has(
     seconds = itertools.count(1)
     monkeypatch.setattr("time.monotonic", lambda: next(seconds) / 20)
     answers(*["one "] * 20)
-    talk = chat(pair, "six")
+    chat(pair, "six")
     (output,) = outputs
     assert output.text == "> six\n" + "one " * 20
     assert output.html.count("bubble") == 2
     assert 5 < output.updates < 15
-    assert talk._repr_html_() is None, "this cell shows it already"
-    monkeypatch.setattr(chat_module, "running_kernel", lambda: None)
-    assert str(talk._repr_html_()).partition("</style>")[2] == output.html
 
 
 def multiply(a: int, b: int) -> int:
@@ -515,8 +443,7 @@ def test_functions_that_are_called_are_run_and_their_results_answered(
 ):
     prompts = turns(f"Well:\n{calling(CALL, CALL)}", "It is 42.", "You too.")
     talk = Chat(*pair, tools=[multiply])
-    answer = talk.say("6 times 7?")
-    assert (answer, answer.calls, answer.thought) == ("It is 42.", [CALL, CALL], "")
+    assert talk.say("6 times 7?") == "It is 42."
     asked = said("assistant", "Well:") | {"tool_calls": [CALL, CALL]}
     results = [said("tool", "42")] * 2
     final = said("assistant", "It is 42.")
@@ -535,8 +462,6 @@ def test_functions_that_are_called_are_run_and_their_results_answered(
     ("call", "error"),
     [
         ({"name": "multiply", "arguments": {"a": 6}}, "TypeError.*missing 1 required"),
-        ({"name": "divide", "arguments": {}}, "KeyError.*divide"),
-        ({"name": "stop", "arguments": {}}, "KeyboardInterrupt"),
         ({"name": "fail", "arguments": {}}, "ZeroDivisionError.*by zero"),
     ],
 )
@@ -545,31 +470,27 @@ def test_a_call_that_fails_gives_its_error_to_the_model(pair, turns, call, error
         """Fail."""
         return 1 / 0
 
-    def stop() -> None:
-        """Stop."""
-        raise KeyboardInterrupt
-
     turns(calling(call), "Sorry.")
-    talk = Chat(*pair, tools=[multiply, fail, stop])
+    talk = Chat(*pair, tools=[multiply, fail])
     assert talk.say("Go.") == "Sorry."
     assert re.search(error, json.loads(talk.history[2]["content"])["error"])
 
 
 def test_rounds_of_calls_have_a_limit(pair, turns):
     turns(*[calling(CALL)] * 9)
-    talk = Chat(*pair, tools=[multiply], max_rounds=2)
-    answer = talk.say("Go.")
-    assert (answer, answer.calls) == ("", [CALL] * 3)
+    talk = Chat(*pair, tools=[multiply])
+    assert talk.say("Go.") == ""
     roles = [message["role"] for message in talk.history]
-    assert roles == ["user", *["assistant", "tool"] * 2, "assistant"]
-    assert Chat(*pair, tools=[multiply], max_rounds=0).say("Go.").calls == [CALL]
+    assert roles == ["user", *["assistant", "tool"] * 4, "assistant"]
+    assert talk.history[-1]["tool_calls"] == [CALL]
 
 
 def test_a_call_of_a_schema_is_shown_and_left_to_the_caller(pair, turns, capsys):
     calls = [CALL, {"name": "weather", "arguments": {}}]
     turns(calling(*calls))
     talk = Chat(*pair, tools=[multiply, WEATHER])
-    assert talk.say("Go.").calls == calls
+    talk.say("Go.")
+    assert talk.history[1]["tool_calls"] == calls
     assert len(talk.history) == 2
     shown = '| multiply {"a": 6, "b": 7}\n| weather {}\n'
     assert capsys.readouterr().out == shown
@@ -581,9 +502,9 @@ def test_a_call_of_a_schema_is_shown_and_left_to_the_caller(pair, turns, capsys)
         calling("multiply(6, 7)"),
         calling("{'name': 'multiply', 'arguments': {}}"),
         calling('{"name": "multiply", "arguments": "dict()"}'),
+        calling('{"function": {"name": "multiply", "arguments": {}}}'),
+        calling("5"),
         calling('{"name": ["multiply"], "arguments": {}}'),
-        calling('{"name": "multiply", "arguments": {}, "code": "1"}'),
-        calling("[" * 100_000),
         calling(CALL, "multiply(6, 7)"),
         f"<tool_call>{json.dumps(CALL)}",
         "```python\nmultiply(6, 7)\n```",
@@ -591,25 +512,30 @@ def test_a_call_of_a_schema_is_shown_and_left_to_the_caller(pair, turns, capsys)
 )
 def test_text_that_is_not_the_json_of_a_call_stays_text(pair, turns, text):
     turns([text])  # a second time it would not answer
-    answer = Chat(*pair, tools=[multiply]).say("Go.")
-    assert (answer, answer.calls) == (text, [])
+    talk = Chat(*pair, tools=[multiply])
+    assert talk.say("Go.") == text
+    assert "tool_calls" not in talk.history[1]
 
 
-def test_an_interrupted_answer_calls_nothing(pair, turns):
+def test_an_interrupt_ends_calls(pair, turns):
+    def stop() -> None:
+        """Stop."""
+        raise KeyboardInterrupt
+
     turns([calling(CALL), KeyboardInterrupt()])
-    assert Chat(*pair, tools=[multiply]).say("Go.").calls == []
-
-
-def test_a_chat_without_tools_takes_calls_as_text(pair, turns):
+    assert Chat(*pair, tools=[multiply]).say("Go.") == calling(CALL)
+    turns(calling({"name": "stop", "arguments": {}}))
+    talk = Chat(*pair, tools=[stop])
+    assert talk.say("Go.") == ""
+    assert len(talk.history) == 2
     turns(calling(CALL))
-    assert Chat(*pair).say("Go.") == calling(CALL)
+    assert Chat(*pair).say("Go.") == calling(CALL), "without tools it is a text"
 
 
 def test_a_thought_is_shown_apart_and_kept_apart(pair, turns, capsys):
     prompts = turns("hm\n\nso\n</think>\n\nsix <b", "<think>\nno")
     talk = Chat(*pair, thinking=True)
-    answer = talk.say("one")
-    assert (answer, answer.thought) == ("six <b", "hm\n\nso")
+    assert talk.say("one") == "six <b"
     assert capsys.readouterr().out == "| hm\n| \n| so\nsix <b\n"
     kept = said("assistant", "six <b") | {"reasoning_content": "hm\n\nso"}
     assert talk.history == [said("user", "one"), kept]
@@ -623,16 +549,17 @@ def test_a_thought_is_shown_apart_and_kept_apart(pair, turns, capsys):
 def test_a_thought_that_the_model_opens_itself_is_a_thought(pair, turns):
     turns("<think>\nhm\n</think>\n\nsix", "six")
     talk = Chat(*pair)
-    answer = talk.say("one")
-    assert (answer, answer.thought) == ("six", "hm")
+    assert talk.say("one") == "six"
+    assert talk.history[1]["reasoning_content"] == "hm"
     talk = Chat(*pair, thinking=False)
-    assert talk.say("one").thought == ""
+    talk.say("one")
+    assert "reasoning_content" not in talk.history[1]
 
 
 def test_a_model_without_a_chat_template_only_continues_texts(pair, monkeypatch):
     spec = dataclasses.replace(read_tokenizer(pair[1]), chat_template=None)
     monkeypatch.setattr(chat_module, "read_tokenizer", lambda _: spec)
-    with pytest.raises(ValueError, match=r"no chat template: mm\.generate\(model, "):
+    with pytest.raises(ValueError, match="tokenizer has no chat template: put one"):
         Chat(*pair)
 
 
@@ -701,5 +628,3 @@ def test_a_cell_shows_one_output_an_answer_and_a_widget_only_to_somebody(
     assert "text/html" in transcript["data"]
     assert "application/vnd.jupyter.widget-view+json" in widget["data"]
     assert value["data"] == {"text/plain": "Chat of 0 messages"}
-    (value,) = run_cell("talk")
-    assert value["data"]["text/html"].count("five</div>") == 2
