@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Generator, Mapping
+from functools import partial
 from typing import Any
 
 from ..data.chat_template import ChatEncoder
@@ -53,10 +54,12 @@ class Chat:
         self.settings: dict[str, Any] = {**defaults, **settings}
         self._sampling = Sampling(**self.settings)  # raises for an invalid setting
         self._model, self._tokenizer, self._system = model, tokenizer, system
-        self._encoder = ChatEncoder(read_tokenizer(tokenizer))
-        self._ends = {tokenizer.eos_token_id, self._encoder.end_id}
+        encoder = ChatEncoder(read_tokenizer(tokenizer))
+        self._ends = {tokenizer.eos_token_id, encoder.end_id}
         tools: Any = filter(callable, self._sampling.tools)
         self._functions = {tool.__name__: tool for tool in tools}
+        options = {"tools": self._sampling.tools, "thinking": self._sampling.thinking}
+        self._encode = partial(encoder.prompt, **options)
         self._encode([_ASKED])  # raises for a poor template
         self.clear()
 
@@ -149,10 +152,6 @@ class Chat:
         except Exception as error:  # whatever it raises
             return json.dumps({"error": repr(error)}, ensure_ascii=False)
 
-    def _encode(self, messages: list[Message]) -> list[int]:
-        tools, thinking = self._sampling.tools, self._sampling.thinking
-        return self._encoder.prompt(messages, tools, thinking).tolist()
-
     def _fit(self, messages: list[Message]) -> list[int]:
         """Return the prompt's ids, without the oldest turns if there is no room."""
         positions = self._model.config.max_position_embeddings
@@ -164,7 +163,7 @@ class Chat:
                 if turn > turns[0]:
                     dropped = "older turns are left out: the chat outgrew the model"
                     warnings.warn(dropped, stacklevel=2)
-                return ids
+                return ids.tolist()
         raise ValueError(
             f"this message makes a prompt of {len(ids)} tokens, and beside max_new_tokens "
             f"the model has room for {room}: say less, or chat with fewer max_new_tokens"

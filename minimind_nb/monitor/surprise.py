@@ -13,7 +13,7 @@ from ..data.conversations import Message, read_chat
 from ..data.tokenizer import read_tokenizer
 from ..model.architecture import MoEGate
 from ..model.generation import begin_document, check_tokenizer
-from .vocabulary import Mark, MarkedText, mark_tokens, readable, spell
+from .vocabulary import MarkedText, mark_tokens, readable, spell
 
 _STRONGEST = 8  # nats, of the tint; a blind guess among 6,400 tokens has 8.8
 
@@ -48,24 +48,23 @@ class Surprise(MarkedText):
         super().__init__(
             f"{len(ids):,} tokens, loss {self.loss:.3f} (perplexity "
             f"{self.perplexity:,.4g}), {self.bits_per_byte:.3f} bits per byte",
-            ["token", "loss", "probability", "the likeliest"],
-            [self._describe(n) for n in worst[:8]],
+            ["the most surprising", "likelier were"],
+            [self._note(n).replace("\n", " · ").split(" · ", 1) for n in worst[:8]],
         )
         scale = [(f" {n} ", f"{n} nats", n / _STRONGEST) for n in range(9)]
         self.body = mark_tokens(self._marks(pieces)) + mark_tokens(scale)
 
-    def _describe(self, n: int) -> list[str]:
-        loss, chance = f"{self.losses[n]:.2f}", f"{math.exp(-self.losses[n]):.3%}"
-        likeliest = (f"“{token}” {p:.1%}" for token, p in self.top[n])
-        return [f"“{self.tokens[n]}”", loss, chance, " · ".join(likeliest)]
-
     def _note(self, n: int) -> str:
-        note = "{} {} nats, {}\n{}".format(*self._describe(n)).replace(" · ", "\n")
-        note = note if n else f"“{self.tokens[0]}” is the first"
-        experts = " ".join("+".join(map(str, layer)) for layer in self.routes[n])
-        return f"{note}\nexperts {experts}" if experts else note
+        loss, lines = self.losses[n], [f"“{self.tokens[n]}” is the first"]
+        if n:
+            lines = [f"“{self.tokens[n]}” {loss:.2f} nats, {math.exp(-loss):.3%}"]
+            lines += [f"“{token}” {p:.1%}" for token, p in self.top[n]]
+        if self.routes[n]:
+            layers = ("+".join(map(str, layer)) for layer in self.routes[n])
+            lines.append(f"experts {' '.join(layers)}")
+        return "\n".join(lines)
 
-    def _marks(self, pieces: list[bytes]) -> Iterator[Mark]:
+    def _marks(self, pieces: list[bytes]) -> Iterator[tuple[str, str, float]]:
         """Yield marks; tokens that only together make characters have one."""
         first = 0
         for end in range(1, len(pieces) + 1):

@@ -15,9 +15,6 @@ _BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 0x100))
 _SIGNS = {n: 0x2400 + n for n in range(32)} | {9: "⇥", 10: "↵"}  # of control characters
 _MOST = 1_000  # tokens on a page
 
-Mark = tuple[str, str, float]
-"""A token's text, its note for hovering, and its tint, from 0 to 1."""
-
 
 class MarkedText(Table):
     """A table, and above it on a page a text in its tokens, the HTML `body`."""
@@ -45,8 +42,9 @@ def readable(data: bytes) -> str:
     return re.sub("[\udc80-\udcff]", lambda m: f"‹{ord(m[0]) - 0xDC00:02X}›", text)
 
 
-def mark_tokens(marks: Iterable[Mark]) -> str:
-    """Return the first 1,000 tokens of a text as HTML, and … for more."""
+def mark_tokens(marks: Iterable[tuple[str, str, float]]) -> str:
+    """Return a text as HTML, of each token (of at most 1,000) its text, its note for
+    hovering, and its tint, from 0 to 1."""
     rest, spans = iter(marks), ""
     for text, note, share in islice(rest, _MOST):
         tint = f"background:rgba(221,107,31,{0.7 * min(1.0, share):.2f})"
