@@ -132,8 +132,6 @@ def test_thoughts_calls_and_results_are_parts_of_a_chat(lab):
             shown.locator(".bubble.assistant").nth(number - 1).wait_for()
             lab.page.wait_for_timeout(1000)
     shown.locator("details[open]", has_text="some").wait_for()
-    lab.screenshot("chat-parts", lab.cell(1), gallery=True)
     assert shown.locator(".bubble.tool").inner_text() == "Tool: 914.4"
     assert shown.locator(".bubble.user").last.inner_text().endswith(asked[-1])
-    lab.set_theme(dark=True)
-    lab.screenshot("chat-parts-dark", lab.cell(1))
+    lab.picture("chat-parts", lab.cell(1))
