@@ -211,6 +211,10 @@ def chat(
         )
     if not isinstance(source, tuple):
         source = load(source, which, tokenizer, rope_scaling)
+    elif tokenizer is not None or rope_scaling is not None:
+        raise ValueError(
+            "pass tokenizer and rope_scaling to mm.load, which made the pair"
+        )
     talk = Chat(*source, system, **settings)
     if text is not None:
         talk.say(text)

@@ -143,11 +143,13 @@ class Panel:
 
     async def _answer(self, text: str, pieces: Any) -> None:
         self._chat.settings |= {name: one.value for name, one in self._sliders.items()}
-        note = []
+        turn, note = [], []
         try:
             for turn in pieces:
                 self._view.show([*self._chat.history, *turn])
                 await asyncio.sleep(0)
+            if not as_text(turn[1:]).strip():
+                note = [{"role": "note", "content": f"No answer to “{text}”"}]
         except Exception as error:
             self._line.value, note = text, [{"role": "note", "content": str(error)}]
         self._view.show([*self._chat.history, *note], live=False)

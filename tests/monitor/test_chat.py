@@ -197,6 +197,13 @@ def test_rope_scaling_goes_to_the_model_that_is_loaded(pair, tmp_path):
     assert talk._model.config.max_position_embeddings == 200
 
 
+def test_a_pair_takes_no_options_of_loading(pair):
+    with pytest.raises(
+        ValueError, match=r"pass tokenizer and rope_scaling to mm\.load"
+    ):
+        chat(pair, "six", rope_scaling=2)
+
+
 def test_a_terminal_is_read_until_an_empty_line(pair, types, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     types("six", "one " * 200, "")
@@ -330,6 +337,16 @@ def test_a_cell_tells_why_a_message_is_refused_and_gives_it_back(pair, outputs):
     hand = use(talk, outputs, act)
     assert "say less" in hand.transcript.text
     assert talk.history == []
+
+
+def test_a_cell_says_that_there_was_no_answer(pair, turns, outputs):
+    turns(" ")
+
+    async def act(hand: Hand) -> None:
+        await hand.send("six")
+
+    hand = use(Chat(*pair), outputs, act)
+    assert hand.transcript.text == "| No answer to “six”"
 
 
 def test_stop_ends_an_answer_and_keeps_what_was_said(pair, turns, outputs):
