@@ -49,7 +49,6 @@ _LOADING = "which tokenizer rope_scaling".split()
 _CHAT = ["SOURCE", "TEXT", *_SAMPLING, *_LOADING, *SHAPE_FIELDS]
 _EXPORT = ["SOURCE", "FOLDER", "format", "dtype", *_LOADING, *SHAPE_FIELDS]
 _TOKENIZER = "data_path vocab_size special out_dir".split()
-_FILTER = ["OUT", "drop", "overwrite", "stage", *_TRAINING]
 # The public function that a command calls, its help and arguments: the positional ones
 # are written in capitals.
 _COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
@@ -63,7 +62,6 @@ _COMMANDS: dict[str, tuple[str, str, Sequence[str]]] = {
     "plan": ("plan", "Estimate what a run takes.", ["stage", "hours", *_TRAINING]),
     "preview": ("preview", "Show packed rows.", ["stage", "rows", *_TRAINING]),
     "report": ("data_report", "Find faults in data.", ["stage", *_TRAINING]),
-    "filter": ("filter_data", "Write data without faults.", _FILTER),
     "bench": ("bench", "Measure the speed of training.", ["stage", *_TRAINING]),
     "runs": ("runs", "List the runs in a folder.", ["out_dir"]),
     "compare": ("compare", "Draw runs in one picture.", ["RUNS", "file", "y", "x"]),
@@ -92,9 +90,6 @@ _HELP = {
     "max_new_tokens": "longest answer in tokens (default 256)",
     "hours": "choose the preset, unless a shape is set, and the length for these hours",
     "rows": "how many rows to show (default 2)",
-    "OUT": "the file to write, JSON Lines; with a log of what was left out beside it",
-    "drop": "kinds of rows to leave out, as a report names them, separated by commas",
-    "overwrite": "replace a file of that name",
     "file": "the picture to write (default compare.png)",
     "y": "what is drawn up: loss, perplexity, learning_rate, … (default loss)",
     "x": "and across: step, tokens or minutes (default step)",
@@ -112,8 +107,8 @@ _HELP = {
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **kinds(),
-    **dict.fromkeys(["ddp", "thinking", "overwrite"], (bool,)),
-    **dict.fromkeys(["special", "drop"], (tuple,)),
+    **dict.fromkeys(["ddp", "thinking"], (bool,)),
+    "special": (tuple,),
     "rope_scaling": (float, dict),
     **dict.fromkeys(["hours", "temperature", "top_p", "repetition_penalty"], (float,)),
     **dict.fromkeys(["top_k", "max_new_tokens", "rows"], (int,)),
@@ -303,8 +298,7 @@ def run(command: str, **options: Any) -> int:
     package = importlib.import_module("minimind_nb")
     if "ddp" in _COMMANDS[command][2]:
         options |= {"stage": command} if command in STAGES else {}
-        names = options.keys() & {"hours", "rows", "out", "drop", "overwrite"}
-        extra = {name: options.pop(name) for name in names}
+        extra = {n: options.pop(n) for n in ("hours", "rows") if n in options}
         options = {"cfg": TrainConfig(**options), **extra}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
@@ -340,7 +334,7 @@ def _check_before_torch(command: str, options: Mapping[str, Any]) -> None:
     files = check_files(cfg.data_path, cfg.val_path)
     if command != "bench":
         require_data(cfg)
-    lenient = cfg.on_bad_line == "skip" or command in ("report", "filter")
+    lenient = cfg.on_bad_line == "skip" or command == "report"
     for path in files[:1] if not lenient else ():
         for chunk in itertools.islice(iter_chunks(path), 1):
             _, tally = read_rows(chunk, functools.partial(understand, cfg.stage))

@@ -60,7 +60,6 @@ COMMANDS = {
     "plan": ["stage", "hours", *TRAINING],
     "preview": ["stage", "rows", *TRAINING],
     "report": ["stage", *TRAINING],
-    "filter": ["drop", "overwrite", "stage", *TRAINING],
     "bench": ["stage", *TRAINING],
     "runs": ["out_dir"],
     "compare": ["file", "y", "x"],
@@ -71,7 +70,6 @@ POSITIONALS = {
     "eval": ["SOURCE"],
     "chat": ["SOURCE", "TEXT"],
     "export": ["SOURCE", "FOLDER"],
-    "filter": ["OUT"],
     "verify": ["RUN_DIR"],
     "compare": ["RUNS"],
 }

@@ -66,85 +66,79 @@ def planted(tmp_path) -> str:
 
 def test_a_preview_shows_packed_documents_as_the_model_meets_them(tmp_path, own):
     path = write(tmp_path / "rows.jsonl", ROWS["pretrain"])
-    first, second = preview(TrainConfig(data_path=path, **own))
+    first, second = preview(TrainConfig(data_path=path, **own)).samples
     assert first != second
-    for row in (first, second):
-        assert "<|im_end|><|im_start|>" in row and row.startswith("<|im_start|>")
-    assert preview(TrainConfig(data_path=path, **own), rows=1) == [first]
+    for document in first[:-1]:
+        assert document.startswith("<|im_start|>") and document.endswith("<|im_end|>")
+    assert preview(TrainConfig(data_path=path, **own), rows=1).samples == [first]
 
 
 def test_a_preview_without_any_run_marks_what_is_learned_from(tmp_path, own):
     path = write(tmp_path / "rows.jsonl", ROWS["sft"])
-    (row,) = preview(TrainConfig(stage="sft", data_path=path, **own), rows=1)
-    asked = re.findall(r"Is (\d+) a number\?<\|im_end\|>\n<\|im_start\|>assistant", row)
-    learned = re.findall(r"\n⟦Yes, .*?\.<\|im_end\|>\n⟧", row)
-    assert len(asked) == len(learned) >= 1
+    cfg = TrainConfig(stage="sft", data_path=path, **own)
+    (row,) = preview(cfg, rows=1).samples
+    for document in row:
+        assert re.search(r"Is (\d+) a number\?<\|im_end\|>\n<\|im_start\|>", document)
+        assert re.search(r"\n⟦Yes, [^⟦]*\.<\|im_end\|>\n⟧$", document)
 
 
 def test_a_preview_of_a_pair_shows_the_chosen_answer_first(tmp_path, own):
     path = write(tmp_path / "rows.jsonl", ROWS["dpo"])
-    first, second = preview(TrainConfig(stage="dpo", data_path=path, **own))
-    for shown in (first, second):
-        yes, no = re.findall(r"⟦(.*?)<\|im_end\|>\n⟧", shown, re.DOTALL)
-        assert yes.endswith(" 是") and no.endswith("不是")
-        assert shown.startswith("chosen: <|im_start|>user\n")
-        assert "\nrejected: <|im_start|>user\n" in shown
-        assert len(set(re.findall(r"问 (\d+)", shown))) == 1
-    assert first != second
+    for yes, no in preview(TrainConfig(stage="dpo", data_path=path, **own)).samples:
+        assert yes.startswith("chosen: <|im_start|>user\n") and " 是<|im_end|>" in yes
+        assert no.startswith("rejected: <|im_start|>user\n") and "不是<|im_end|>" in no
+        assert len(set(re.findall(r"问 (\d+)", yes + no))) == 1
 
 
 @pytest.mark.parametrize("stage", ROWS)
 def test_a_file_without_faults_of_any_stage_has_no_findings(stage, tmp_path, own):
     path = write(tmp_path / "rows.jsonl", ROWS[stage])
     report = data_report(path, samples=2, **own)
-    assert not report.findings and len(report.preview) == 2
-    assert report["rows"] == 30 and report["bad_rows"] == 0
+    assert report.findings == {} and report.facts["rows"] == 30
+    assert "Nothing to leave out was found." in repr(report)
+    assert len(report.preview.samples) == 2
     cfg = TrainConfig(stage=stage, data_path=path, **own)
-    assert data_report(cfg, samples=2) == report
+    assert data_report(cfg).facts == report.facts
 
 
 def test_planted_faults_are_reported_at_their_lines(planted, tmp_path, own):
     val_path = write(tmp_path / "val.jsonl", [chat("a", text(77)), ROWS["sft"][20]])
     report = data_report(planted, val_path=val_path, **own)
     found = {
-        kind: each.rows[:, [1, 3]].tolist() for kind, each in report.findings.items()
+        kind: {line: why.partition(":")[0] for line, why in lines.items()}
+        for kind, lines in report.findings.items()
     }
+    assert found["long"].pop(15).endswith(" tokens")
     assert found == {
-        "bad_rows": [[17, -1]],
-        "empty": [[16, -1]],
-        "duplicates": [[11, 3]],
-        "near_duplicates": [[12, 4]],
-        "overlap": [[21, 2]],
-        "identity": [[13, -1]],
-        "repeated_answers": [[14, 5]],
-        "long": [[15, -1]],
+        "bad_rows": {17: "the row does not end on this line"},
+        "empty": {16: "? !"},
+        "duplicates": {11: "as line 3"},
+        "near_duplicates": {12: "as line 4"},
+        "overlap": {21: "as line 2"},
+        "identity": {13: "我是ChatGPT"},
+        "repeated_answers": {14: "as line 5"},
+        "long": {},
     }
-    assert report["rows"] == 29 and report["longer"] == report["long"] == 1
-    assert 0 < report["share_cut"] < 1 and 0 < report["fill"] <= 1
-    near = report.findings["near_duplicates"]
-    assert near.lines == "line 12 (as 4)" and "Is 3 a number??" in near.example
-    assert report.findings["identity"].example == "我是ChatGPT"
-    assert f"mm.filter_data('{planted}', 'clean.jsonl', drop=['overlap'], " in repr(
-        report
-    )
+    assert report.facts["rows"] == 29 and report.facts["turns"] == 1
+    assert report.facts["cut"] != "0.00%" and report.facts["fill"] < "99%"
+    code = f"mm.filter_data('{planted}', 'clean.jsonl', drop=['bad_rows', 'empty', "
+    assert code in repr(report) and f", val_path='{val_path}'" in repr(report)
 
 
 def test_filtering_keeps_the_other_rows_byte_by_byte_and_logs_the_rest(
     planted, tmp_path, own
 ):
     lines = (tmp_path / "rows.jsonl").read_bytes().splitlines(keepends=True)
-    clean = tmp_path / "clean.jsonl"
+    clean, log = tmp_path / "clean.jsonl", tmp_path / "clean.jsonl.log"
     counts = filter_data(planted, clean, **own)
-    gone = {11: 3, 12: 4, 13: None, 16: None, 17: None}
-    kept = [line for n, line in enumerate(lines, 1) if n not in gone]
+    gone = "duplicates near_duplicates identity empty bad_rows".split()
+    lost = dict(zip([11, 12, 13, 16, 17], gone, strict=True))
+    kept = [line for n, line in enumerate(lines, 1) if n not in lost]
     assert clean.read_bytes() == b"".join(kept)
-    log = map(json.loads, (tmp_path / "clean.jsonl.log").read_text().splitlines())
-    assert {row["line"]: row["repeats"] for row in log} == gone
-    assert counts == {
-        "kept": 25,
-        **dict.fromkeys(["bad_rows", "empty", "duplicates"], 1),
-        **dict.fromkeys(["near_duplicates", "identity"], 1),
-    }
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {row["line"]: row["kind"] for row in logged} == lost
+    assert counts == {"kept": 25, **dict.fromkeys(gone, 1)}
+    assert filter_data(planted, clean, **own) == counts  # again, over its own file
     report = data_report(str(clean), **own)
     assert report.findings.keys() == {"repeated_answers", "long"}
     both = ["repeated_answers", "long"]
@@ -153,28 +147,26 @@ def test_filtering_keeps_the_other_rows_byte_by_byte_and_logs_the_rest(
 
 
 def test_rows_of_several_files_are_named_by_file(tmp_path, own):
-    first = write(tmp_path / "a.jsonl", ROWS["pretrain"][:5])
-    second = (tmp_path / "b.txt").write_text("\n\n".join(map(text, (7, 2, 8))))
-    report = data_report([first, str(tmp_path / "b.txt")], **own)
-    assert second and report["rows"] == 8
-    assert report.findings["duplicates"].lines == "line b.txt:3 (as a.jsonl:3)"
-    filter_data([first, str(tmp_path / "b.txt")], tmp_path / "c.jsonl", **own)
-    assert (tmp_path / "c.jsonl").read_text().count("\n") == 7
-    log = json.loads((tmp_path / "c.jsonl.log").read_text())
-    assert log == {"line": "b.txt:3", "reason": "duplicates", "repeats": "a.jsonl:3"}
+    first, second = (
+        write(tmp_path / "a.jsonl", ROWS["pretrain"][:5]),
+        str(tmp_path / "b.txt"),
+    )
+    (tmp_path / "b.txt").write_text("\n\n".join(map(text, (7, 2, 8))))
+    report = data_report([first, second], **own)
+    ((place, why),) = report.findings["duplicates"].items()
+    assert place == f"{second}:3" and why.startswith(f"as line {first}:3: ")
+    assert filter_data([first, second], tmp_path / "c", **own)["kept"] == 7
 
 
 def test_a_source_and_an_existing_file_are_not_overwritten(tmp_path, own):
     path = write(tmp_path / "rows.jsonl", ROWS["pretrain"])
     out = tmp_path / "clean.jsonl"
     out.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"clean.jsonl exists: .*overwrite=True"):
-        filter_data(path, out, **own)
-    with pytest.raises(FileExistsError, match="rows.jsonl exists"):
-        filter_data(path, path, overwrite=True, **own)
+    (tmp_path / "rows.jsonl.log").write_text("")
+    for name in (out, path):
+        with pytest.raises(FileExistsError, match=r"jsonl exists: name a new file"):
+            filter_data(path, name, **own)
     assert out.read_text() == "mine"
-    assert filter_data(path, out, overwrite=True, **own) == {"kept": 30}
-    assert out.read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"unknown kind of rows 'duplicate'; did you"):
         filter_data(path, tmp_path / "c", drop=["duplicate"], **own)
 
@@ -203,25 +195,20 @@ def test_a_file_without_rows_is_refused_in_words(content, error, words, tmp_path
         data_report(str(tmp_path / "folder"), **own)
 
 
-def test_one_row_and_a_row_of_a_megabyte_are_reported(tmp_path, own):
+def test_one_row_of_a_megabyte_is_reported(tmp_path, own):
     path = write(tmp_path / "rows.jsonl", [{"text": "字" * 350_000}])
     report = data_report(path, samples=1, **own)
-    assert report["rows"] == 1 and report["bytes"] > 1e6 and not report.findings
+    assert report.facts["rows"] == 1 and report.findings == {}
 
 
 def test_the_demo_corpus_is_reported(own):
     report = data_report(TrainConfig(stage="sft", data_path="demo", **own), samples=1)
-    assert report["rows"] > 1000 and report["duplicates"] == 0
+    assert report.facts["rows"] > 1000 and "duplicates" not in report.findings
 
 
-def test_the_commands_report_and_filter(planted, tmp_path, own, capsys):
-    clean = str(tmp_path / "clean.jsonl")
+def test_the_command_report_takes_bad_rows(planted, own, capsys):
     given = ["--stage", "sft", "--data_path", planted, "--out_dir", own["out_dir"]]
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", *given, "--device", "cpu"])
     assert ended.value.code == 0
-    assert "equal to an earlier row: line 11 (as 3)" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["filter", clean, *given, "--drop", "duplicates,bad_rows"])
-    assert ended.value.code == 0
-    assert re.search(r"kept +28", capsys.readouterr().out)
+    assert "line 11, as line 3: " in capsys.readouterr().out

@@ -1,22 +1,27 @@
-"""Which rows repeat others, or speak as another model. Of a row only hashes are kept."""
+"""Rows that repeat others, are empty, or speak as another model."""
 
-import hashlib
+import functools
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from numpy.lib.stride_tricks import sliding_window_view
 
+from ..progress_bar import open_bar
 from .containers import iter_chunks
-from .conversations import understand
-from .jsonl import Chunk, read_rows
+from .conversations import Chat, understand
+from .jsonl import BOM, Chunk, read_rows
 
 ALIKE = 0.8
 """Share of their runs of five letters that two near duplicates have in common."""
+KINDS = (
+    "bad_rows empty duplicates near_duplicates overlap identity repeated_answers long"
+).split()
 IDENTITIES = (
     "ChatGPT OpenAI GPT-3 GPT-3.5 GPT-4 GPT-4o GPT-5 Claude Anthropic Gemini Bard Grok "
     "Llama Mistral Qwen 通义千问 阿里云 DeepSeek 深度求索 文心一言 百度 ChatGLM 智谱 Kimi"
@@ -31,180 +36,173 @@ _I_AM = (
     r"(?:开发|训练|研发|研制|创造|创建|打造|推出|设计|构建)"
 )
 _WORD = r"(?:AI|large|language|virtual|helpful|model|assistant|chatbot|called|named),?"
+# In a row's JSON, where quotation marks in what is said are escaped.
+_TRAITS = {
+    "with_system": re.compile('"role": "system"'),
+    "with_tools": re.compile(r'"tools": \[\{|"tool_calls": '),
+    "with_thoughts": re.compile('<think>|"reasoning_content": '),
+}
 _FEWEST_BYTES = 30  # of an answer that should not repeat; "It is Monday." may
-_CHUNK_BYTES, _COMPARED = 1 << 18, 1 << 14
 # A signature has the lowest of each of 128 hashes (Broder 1997), one byte of it (Li and
 # König 2010). Rows that share eight bytes in a row are compared: 0.95 of those that are
 # alike to 0.8, 0.99 to 0.85.
-_HASHES, _BAND, _LETTERS = 128, 8, 5
+_HASHES, _BAND = 128, 8
 _FACTORS = np.random.PCG64(0).random_raw(_HASHES).astype(np.uint32) | np.uint32(1)
-_MIX = np.uint32(0x9E3779B1)
+_BEGINNING = 60  # characters of a row that are kept
+_AT_ONCE = 1 << 12  # hashed letters, or compared rows, in half a megabyte
 _NOISE = re.compile(r"[\W_]+")
 
-
-class Rows(NamedTuple):
-    """Rows in order: `table` [n, 5] int64 has file and line of each, a hash, the turns of
-    the user and the letters; `signatures` are [n, 128] uint8.
-
-    `answers` [m, 3] int64 are a row, the hash of an answer in it, and of its question.
-    `claims` has the words in which a row speaks as another model. `traits` counts rows
-    with a role, with a key of a message, with tools and with "<think>".
-    """
-
-    table: np.ndarray
-    answers: np.ndarray
-    signatures: np.ndarray
-    claims: dict[int, str]
-    traits: Counter[str]
+Place = int | str  # the line of a row; of several files "file:line"
 
 
-def read_chunks(files: Sequence[str], title: str) -> Iterator[tuple[int, Chunk]]:
-    """Yield the chunks of files, each with the number of its file; a bar shows how far."""
-    chunks = ((n, c) for n, f in enumerate(files) for c in iter_chunks(f, _CHUNK_BYTES))
-    style: Any = {"unit": "MB", "unit_scale": _CHUNK_BYTES / 1e6, "leave": False}
-    yield from tqdm(chunks, title, disable=None, **style)
+class _Row(NamedTuple):
+    """What is kept of a row: hashes of all in it, of its runs of letters, and of its
+    answers in the loss, each with that of the question. A bad one has no content."""
+
+    place: Place
+    beginning: str
+    content: int = 0
+    signature: bytes = b""
+    answers: Sequence[tuple[int, int]] = ()
+    traits: Sequence[str] = ()
+    claim: str = ""
 
 
-def measure(
-    files: Sequence[str], record_format: str, identities: Sequence[str] = IDENTITIES
-) -> Rows:
-    """Read files as training does; rows that it refuses are left out."""
+def name_place(files: Sequence[str], number: int, line: int) -> Place:
+    """Return the place of a line of the file of that number."""
+    return f"{files[number]}:{line}" if len(files) > 1 else line
+
+
+def read_lines(files: Sequence[str], title: str) -> Iterator[tuple[Place, bytes]]:
+    """Yield the place and the JSON of each row that is not blank, below a bar."""
+    total = sum(Path(file).stat().st_size for file in files)
+    with open_bar(title, total, unit="B", unit_scale=True) as bar:
+        for number, file in enumerate(files):
+            for chunk in iter_chunks(file):
+                numbers = chunk.numbers or itertools.count(chunk.first_line)
+                lines = chunk.data.removeprefix(BOM).split(b"\n")
+                for line, raw in zip(numbers, lines, strict=False):
+                    if raw.strip():
+                        yield name_place(files, number, line), raw
+                bar.update(min(len(chunk.data), total - bar.n))
+
+
+def _measure(
+    files: Sequence[str], record_format: str, identities: Sequence[str] = ()
+) -> Iterator[_Row]:
     names = sorted(map(str.lower, identities), key=len, reverse=True)
     name = rf"(?:{'|'.join(map(re.escape, names))})(?![a-z])"
-    find_claim = re.compile(_I_AM.format(word=_WORD, name=name), re.IGNORECASE).search
-    claims, traits, numbers = dict[int, str](), Counter[str](), itertools.count()
-    columns: list[Sequence[np.ndarray]] = []
-    for file, chunk in read_chunks(files, "comparing rows"):
-        texts, table, answers = [], [], []
-        rows, _ = read_rows(chunk, lambda row: understand(record_format, row))
-        for (line, (_, _, said)), number in zip(rows, numbers, strict=False):
-            text, pairs, found = said, [("", said)], []
-            if not isinstance(said, str):
-                text, pairs, found = _look(said)
-            traits.update({*found})
-            lower = text.lower()
-            named = any(
-                name in lower for name in names
-            )  # found fast, the words are not
-            texts.append(_NOISE.sub("", lower))
-            content = _hash(json.dumps(said, ensure_ascii=False))
-            table.append([file, line, content, found.count("user"), len(texts[-1])])
-            for question, answer in pairs:
-                if len(answer.encode()) >= _FEWEST_BYTES:
-                    answers.append([number, _hash(answer.strip()), _hash(question)])
-                if named and (claim := find_claim(answer)):
-                    claims.setdefault(number, claim[0])
-        shapes = (table, 5), (answers, 3)
-        whole = [np.array(each, np.int64).reshape(-1, n) for each, n in shapes]
-        columns.append([*whole, sign(texts)])
-    joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
-    return Rows(*joined, claims=claims, traits=traits)
+    claim = re.compile(_I_AM.format(word=_WORD, name=name), re.IGNORECASE)
+    read = functools.partial(understand, record_format)
+    for place, raw in read_lines(files, "Comparing rows"):
+        rows, tally = read_rows(Chunk(1, raw), read)
+        yield from (_Row(place, f"{p.reason}: {p.excerpt}") for p in tally.problems)
+        for _, (_, _, content) in rows:
+            row, answers = _compare(place, content)
+            if any(name in answers.lower() for name in names):  # the words take longer
+                found = claim.search(answers)
+                row = row._replace(claim=found[0] if found else "")
+            yield row
 
 
-def _look(chats: Sequence[Any]) -> tuple[str, list[tuple[str, str]], list[str]]:
-    """Return what was said, but by the system; answers in the loss, each after what it
-    answers; and the traits. The last two are of the first conversation."""
-    said = [m for chat in chats for m in chat.messages if m["role"] != "system"]
-    text = "\n".join(f"{m['content']}{m.get('tool_calls', '')}" for m in said)
-    messages, in_loss, tools = chats[0]
-    turns = zip(itertools.pairwise(messages), in_loss[1:], strict=True)
-    pairs = [(a["content"], b["content"]) for (a, b), learned in turns if learned]
-    traits = [trait for m in messages for trait in (m["role"], *m)]
-    traits += ["<think>" for m in messages if "<think>" in m["content"]]
-    return text, pairs, [*traits, *["tools"] * bool(tools)]
+def _compare(place: Place, content: Any) -> tuple[_Row, str]:
+    """Return a row of some content, and its answers in the loss."""
+    whole = [Chat([{"role": "", "content": content}], [True])]
+    chats = whole if isinstance(content, str) else content
+    said = [message for chat in chats for message in chat.messages]
+    shown = json.dumps([said, {"tools": chats[0].tools}], ensure_ascii=False)
+    text = "\n".join(
+        f"{message['content']}{message.get('tool_calls', '')}"
+        for message in said
+        if message["role"] != "system"
+    )
+    texts = [message["content"].strip() for message in chats[0].messages]
+    turns = zip(["", *texts], texts, chats[0].in_loss, strict=False)
+    pairs = [(answer, before) for before, answer, learned in turns if learned]
+    row = _Row(
+        place,
+        " ".join(text[:_BEGINNING].split()),
+        hash(shown),
+        sign(_NOISE.sub("", text.lower())),
+        [(hash(a), hash(q)) for a, q in pairs if len(a.encode()) >= _FEWEST_BYTES],
+        [trait for trait, mark in _TRAITS.items() if mark.search(shown)],
+    )
+    return row, "\n".join(answer for answer, _ in pairs)
 
 
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def sign(text: str) -> bytes:
+    """Return the MinHash signature of a text, 128 bytes; none of an empty one."""
+    if not text:
+        return b""
+    codes = np.frombuffer((text + "\0" * 4).encode("utf-32-le"), np.uint32)
+    runs = sliding_window_view(codes, 5) @ _FACTORS[:5]
+    runs ^= runs >> np.uint32(15)
+    parts = np.array_split(runs[:, None], len(runs) // _AT_ONCE + 1)
+    lowest = [((part ^ _FACTORS) * _FACTORS).min(0) for part in parts]
+    return np.min(lowest, 0).astype(np.uint8).tobytes()
 
 
-def sign(texts: Sequence[str]) -> np.ndarray:
-    """Return the MinHash signatures [n, 128] uint8 of texts; zeros of an empty one."""
-    sizes = np.array([len(text) for text in texts], np.int64)
-    signatures = np.zeros((len(texts), _HASHES), np.uint8)
-    if not sizes.any():
-        return signatures
-    padded = "".join(text + "\0" * _LETTERS for text in texts)  # no run has two texts
-    codes = np.frombuffer(padded.encode("utf-32-le"), np.uint32)
-    runs = np.zeros(len(codes) - _LETTERS + 1, np.uint32)
-    for n in range(_LETTERS):
-        runs = (runs ^ codes[n : n + len(runs)]) * _MIX
-        runs ^= runs >> np.uint32(15)
-    begins = np.cumsum(sizes + _LETTERS) - sizes - _LETTERS
-    bounds = np.stack([begins, begins + sizes], 1).ravel()
-    for n, factor in enumerate(_FACTORS):
-        hashed = (runs ^ factor) * factor
-        signatures[:, n] = np.minimum.reduceat(hashed, bounds)[::2] & 0xFF
-    return signatures * (sizes > 0)[:, None]
-
-
-def find_repeats(*parts: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each row the number of the first that is equal, and that is alike.
-
-    It is the row's own if there is none. The parts are numbered through.
-    """
-    table = np.concatenate([part.table for part in parts])
-    signatures = np.concatenate([part.signatures for part in parts])
-    numbers, empty = np.arange(len(table)), table[:, 4] == 0
-    equal = np.where(empty, numbers, _first(table[:, 2]))
-    alike, (once,) = equal.copy(), np.nonzero((equal == numbers) & ~empty)
-    alike[once] = once[_find_alike(signatures[once])]
-    return equal, alike[equal]
-
-
-def _first(values: np.ndarray) -> np.ndarray:
-    """Return for each value the number of the first that equals it."""
-    _, first, which = np.unique(values, return_index=True, return_inverse=True)
-    return first[which]
-
-
-def _find_alike(signatures: np.ndarray) -> np.ndarray:
-    """Return for each signature the first that is alike, or linked by others that are."""
+def _find_alike(signatures: np.ndarray) -> list[int]:
+    """Return for each of signatures [n, 128] the number of the first that is alike, or
+    linked by others that are; its own if there is none."""
     first = np.arange(len(signatures))
     for band in range(0, _HASHES, _BAND):
         share = np.ascontiguousarray(signatures[:, band : band + _BAND])
-        leads = _first(share.view(np.uint64).ravel())
-        (rows,) = np.nonzero(leads < np.arange(len(leads)))
-        for begin in range(0, len(rows), _COMPARED):
-            some = rows[begin : begin + _COMPARED]
-            same = (signatures[some] == signatures[leads[some]]).mean(1) >= ALIKE
-            np.minimum.at(first, some[same], leads[some][same])
+        values = share.view(np.uint64).ravel()
+        _, leads, which = np.unique(values, return_index=True, return_inverse=True)
+        (rows,) = np.nonzero(leads[which] < np.arange(len(which)))
+        for some in np.array_split(rows, len(rows) // _AT_ONCE + 1):
+            lead = leads[which[some]]
+            same = (signatures[some] == signatures[lead]).mean(1) >= ALIKE
+            np.minimum.at(first, some[same], lead[same])
     while (first[first] < first).any():
         first = first[first]
-    return first
+    return first.tolist()
 
 
-def find_faults(rows: Rows, validation: Rows | None = None) -> dict[str, np.ndarray]:
-    """Return by kind the rows to look at, [n, 4] int64: file and line, and those of the
-    row that it repeats, or -1 twice.
+def find_faults(
+    files: Sequence[str],
+    record_format: str,
+    identities: Sequence[str] = IDENTITIES,
+    val_path: str | None = None,
+) -> tuple[dict[str, dict[Place, str]], Counter[str]]:
+    """Return for each of `KINDS` but "long" the places of rows, and why each is there,
+    and how many rows have a system message, tools and thoughts.
 
-    "overlap" are rows that equal or are like one of `validation`, whose file is -1. A
-    near duplicate is no duplicate, and a repeated answer is in neither.
+    A row is in one at most of "overlap", "duplicates", "near_duplicates" and
+    "repeated_answers".
     """
-    (equal, alike), numbers = find_repeats(rows), np.arange(len(rows.table))
-    answers = rows.answers[(alike == numbers)[rows.answers[:, 0]]]
-    earlier = answers[_first(answers[:, 1])]
-    other = (answers[:, [0, 2]] != earlier[:, [0, 2]]).all(1)
-    answered = numbers.copy()
-    answered[answers[other, 0]] = earlier[other, 0]
-    near = np.where(equal == numbers, alike, numbers)
-    repeats = {
-        "duplicates": equal,
-        "near_duplicates": near,
-        "repeated_answers": answered,
-    }
-    places = rows.table[:, :2]
-    faults = {
-        kind: np.hstack([places, places[first]])[first != numbers]
-        for kind, first in repeats.items()
-    }
-    empty, claims = np.flatnonzero(rows.table[:, 4] == 0), [*rows.claims]
-    for kind, found in ("empty", empty), ("identity", np.array(claims, np.int64)):
-        faults[kind] = np.pad(places[found], ((0, 0), (0, 2)), constant_values=-1)
-    if validation:
-        first = find_repeats(validation, rows)[1][len(validation.table) :]
-        known = validation.table[:, :2] * (0, 1) - (1, 0)
-        there = np.concatenate([known, places])[first]
-        faults["overlap"] = np.hstack([places, there])[first < len(known)]
-    return faults
+    held_out = _measure([val_path] if val_path else [], record_format)
+    known = [row for row in held_out if row.signature]
+    rows = [*_measure(files, record_format, identities)]
+    faults: dict[str, dict[Place, str]] = {kind: {} for kind in KINDS}
+    for row in rows:
+        if not row.signature:
+            faults["empty" if row.content else "bad_rows"][row.place] = row.beginning
+        if row.claim:
+            faults["identity"][row.place] = row.claim
+    every = known + [row for row in rows if row.signature]
+    for row, kind, other in _find_repeats(every, len(known)):
+        faults[kind][row.place] = f"as line {every[other].place}: {row.beginning}"
+    return faults, Counter(trait for row in rows for trait in row.traits)
+
+
+def _find_repeats(rows: Sequence[_Row], known: int) -> Iterator[tuple[_Row, str, int]]:
+    """Yield each row after the `known` that repeats another, how, and the number of that."""
+    signatures = np.frombuffer(b"".join(row.signature for row in rows), np.uint8)
+    alike = _find_alike(signatures.reshape(-1, _HASHES))
+    equal, answered = dict[int, int](), dict[int, tuple[int, int]]()
+    for n, (row, other) in enumerate(zip(rows, alike, strict=True)):
+        same = equal.setdefault(row.content, n)
+        if n < known:
+            continue
+        if other < known:
+            yield row, "overlap", other
+        elif same < n:
+            yield row, "duplicates", same
+        elif other < n:
+            yield row, "near_duplicates", other
+        for answer, question in row.answers if other == n else ():
+            first, asked = answered.setdefault(answer, (n, question))
+            if first < n and asked != question:
+                yield row, "repeated_answers", first

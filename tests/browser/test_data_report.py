@@ -10,12 +10,12 @@ import minimind_nb as mm
 DARK = pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 
 LISTED = {
-    "cannot be read": "26",
-    "no letter and no digit": "27",
-    "equal to an earlier row": "21",
-    "alike to an earlier row": "25",
-    "speaks as another model": "22, 23",
-    "longer than max_seq_len": "58",
+    "bad_rows": "line 26, the row does not end",
+    "empty": "line 27",
+    "duplicates": "line 21, as line 4",
+    "near_duplicates": "line 25, as line 24",
+    "identity": "line 23, 我是通义千问",
+    "long": "line 58",
 }
 
 

@@ -1,9 +1,10 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from minimind_nb.data.quality import find_faults, find_repeats, measure, sign
+from minimind_nb.data.quality import find_faults, read_lines, sign
 
 WORDS = (
     "river stone winter garden letter window music paper silver morning engine forest "
@@ -33,17 +34,20 @@ def said(number: int) -> tuple[str, str]:
 
 @pytest.fixture
 def find(tmp_path):
-    """A function that finds faults of conversations, as [line, line repeated] by kind."""
+    """A function that finds faults of rows: what follows each line, by kind."""
 
     def find(rows, validation=(), **more):
-        files = tmp_path / "rows.jsonl", tmp_path / "validation.jsonl"
+        files = [tmp_path / "rows.jsonl", tmp_path / "validation.jsonl"]
         for file, each in zip(files, (rows, validation), strict=True):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in each)
             file.write_text(text, encoding="utf-8")
-        held_out = measure([str(files[1])], "sft") if validation else None
-        faults = find_faults(measure([str(files[0])], "sft", **more), held_out)
+        stage = "pretrain" if "text" in rows[0] else "sft"
+        more |= {"val_path": str(files[1])} if validation else {}
+        faults, _ = find_faults([str(files[0])], stage, **more)
         return {
-            k: found[:, [1, 3]].tolist() for k, found in faults.items() if len(found)
+            kind: {line: why.partition(":")[0] for line, why in found.items()}
+            for kind, found in faults.items()
+            if found
         }
 
     return find
@@ -59,12 +63,12 @@ def test_planted_faults_are_found_and_no_others(find):
     validation = [chat(*said(n)) for n in range(100, 110)]
     rows[25], rows[26] = validation[3], chat(said(104)[0], f"{said(104)[1]} end")
     assert find(rows, validation) == {
-        "duplicates": [[21, 11], [41, 11]],
-        "near_duplicates": [[22, 12]],
-        "repeated_answers": [[23, 13]],
-        "identity": [[24, -1]],
-        "empty": [[25, -1]],
-        "overlap": [[26, 4], [27, 5]],
+        "duplicates": {21: "as line 11", 41: "as line 11"},
+        "near_duplicates": {22: "as line 12"},
+        "repeated_answers": {23: "as line 13"},
+        "identity": {24: "I am ChatGPT"},
+        "empty": {25: "？？ ！…"},
+        "overlap": {26: "as line 4", 27: "as line 5"},
     }
 
 
@@ -101,7 +105,7 @@ def test_only_an_answer_that_speaks_as_another_model_is_a_claim(answer, claims, 
 
 def test_the_names_of_other_models_are_a_setting(find):
     rows = [chat("?a", "I am MiniMind."), chat("?b", "I am ChatGPT.")]
-    assert find(rows, identities=["MiniMind"]) == {"identity": [[1, -1]]}
+    assert find(rows, identities=["MiniMind"]) == {"identity": {1: "I am MiniMind"}}
     assert find(rows, identities=()) == {}
 
 
@@ -113,38 +117,42 @@ def test_a_short_answer_may_repeat_and_a_row_is_no_other_question(find):
 @pytest.mark.parametrize(("changed", "alike"), [(4, True), (40, False)])
 def test_signatures_agree_as_far_as_texts_do(changed, alike):
     texts = [text_of(1, 300), text_of(1, 300)[:-changed] + text_of(3)[:changed]]
-    first, second = sign([text.lower() for text in texts])
+    first, second = (np.frombuffer(sign(text), np.uint8) for text in texts)
     runs = [{text[n : n + 5] for n in range(len(text))} for text in texts]
     truth = len(runs[0] & runs[1]) / len(runs[0] | runs[1])
     assert np.mean(first == second) == pytest.approx(truth, abs=0.12)
 
 
-def test_a_signature_depends_on_its_own_text_alone():
-    texts = ["ab", "", text_of(1), "一"]
-    together = sign(texts)
-    for text, signature in zip(texts, together, strict=True):
-        assert (sign([text])[0] == signature).all()
-    assert sign([]).shape == (0, 128)
+def test_a_text_of_many_letters_has_a_signature_too_and_an_empty_one_none():
+    assert len(sign("ab" * 10_000)) == len(sign("一")) == 128
+    assert sign("") == b""
 
 
-def test_rows_alike_in_a_chain_lead_to_the_first(tmp_path):
+def test_rows_alike_in_a_chain_lead_to_the_first(find):
     text = text_of(1, 300)
-    chain = [text[10 * n :] + text_of(7, n * 5) for n in range(6)]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": each}) + "\n" for each in chain))
-    equal, alike = find_repeats(measure([str(file)], "pretrain"))
-    assert equal.tolist() == [0, 1, 2, 3, 4, 5]
-    assert alike.tolist() == [0] * 6
+    chain = [{"text": text[10 * n :] + text_of(7, n * 5)} for n in range(6)]
+    alike = dict.fromkeys(range(2, 7), "as line 1")
+    assert find(chain) == {"near_duplicates": alike}
 
 
 def test_roles_tools_and_thoughts_are_counted(tmp_path):
-    rows = [chat("a b", "<think>c</think>d"), chat("e", "f")]
-    first: list[dict[str, object]] = rows[1]["conversations"]  # pyright: ignore
-    first.insert(0, {"role": "system", "content": "g"})
-    first[2]["reasoning_content"] = "h"
+    rows: list[Any] = [chat("a b", "<think>c</think>d"), chat("e", "f"), chat("k", "l")]
+    rows[1]["conversations"].insert(0, {"role": "system", "content": "g"})
+    rows[1]["conversations"][2]["reasoning_content"] = "h"
+    rows[2]["tools"] = [{"name": "t"}]
+    rows += [chat('"role": "system"', '"tool_calls": "tools": [{'), {"text": "bad"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = measure([str(file)], "sft")
-    counted = {n: found.traits[n] for n in ("system", "<think>", "reasoning_content")}
-    assert counted == {"system": 1, "<think>": 1, "reasoning_content": 1}
-    assert found.table[:, 3].tolist() == [1, 1]
+    faults, traits = find_faults([str(file)], "sft")
+    assert traits == {"with_system": 1, "with_thoughts": 2, "with_tools": 1}
+    assert 'the keys of the row are ["text"]' in faults["bad_rows"][5]
+
+
+def test_lines_are_read_without_a_byte_order_mark_and_named_by_file(tmp_path):
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.txt")]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n{"b": 2}')
+    (tmp_path / "b.txt").write_text("c\n\nd\n")
+    lines = [(1, b'{"a": 1}\r'), (3, b'{"b": 2}')]
+    assert [*read_lines(names[:1], "reading")] == lines
+    both = [place for place, _ in read_lines(names, "reading")]
+    assert both == [f"{names[n]}:{line}" for n in (0, 1) for line in (1, 3)]
