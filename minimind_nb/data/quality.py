@@ -42,14 +42,14 @@ _TRAITS = {
     "with_tools": re.compile(r'"tools": \[\{|"tool_calls": '),
     "with_thoughts": re.compile('<think>|"reasoning_content": '),
 }
-_FEWEST_BYTES = 30  # of an answer that should not repeat; "It is Monday." may
+_FEWEST = 30  # bytes of an answer that should not repeat; "It is Monday." may
 # A signature has the lowest of each of 128 hashes (Broder 1997), one byte of it (Li and
 # König 2010). Rows that share eight bytes in a row are compared: 0.95 of those that are
 # alike to 0.8, 0.99 to 0.85.
 _HASHES, _BAND = 128, 8
-_FACTORS = np.random.PCG64(0).random_raw(_HASHES).astype(np.uint32) | np.uint32(1)
+_FACTORS = np.random.PCG64(0).random_raw((_HASHES, 1)).astype(np.uint32) | np.uint32(1)
 _BEGINNING = 60  # characters of a row that are kept
-_AT_ONCE = 1 << 12  # hashed letters, or compared rows, in half a megabyte
+_AT_ONCE = 1 << 9  # hashed letters, or compared rows: 128 values each stay in the cache
 _NOISE = re.compile(r"[\W_]+")
 
 Place = int | str  # the line of a row; of several files "file:line"
@@ -99,10 +99,12 @@ def _measure(
         yield from (_Row(place, f"{p.reason}: {p.excerpt}") for p in tally.problems)
         for _, (_, _, content) in rows:
             row, answers = _compare(place, content)
-            if any(name in answers.lower() for name in names):  # the words take longer
-                found = claim.search(answers)
-                row = row._replace(claim=found[0] if found else "")
-            yield row
+            lower = answers.lower()
+            named = any(
+                name in lower for name in names
+            )  # found fast, the words are not
+            found = claim.search(answers) if named else None
+            yield row._replace(claim=found[0]) if found else row
 
 
 def _compare(place: Place, content: Any) -> tuple[_Row, str]:
@@ -124,8 +126,8 @@ def _compare(place: Place, content: Any) -> tuple[_Row, str]:
         " ".join(text[:_BEGINNING].split()),
         hash(shown),
         sign(_NOISE.sub("", text.lower())),
-        [(hash(a), hash(q)) for a, q in pairs if len(a.encode()) >= _FEWEST_BYTES],
-        [trait for trait, mark in _TRAITS.items() if mark.search(shown)],
+        tuple((hash(a), hash(q)) for a, q in pairs if q and len(a.encode()) >= _FEWEST),
+        tuple(trait for trait, mark in _TRAITS.items() if mark.search(shown)),
     )
     return row, "\n".join(answer for answer, _ in pairs)
 
@@ -135,10 +137,10 @@ def sign(text: str) -> bytes:
     if not text:
         return b""
     codes = np.frombuffer((text + "\0" * 4).encode("utf-32-le"), np.uint32)
-    runs = sliding_window_view(codes, 5) @ _FACTORS[:5]
+    runs = sliding_window_view(codes, 5) @ _FACTORS[:5, 0]
     runs ^= runs >> np.uint32(15)
-    parts = np.array_split(runs[:, None], len(runs) // _AT_ONCE + 1)
-    lowest = [((part ^ _FACTORS) * _FACTORS).min(0) for part in parts]
+    parts = np.array_split(runs, len(runs) // _AT_ONCE + 1)
+    lowest = [((part ^ _FACTORS) * _FACTORS).min(1) for part in parts]
     return np.min(lowest, 0).astype(np.uint8).tobytes()
 
 
