@@ -68,6 +68,7 @@ def _show_samples(plan: RunPlan, rows: int) -> Preview:
 
 def data_report(
     cfg: TrainConfig | str | Sequence[str],
+    tokenizer: str | None = None,
     *,
     samples: int = 12,
     identities: Sequence[str] = IDENTITIES,
@@ -75,13 +76,14 @@ def data_report(
 ) -> DataReport:
     """Return figures of data, the rows in it that need a look, and samples.
 
-    `cfg` is a configuration or a data path, and `settings` are more of them, such as
-    `val_path` to find rows that are in it, too. All is counted as training would do it,
-    and the tokens are kept for that. `identities` are the models as which no answer
-    should speak. Memory takes 1.2 kB a row.
+    `cfg` is a configuration or a data path; `tokenizer` is that of `TrainConfig`, as are
+    `settings`, such as `val_path` to find rows that are in it, too. All is counted as
+    training would do it, and the tokens are kept for that. `identities` are the models
+    as which no answer should speak. Memory takes 1.2 kB a row.
 
     Raises what `train` raises for the data, but for single bad rows.
     """
+    settings |= {"tokenizer": tokenizer} if tokenizer else {}
     plan = _open(cfg, settings)
     corpus, cache, width = plan.corpus, plan.corpus.cache, plan.cfg.max_seq_len
     files, stage = find_files(plan.cfg.data_path), plan.cfg.stage
@@ -154,7 +156,8 @@ def filter_data(
         raise ValueError(describe_unknown(unknown[0], KINDS, "kind of rows"))
     report = data_report(cfg, samples=0, **settings)
     out, log = Path(out), Path(f"{os.fspath(out)}.log")
-    if out in map(Path, report.files) or (out.exists() and not log.exists()):
+    sources = {Path(file).resolve() for file in report.files}
+    if out.resolve() in sources or (out.exists() and not log.exists()):
         raise FileExistsError(f"{out} exists: name a new file for the rows that stay")
     gone = {
         place: {"line": place, "kind": kind, "why": why}
