@@ -163,7 +163,7 @@ def test_a_source_and_an_existing_file_are_not_overwritten(tmp_path, own):
     out = tmp_path / "clean.jsonl"
     out.write_text("mine")
     (tmp_path / "rows.jsonl.log").write_text("")
-    for name in (out, path, tmp_path / ".." / tmp_path.name / path.name):
+    for name in (out, path, tmp_path / ".." / tmp_path.name / "rows.jsonl"):
         with pytest.raises(FileExistsError, match=r"jsonl exists: name a new file"):
             filter_data(path, name, **own)
     assert out.read_text() == "mine"
