@@ -74,7 +74,7 @@ _HELP = {
     "TEXT": "what to say; without it, lines are read from the terminal",
     "FOLDER": "where to write: a new or empty folder",
     "RUN_DIR": "folder of a run, such as out/pretrain_512",
-    "RUNS": "folders of up to eight runs",
+    "RUNS": "folders of runs",
     "which": 'checkpoint of a run: "last", or "best" on validation (default last)',
     "rope_scaling": "factor of YaRN: read so many times the max_seq_len trained with; "
     "or JSON, with the original_max_position_embeddings of weights without a run",

@@ -1,29 +1,28 @@
 /* Turns the data of each new chart of a page into an interactive one, without libraries.
    A reader's choices in a chart with a key outlive its replacement. */
 (() => {
-  const HEIGHT = 340;
-  const MARGIN = { left: 62, right: 12, top: 10, bottom: 42 };
-  const LEAST_RATIO = 12; // of an axis' ends for ticks at equal ratios
-  // Corners and turn of each run's marker.
-  const MARKERS = [[4, 0.125], [24, 0], [3, 0], [4, 0], [3, 0.5], [5, 0], [6, 0], [3, 0.25]];
+  const [HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [288, 62, 12, 10, 42]; // of the plot, around it
+  const COLORS = ["blue", "orange", "green", "rose"]; // of page.css
+  const DASHES = ["", "6 4", "2 4", "9 4 2 4"]; // of each four curves
   const HINT = "drag: zoom · shift-drag: pan · double-click: show all · click a name: hide";
-
   const escape = (text) => text.replace(/[&<>"]/g, (one) => `&#${one.charCodeAt(0)};`);
-  const isPositive = (value, log) => value !== null && !(log && value <= 0);
 
-  function format(value, least = 4, short = false) {
-    if (value === null || !Number.isFinite(value)) return "–";
+  const look = (number) =>
+    `stroke="var(--${COLORS[number % 4]})" stroke-dasharray="${DASHES[(number >> 2) % 4]}"`;
+
+  function format(value, compact = false) {
     const size = Math.abs(value);
-    if (size && (size < 1e-4 || size >= 1e12)) return value.toExponential(2);
-    const digits = { minimumSignificantDigits: least, maximumSignificantDigits: 4 };
-    if (short && size >= 1e5) digits.notation = "compact";
-    else if (size >= 1000) return Math.round(value).toLocaleString("en-US");
-    return value.toLocaleString("en-US", digits);
+    if (!Number.isFinite(value)) return value === Infinity ? "not finite" : "–";
+    if (size && (size < 1e-4 || size >= 1e12)) return Number(value.toPrecision(4)).toExponential();
+    const digits = { notation: "compact", maximumSignificantDigits: 4 };
+    if (compact) return value.toLocaleString("en-US", digits);
+    const whole = size >= 1000 || Number.isInteger(value);
+    return whole ? Math.round(value).toLocaleString("en-US") : value.toPrecision(4);
   }
 
   function tickValues(low, high, log, most) {
     const found = [];
-    if (log && high >= LEAST_RATIO * low) {
+    if (log && high >= 12 * low) {
       const span = Math.log10(high / low);
       const digits = span * 3 <= most ? [1, 2, 5] : [1];
       for (let power = Math.floor(Math.log10(low)); 10 ** power <= high;) {
@@ -31,66 +30,45 @@
         power += Math.ceil(span / most);
       }
     } else {
-      const rough = (high - low) / most;
-      const power = 10 ** Math.floor(Math.log10(rough));
-      const step = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= rough);
+      const power = 10 ** Math.floor(Math.log10((high - low) / most));
+      const steps = [1, 2, 5, 10].map((digit) => digit * power);
+      const step = steps.find((size) => size * most >= high - low);
       const first = Math.ceil(low / step);
       found.push(...Array.from({ length: most + 1 }, (_, n) => (first + n) * step));
     }
     return found.filter((value) => value >= low && value <= high);
   }
 
-  /* A scale from values, or a range that is zoomed, to pixels; null without values. A
-     logarithmic one, if asked for, needs a value above 0. */
-  function makeScale(values, length, asked, margin, most, zoom = null) {
-    const log = asked && values.some((value) => value > 0);
-    let [low, high] = [Infinity, -Infinity];
-    for (const value of values) {
-      if (!isPositive(value, log)) continue;
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
-    if (low > high) return null;
-    const [to, back] = log ? [Math.log10, (v) => 10 ** v] : [(v) => v, (v) => v];
-    const pad = (to(high) - to(low)) * margin || (log ? 0.1 : Math.abs(high) * 0.1 || 1);
-    const whole = [to(low) - pad, to(high) + pad];
-    const [start, end] = zoom && isPositive(zoom[0], log) ? zoom.map(to) : whole;
+  /* A scale from values, or a range that is zoomed, to pixels; null without values. */
+  function makeScale(values, length, log, margin, most, zoom) {
+    const known = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
+    if (!known.length) return null;
+    const [to, back] = log ? [Math.log10, (v) => 10 ** v] : [Number, Number];
+    const ends = [Math.min, Math.max].map((best) => to(known.reduce((a, b) => best(a, b))));
+    const pad = (ends[1] - ends[0]) * margin || Math.abs(ends[1]) * 0.1 || 1;
+    const whole = [ends[0] - pad, ends[1] + pad];
+    const zoomed = zoom && !(log && zoom[0] <= 0);
+    const [start, end] = zoomed ? zoom.map(to) : whole;
     const place = (value) => ((to(value) - start) / (end - start)) * length;
     const value = (pixel) => back(start + (pixel / length) * (end - start));
-    const lacks = asked && values.some((one) => one !== null && one <= 0);
-    const note = lacks ? ` · ${log ? "only values" : "no value"} above 0` : "";
-    return { log, place, value, note, ticks: tickValues(value(0), value(length), log, most) };
+    return { place, value, ticks: tickValues(value(0), value(length), log, most) };
   }
 
-  function smooth(mean, rows, weight) { // as `Curve.smooth` in curves.py
+  function smooth(mean, rows, weight) { // as in curves.py
     let [total, mass] = [0, 0];
     return mean.map((value, at) => {
-      const past = value === null ? 0 : weight ** rows[at];
+      const past = weight ** rows[at];
       total = past * total + (1 - past) * value;
-      mass = past * mass + (value === null ? 0 : 1 - past);
-      return value === null ? null : total / mass;
+      mass = past * mass + 1 - past;
+      const average = total / mass;
+      if (!Number.isFinite(average)) total = mass = 0;
+      return average;
     });
   }
 
   function nearest(places, target) { // the last of equals
     const nearer = (one, other) => Math.abs(one - target) <= Math.abs(other - target);
     return places.reduce((best, place, row) => (nearer(place, places[best]) ? row : best), 0);
-  }
-
-  function marker(number, x, y, size = 4) {
-    const [sides, turn] = MARKERS[Math.max(0, number) % 8];
-    const corners = Array.from({ length: sides }, (_, corner) => {
-      const angle = 2 * Math.PI * (corner / sides + turn);
-      return [x + size * Math.sin(angle), y - size * Math.cos(angle)].map((one) => one.toFixed(1));
-    });
-    return `M${corners.join("L")}Z`;
-  }
-
-  function fitTheme(host) {
-    const { color } = getComputedStyle(host);
-    const [red, green, blue] = color.match(/[\d.]+/g).map(Number);
-    const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-    host.classList.toggle("dark", luminance > (color.startsWith("rgb") ? 128 : 0.5));
   }
 
   function start(host) {
@@ -103,7 +81,6 @@
     const options = (labels) => Object.entries(labels).map(([name, { label = labels[name] }]) =>
       `<option value="${name}">${label.split(" (")[0]}</option>`).join("");
     host.replaceChildren(source);
-    host.classList.toggle("several", !data.alone);
     host.insertAdjacentHTML("beforeend", `
       <div class="title">${escape(data.title)}</div>
       <div class="faint">${escape(data.subtitle)}</div>
@@ -115,224 +92,158 @@
         <label><input type="checkbox" name="log_x"> log x</label>
         <label><input type="checkbox" name="log_y"> log y</label>
       </div>
-      <svg height="${HEIGHT}"></svg><table></table><div class="faint"></div>`);
+      <svg height="${TOP + HEIGHT + BOTTOM}"></svg><table></table><div class="faint">${HINT}</div>`);
     const find = (selector) => host.querySelector(selector);
     const [picture, table] = [find("svg"), find("table")];
     let [curves, scales, width] = [[], {}, 0];
-    const height = HEIGHT - MARGIN.top - MARGIN.bottom;
     const isLogY = () => state.log_y ?? data.ys[state.y].log;
-    const pixelX = (value) => scales.x.place(value);
-    const pixelY = (value) => height - scales.y.place(value);
-    const visible = () => curves.filter(({ key }) => !state.hidden[key]);
+    const weight = () => state.smoothing ?? data.smoothing;
+    const visible = () => curves.filter(({ name }) => !state.hidden[name]);
 
-    /* The curves of the chosen quantity with their places, smoothed, and their looks. */
+    /* Read the curves of the chosen quantity and axis, and fit the axes to them. */
     function prepare() {
-      const all = data.ys[state.y].curves;
-      const names = [...new Set(all.filter(({ role }) => role !== "range").map((c) => c.name))];
-      return all.map((curve) => {
-        const { smoothing, grids } = data.runs[curve.run];
-        const at = grids[curve.role === "eval" ? "eval" : "train"];
-        const own = curve.name === "validation" ? 1 : names.indexOf(curve.name);
-        const number = data.alone ? own : curve.run;
-        const color = number < 0 ? "currentColor" : `var(--c${number % 8})`;
-        const weight = curve.role === "train" ? state.smoothing ?? smoothing : 0;
-        const line = smooth(curve.mean, at.rows, weight);
-        const key = data.alone ? curve.name : String(curve.run);
-        const ends = { low: curve.mean, high: curve.mean };
-        return { ...ends, ...curve, at, places: at[state.x], number, color, line, key };
+      const toNumbers = (values) => values.map((value) => Number(value ?? NaN));
+      curves = data.ys[state.y].curves.map((curve) => {
+        const grid = data.runs[curve.run][curve.role];
+        const [mean, places] = [curve.mean, grid[state.x]].map(toNumbers);
+        const [low, high] = [curve.low ?? mean, curve.high ?? mean].map(toNumbers);
+        const line = curve.role === "train" ? smooth(mean, grid.rows, weight()) : mean;
+        return { ...curve, places, mean, low, high, line };
       });
-    }
-
-    function fitScales() {
-      const places = visible().flatMap((curve) => curve.places);
-      const most = Math.ceil(width / 90);
-      const x = makeScale(places, width, state.log_x, 0.015, most, state.zoom);
-      const inside = visible().flatMap((curve) => curve.places.flatMap((place, row) => {
-        const pixel = x.place(place);
-        return pixel >= 0 && pixel <= width ? [curve.low[row], curve.high[row]] : [];
+      const all = visible().flatMap(({ places }) => places);
+      const x = makeScale(all, width, state.log_x, 0.015, Math.ceil(width / 90), state.zoom);
+      const inside = visible().flatMap(({ places, low, high }) => places.flatMap((place, row) => {
+        const pixel = x?.place(place);
+        return pixel >= 0 && pixel <= width ? [low[row], high[row]] : [];
       }));
-      return { x, y: makeScale(inside, height, isLogY(), 0.05, 6) };
+      scales = { x, y: makeScale(inside, HEIGHT, isLogY(), 0.05, 6) };
     }
 
     function draw() {
-      if (!host.isConnected) return;
-      fitTheme(host);
-      curves = prepare();
+      width = Math.max(100, picture.getBoundingClientRect().width - LEFT - RIGHT);
+      prepare();
       for (const name of ["x", "y"]) find(`[name=${name}]`).value = state[name];
       find("[name=log_x]").checked = state.log_x;
       find("[name=log_y]").checked = isLogY();
-      const weight = state.smoothing ?? data.runs[0].smoothing;
-      find("[name=smoothing]").value = -25 * Math.log10(1 - weight);
-      const auto = state.smoothing === null && !data.alone;
-      find("output").textContent = auto ? "auto" : format(weight, 1);
-      width = Math.max(100, picture.getBoundingClientRect().width - MARGIN.left - MARGIN.right);
-      scales = fitScales();
-      const center = `x="${width / 2}" text-anchor="middle"`;
+      find("[name=smoothing]").value = -25 * Math.log10(1 - weight());
+      find("output").textContent = Number(weight().toFixed(4));
       const none = curves.length ? "nothing to show here" : "no rows yet";
       const inner = scales.y
-        ? `${drawAxes(center)}<svg width="${width}" height="${height}">
-            ${drawResumes()}${visible().map(drawCurve).join("")}</svg><g class="hover"></g>`
-        : `<text ${center} y="${height / 2}">${none}</text>`;
-      picture.innerHTML = `<g transform="translate(${MARGIN.left},${MARGIN.top})">${inner}</g>`;
+        ? `${drawAxes()}<svg width="${width}" height="${HEIGHT}">
+            ${visible().map(drawCurve).join("")}</svg><g class="hover"></g>`
+        : `<text x="${width / 2}" y="${HEIGHT / 2}">${none}</text>`;
+      picture.innerHTML = `<g transform="translate(${LEFT},${TOP})">${inner}</g>`;
       fillTable();
     }
 
-    function drawAxes(center) {
+    const pixelY = (value) => HEIGHT - scales.y.place(value);
+    const pixels = (place, value) => [scales.x.place(place), pixelY(value)];
+
+    function drawAxes() {
       const across = scales.y.ticks.map((tick) => `
         <path class="grid" d="M0,${pixelY(tick)}h${width}"/>
-        <text x="-8" y="${pixelY(tick) + 4}" text-anchor="end">${format(tick, 1, true)}</text>`);
+        <text class="y" x="-8" y="${pixelY(tick) + 4}">${format(tick, true)}</text>`);
       const along = scales.x.ticks.map((tick) => `
-        <path class="axis" d="M${pixelX(tick)},${height}v4"/>
-        <text x="${pixelX(tick)}" y="${height + 17}"
-          text-anchor="middle">${format(tick, 1, true)}</text>`);
-      const turned = `transform="translate(-50,${height / 2}) rotate(-90)" text-anchor="middle"`;
-      return `${across.join("")}${along.join("")}<path class="axis" d="M0,${height}h${width}"/>
-        <text ${center} y="${height + 36}">${data.x[state.x]}${scales.x.note}</text>
-        <text ${turned}>${data.ys[state.y].label}${scales.y.note}</text>`;
+        <path class="grid" d="M${scales.x.place(tick)},${HEIGHT}v4"/>
+        <text class="x" x="${scales.x.place(tick)}" y="${HEIGHT + 17}">${format(tick, true)}</text>`);
+      return `${across.join("")}${along.join("")}<path class="grid" d="M0,${HEIGHT}h${width}"/>
+        <text x="${width / 2}" y="${HEIGHT + 36}">${data.x[state.x]}</text>
+        <text transform="translate(-50,${HEIGHT / 2}) rotate(-90)">${data.ys[state.y].label}</text>`;
     }
 
-    function drawResumes() {
-      const runs = data.runs.filter((_, run) => visible().some((curve) => curve.run === run));
-      const places = runs.flatMap(({ resumes }) => resumes[state.x]).filter((x) => isDrawn(x, 1));
-      const lines = places.map((place) => `M${pixelX(place)},0v${height}`);
-      return `<path class="resume" d="${lines.join("")}"/>`;
-    }
-
-    const isDrawn = (place, value) =>
-      isPositive(place, scales.x.log) && isPositive(value, scales.y.log);
-
-    /* The path through the values of each row, to and fro, with its gaps. */
-    function path({ places }, ...lists) {
+    /* The path through the values of each row, with its gaps; a lone point is a dot. */
+    function path(places, ...lists) {
       let [text, pen] = ["", "M"];
-      places.forEach((place, row) => {
-        for (const values of row % 2 ? lists : lists.toReversed()) {
-          const drawn = isDrawn(place, values[row]);
-          const start = pen === "M" ? "h0" : ""; // a lone point is a dot
-          const point = drawn && [pixelX(place).toFixed(1), pixelY(values[row]).toFixed(1)];
-          text += drawn ? `${pen}${point}${start}` : "";
-          pen = drawn ? "L" : "M";
-        }
-      });
+      places.forEach((place, row) => lists.forEach((values) => {
+        const point = pixels(place, values[row]);
+        const drawn = point.every(Number.isFinite);
+        if (drawn) text += `${pen}${point.map((one) => one.toFixed(1))}${pen === "M" ? "h0" : ""}`;
+        pen = drawn ? "L" : "M";
+      }));
       return text;
     }
 
-    function drawCurve(curve) {
-      const { role, places, mean, low, high, line, color, lost } = curve;
-      if (role === "range") {
-        const around = { places: [...places, ...places.toReversed()] };
-        return `<path class="range" d="${path(around, [...high, ...low.toReversed()])}"/>`;
-      }
-      const lists = low === mean ? [mean] : [low, high];
-      const every = Math.ceil(places.length / 24);
-      const marks = places.map((place, row) => {
-        const wanted = role === "eval" ? row % every === 0 : places.length === 1;
-        if (!wanted || !isDrawn(place, mean[row])) return "";
-        return marker(curve.number, pixelX(place), pixelY(mean[row]));
-      });
-      const crosses = lost.filter((row) => isDrawn(places[row], 1)).map((row) => (
-        `M${pixelX(places[row]) - 4},4l8,8m0,-8l-8,8`));
-      const dashes = curve.number >= 8 ? 'stroke-dasharray="6 4"' : "";
-      return `<g stroke="${color}"><path class="raw ${role}" d="${path(curve, ...lists)}"/>
-        <path class="${role}" ${dashes} d="${path(curve, line)}"/>
-        <path style="fill:${color}" d="${marks.join("")}"/>
-        <path d="${crosses.join("")}"/></g>`;
+    function drawCurve({ run, role, number, places, low, high, mean, line }) {
+      const every = role === "eval" || places.length === 1 ? Math.ceil(places.length / 24) : NaN;
+      const dots = places.map((place, row) => (row % every === 0 ? path([place], [mean[row]]) : ""));
+      const lost = places.filter((place, row) => mean[row] === Infinity).map(scales.x.place);
+      const resumes = data.runs[run].resume[state.x].map(scales.x.place);
+      return `<g ${look(number)}>
+        <path class="raw" d="${role === "train" ? path(places, low, high) : ""}"/>
+        <path class="${role}" d="${path(places, line)}"/>
+        <path class="dots" d="${dots.join("")}"/>
+        <path class="lost" d="${lost.map((x) => `M${x - 4},4l8,8m0,-8l-8,8`).join("")}"/>
+        <path class="resume" d="${resumes.map((x) => `M${x},0v${HEIGHT}`).join("")}"/></g>`;
     }
 
-    /* The legend: each curve or run with its values at a place, or else the last. */
+    /* The legend: each name with its values at a place, or else the last. */
     function fillTable(target = Number.MAX_VALUE) {
-      const rowOf = ({ places }) => nearest(places, target);
-      const value = (curve) => {
-        const [low, high] = [curve.low, curve.high].map((values) => format(values[rowOf(curve)]));
-        if (curve.lost.includes(rowOf(curve))) return "not finite";
-        return low === high ? low : `${low} – ${high}`;
-      };
-      const smoothed = (curve) => format(curve.line[rowOf(curve)]);
-      const average = ["train", smoothed];
-      const all = data.alone
-        ? { value: ["", value], smoothed: average }
-        : { training: ["train", value], smoothed: average, validation: ["eval", value] };
-      const rows = [...new Set(curves.map(({ key }) => key))].map((key) => {
-        const group = curves.filter((curve) => curve.key === key);
-        const { name, role, color, number, at } = group[0];
-        const mark = group.some((curve) => curve.role === "eval") ? marker(number, 13, 6) : "";
-        const values = Object.values(all).map(([wanted, read]) => {
-          const chosen = group.filter((curve) => !wanted || curve.role === wanted);
-          return chosen.slice(0, 4).map(read).join(" / ");
-        });
-        const places = Object.keys(data.x).map((x) => format(at[x][rowOf(group[0])], 1));
-        return `<tr class="${state.hidden[key] ? "off" : ""}" data-key="${escape(key)}"><td><button>
-          <svg width="26" height="12" stroke="${color}"><path class="${role}" d="M1,6h24v1h-24"/>
-          <path style="fill:${color}" d="${mark}"/></svg> ${escape(name)}</button></td>
-          ${[...values, ...places].map((text) => `<td>${text}</td>`).join("")}</tr>`;
+      const rows = [...new Set(curves.map(({ name }) => name))].map((name) => {
+        const group = curves.filter((curve) => curve.name === name);
+        const read = (list, ...roles) => {
+          const curve = group.find(({ role }) => roles.includes(role));
+          return curve ? format(curve[list][nearest(curve.places, target)]) : "";
+        };
+        const ends = new Set([read("low", "train"), read("high", "train")]);
+        const values = [read("places", "train", "eval"), [...ends].join(" – ")];
+        values.push(read("line", "train"), read("mean", "eval"));
+        return `<tr class="${state.hidden[name] ? "off" : ""}" data-key="${escape(name)}"><td>
+          <button><svg width="26" height="12" ${look(group[0].number)}><path d="M1,6h24"/>
+          <path class="dots" d="${read("mean", "eval") && "M13,6h0"}"/></svg>
+          ${escape(name)}</button></td>
+          ${values.map((text) => `<td>${text}</td>`).join("")}</tr>`;
       });
-      const heads = ["", ...Object.keys(all), ...Object.keys(data.x)];
+      const heads = ["", state.x, "training", "smoothed", "validation"];
       table.innerHTML = heads.map((head) => `<th>${head}</th>`).join("") + rows.join("");
-      const lost = curves.some((curve) => curve.lost.length) && "×: not finite";
-      const resumed = data.runs.some(({ resumes }) => resumes.step.length) && "dashed: resumed";
-      find(".faint:last-child").textContent = [resumed, lost, HINT].filter(Boolean).join(" · ");
     }
 
-    function showPoint(x, y) {
-      let best = { distance: Infinity };
-      for (const curve of visible()) {
-        const row = nearest(curve.places, scales.x.value(x));
-        const [place, value] = [curve.places[row], curve.line[row]];
-        if (!isDrawn(place, value)) continue;
-        const [left, top] = [pixelX(place), pixelY(value)];
-        const distance = Math.hypot(x - left, y - top);
-        const point = { distance, place, value, left, top, color: curve.color };
-        if (distance < best.distance) best = point;
-      }
-      const { place, value, left, top, color } = best;
-      if (place === undefined) return;
-      const beside = left > width / 2 ? `x="${left - 9}" text-anchor="end"` : `x="${left + 9}"`;
-      find(".hover").innerHTML = `<path class="grid" d="M${left},0v${height}"/>
-        <path style="fill:${color}" d="${marker(1, left, top, 4.5)}"/>
-        <text class="point" ${beside} y="${Math.max(12, top - 9)}">${format(value)}</text>`;
-      fillTable(place);
+    /* Read every curve at a place of the picture. */
+    function showPoint(x) {
+      const target = scales.x.value(x);
+      const dots = visible().map(({ places, line, number }) => {
+        const row = nearest(places, target);
+        return `<path class="dots" ${look(number)} d="${path([places[row]], [line[row]])}"/>`;
+      });
+      find(".hover").innerHTML = `<path class="grid" d="M${x},0v${HEIGHT}"/>${dots.join("")}`;
+      fillTable(target);
     }
 
     function listen() {
-      let drag = null;
-      const position = ({ clientX, clientY }) => {
-        const box = picture.getBoundingClientRect();
-        return [clientX - box.left - MARGIN.left, clientY - box.top - MARGIN.top];
+      let from = null;
+      const xOf = ({ clientX }) => clientX - picture.getBoundingClientRect().left - LEFT;
+      const zoom = (...ends) => {
+        state.zoom = ends.sort((a, b) => a - b).map(scales.x.value);
+        draw();
       };
-      const range = (scale, ...pixels) => pixels.sort((a, b) => a - b).map(scale.value);
       picture.addEventListener("pointerdown", (event) => {
-        if (event.button || !scales.y) return;
-        event.preventDefault();
+        if (event.button) return;
         picture.setPointerCapture(event.pointerId);
-        drag = { from: position(event)[0], pan: event.shiftKey, scale: scales.x };
+        from = xOf(event);
       });
       picture.addEventListener("pointermove", (event) => {
-        const [x, y] = position(event);
-        if (!event.buttons) drag = null; // a touch that became a scroll has no end
-        if (!drag) {
-          if (scales.y) showPoint(x, y);
-          return;
+        const x = xOf(event);
+        if (!scales.y) return;
+        if (!event.buttons) from = null; // a touch that became a scroll has no end
+        if (from === null) {
+          showPoint(x);
+        } else if (event.shiftKey) {
+          zoom(from - x, from - x + width);
+          from = x;
+        } else {
+          const size = `x="${Math.min(x, from)}" width="${Math.abs(x - from)}"`;
+          find(".hover").innerHTML = `<rect ${size} height="${HEIGHT}"/>`;
         }
-        if (drag.pan) {
-          state.zoom = range(drag.scale, drag.from - x, drag.from - x + width);
-          draw();
-          return;
-        }
-        const size = `x="${Math.min(x, drag.from)}" width="${Math.abs(x - drag.from)}"`;
-        find(".hover").innerHTML = `<rect ${size} height="${height}"/>`;
       });
       picture.addEventListener("pointerup", (event) => {
-        const [x] = position(event);
-        const { pan, from } = drag ?? { pan: true };
-        drag = null;
-        if (pan || Math.abs(x - from) < 6) return;
-        state.zoom = range(scales.x, x, from);
-        draw();
+        const [x, begin] = [xOf(event), from];
+        from = null;
+        if (scales.y && begin !== null && !event.shiftKey && Math.abs(x - begin) > 5) zoom(begin, x);
       });
+      picture.addEventListener("pointerleave", () => from ?? draw());
       picture.addEventListener("dblclick", () => {
         state.zoom = null;
         draw();
       });
-      picture.addEventListener("pointerleave", () => drag || draw());
       find(".controls").addEventListener("input", ({ target: { name, type, value, checked } }) => {
         state[name] = type === "checkbox" ? checked : value;
         if (name === "smoothing") state.smoothing = 1 - 10 ** (-value / 25); // 100 is 0.9999
@@ -341,8 +252,8 @@
         draw();
       });
       table.addEventListener("click", ({ target }) => {
-        const { key } = target.closest("tr").dataset;
-        if (key) state.hidden[key] = !state.hidden[key];
+        const { key } = target.closest("tr")?.dataset ?? {};
+        state.hidden[key] = !state.hidden[key];
         draw();
       });
       new ResizeObserver(draw).observe(host);

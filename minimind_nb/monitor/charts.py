@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import curves
-from .curves import KINDS, X_LABELS, Y_LABELS
+from .curves import KINDS, PARTS, X_LABELS, Y_LABELS
 from .metrics import History
 from .page import page, read_asset
 from .progress import outcome
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_OUTPUT = 300_000  # bytes of a bundle, which has the picture twice
-MOST_NUMBERS = 2_000, 1_400, 1_000, 700, 500, 350, 250, 150, 100, 50  # of a curve
-SEVERAL = "with markers: validation · thin: training"
+MOST_NUMBERS = 2_000  # of a curve
+SEVERAL = "with dots: validation · thin: training"
 
 
 class Chart:
-    """A chart of one or several runs; `plot_history` describes the choices.
+    """A chart of one or several runs; `inspect` describes the choices.
 
     A cell shows it, interactive where scripts run and as a picture elsewhere. `figure`
-    is that picture as a matplotlib Figure, to change before `savefig`.
+    is that picture as a matplotlib Figure, to change before `savefig`. `notes` are
+    added to the subtitle; a `table` stands below.
     """
 
     def __init__(
@@ -48,16 +50,11 @@ class Chart:
         notes: Sequence[str] = (),
         table: Table | None = None,
     ) -> None:
-        self.alone = len(histories) == 1
         self._names = names or [history.path.parent.name for history in histories]
-        first = self._names[0] if self.alone else f"{len(self._names)} runs"
-        self.title = first if title is None else title
-        words = outcome(histories[0]) if self.alone else SEVERAL
-        self.subtitle = " · ".join([words, *notes]) if self.title else ""
-        self._histories, self._table = histories, table
-        self._tables = [curves.read_run(history) for history in histories]
-        columns = [kind for tables in self._tables for kind in tables.values()]
-        known = [n for n in Y_LABELS if any(not np.isnan(c[n]).all() for c in columns)]
+        self._alone, self._table = len(histories) == 1, table
+        self._runs = [curves.read_run(history) for history in histories]
+        tables = [run[kind] for run in self._runs for kind in KINDS]
+        known = [n for n in Y_LABELS if any(not np.isnan(t[n]).all() for t in tables)]
         self._labels = {name: Y_LABELS[name] for name in known} or Y_LABELS
         if {history.stage for history in histories} == {"dpo"}:
             self._labels = self._labels | {"loss": "loss (nats per pair)"}
@@ -67,32 +64,50 @@ class Chart:
                     f"{name}={value!r} is not a choice of this chart; expected "
                     f"{name}={' or '.join(map(repr, offered))}."
                 )
-        counts = [len(tables["train"]["step"]) for tables in self._tables]
-        self._weights = [curves.choose_smoothing(n, smoothing) for n in counts]
-        self.choices = {"x": x, "y": y, "smoothing": smoothing}
-        self.choices |= {"log_x": log_x, "log_y": log_y}
+        self._choices = {"x": x, "y": y, "smoothing": smoothing}
+        self._choices |= {"log_x": log_x, "log_y": log_y}
+        rows = max(len(run["train"]["step"]) for run in self._runs)
+        self._smoothing = curves.choose_smoothing(rows, smoothing)
+        first = self._names[0] if self._alone else f"{len(self._names)} runs"
+        self.title = first if title is None else title
+        words = [outcome(histories[0]) if self._alone else SEVERAL, *notes]
+        if any(len(run["resume"]["step"]) for run in self._runs):
+            words.append("dashed: resumed")
+        if any(np.isinf(table["loss"]).any() for table in tables):
+            words.append("×: not finite")
+        self.subtitle = " · ".join(words)
 
-    def data(self, most: int = MOST_NUMBERS[0]) -> dict[str, Any]:
+    def data(self, most: int = MOST_NUMBERS) -> dict[str, Any]:
         """Return what is drawn: quantities with their curves of at most `most` numbers,
         and for each run the places of their points and of its resumes."""
-        runs, ys = [], {}
+        ys: dict[str, Any] = {}
         for y, label in self._labels.items():
             ys[y] = {"label": label, "log": y == "perplexity", "curves": []}
-        for number, history in enumerate(self._histories):
-            tables, label = self._tables[number], self._names[number]
-            grids = {kind: curves.make_grid(tables[kind], most) for kind in KINDS}
-            resumes = curves.places(tables["event"], slice(None))
-            run = {"smoothing": self._weights[number], "grids": grids}
-            runs.append(run | {"resumes": resumes})
-            about = history, tables, grids, "" if self.alone else label
-            for y, quantity in ys.items():
-                for curve in curves.read_curves(y, *about):
-                    quantity["curves"].append({"run": number, **curve})
-        words = {"title": self.title, "subtitle": self.subtitle, "alone": self.alone}
-        return words | {"choices": self.choices, "x": X_LABELS, "ys": ys, "runs": runs}
+        runs = []
+        for run, tables in enumerate(self._runs):
+            starts = {k: curves.split(len(t["step"]), most) for k, t in tables.items()}
+            runs.append({k: curves.places(t, starts[k]) for k, t in tables.items()})
+            for (y, quantity), kind in itertools.product(ys.items(), KINDS):
+                for part, values in enumerate(tables[kind][y].T):
+                    if np.isnan(tables[kind][y]).all():
+                        continue
+                    name = f"{PARTS[y]} {part}" if y in PARTS else KINDS[kind]
+                    number = len(quantity["curves"]) if self._alone else run
+                    if not self._alone:
+                        own = f", {name}" if y in PARTS else ""
+                        name = self._names[run] + own
+                    curve = {"run": run, "role": kind, "name": name, "number": number}
+                    quantity["curves"].append(curve | curves.thin(values, starts[kind]))
+        words = {"title": self.title, "subtitle": self.subtitle}
+        words |= {"choices": self._choices, "smoothing": self._smoothing}
+        return words | {"x": X_LABELS, "ys": ys, "runs": runs}
 
     def html(self, key: str = "", picture: bytes = b"") -> str:
-        """Return the chart as HTML, in which the script replaces text and picture."""
+        """Return the chart as HTML, in which the script replaces text and picture.
+
+        A reader's zoom and other choices outlive the replacement of a chart by one of
+        the same `key`. `picture` is a PNG for pages without scripts.
+        """
         encoded = base64.b64encode(picture).decode()
         body = f'<div class="faint">{html.escape(repr(self))}</div>'
         if picture:
@@ -101,12 +116,11 @@ class Chart:
         below = self._table._repr_html_() if self._table else ""
         below += f"<script>{read_asset('chart.js')}</script>"
         room = LARGEST_OUTPUT - len(encoded) - len(page(body + below).encode()) - 2_000
-        text = ""
-        for most in MOST_NUMBERS:
+        text, most = "", MOST_NUMBERS
+        while not text or len(text) > room and most > 1:
             data = {"key": key, **self.data(most)}
             text = json.dumps(data, default=_plain, separators=(",", ":"))
-            if len(text) < room:
-                break
+            most = most * 2 // 3
         text = text.replace("<", "\\u003c")
         text = f'<script type="application/json">{text}</script>'
         return page(f'<div class="minimind-chart">{text}{body}</div>{below}')
@@ -142,39 +156,25 @@ class Chart:
         return f"{line}\n{self._table!r}" if self._table else line
 
 
-def chart_html(
-    histories: Sequence[History], *, key: str = "", picture: bytes = b"", **choices: Any
-) -> str:
-    """Return the chart of runs as HTML; `choices` are those of `plot_history`.
-
-    A reader's zoom and other choices outlive the replacement of a chart by one of the
-    same `key`. `picture` is a PNG for pages without scripts.
-    """
-    return Chart(histories, **choices).html(key, picture)
-
-
-def plot_history(history: History, title: str | None = None, **choices: Any) -> Chart:
-    """Return the chart of a run.
+def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
+    """Chart a run: `mm.inspect("out/pretrain_512", y="grad_norm")`.
 
     It begins with `y`, "loss" or what else the run has ("perplexity", "grad_norm", …),
     over `x`, "step", "tokens" (text tokens) or "minutes" (training time, all sessions).
     `smoothing` is the weight of the past in the moving average, 0 (none) up to 1, None
     for one that suits the number of rows. `log_x` and `log_y` make an axis logarithmic.
     A value that is not finite interrupts its curve and is marked at the top. Raises
-    ValueError for an invalid choice.
+    ValueError for an invalid choice, and what `History.load` raises.
     """
-    return Chart([history], title, **choices)
+    return Chart([History.load(source)], **choices)
 
 
-def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
-    """Chart a run: `mm.inspect("out/pretrain_512", y="grad_norm")`.
-
-    Takes, and raises, what `History.load` and `plot_history` do.
-    """
-    return plot_history(History.load(source), **choices)
-
-
-def _plain(values: np.ndarray) -> list[float | int | None]:
-    """Return numbers for JSON: whole ones, others of five digits, None if not finite."""
-    short = [float(f"{n:.5g}") if n % 1 else n for n in values.tolist()]
-    return [None if math.isnan(n) else int(n) if n % 1 == 0 else n for n in short]
+def _plain(values: np.ndarray) -> list[float | str | None]:
+    """Return numbers for JSON: whole ones, others of five digits; NaN as None."""
+    found: list[float | str | None] = []
+    for n in values.tolist():
+        if math.isfinite(n):
+            found.append(int(n) if n % 1 == 0 else float(f"{n:.5g}"))
+        else:
+            found.append(None if math.isnan(n) else "Infinity")
+    return found

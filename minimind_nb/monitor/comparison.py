@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +13,70 @@ from .charts import Chart
 from .metrics import History
 from .tables import Table
 
-MOST_RUNS = 8  # as many as there are colours
 # Settings that say where a run is and what it is called, not how it learns.
 PLACES = {"out_dir", "run_name", "resume", "allow_change"}
+SCORES = "loss", "perplexity", "bits_per_byte"
 
 
 def compare(*sources: str | os.PathLike[str] | History, **choices: Any) -> Chart:
-    """Chart up to eight runs: `mm.compare("out/pretrain_512", "b/pretrain_512")`.
+    """Chart several runs: `mm.compare("out/pretrain_512", "b/pretrain_512")`.
 
-    Each source is what `History.load` takes; `choices` are those of `plot_history`. The
+    Each source is what `History.load` takes; `choices` are those of `inspect`. The
     legend names a run by its path and settings, as far as they differ. A table has the
     last validation of each run, and its loss at the tokens and the time that all have
-    reached. Raises ValueError for no run, more than eight, or an invalid choice, and
-    what `History.load` raises.
+    reached. Raises ValueError for no run or an invalid choice, and what `History.load`
+    raises.
     """
-    if not 0 < len(sources) <= MOST_RUNS:
+    if not sources:
         raise ValueError(
-            f"{len(sources)} runs to compare; expected 1 to {MOST_RUNS}, for example "
-            'mm.compare("out/pretrain_512", "other/pretrain_512").'
+            'No run to compare; pass folders: mm.compare("out/pretrain_512", "other/sft").'
         )
     histories = [History.load(source) for source in sources]
     runs = [RunFolder(history.path.parent) for history in histories]
     configs = [run.read_config() if run.exists() else {} for run in runs]
-    names = _name_runs([run.root for run in runs], configs)
-    table = _finals(histories, names)
-    notes = _differences(histories, runs, configs)
-    return Chart(histories, names=names, notes=[*notes], table=table, **choices)
-
-
-def _differences(
-    histories: list[History], runs: list[RunFolder], configs: list[dict[str, Any]]
-) -> Iterator[str]:
-    """Yield why values of the runs do not compare."""
-    stages = dict.fromkeys(history.stage for history in histories)
-    found = [f"stages {', '.join(stages)}"] if len(stages) > 1 else []
-    hashes = [one.get("hashes", {}) for one in configs]
-    # A tokenizer's hash counts its chat template, its file does not.
+    # A tokenizer's hash in config.json counts its chat template, its file does not.
     files = [run.tokenizer / "tokenizer.json" for run in runs]
-    texts = {file.read_bytes() for file in files if file.is_file()}
-    if len({one.get("tokenizer") for one in hashes}) > 1 and len(texts) > 1:
-        found.append("different tokenizers")
-    if found:
-        why = " and ".join(found)
-        yield f"{why}: compare bits per byte of the same text, not loss or perplexity"
-    if len({one["validation"] for one in hashes if one.get("validation")}) > 1:
-        yield "different validation data"
+    validation = {one.get("hashes", {}).get("validation") for one in configs}
+    parts = {
+        "stages": {history.stage for history in histories},
+        "tokenizers": {file.read_bytes() for file in files if file.is_file()},
+        "validation data": validation - {None},
+    }
+    found = " and ".join(name for name, values in parts.items() if len(values) > 1)
+    note = f"different {found}: compare bits per byte of the same text, not loss"
+    names = _name_runs([run.root for run in runs], configs)
+    table, notes = _finals(histories, names), [note] if found else []
+    return Chart(histories, names=names, notes=notes, table=table, **choices)
 
 
 def _finals(histories: Sequence[History], names: list[str]) -> Table:
     """Return the last values of each run, and the losses at what all have reached."""
     ends = [one.last("eval") or one.last("train") or {} for one in histories]
-    shared = {n: min(end.get(n, 0) for end in ends) for n in ("tokens", "seconds")}
-    heads = ["run", "steps", "tokens", "minutes"]
-    heads += ["validation loss", "perplexity", "bits per byte"]
-    heads.append(f"loss at {shared['tokens']:,} tokens")
-    heads.append(f"loss at {shared['seconds'] / 60:,.1f} minutes")
-    table = Table("Where the runs ended", heads, [])
+    tokens, seconds = (
+        min(end.get(field, 0) for end in ends) for field in ("tokens", "seconds")
+    )
+    heads = ["run", "steps", "tokens", "minutes", "validation loss", "perplexity"]
+    heads += ["bits per byte", f"loss at {tokens:,} tokens"]
+    heads += [f"loss at {seconds / 60:,.1f} minutes"]
+    rows = []
     for name, history, end in zip(names, histories, ends, strict=True):
-        step, tokens, seconds = (end.get(n, 0) for n in ("step", "tokens", "seconds"))
-        row = [
-            name.partition(": ")[0],
-            f"{step:,}",
-            f"{tokens:,}",
-            f"{seconds / 60:,.1f}",
-        ]
         last = history.last("eval") or {}
-        values = [
-            last.get(n, math.nan) for n in ("loss", "perplexity", "bits_per_byte")
-        ]
-        losses = np.array(history.column("eval", "loss"))
-        for field, at in shared.items():
-            places = np.array(history.column("eval", field))
-            known = np.isfinite(losses) & np.isfinite(places)
-            reached = known.any() and at >= places[known][0]
-            interpolated = np.interp(at, places[known], losses[known]) if reached else 0
-            values.append(interpolated if reached else math.nan)
-        row += ["–" if math.isnan(value) else f"{value:,.4g}" for value in values]
-        table.rows.append(row)
-    return table
+        scores = [last.get(field, math.nan) for field in SCORES]
+        scores += [_loss_at(history, "tokens", tokens)]
+        scores += [_loss_at(history, "seconds", seconds)]
+        reached = [f"{end.get(field, 0):,}" for field in ("step", "tokens")]
+        reached += [f"{end.get('seconds', 0) / 60:,.1f}"]
+        texts = ["–" if math.isnan(value) else f"{value:,.4g}" for value in scores]
+        rows.append([name.partition(": ")[0], *reached, *texts])
+    return Table("Where the runs ended", heads, rows)
+
+
+def _loss_at(history: History, field: str, at: float) -> float:
+    """Return the validation loss at a place, interpolated; NaN before the first."""
+    columns = [history.column("eval", name) for name in (field, "loss")]
+    points = np.array(columns)
+    places, losses = points[:, np.isfinite(points).all(0)]
+    return np.interp(at, places, losses, left=math.nan) if len(places) else math.nan
 
 
 def _name_runs(folders: list[Path], configs: list[dict[str, Any]]) -> list[str]:

@@ -184,13 +184,13 @@ class CellView(View):
 
     def _chart(self, history: History, final: bool) -> str:
         """Return HTML of the chart; a final one has a picture for pages without scripts."""
-        from .charts import chart_html, plot_history
+        from .charts import inspect
 
         if not (history.last("train") or history.last("eval")):
             return ""
-        picture = self.attempt(plot_history(history, "").png) if final else b""
-        key = f"{history.path.parent.name}-{id(self)}"
-        return chart_html([history], key=key, picture=picture or b"", title="")
+        chart = inspect(history, title="")
+        picture = self.attempt(chart.png) if final else b""
+        return chart.html(f"{history.path.parent.name}-{id(self)}", picture or b"")
 
 
 def _figures(history: History, doing: str) -> str:

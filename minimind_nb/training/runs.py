@@ -50,10 +50,10 @@ class Run:
         return RunFolder(self.folder).read_config()
 
     def plot(self, **choices: Any) -> "Chart":
-        """Return the chart of `plot_history`, with its choices (x, y, smoothing, …)."""
-        from ..monitor.charts import plot_history
+        """Return the chart of `inspect`, with its choices (x, y, smoothing, …)."""
+        from ..monitor.charts import inspect
 
-        return plot_history(self.history, **choices)
+        return inspect(self.history, **choices)
 
     def summary(self) -> Facts:
         """Return the figures of the run, as in its summary.md, and what to do next."""

@@ -303,8 +303,8 @@ def test_a_cell_goes_on_without_a_chart_when_drawing_fails(
 
     view, clock, shown = cell
     history = make_history([4.0], total=10)
-    for name in ("Chart.png", "chart_html"):
-        monkeypatch.setattr(f"minimind_nb.monitor.charts.{name}", broken)
+    for name in ("png", "html"):
+        monkeypatch.setattr(f"minimind_nb.monitor.charts.Chart.{name}", broken)
     view.update(history)
     for step in range(2, 10):
         clock.now += 10
