@@ -73,15 +73,13 @@
 
   function start(host) {
     host.drawn = true;
-    const source = host.querySelector("script");
-    const data = JSON.parse(source.textContent);
+    const data = JSON.parse(host.querySelector("script").textContent);
     const state = states.get(data.key) ?? { ...data.choices, hidden: {}, zoom: null };
     if (data.key) states.set(data.key, state);
     if (!data.ys[state.y]) state.y = data.choices.y;
     const options = (labels) => Object.entries(labels).map(([name, { label = labels[name] }]) =>
       `<option value="${name}">${label.split(" (")[0]}</option>`).join("");
-    host.replaceChildren(source);
-    host.insertAdjacentHTML("beforeend", `
+    host.innerHTML = `
       <div class="title">${escape(data.title)}</div>
       <div class="faint">${escape(data.subtitle)}</div>
       <div class="controls">
@@ -92,7 +90,7 @@
         <label><input type="checkbox" name="log_x"> log x</label>
         <label><input type="checkbox" name="log_y"> log y</label>
       </div>
-      <svg height="${TOP + HEIGHT + BOTTOM}"></svg><table></table><div class="faint">${HINT}</div>`);
+      <svg height="${TOP + HEIGHT + BOTTOM}"></svg><table></table><div class="faint">${HINT}</div>`;
     const find = (selector) => host.querySelector(selector);
     const [picture, table] = [find("svg"), find("table")];
     let [curves, scales, width] = [[], {}, 0];

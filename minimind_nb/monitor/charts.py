@@ -54,8 +54,10 @@ class Chart:
         self._alone, self._table = len(histories) == 1, table
         self._runs = [curves.read_run(history) for history in histories]
         tables = [run[kind] for run in self._runs for kind in KINDS]
-        known = [n for n in Y_LABELS if any(not np.isnan(t[n]).all() for t in tables)]
-        self._labels = {name: Y_LABELS[name] for name in known} or Y_LABELS
+        known = {
+            y: Y_LABELS[y] for y in Y_LABELS if any(y in table for table in tables)
+        }
+        self._labels = known or Y_LABELS
         if {history.stage for history in histories} == {"dpo"}:
             self._labels = self._labels | {"loss": "loss (nats per pair)"}
         for name, value, offered in (("x", x, X_LABELS), ("y", y, self._labels)):
@@ -64,8 +66,7 @@ class Chart:
                     f"{name}={value!r} is not a choice of this chart; expected "
                     f"{name}={' or '.join(map(repr, offered))}."
                 )
-        self._choices = {"x": x, "y": y, "smoothing": smoothing}
-        self._choices |= {"log_x": log_x, "log_y": log_y}
+        self._choices = {"x": x, "y": y, "log_x": log_x, "log_y": log_y}
         rows = max(len(run["train"]["step"]) for run in self._runs)
         self._smoothing = curves.choose_smoothing(rows, smoothing)
         first = self._names[0] if self._alone else f"{len(self._names)} runs"
@@ -73,7 +74,7 @@ class Chart:
         words = [outcome(histories[0]) if self._alone else SEVERAL, *notes]
         if any(len(run["resume"]["step"]) for run in self._runs):
             words.append("dashed: resumed")
-        if any(np.isinf(table["loss"]).any() for table in tables):
+        if any(np.isinf(column).any() for t in tables for column in t.values()):
             words.append("×: not finite")
         self.subtitle = " · ".join(words)
 
@@ -85,19 +86,16 @@ class Chart:
             ys[y] = {"label": label, "log": y == "perplexity", "curves": []}
         runs = []
         for run, tables in enumerate(self._runs):
-            starts = {k: curves.split(len(t["step"]), most) for k, t in tables.items()}
-            runs.append({k: curves.places(t, starts[k]) for k, t in tables.items()})
-            for (y, quantity), kind in itertools.product(ys.items(), KINDS):
-                for part, values in enumerate(tables[kind][y].T):
-                    if np.isnan(tables[kind][y]).all():
-                        continue
-                    name = f"{PARTS[y]} {part}" if y in PARTS else KINDS[kind]
-                    number = len(quantity["curves"]) if self._alone else run
-                    if not self._alone:
-                        own = f", {name}" if y in PARTS else ""
-                        name = self._names[run] + own
-                    curve = {"run": run, "role": kind, "name": name, "number": number}
-                    quantity["curves"].append(curve | curves.thin(values, starts[kind]))
+            runs.append({k: curves.places(table, most) for k, table in tables.items()})
+            for kind, y in itertools.product(KINDS, ys):
+                drawn = ys[y]["curves"]
+                for part, values in enumerate(tables[kind].get(y, np.empty((0, 0))).T):
+                    words = [] if self._alone else [self._names[run]]
+                    words += [f"{PARTS[y]} {part}"] if y in PARTS else []
+                    number = len(drawn) if self._alone else run
+                    looks = {"name": ", ".join(words) or KINDS[kind], "number": number}
+                    numbers = curves.thin(values, runs[run][kind]["rows"])
+                    drawn.append({"run": run, "role": kind, **looks, **numbers})
         words = {"title": self.title, "subtitle": self.subtitle}
         words |= {"choices": self._choices, "smoothing": self._smoothing}
         return words | {"x": X_LABELS, "ys": ys, "runs": runs}
@@ -111,8 +109,7 @@ class Chart:
         encoded = base64.b64encode(picture).decode()
         body = f'<div class="faint">{html.escape(repr(self))}</div>'
         if picture:
-            style = 'alt="" style="max-width:100%"'
-            body += f'<img {style} src="data:image/png;base64,{encoded}">'
+            body += f'<img alt="" width="100%" src="data:image/png;base64,{encoded}">'
         below = self._table._repr_html_() if self._table else ""
         below += f"<script>{read_asset('chart.js')}</script>"
         room = LARGEST_OUTPUT - len(encoded) - len(page(body + below).encode()) - 2_000

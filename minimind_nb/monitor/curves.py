@@ -38,41 +38,43 @@ Table = dict[str, np.ndarray]  # a column [rows, parts] for each field
 def read_run(history: History) -> dict[str, Table]:
     """Return the numbers of the rows "train" and "eval", and of each "resume".
 
-    They are NaN where a row has none, and inf where it has one that is not finite.
+    They are NaN where a row has none, and inf where it has one that is not finite. A
+    quantity that no row has is left out.
     """
-    rows = {kind: history.select(kind) for kind in (*KINDS, "event")}
-    resumes = [row for row in rows.pop("event") if row.get("event") == "resume"]
+    rows = {kind: history.select(kind) for kind in KINDS}
+    events = history.select("event")
+    rows["resume"] = [row for row in events if row.get("event") == "resume"]
     tables = {}
-    for kind, some in (rows | {"resume": resumes}).items():
-        fields = "step", "tokens", "seconds", *Y_LABELS
-        tables[kind] = table = {field: _column(some, field) for field in fields}
-        table["minutes"] = table["seconds"] / 60
-        if history.stage != "dpo":  # whose loss is a mean over pairs
+    for kind, some in rows.items():
+        tables[kind] = table = {x: _column(some, x) for x in ("step", "tokens")}
+        table["minutes"] = _column(some, "seconds") / 60
+        columns = {y: _column(some, y) for y in Y_LABELS}
+        table |= {y: one for y, one in columns.items() if not np.isnan(one).all()}
+        if (
+            "loss" in table and history.stage != "dpo"
+        ):  # whose loss is a mean over pairs
             loss = table["loss"]
             limited = np.where(loss < math.log(LARGEST), loss, loss + math.inf)
             table["perplexity"] = np.exp(limited)
     return tables
 
 
-def split(rows: int, most: int) -> np.ndarray:
-    """Return the first row of each bucket of rows, whose ends are `most` numbers."""
-    count = rows if rows <= most else most // 2
-    return np.linspace(0, rows, count, endpoint=False).astype(int)
+def places(table: Table, most: int) -> Table:
+    """Return steps, tokens and minutes of a curve's points, and how many `rows` each
+    stands for: it is the row in the middle of its bucket, whose ends are two points."""
+    count = len(table["step"])
+    buckets = count if count <= most else most // 2
+    starts = np.linspace(0, count, buckets, endpoint=False).astype(int)
+    rows = np.diff(starts, append=count)
+    return {x: table[x][starts + rows // 2, 0] for x in X_LABELS} | {"rows": rows}
 
 
-def places(table: Table, starts: np.ndarray) -> Table:
-    """Return the steps, tokens and minutes in the middle of buckets, and their `rows`."""
-    rows = np.diff(starts, append=len(table["step"]))
-    grid = {x: table[x][starts + rows // 2, 0] for x in X_LABELS}
-    return grid | {"rows": rows}
-
-
-def thin(values: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+def thin(values: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return the mean of each bucket of rows, with `low` and `high` if it has several.
 
     A value that is not finite makes its bucket inf, a missing one makes it NaN.
     """
-    rows = np.diff(starts, append=len(values))
+    starts = np.cumsum(rows) - rows
     curve = {"mean": np.add.reduceat(values, starts) / rows}
     if len(rows) < len(values):
         curve["low"] = np.minimum.reduceat(values, starts)

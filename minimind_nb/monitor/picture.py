@@ -21,7 +21,7 @@ LONGEST = 110  # columns of a line of text; a longer one leaves the figure
 STYLE: Any = {
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "text.parse_math"], False),
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], "#444444"),
-    **{"axes.xmargin": 0.015, "legend.edgecolor": "none", "legend.fontsize": 9},
+    **{"axes.xmargin": 0.015, "legend.frameon": False, "legend.fontsize": 9},
 }
 
 
@@ -60,21 +60,20 @@ def draw(data: dict[str, Any]) -> Figure:
 
 def _draw_curve(axes: Axes, data: dict[str, Any], curve: dict[str, Any]) -> Line2D:
     """Draw a curve, and return what stands for it in the legend."""
-    run, mean, training = data["runs"][curve["run"]], curve["mean"], False
-    number, grid = curve["number"], run[curve["role"]]
-    at = grid[data["choices"]["x"]]
+    grid, mean = data["runs"][curve["run"]][curve["role"]], curve["mean"]
+    at, number = grid[data["choices"]["x"]], curve["number"]
     color, dashes = COLORS[number % 4], DASHES[number // 4 % 4]
     lost = at[np.isinf(mean)]
     top: Any = {"transform": axes.get_xaxis_transform(), "color": color}
     axes.plot(lost, [0.975] * len(lost), "x", **top)
     style: Any = {"color": color, "ls": dashes, "lw": 1.6}
-    if training := curve["role"] == "train":
+    if curve["role"] == "train":
         ends = np.stack([curve.get("low", mean), curve.get("high", mean)], 1)
         ends[np.isinf(ends)] = math.nan
         axes.plot(np.repeat(at, 2), ends.ravel(), lw=0.8, alpha=0.3, color=color)
         mean = smooth(mean, grid["rows"], data["smoothing"])
         style["lw"] = 1.3
-    if not training or len(at) == 1:
+    if curve["role"] == "eval" or len(at) == 1:
         style |= {"marker": "o", "ms": 4, "markevery": math.ceil(len(at) / 24)}
     return axes.plot(at, np.where(np.isinf(mean), math.nan, mean), **style)[0]
 

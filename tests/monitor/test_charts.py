@@ -53,7 +53,7 @@ def test_the_page_holds_every_quantity_and_the_choices(history):
     data = payload(page)
     assert (data["key"], data["title"]) == ("a", "pretrain_64")
     assert data["choices"] == {
-        "x": "tokens", "y": "perplexity", "smoothing": 0.5, "log_x": False, "log_y": None
+        "x": "tokens", "y": "perplexity", "log_x": False, "log_y": None
     }  # fmt: skip
     assert list(data["ys"]) == [
         *("loss", "perplexity", "bits_per_byte"),
