@@ -21,20 +21,15 @@
   }
 
   function tickValues(low, high, log, most) {
-    const found = [];
-    if (log && high >= 12 * low) {
-      const span = Math.log10(high / low);
+    const span = Math.log10(high / low);
+    const count = (first, size) => Array.from({ length: most + 2 }, (_, n) => first + n * size);
+    const power = 10 ** Math.floor(Math.log10((high - low) / most));
+    const step = power * [1, 2, 5, 10].find((digit) => digit * power * most >= high - low);
+    let found = count(Math.ceil(low / step), 1).map((number) => number * step);
+    if (log && high >= 12 * low) { // else a logarithmic axis has the ticks of a linear one
+      const powers = count(Math.floor(Math.log10(low)), Math.ceil(span / most));
       const digits = span * 3 <= most ? [1, 2, 5] : [1];
-      for (let power = Math.floor(Math.log10(low)); 10 ** power <= high;) {
-        found.push(...digits.map((digit) => Number(`${digit}e${power}`)));
-        power += Math.ceil(span / most);
-      }
-    } else {
-      const power = 10 ** Math.floor(Math.log10((high - low) / most));
-      const steps = [1, 2, 5, 10].map((digit) => digit * power);
-      const step = steps.find((size) => size * most >= high - low);
-      const first = Math.ceil(low / step);
-      found.push(...Array.from({ length: most + 1 }, (_, n) => (first + n) * step));
+      found = powers.flatMap((one) => digits.map((digit) => Number(`${digit}e${one}`)));
     }
     return found.filter((value) => value >= low && value <= high);
   }
@@ -67,13 +62,13 @@
   }
 
   function nearest(places, target) { // the last of equals
-    const nearer = (one, other) => Math.abs(one - target) <= Math.abs(other - target);
-    return places.reduce((best, place, row) => (nearer(place, places[best]) ? row : best), 0);
+    const away = places.map((place) => Math.abs(place - target));
+    return away.reduce((best, distance, row) => (distance <= away[best] ? row : best), 0);
   }
 
-  function start(host) {
-    host.drawn = true;
-    const data = JSON.parse(host.querySelector("script").textContent);
+  function start(source) {
+    const host = source.parentNode;
+    const data = JSON.parse(source.textContent);
     const state = states.get(data.key) ?? { ...data.choices, hidden: {}, zoom: null };
     if (data.key) states.set(data.key, state);
     if (!data.ys[state.y]) state.y = data.choices.y;
@@ -262,6 +257,5 @@
   }
 
   const states = (window.minimindCharts ??= new Map());
-  const hosts = [...document.querySelectorAll(".minimind-chart")];
-  hosts.filter((host) => !host.drawn).forEach(start);
+  document.querySelectorAll(".minimind-chart > script").forEach(start);
 })();

@@ -5,7 +5,6 @@ import html
 import io
 import itertools
 import json
-import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -51,7 +50,7 @@ class Chart:
         table: Table | None = None,
     ) -> None:
         self._names = names or [history.path.parent.name for history in histories]
-        self._alone, self._table = len(histories) == 1, table
+        self._table, self._alone = table, len(histories) == 1
         self._runs = [curves.read_run(history) for history in histories]
         tables = [run[kind] for run in self._runs for kind in KINDS]
         known = {
@@ -119,8 +118,8 @@ class Chart:
             text = json.dumps(data, default=_plain, separators=(",", ":"))
             most = most * 2 // 3
         text = text.replace("<", "\\u003c")
-        text = f'<script type="application/json">{text}</script>'
-        return page(f'<div class="minimind-chart">{text}{body}</div>{below}')
+        body = f'<script type="application/json">{text}</script>{body}'
+        return page(f'<div class="minimind-chart">{body}</div>{below}')
 
     @cached_property
     def figure(self) -> "Figure":
@@ -168,10 +167,5 @@ def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
 
 def _plain(values: np.ndarray) -> list[float | str | None]:
     """Return numbers for JSON: whole ones, others of five digits; NaN as None."""
-    found: list[float | str | None] = []
-    for n in values.tolist():
-        if math.isfinite(n):
-            found.append(int(n) if n % 1 == 0 else float(f"{n:.5g}"))
-        else:
-            found.append(None if math.isnan(n) else "Infinity")
-    return found
+    short = [float(f"{n:.5g}") if n % 1 else int(n) for n in values.tolist()]
+    return [{"nan": None, "inf": "Infinity"}.get(str(n), n) for n in short]

