@@ -69,7 +69,7 @@
   function start(source) {
     const host = source.parentNode;
     const data = JSON.parse(source.textContent);
-    const state = states.get(data.key) ?? { ...data.choices, hidden: {}, zoom: null };
+    const state = states.get(data.key) ?? { ...data.choices, hidden: {} };
     if (data.key) states.set(data.key, state);
     if (!data.ys[state.y]) state.y = data.choices.y;
     const options = (labels) => Object.entries(labels).map(([name, { label = labels[name] }]) =>
@@ -116,7 +116,7 @@
       width = Math.max(100, picture.getBoundingClientRect().width - LEFT - RIGHT);
       prepare();
       for (const name of ["x", "y"]) find(`[name=${name}]`).value = state[name];
-      find("[name=log_x]").checked = state.log_x;
+      find("[name=log_x]").checked = state.log_x ?? false;
       find("[name=log_y]").checked = isLogY();
       find("[name=smoothing]").value = -25 * Math.log10(1 - weight());
       find("output").textContent = Number(weight().toFixed(4));

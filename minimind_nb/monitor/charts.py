@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LARGEST_OUTPUT = 300_000  # bytes of a bundle, which has the picture twice
 MOST_NUMBERS = 2_000  # of a curve
-SEVERAL = "with dots: validation · thin: training"
+SEVERAL = "with dots: validation"
 
 
 class Chart:
@@ -43,8 +43,6 @@ class Chart:
         x: str = "step",
         y: str = "loss",
         smoothing: float | None = None,
-        log_x: bool = False,
-        log_y: bool | None = None,
         names: Sequence[str] = (),
         notes: Sequence[str] = (),
         table: Table | None = None,
@@ -65,7 +63,7 @@ class Chart:
                     f"{name}={value!r} is not a choice of this chart; expected "
                     f"{name}={' or '.join(map(repr, offered))}."
                 )
-        self._choices = {"x": x, "y": y, "log_x": log_x, "log_y": log_y}
+        self._choices = {"x": x, "y": y}
         rows = max(len(run["train"]["step"]) for run in self._runs)
         self._smoothing = curves.choose_smoothing(rows, smoothing)
         first = self._names[0] if self._alone else f"{len(self._names)} runs"
@@ -113,7 +111,7 @@ class Chart:
         below += f"<script>{read_asset('chart.js')}</script>"
         room = LARGEST_OUTPUT - len(encoded) - len(page(body + below).encode()) - 2_000
         text, most = "", MOST_NUMBERS
-        while not text or len(text) > room and most > 1:
+        while not text or (len(text) > room and most > 1):
             data = {"key": key, **self.data(most)}
             text = json.dumps(data, default=_plain, separators=(",", ":"))
             most = most * 2 // 3
@@ -158,9 +156,9 @@ def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
     It begins with `y`, "loss" or what else the run has ("perplexity", "grad_norm", …),
     over `x`, "step", "tokens" (text tokens) or "minutes" (training time, all sessions).
     `smoothing` is the weight of the past in the moving average, 0 (none) up to 1, None
-    for one that suits the number of rows. `log_x` and `log_y` make an axis logarithmic.
-    A value that is not finite interrupts its curve and is marked at the top. Raises
-    ValueError for an invalid choice, and what `History.load` raises.
+    for one that suits the number of rows. A value that is not finite interrupts its
+    curve and is marked at the top. Raises ValueError for an invalid choice, and what
+    `History.load` raises.
     """
     return Chart([History.load(source)], **choices)
 

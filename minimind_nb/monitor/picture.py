@@ -1,13 +1,11 @@
 """A chart as a picture, by matplotlib without pyplot, which would keep figures open."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
@@ -53,13 +51,12 @@ def draw(data: dict[str, Any]) -> Figure:
         names = [f" {_legible(name, charset)}" for name in handles]
         columns = 4 if len(data["runs"]) == 1 else 1
         figure.legend(handles.values(), names, ncols=columns, loc="outside lower left")
-        log_x, log_y = (data["choices"][name] for name in ("log_x", "log_y"))
-        log_y = quantity["log"] if log_y is None else log_y
-        _scale(axes.xaxis, axes.set_xscale, axes.dataLim.x1, log_x)
-        _scale(axes.yaxis, axes.set_yscale, axes.dataLim.y1, log_y)
         if x == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())
-            axes.xaxis.set_minor_formatter("")
+        if quantity["log"] and axes.dataLim.y1 > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.4)))
         return figure
 
 
@@ -71,24 +68,15 @@ def _draw_curve(axes: Axes, data: dict[str, Any], curve: dict[str, Any]) -> Line
     lost = at[np.isinf(mean)]
     top: Any = {"transform": axes.get_xaxis_transform(), "color": color}
     axes.plot(lost, [0.975] * len(lost), "x", **top)
-    style: Any = {"color": color, "ls": dashes, "lw": 1.6}
+    style: Any = {"color": color, "ls": dashes, "lw": 1.4}
     if curve["role"] == "train":
         ends = np.stack([curve.get("low", mean), curve.get("high", mean)], 1)
         ends[np.isinf(ends)] = math.nan
         axes.plot(np.repeat(at, 2), ends.ravel(), lw=0.8, alpha=0.3, color=color)
         mean = smooth(mean, grid["rows"], data["smoothing"])
-        style["lw"] = 1.3
     if curve["role"] == "eval" or len(at) == 1:
         style |= {"marker": "o", "ms": 4, "markevery": math.ceil(len(at) / 24)}
     return axes.plot(at, np.where(np.isinf(mean), math.nan, mean), **style)[0]
-
-
-def _scale(axis: Axis, change: Callable[..., None], greatest: float, log: bool) -> None:
-    """Make an axis logarithmic if it is asked for, and has any value above 0."""
-    if log and greatest > 0:
-        change("log", nonpositive="mask")
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.4)))
 
 
 def _legible(text: str, charset: str) -> str:

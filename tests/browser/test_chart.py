@@ -219,11 +219,13 @@ def test_the_colours_fit_the_page(chromium_page, make_run, style, ink):
 @pytest.mark.parametrize(("steps", "lost"), [(0, ()), (1, ()), (1, (1,)), (9, (3, 4))])
 def test_odd_runs_raise_nothing(chromium_page, make_run, steps, lost, log):
     history = make_run(steps=steps, lost=lost, start=0.02)
-    show(chromium_page, inspect(history, smoothing=0.5, log_x=log, log_y=log).html())
+    show(chromium_page, inspect(history, smoothing=0.5).html())
+    for name in ("log_x", "log_y"):
+        chromium_page.set_checked(f"[name={name}]", log)
     chromium_page.mouse.move(*at(chromium_page, 0.5))
     drag(chromium_page, 0.1, 0.9)
     empty = History(history.path.with_name("none.jsonl"))
-    show(chromium_page, inspect(empty, log_x=log).html())
+    show(chromium_page, inspect(empty).html())
     assert (
         "no rows yet" in chromium_page.locator(".minimind-chart > svg").text_content()
     )

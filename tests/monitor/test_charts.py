@@ -52,9 +52,7 @@ def test_the_page_holds_every_quantity_and_the_choices(history):
     assert "<img" not in page
     data = payload(page)
     assert (data["key"], data["title"]) == ("a", "pretrain_64")
-    assert data["choices"] == {
-        "x": "tokens", "y": "perplexity", "log_x": False, "log_y": None
-    }  # fmt: skip
+    assert data["choices"] == {"x": "tokens", "y": "perplexity"}
     assert list(data["ys"]) == [
         *("loss", "perplexity", "bits_per_byte"),
         *("tokens_per_second", "peak_memory_gib"),
@@ -121,11 +119,10 @@ def test_a_resume_and_values_that_are_not_finite_are_marked(make_history):
 @pytest.mark.parametrize(
     "losses", [[], [3.0], [math.nan], [0.0], [-1.0, 1e199], [800.0]]
 )
-@pytest.mark.parametrize("log", [False, True])
-def test_odd_histories_draw_without_a_warning(make_history, losses, log):
+def test_odd_histories_draw_without_a_warning(make_history, losses):
     history = make_history(losses, [(0, 8.8)] if losses else [])
     for y in ("loss", "perplexity"):
-        chart = inspect(history, y=y, log_x=log, log_y=log)
+        chart = inspect(history, y=y)
         assert chart.png(30).startswith(PNG)
         assert payload(chart.html())["choices"]["y"] == y
 

@@ -50,7 +50,7 @@ def test_every_run_has_a_training_and_a_validation_curve(make_run):
     drawn: Any = chart.figure.axes[0].get_lines()
     validation = [line.get_color() for line in drawn if line.get_marker() == "o"]
     assert validation == [*COLORS[:2]]
-    assert repr(chart).startswith("2 runs: with dots: validation · thin: training\n")
+    assert repr(chart).startswith("2 runs: with dots: validation\n")
 
 
 def test_the_legend_tells_what_was_set_differently(make_run):
@@ -122,7 +122,7 @@ def test_different_stages_tokenizers_and_validation_data_are_said(
     template = make("d", "3", "v", "{}")  # differs, its vocabulary does not
     subtitle = compare(first, other).subtitle
     assert "different tokenizers and validation data: compare bits per" in subtitle
-    assert compare(first, template).subtitle.endswith("thin: training")
+    assert compare(first, template).subtitle.endswith("dots: validation")
 
 
 def test_what_no_run_has_cannot_be_compared(make_run, mixture):
