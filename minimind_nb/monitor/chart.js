@@ -120,11 +120,11 @@
       find("[name=log_y]").checked = isLogY();
       find("[name=smoothing]").value = -25 * Math.log10(1 - weight());
       find("output").textContent = Number(weight().toFixed(4));
-      const none = curves.length ? "nothing to show here" : "no rows yet";
       const inner = scales.y
         ? `${drawAxes()}<svg width="${width}" height="${HEIGHT}">
             ${visible().map(drawCurve).join("")}</svg><g class="hover"></g>`
-        : `<text x="${width / 2}" y="${HEIGHT / 2}">${none}</text>`;
+        : `<text x="${width / 2}" y="${HEIGHT / 2}">
+            no ${curves.length ? "values here" : "rows yet"}</text>`;
       picture.innerHTML = `<g transform="translate(${LEFT},${TOP})">${inner}</g>`;
       fillTable();
     }
@@ -137,11 +137,11 @@
         <path class="grid" d="M0,${pixelY(tick)}h${width}"/>
         <text class="y" x="-8" y="${pixelY(tick) + 4}">${format(tick, true)}</text>`);
       const along = scales.x.ticks.map((tick) => `
-        <path class="grid" d="M${scales.x.place(tick)},${HEIGHT}v4"/>
-        <text class="x" x="${scales.x.place(tick)}" y="${HEIGHT + 17}">${format(tick, true)}</text>`);
+        <g transform="translate(${scales.x.place(tick)},${HEIGHT})"><path class="grid" d="M0,0v4"/>
+        <text class="x" y="17">${format(tick, true)}</text></g>`);
       return `${across.join("")}${along.join("")}<path class="grid" d="M0,${HEIGHT}h${width}"/>
         <text x="${width / 2}" y="${HEIGHT + 36}">${data.x[state.x]}</text>
-        <text transform="translate(-50,${HEIGHT / 2}) rotate(-90)">${data.ys[state.y].label}</text>`;
+        <text x="${-HEIGHT / 2}" y="-50" transform="rotate(-90)">${data.ys[state.y].label}</text>`;
     }
 
     /* The path through the values of each row, with its gaps; a lone point is a dot. */
@@ -157,14 +157,14 @@
     }
 
     function drawCurve({ run, role, number, places, low, high, mean, line }) {
-      const every = role === "eval" || places.length === 1 ? Math.ceil(places.length / 24) : NaN;
-      const dots = places.map((place, row) => (row % every === 0 ? path([place], [mean[row]]) : ""));
+      const every = Math.ceil(places.length / 24);
+      const dots = places.map((place, row) => (row % every ? "" : path([place], [mean[row]])));
       const lost = places.filter((place, row) => mean[row] === Infinity).map(scales.x.place);
       const resumes = data.runs[run].resume[state.x].map(scales.x.place);
       return `<g ${look(number)}>
         <path class="raw" d="${role === "train" ? path(places, low, high) : ""}"/>
         <path class="${role}" d="${path(places, line)}"/>
-        <path class="dots" d="${dots.join("")}"/>
+        <path class="dots" d="${role === "eval" || places.length < 2 ? dots.join("") : ""}"/>
         <path class="lost" d="${lost.map((x) => `M${x - 4},4l8,8m0,-8l-8,8`).join("")}"/>
         <path class="resume" d="${resumes.map((x) => `M${x},0v${HEIGHT}`).join("")}"/></g>`;
     }
@@ -228,9 +228,9 @@
         }
       });
       picture.addEventListener("pointerup", (event) => {
-        const [x, begin] = [xOf(event), from];
+        const [x, begin] = [xOf(event), from ?? NaN];
         from = null;
-        if (scales.y && begin !== null && !event.shiftKey && Math.abs(x - begin) > 5) zoom(begin, x);
+        if (scales.y && !event.shiftKey && Math.abs(x - begin) > 5) zoom(begin, x);
       });
       picture.addEventListener("pointerleave", () => from ?? draw());
       picture.addEventListener("dblclick", () => {

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 LARGEST_OUTPUT = 300_000  # bytes of a bundle, which has the picture twice
 MOST_NUMBERS = 2_000  # of a curve
-SEVERAL = "with dots: validation"
 
 
 class Chart:
@@ -66,9 +65,10 @@ class Chart:
         self._choices = {"x": x, "y": y}
         rows = max(len(run["train"]["step"]) for run in self._runs)
         self._smoothing = curves.choose_smoothing(rows, smoothing)
-        first = self._names[0] if self._alone else f"{len(self._names)} runs"
-        self.title = first if title is None else title
-        words = [outcome(histories[0]) if self._alone else SEVERAL, *notes]
+        names = self._names[0] if self._alone else f"{len(self._names)} runs"
+        self.title = names if title is None else title
+        about = outcome(histories[0]) if self._alone else "with dots: validation"
+        words = [about, *notes]
         if any(len(run["resume"]["step"]) for run in self._runs):
             words.append("dashed: resumed")
         if any(np.isinf(column).any() for t in tables for column in t.values()):

@@ -53,7 +53,7 @@ def _finals(histories: Sequence[History], names: list[str]) -> Table:
     """Return the last values of each run, and the losses at what all have reached."""
     ends = [one.last("eval") or one.last("train") or {} for one in histories]
     tokens, seconds = (
-        min(end.get(field, 0) for end in ends) for field in ("tokens", "seconds")
+        min(end.get(n, 0) for end in ends) for n in ("tokens", "seconds")
     )
     heads = ["run", "steps", "tokens", "minutes", "validation loss", "perplexity"]
     heads += ["bits per byte", f"loss at {tokens:,} tokens"]

@@ -42,8 +42,7 @@ def read_run(history: History) -> dict[str, Table]:
     quantity that no row has is left out.
     """
     rows = {kind: history.select(kind) for kind in KINDS}
-    events = history.select("event")
-    rows["resume"] = [row for row in events if row.get("event") == "resume"]
+    rows["resume"] = [row for row in history.rows if row.get("event") == "resume"]
     tables = {}
     for kind, some in rows.items():
         tables[kind] = table = {x: _column(some, x) for x in ("step", "tokens")}
@@ -112,9 +111,10 @@ def choose_smoothing(rows: int, asked: float | None = None) -> float:
 
 def _column(rows: list[Row], field: str) -> np.ndarray:
     """Return numbers [rows, parts], of which a row may have fewer than others."""
-    lists = [_parts(row.get(field)) for row in rows]
-    column = np.array([*itertools.zip_longest(*lists)], object).T
-    column = column.reshape(len(rows), -1 if rows else 1)
+    values = [row.get(field) for row in rows]
+    lists = any(isinstance(value, list) for value in values)
+    parts = itertools.zip_longest(*map(_parts, values)) if lists else [values]
+    column = np.array([*parts], object).T
     numbers = column.astype(float)
     lost = np.not_equal(column, np.array(None)) & ~(np.abs(numbers) < LARGEST)
     return np.where(lost, math.inf, numbers)

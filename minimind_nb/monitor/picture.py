@@ -17,10 +17,11 @@ from .tables import shorten
 COLORS = "#2b8cc4", "#dd6b1f", "#0f9d75", "#c4679c"  # as in page.css
 DASHES = "-", (0, (6, 4)), (0, (2, 4)), (0, (9, 4, 2, 4))  # of each four curves
 CHINESE = {"Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "PingFang SC"}
-LONGEST = 110  # columns of a line of text; a longer one leaves the figure
+LONGEST = 120  # columns of a line of text; a longer one leaves the figure
 STYLE: Any = {
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "text.parse_math"], False),
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], "#444444"),
+    **dict.fromkeys(["figure.facecolor", "axes.facecolor"], "white"),
     **{"axes.xmargin": 0.015, "legend.frameon": False, "legend.fontsize": 9},
 }
 
@@ -32,13 +33,12 @@ def draw(data: dict[str, Any]) -> Figure:
     # A character that no font has would warn at every drawing.
     charset = "utf-8" if fonts else "cp1252"
     with rc_context(STYLE | {"font.family": ["DejaVu Sans", *fonts]}):
-        size = 8.4, 4.6 + 0.21 * len(data["runs"])
-        figure = Figure(size, dpi=100, facecolor="white", layout="constrained")
+        figure = Figure((8.4, 4.6 + 0.21 * len(data["runs"])), layout="constrained")
         axes = figure.add_subplot(xlabel=data["x"][x], ylabel=quantity["label"])
         title = (
             f"{_legible(data['title'], charset)}\n{_legible(data['subtitle'], charset)}"
         )
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=9)
         axes.grid(axis="y", color="#E4E4E4")
         for run in data["runs"]:
             for at in run["resume"][x]:

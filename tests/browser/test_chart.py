@@ -169,7 +169,7 @@ def test_a_click_hides_a_run_and_shows_it_again(chromium_page, make_run):
     assert curves.count() == 2
     chromium_page.get_by_role("button", name="a", exact=True).click()
     assert (
-        "nothing to show"
+        "no values here"
         in chromium_page.locator(".minimind-chart > svg").text_content()
     )
     chromium_page.get_by_role("button", name="a", exact=True).click()
