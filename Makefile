@@ -20,8 +20,7 @@ ON = -p out_dir $(OUT) -p trial False -p num_processes 2 -p batch_size 2 -y 'set
 
 SHORT = settings: {device: cpu, max_steps: 160}
 
-# A first, short run at a lower rate is there to be compared. Progress comes every 10 s.
-demo: export MINIMIND_NB_LOG_SECONDS := 10
+# A first, short run at a lower rate is there to be compared.
 demo: setup
 	@mkdir -p $(OUT)
 	$(RUN) notebooks/pretrain.ipynb $(OUT)/slower.ipynb $(ON) -p run_name slower -p learning_rate 0.0003 -y '$(SHORT)'

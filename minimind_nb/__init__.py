@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name], __name__), name)
     if "IPython" in sys.modules:  # in a cell a mistake needs no traceback
-        value = importlib.import_module(".errors", __name__).concise(value)
+        importlib.import_module(".errors", __name__).show_briefly()
     globals()[name] = value
     return value
 

@@ -1,7 +1,6 @@
 """The speed of this machine, measured: matrix products, and the real training step."""
 
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,7 +12,6 @@ from .config import TrainConfig, count_parameters, flops_per_token
 from .data.demo import DEMO
 from .hardware import Hardware, detect_hardware, measure_products
 from .lifetime import without_main_script
-from .monitor.progress import duration
 from .monitor.tables import Facts
 from .planning import Estimate
 from .session import current_session
@@ -47,9 +45,8 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
         steps = max(_FEWEST_STEPS, min(steps or _MOST_STEPS, _MOST_STEPS))
         brief = {"epochs": 10**6, "max_steps": _WARM_STEPS + steps, "log_interval": 1}
         brief |= {"eval_tokens": 1, "sample_tokens": 0, "use_wandb": False}
-        began, seen = time.monotonic(), list[float]()
         asked = replace(asked, **brief, compile=planned.cfg.compile)
-        run = train(asked, view=lambda _: seen.append(time.monotonic() - began))
+        run = train(asked, view=False)
         rows, status = run.history.select("train")[_WARM_STEPS - 1 :], run.status
     if status == "interrupted":
         raise KeyboardInterrupt
@@ -79,8 +76,6 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
         "training": f"{speed} in steps of {batch}, fill {rows[-1]['fill']:.3f}",
         "model": f"{flops:.3g} TFLOP/s for {shape}: {share}, {mfu}",
         "peak memory": f"{max(rows[-1]['peak_memory_gib']):.2f} GiB in each process",
-        "start-up": f"{seen[0]:.1f} s",
-        "a whole run": f"{duration(planned.seconds())} for {planned.steps:,} steps",
         "to send in": ", ".join(line),
     }
     return Facts("Speed of this machine", facts)

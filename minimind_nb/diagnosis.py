@@ -18,7 +18,6 @@ from .training.runs import Run
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
-_UNKNOWN = "unknown until that is fixed"
 
 
 def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
@@ -30,35 +29,25 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
         hardware = detect_hardware()
         processors, used = hardware.describe(), _training(hardware)
     except RuntimeError as error:  # a GPU that does not answer
-        processors, used = str(error), _UNKNOWN
+        processors, used = str(error), ""
     session = current_session()
     left = session.seconds_left(None)
-    end = (
-        "nothing ends the session" if left is None else f"{left / 3600:.1f} hours left"
-    )
-    support = "one process only: several need Linux"
-    if sys.platform.startswith("linux"):
-        support = "several processes are supported"
-    shared = Path("/dev/shm")
-    memory = shutil.disk_usage(shared).total / _GIB if shared.exists() else 0
+    end = f"{left / 3600:.1f} hours left" if left else "nothing ends the session"
+    several = sys.platform.startswith("linux")
+    support = "several processes" if several else "one process only, several need Linux"
     disk, ready = _disk(Path(out_dir)), f"ready to train: {used}"
-    if used is _UNKNOWN or ";" in disk:
-        ready = f"not ready: {processors if used is _UNKNOWN else disk}"
-    return Facts(
-        "This machine",
-        {
-            "place": f"{session.kind}{' (batch run)' if session.batch else ''}, {end}",
-            "system": f"{platform.system()} {platform.release()}, {support}",
-            "python": f"{platform.python_version()} in {sys.prefix}",
-            "versions": _versions("torch", "transformers", "tokenizers"),
-            "processors": processors,
-            "training uses": used,
-            "disk": disk,
-            "shared memory": f"{memory:.2f} GiB",
-            "notebook": _versions("ipykernel", "ipywidgets", "papermill", "matplotlib"),
-            "in short": ready,
-        },
-    )
+    if not used or ";" in disk:
+        ready = f"not ready: {disk if used else processors}"
+    facts = {
+        "place": f"{session.kind}{' (batch run)' if session.batch else ''}, {end}",
+        "system": f"{platform.system()} {platform.release()}: {support}",
+        "python": f"{platform.python_version()} in {sys.prefix}",
+        "versions": _versions("torch", "transformers", "tokenizers", "ipykernel"),
+        "processors": processors,
+        "disk": disk,
+        "in short": ready,
+    }
+    return Facts("This machine", facts)
 
 
 def _versions(*names: str) -> str:

@@ -1,47 +1,35 @@
 """Errors of the user's making, shown in a cell as their text instead of a traceback."""
 
-import dis
-import functools
-import inspect
+import linecache
 import traceback
 from typing import Any
 
-from .session import is_watched
+from .session import current_session
 
 
-def concise(value: Any) -> Any:
-    """Return a function whose deliberate errors a cell shows briefly, or change a class.
+def show_briefly() -> None:
+    """Let cells show the errors that the package raises as their text; %tb shows all.
 
-    A class with a base is left alone. Batch runs keep every traceback.
+    Batch runs keep every traceback.
     """
-    if inspect.isclass(value):
-        for name, own in [*vars(value).items()] if value.__bases__ == (object,) else ():
-            if inspect.isfunction(own) or name == "__new__":
-                setattr(value, name, concise(getattr(value, name)))
-        return value
+    from IPython.core.getipython import get_ipython
 
-    @functools.wraps(value)
-    def call(*arguments: Any, **settings: Any) -> Any:
-        try:
-            return value(*arguments, **settings)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
-            if _is_deliberate(error) and is_watched():
-                shown: Any = error  # IPython shows what this returns
-                shown._render_traceback_ = functools.partial(_render_once, error)
-            raise
-
-    return call
+    if shell := get_ipython():
+        shell.set_custom_exc((ValueError, TypeError, OSError, RuntimeError), _show)
 
 
-def _is_deliberate(error: Exception) -> bool:
-    """Return whether the package raised it, or lacks the name of an argument."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+def _show(shell: Any, kind: type, error: Any, tb: Any, tb_offset: Any = None) -> None:
+    if _is_deliberate(error, tb) and not current_session().batch:
+        text = [f"{kind.__name__}: {error}", "", "Type %tb for the full traceback."]
+        error._render_traceback_ = lambda: text  # IPython shows what this returns
+    shell.showtraceback((kind, error, tb), tb_offset=tb_offset)
+    vars(error).pop("_render_traceback_", None)  # so that %tb shows the traceback
+
+
+def _is_deliberate(error: Exception, tb: Any) -> bool:
+    """Return whether the package raised it, or called itself with wrong arguments."""
+    *_, (frame, number) = traceback.walk_tb(tb)
     own = frame.f_globals.get("__name__", "").partition(".")[0] == __package__
-    raised = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "RAISE_VARARGS"
-    return own and (raised or isinstance(error, TypeError) and "argument" in str(error))
-
-
-def _render_once(error: Any) -> list[str]:
-    del error._render_traceback_  # so that %tb shows the traceback
-    text = f"{type(error).__name__}: {error}"
-    return [text, "", "Type %tb for the full traceback."]
+    line = linecache.getline(frame.f_code.co_filename, number).strip()
+    wrong = isinstance(error, TypeError) and "argument" in str(error)
+    return own and (line.startswith("raise ") or wrong)

@@ -10,14 +10,13 @@ from .config import (
     SHAPE_FIELDS,
     ResolvedConfig,
     TrainConfig,
-    batch_follows_corpus,
     count_parameters,
     flops_per_token,
 )
 from .data.demo import DEMO
 from .hardware import Hardware, detect_hardware, machine_flops
 from .monitor.metrics import History
-from .monitor.progress import STATUS_WORDS, duration, position_text
+from .monitor.progress import STATUS_WORDS, position_text
 from .monitor.references import expected_loss
 from .monitor.tables import Facts
 from .session import current_session
@@ -155,15 +154,6 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         epoch += f" of {cfg.max_seq_len} (fill {fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
-    follows = batch_follows_corpus(vars(cfg), asked.explicit().keys())
-    why = ", for this corpus" if follows and not drafted.checkpoint else ""
-    how = "in a cosine", f"from step {drafted.decay_start:,} on"
-    time_left = _UNKNOWN
-    if estimate.speed:
-        time_left = (
-            f"about {duration(estimate.seconds())} at {estimate.speed:,.0f} text tokens/s "
-            f"({estimate.source}), with start-up and {estimate.validations} validations"
-        )
     left = (f"{estimate.steps:,} of ", " left") if drafted.checkpoint else ("", "")
     facts = {
         "parameters": f"{count['total']:,}{active}",
@@ -177,16 +167,12 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         "an epoch": epoch,
         "global batch": f"{cfg.global_batch:,} {row} = batch_size {cfg.batch_size} "
         f"× accumulation_steps {cfg.accumulation_steps} × num_processes "
-        f"{cfg.num_processes}{why}",
-        "learning rate": f"{cfg.learning_rate:g} by {cfg.optimizer}, rises for "
-        f"{cfg.warmup_iters} steps, falls {how[cfg.schedule == 'linear']}",
+        f"{cfg.num_processes}",
         "steps": f"{left[0]}{drafted.total_steps:,} optimizer steps{left[1]}, about "
         f"{estimate.tokens_left:,} text tokens",
         "expected loss": expected_loss(vars(cfg), estimate.tokens),
-        "memory": f"about {_memory_gib(cfg):.1f} GiB in each process",
         "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
         f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",
-        "time": "" if drafted.complete else time_left,
         "in short": "" if drafted.complete else _judge(estimate, drafted, hardware),
     }
     known = {name: text for name, text in facts.items() if text}
@@ -196,22 +182,27 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
 def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
     """Say whether a run fits this machine, and whether it is long enough to learn."""
     cfg, each = estimate.cfg, estimate.tokens / estimate.parameters
-    seconds = estimate.seconds() if estimate.speed else 0.0
+    takes, seconds = f"has a speed {_UNKNOWN}", 0.0
+    if estimate.speed:
+        seconds = estimate.seconds()
+        units = (pair for pair in _UNITS if seconds >= 2 * pair[1])
+        unit, size = next(units, _UNITS[-1])
+        takes = f"takes about {seconds / size:.0f} {unit}s, at {estimate.speed:,.0f} "
+        takes += f"text tokens/s ({estimate.source}),"
     room, needed = hardware.memory_gib, _memory_gib(cfg) * cfg.num_processes
     if cfg.device == "cuda":
         room, needed = min(gpu.memory_gib for gpu in hardware.gpus), _memory_gib(cfg)
+    memory = f"{needed:.1f} GiB of memory, of {room:.0f}"
     left = current_session().seconds_left(cfg.max_session_hours)
-    fits = "fits this machine"
+    fits = f"fits this machine, with {memory}"
     if needed > room:
-        fits = f"needs {needed:.0f} GiB of memory, of {room:.0f}: lower batch_size"
+        fits = f"needs {memory}: lower batch_size"
     elif left is not None and seconds > left:
         fits = "outlasts the session: it saves, and the same call goes on in the next"
     try:
         check_room(drafted)
     except OSError as error:
         fits = f"does not fit the disk: {error}".rstrip(".")
-    unit, size = next(pair for pair in _UNITS if seconds >= 2 * pair[1] or pair[1] == 1)
-    takes = f"takes about {seconds / size:.0f} {unit}s and " if seconds else ""
     learns = f"It sees {each:.2g} tokens a parameter; {_TOKENS_A_PARAMETER} are best"
     if drafted.total_steps < _FEWEST_STEPS:
         more = "max_steps" if cfg.max_steps else "epochs"
@@ -220,7 +211,7 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
         learns = "It learns what is in its data, and nothing else"
     elif each < _ENOUGH:
         learns += ": expect fluent nonsense, or raise epochs or take a smaller preset"
-    return f"This run {takes}{fits}. {learns}."
+    return f"This run {takes} and {fits}. {learns}."
 
 
 def _memory_gib(cfg: ResolvedConfig) -> float:

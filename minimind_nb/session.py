@@ -15,6 +15,7 @@ from .lifetime import oldest_age_seconds
 from .storage.run_folder import RunFolder
 
 KAGGLE_HOURS = 11.5  # of 12
+LOG_SECONDS = 60.0  # between lines in the log of a batch run
 _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also takes
 
 
@@ -22,16 +23,15 @@ _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also tak
 class Session:
     """The place that a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `batch` is true of a Kaggle commit, which logs progress every `log_seconds`; `scratch`
-    is thrown away at the end; below the read-only `inputs` data sets and other notebooks'
-    outputs are mounted.
+    `batch` is true where nobody looks: in a Kaggle commit, and where a program executes
+    a notebook. `scratch` is thrown away at the end; below the read-only `inputs` data
+    sets and other notebooks' outputs are mounted.
     """
 
     kind: str
     batch: bool = False
     scratch: Path | None = None
     inputs: Path | None = None
-    log_seconds: float = 60.0
 
     def cache_folder(self, out_dir: str | os.PathLike[str]) -> Path:
         """Return the folder for token caches; Kaggle saves `/kaggle/working` each time."""
@@ -64,21 +64,10 @@ def running_kernel() -> Any:
     return getattr(get_ipython(), "kernel", None)
 
 
-def is_watched() -> bool:
-    """Return whether somebody looks at the outputs: not in a batch run of a notebook."""
-    session, kernel = current_session(), running_kernel()
-    # A program that executes whole notebooks does not answer `input()`; hosted front
-    # ends have their own ways for that.
-    request = kernel.get_parent().get("content", {}) if kernel else {}
-    answered = session.kind != "plain" or request.get("allow_stdin", True)
-    return answered and not session.batch
-
-
 def current_session(environ: Mapping[str, str] = os.environ) -> Session:
     """Tell Kaggle, Colab and a plain machine apart.
 
-    MINIMIND_NB_INPUTS names a folder to use instead of `/kaggle/input`. Elsewhere than on
-    Kaggle, MINIMIND_NB_LOG_SECONDS makes a batch run that logs progress so often.
+    MINIMIND_NB_INPUTS names a folder to use instead of `/kaggle/input`.
     """
     # An API key on a laptop sets other variables that start with KAGGLE.
     named = environ.get("MINIMIND_NB_INPUTS")
@@ -86,9 +75,12 @@ def current_session(environ: Mapping[str, str] = os.environ) -> Session:
     if run_type := environ.get("KAGGLE_KERNEL_RUN_TYPE"):
         inputs = inputs or Path("/kaggle/input")
         return Session("kaggle", run_type == "Batch", Path("/kaggle/temp"), inputs)
-    kind = "colab" if "COLAB_RELEASE_TAG" in environ else "plain"
-    seconds = environ.get("MINIMIND_NB_LOG_SECONDS")
-    return Session(kind, bool(seconds), inputs=inputs, log_seconds=float(seconds or 60))
+    if "COLAB_RELEASE_TAG" in environ:
+        return Session("colab", inputs=inputs)
+    kernel = running_kernel()
+    request = kernel.get_parent().get("content", {}) if kernel else {}
+    # A program that executes notebooks does not answer `input()`.
+    return Session("plain", not request.get("allow_stdin", True), inputs=inputs)
 
 
 def find_input(path: Any) -> Any:

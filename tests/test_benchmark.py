@@ -32,7 +32,6 @@ def test_a_benchmark_measures_the_real_step_and_leaves_nothing(brief, tmp_path):
     )
     assert found and float(found[2]) > 0.9 and found[1] != "0"
     assert re.fullmatch(r"[\d.]+ TFLOP/s in float32", facts["products"])
-    assert float(facts["start-up"].removesuffix(" s")) > 0.5
     assert facts["model"].endswith("of products, MFU unknown")
     assert list(facts)[-1] == "to send in"
     line = facts["to send in"]

@@ -42,10 +42,7 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
         "python",
         "versions",
         "processors",
-        "training uses",
         "disk",
-        "shared memory",
-        "notebook",
         "in short",
     ]
     assert not list(tmp_path.iterdir())
@@ -77,7 +74,6 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
 )
 def test_processors_and_precision_are_those_a_run_takes(gpus, bf16, text, place):
     place(*gpus, bf16=bf16)
-    assert doctor()["training uses"] == text
     assert doctor()["in short"] == f"ready to train: {text}"
 
 
@@ -89,24 +85,24 @@ def test_the_place_says_when_the_session_ends(place, monkeypatch):
 
 
 def test_a_system_other_than_linux_runs_one_process(place, monkeypatch):
-    assert "several processes are supported" in doctor()["system"]
+    assert "several processes" in doctor()["system"]
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert "one process only: several need Linux" in doctor()["system"]
+    assert "one process only, several need Linux" in doctor()["system"]
 
 
 def test_what_is_missing_says_how_to_get_it(place, monkeypatch):
     version = importlib.metadata.version
 
     def without(name: str) -> str:
-        if name == "ipywidgets":
+        if name == "ipykernel":
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without)
-    assert "ipywidgets is missing: pip install ipywidgets" in doctor()["notebook"]
+    assert "ipykernel is missing: pip install ipykernel" in doctor()["versions"]
 
 
-def test_little_disk_and_shared_memory_are_said(place, monkeypatch):
+def test_little_disk_is_said(place, monkeypatch):
     little = SimpleNamespace(free=2**30, total=2**29)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
     facts = doctor("out")
@@ -114,7 +110,6 @@ def test_little_disk_and_shared_memory_are_said(place, monkeypatch):
         "1.0 GiB free for out; little: a checkpoint of 100 M parameters takes 1.2 GiB"
     )
     assert facts["in short"] == f"not ready: {facts['disk']}"
-    assert facts["shared memory"] == "0.50 GiB"
 
 
 def test_a_folder_that_cannot_be_written_says_what_to_do(place, tmp_path):
@@ -131,7 +126,6 @@ def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch)
     monkeypatch.setattr(diagnosis, "detect_hardware", silent)
     facts = doctor(tmp_path)
     assert "driver too old" in facts["processors"]
-    assert facts["training uses"] == "unknown until that is fixed"
     assert facts["in short"] == f"not ready: {facts['processors']}"
 
 

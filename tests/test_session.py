@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,12 +62,13 @@ def test_a_hosted_sessions_clock_started_with_the_session(kind, monkeypatch):
     assert Session(kind).seconds_left(1.0) == 3000.0
 
 
-def test_a_batch_run_elsewhere_logs_as_often_as_asked():
-    place = current_session({"MINIMIND_NB_LOG_SECONDS": "10"})
-    assert (place.kind, place.batch, place.log_seconds) == ("plain", True, 10.0)
-    commit = current_session({"KAGGLE_KERNEL_RUN_TYPE": "Batch"})
-    assert commit.batch and commit.log_seconds == 60.0
-    assert not current_session({}).batch
+def test_a_program_that_executes_notebooks_makes_a_batch_run(monkeypatch):
+    for answered in (True, False):
+        parent = {"content": {"allow_stdin": answered}}
+        kernel = SimpleNamespace(get_parent=lambda parent=parent: parent)
+        monkeypatch.setattr(session, "running_kernel", lambda kernel=kernel: kernel)
+        assert current_session({}) == Session("plain", batch=not answered)
+        assert not current_session({"COLAB_RELEASE_TAG": "r1"}).batch
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from ..model.generation import generate
 from ..model.loading import find_weights, load
 from .tables import Table
 
-_BATCH = 64
 _SPARE_TOKENS = 4  # an exact answer needs no more than its own text, give or take
 _Source = str | os.PathLike[str]
 
@@ -50,19 +49,15 @@ def examine(
     for name in dict.fromkeys(os.fspath(each) for each in several):
         chat = find_weights(name, which).stage != "pretrain"
         model, tokenizer = load(name, which)
-        for start in range(0, len(asked), _BATCH):
-            rows = asked[start : start + _BATCH]
-            prompts: list[Any] = [row["prompt"] for row in rows]
-            if chat:
-                prompts = [[{"role": "user", "content": r["question"]}] for r in rows]
-            texts = [row["answer"] for row in rows]
-            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            length = max(map(len, ids)) + _SPARE_TOKENS
-            outputs = generate(
-                model, tokenizer, prompts, max_new_tokens=length, temperature=0
-            )
-            for row, output in zip(rows, outputs, strict=True):
-                given = (output if chat else output.partition("\n")[0]).strip()
-                right = given == row["answer"]
-                answers.append(row | {"model": name, "given": given, "right": right})
+        prompts: list[Any] = [row["prompt"] for row in asked]
+        if chat:
+            prompts = [[{"role": "user", "content": row["question"]}] for row in asked]
+        texts = [row["answer"] for row in asked]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        how = {"max_new_tokens": max(map(len, ids)) + _SPARE_TOKENS, "temperature": 0}
+        outputs = generate(model, tokenizer, prompts, **how)
+        for row, output in zip(asked, outputs, strict=True):
+            given = (output if chat else output.partition("\n")[0]).strip()
+            right = given == row["answer"]
+            answers.append(row | {"model": name, "given": given, "right": right})
     return Examination(answers)

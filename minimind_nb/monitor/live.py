@@ -7,26 +7,21 @@ A view only reads the history. It is called from the loop that watches the worke
 import contextlib
 import html
 import logging
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from difflib import SequenceMatcher
 from typing import Any
 
 from tqdm import tqdm
 
-from ..session import current_session, running_kernel
+from ..progress_bar import Log
+from ..session import LOG_SECONDS, current_session, running_kernel
 from . import progress
 from .metrics import History, Row
 from .page import facts_row, page
-from .tables import shorten
 
 REDRAW_SECONDS = 5.0
 LARGEST_SHARE = 0.02  # of the time that updates may take; the workers need the cores
-ANSWER_WIDTH = 320  # shown of a prompt or an answer; a Chinese character takes two
-_WORDS = re.compile(r"[a-zA-Z0-9]+|.", re.DOTALL)  # a Chinese character is one
 
 
 class View:
@@ -93,7 +88,7 @@ class TerminalView(View):
         if self._bar is None:
             style: Any = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True}
             self._bar = tqdm(leave=False, disable=None, **style)
-        line = progress.progress_line(history)
+        line = progress.outcome(history)
         self._bar.n, self._bar.total = progress.position(history)
         self._bar.set_description_str(line)
         newest = history.last("train") or history.last("eval")
@@ -105,8 +100,8 @@ class TerminalView(View):
     def finish(self, history: History, status: str) -> None:
         self.update(history)
         self._bar.close()
-        self.note(progress.outcome(history, status))
-        self.note(progress.what_next(history, status))
+        self.note(progress.outcome(history))
+        self.note(progress.result(history, status).note)
 
     def note(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
@@ -116,9 +111,7 @@ class CellView(View):
     """Show progress and curve as one output of a cell, at the end the result.
 
     The output is HTML that is updated in place, without widgets, so it works under
-    papermill. Updates do not reach the log of a Kaggle batch run, so there a plain line
-    a minute goes to the stderr that the kernel was started with: `sys.stderr` is an
-    output of the cell, but its `fileno()` is that stream.
+    papermill. A batch run has a line a minute in its log, which updates do not reach.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -128,7 +121,6 @@ class CellView(View):
         self._seen: list[object] = []
         self._page = ""
         self._next_update = self._next_log = clock()
-        self._batch = current_session().batch
 
     def note(self, text: str) -> None:
         super().note(text)
@@ -142,28 +134,25 @@ class CellView(View):
         if [doing, *history.rows[-1:]] == self._seen:
             return
         self._seen = [doing, *history.rows[-1:]]
-        line = progress.progress_line(history)
-        self._page = self._compose(_figures(history, doing), history)
+        line = progress.outcome(history)
+        self._page = _figures(history, doing) + self._curves(history)
         self._show(line)
         if history.rows:
             taken = self._clock() - now
             self._next_update = now + max(REDRAW_SECONDS, taken / LARGEST_SHARE)
-        if self._batch and now >= self._next_log:
-            self._next_log = now + current_session().log_seconds
+        if now >= self._next_log:
+            self._next_log = now + LOG_SECONDS
             self._log(line)
 
     def finish(self, history: History, status: str) -> None:
         facts = progress.result(history, status, "run this cell again")
-        outcome = progress.outcome(history, status)
-        words = "\n".join([*self.notes, outcome, facts.note])
-        self._page = self._compose(facts.card(), history, final=True)
-        self._show(words)
-        if self._batch:
-            self._log(words)
+        self._page = facts.html() + self._curves(history, final=True)
+        self._show("\n".join([*self.notes, repr(facts)]))
+        self._log(repr(facts))
 
-    def _log(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # there may be no such stream
-            os.write(sys.stderr.fileno(), f"{line}\n".encode())
+    def _log(self, text: str) -> None:
+        if current_session().batch:
+            Log().write(text)
 
     def _show(self, line: str) -> None:
         """Show the newest page with all notes; a viewer without HTML gets the line."""
@@ -177,10 +166,12 @@ class CellView(View):
         else:
             self._display.update(bundle, raw=True)
 
-    def _compose(self, top: str, history: History, final: bool = False) -> str:
-        """Return `top`, the chart and the newest answers, as far as there are any."""
-        chart = self.attempt(self._chart, history, final)
-        return "".join(filter(None, [top, chart, self.attempt(answers, history)]))
+    def _curves(self, history: History, final: bool = False) -> str:
+        """Return HTML of the chart and of the answers at the newest two validations."""
+        table = progress.samples(history)
+        table.rows = table.rows[-2:]
+        chart = self.attempt(self._chart, history, final) or ""
+        return chart + (table.html() if table.rows else "")
 
     def _chart(self, history: History, final: bool) -> str:
         """Return HTML of the chart; a final one has a picture for pages without scripts."""
@@ -197,38 +188,11 @@ def _figures(history: History, doing: str) -> str:
     """Return HTML of a bar and figures; `doing` says what the run is at."""
     step, total = progress.position(history)
     name, doing = map(html.escape, (history.path.parent.name, doing))
-    facts = progress.figures(history) | progress.machine_figures(history)
     return (
         f'<div class="title">{name} <span class="faint">{doing}</span></div>'
-        f'<progress value="{step}" max="{total or 1}"></progress>{facts_row(facts)}'
+        f'<progress value="{step}" max="{total or 1}"></progress>'
+        f"{facts_row(progress.figures(history))}"
     )
-
-
-def answers(history: History) -> str:
-    """Return HTML of the newest answers beside those of the validation before, with
-    what is new in them marked; "" without any."""
-    found = progress.samples_by_step(history)
-    steps = [*found][-2:]
-    lines = ["".join(f"<th>step {step:,}</th>" for step in steps)]
-    for prompt in found[steps[-1]] if steps else ():
-        texts = [shorten(found[at].get(prompt, ""), ANSWER_WIDTH) for at in steps]
-        cells = [html.escape(texts[0]), mark_changes(texts[0], texts[-1])]
-        asked = html.escape(shorten(prompt, ANSWER_WIDTH))
-        lines.append(f'<td class="faint" colspan="{len(steps)}">{asked}</td>')
-        lines.append("".join(f"<td>{cell}</td>" for cell in cells[-len(steps) :]))
-    rows = "</tr><tr>".join(lines)
-    return f'<table class="answers"><tr>{rows}</tr></table>' if steps else ""
-
-
-def mark_changes(old: str, new: str) -> str:
-    """Return the new text as HTML, marked where it differs from the old one."""
-    before, after = (_WORDS.findall(text) for text in (old, new))
-    changes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    shown = ""
-    for kind, *_, begin, end in changes:
-        text = html.escape("".join(after[begin:end]))
-        shown += f"<mark>{text}</mark>" if text and kind != "equal" else text
-    return shown
 
 
 def choose_view(view: object = None) -> View:

@@ -95,12 +95,10 @@ class History:
                 raise ValueError(f"{file} has no metrics; pass the folder of a run")
             return history
         near = path if path.is_dir() else path.parent
-        problem = f"has no {file.name}" if near == path else "does not exist"
         runs = sorted(str(found.parent) for found in near.glob(f"*/{file.name}"))
         raise FileNotFoundError(
-            f"{path} {problem}; expected the folder of a training run, which "
-            f"mm.train(cfg) makes in out_dir. Runs in {near}: "
-            f"{', '.join(runs) or 'none'}."
+            f"{file} does not exist; expected the folder of a training run, which "
+            f"mm.train(cfg) makes. Runs in {near}: {', '.join(runs) or 'none'}."
         )
 
     def refresh(self) -> None:
@@ -167,9 +165,7 @@ class History:
         return next(iter(self.session), {}).get("stage", "pretrain")
 
     def __repr__(self) -> str:
-        step = self.rows[-1]["step"] if self.rows else 0
-        counts = f"{len(self.rows)} rows, step {step}, {self.damaged_lines} damaged"
-        return f"History({str(self.path)!r}: {counts} lines)"
+        return f"History({str(self.path)!r}: {len(self.rows)} rows)"
 
 
 def flatten(row: Row) -> Iterator[tuple[str, Any]]:

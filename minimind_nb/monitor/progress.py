@@ -8,10 +8,12 @@ from ..config import ResolvedConfig, flops_per_token, shorten_home
 from ..launch.outcome import RankRecord
 from ..storage.run_folder import RunFolder, step_of
 from .metrics import History, Row
-from .tables import Facts
+from .references import expected_loss
+from .tables import Facts, Table
 
 RECENT_ROWS = 12  # logged rows whose speed gives the time left
 LARGEST_LOSS = 700  # exp of more does not fit a float
+_LINE = ("step", "loss", "validation loss", "time left", "text tokens/s", "not saved")
 AGAIN = "train again with the same settings"
 
 STATUS_WORDS = {
@@ -52,47 +54,63 @@ def seconds_left(history: History) -> float | None:
 
 
 def figures(history: History) -> dict[str, str]:
-    """Return the figures of a running training, by name."""
-    step, total = position(history)
-    share = f"/{total:,} ({step / total:.0%})" if total else ""
-    shown = {"step": f"{step:,}{share}"}
-    if (left := seconds_left(history)) is not None:
-        shown["time left"] = duration(left)
+    """Return the newest figures of a run by name, in reading order."""
+    shown = {"step": position_text(history)}
     if train := history.last("train"):
         shown["loss"] = loss_text(train)
     if validation := history.last("eval"):
-        shown["validation"] = loss_text(validation)
-    if train:
-        shown["text tokens/s"] = f"{train['tokens_per_second']:,.0f}"
-        if train["skipped_steps"]:
-            shown["skipped steps"] = f"{train['skipped_steps']:,}"
-    if failed := failed_save(history):
-        shown["not saved"] = failed
-    for row in history.select("event"):
-        if row["event"] == "compile_failed":
-            shown["not compiled"] = f"{row['error']:.80}"
-    return shown
+        shown["validation loss"] = loss_text(validation)
+        best = min(history.select("eval"), key=lambda row: row["loss"])
+        if best is not validation:
+            lowest = f"{best['loss']:.3f} at step {best['step']:,}"
+            shown["lowest validation loss"] = lowest
+        names = {"bits_per_byte": "bits per byte", "kl": "KL (nats per answer token)"}
+        for name in filter(validation.get, names):
+            shown[names[name]] = f"{validation[name]:.3f}"
+    if left := seconds_left(history):
+        shown["time left"] = duration(left)
+    return (
+        shown | (_machine_figures(history, train) if train else {}) | _events(history)
+    )
 
 
-def machine_figures(history: History) -> dict[str, str]:
-    """Return how much of the machine and of its rows the newest steps used, by name."""
-    if not (train := history.last("train")):
-        return {}
-    memory = ", ".join(f"{gib:.2f}" for gib in train["peak_memory_gib"])
-    shown = {"peak memory (GiB, each process)": memory}
-    if "fill" in train:
-        shown["fill of the rows"] = f"{train['fill']:.0%}"
+def _machine_figures(history: History, train: Row) -> dict[str, str]:
+    """Return what a row tells of speed, and of how well the machine is used."""
+    tokens = f"{train['tokens']:,} in {duration(train['seconds'])}"
+    shown = {
+        "text tokens": tokens,
+        "text tokens/s": f"{train['tokens_per_second']:,.0f}",
+    }
     if rate := history.session[0].get("machine_flops"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             token = flops_per_token(RunFolder(history.path.parent).settings())
             share = train["tokens_per_second"] * token / rate
             shown["of the machine's rate"] = f"{share:.0%}"
+    if "fill" in train:
+        shown["fill of the rows"] = f"{train['fill']:.0%}"
+    memory = ", ".join(f"{gib:.2f}" for gib in train["peak_memory_gib"])
+    skipped = f"{train['skipped_steps']:,}"
+    return shown | {"GiB of memory, each process": memory, "skipped steps": skipped}
+
+
+def _events(history: History) -> dict[str, str]:
+    """Return the newest resume, and what went wrong."""
+    events = {row["event"]: row for row in history.select("event")}
+    shown = {}
+    if "resume" in events:
+        shown["resumed at step"] = f"{events['resume']['step']:,}"
+    failed, saved = (events.get(name, {}) for name in ("save_failed", "save"))
+    if failed.get("step", 0) > saved.get("step", 0):
+        shown["not saved"] = f"at step {failed['step']:,}: {failed['error']}"
+    if "compile_failed" in events:
+        shown["not compiled"] = f"{events['compile_failed']['error']:.80}"
     return shown
 
 
-def progress_line(history: History) -> str:
-    """Return the figures as one plain line."""
-    return "  ".join(f"{name} {text}" for name, text in figures(history).items())
+def outcome(history: History) -> str:
+    """Return the most important figures of a run as one plain line."""
+    shown = figures(history)
+    return " · ".join(f"{name} {shown[name]}" for name in _LINE if name in shown)
 
 
 def activity(history: History) -> str:
@@ -101,36 +119,35 @@ def activity(history: History) -> str:
     record = RankRecord.read(folder.record_file(0))
     if record is None or (record.status, record.phase) != ("running", "training"):
         return "starting the processes"
-    step, last = record.step, record.step == record.total_steps
+    step, cfg = record.step, folder.settings()
     here = (row for row in history.rows[-99:] if row["step"] == step)
-    seen, cfg = {row.get("event", row["kind"]) for row in here}, folder.settings()
-    if "eval" not in seen and (last or step % cfg["eval_interval"] == 0):
+    seen = {row.get("event", row["kind"]) for row in here}
+
+    def due(interval: str) -> bool:
+        return step in (0, record.total_steps) or step % cfg[interval] == 0
+
+    if "eval" not in seen and due("eval_interval"):
         return "validating" if cfg["val_path"] or cfg["val_fraction"] else ""
-    if step and not seen & {"save", "save_failed"}:
-        return "saving" if last or step % cfg["save_interval"] == 0 else ""
-    return ""
+    saves = step and not seen & {"save", "save_failed"} and due("save_interval")
+    return "saving" if saves else ""
 
 
-def samples_by_step(history: History) -> dict[int, dict[str, str]]:
-    """Return the answer to each prompt at each step that has any, oldest first."""
+def samples(history: History) -> Table:
+    """Return the answers to the fixed prompts, a row for each validation."""
     found: dict[int, dict[str, str]] = {}
     for row in history.select("sample"):
         found.setdefault(row["step"], {})[row["prompt"]] = row["answer"]
-    return found
-
-
-def outcome(history: History, status: str = "") -> str:
-    """Return one plain line about a run that has ended."""
-    train, validation = history.last("train"), history.last("eval")
-    parts = [
-        STATUS_WORDS.get(status),
-        f"step {position_text(history)}",
-        train and f"loss {train['loss']:.3f}",
-        validation and f"validation {loss_text(validation)}",
-        train and f"{train['tokens']:,} text tokens",
-        train and duration(train["seconds"]),
+    prompts = dict.fromkeys(prompt for given in found.values() for prompt in given)
+    rows = [
+        [f"{step:,}", *(given.get(prompt, "") for prompt in prompts)]
+        for step, given in found.items()
     ]
-    return " · ".join(filter(None, parts))
+    title = (
+        "Answers"
+        if rows
+        else "No answers: validations make some unless sample_tokens=0"
+    )
+    return Table(title, ["step", *prompts] if rows else [], rows)
 
 
 def what_next(history: History, status: str, again: str = AGAIN) -> str:
@@ -148,34 +165,10 @@ def what_next(history: History, status: str, again: str = AGAIN) -> str:
 
 
 def result(history: History, status: str, again: str = AGAIN) -> Facts:
-    """Return the known figures of a run in words, in reading order, and what is next."""
+    """Return the figures of a run, and a note of how it ended and what is next."""
     words = STATUS_WORDS[status]
     note = f"{words[0].upper()}{words[1:]}. {what_next(history, status, again)}"
-    facts = {"optimizer steps": position_text(history)}
-    if train := history.last("train"):
-        seconds, tokens = train["seconds"], train["tokens"]
-        facts |= {
-            "training loss, last logged": loss_text(train),
-            "text tokens": f"{tokens:,}",
-            "training time": duration(seconds),
-            "text tokens per second": f"{tokens / seconds:,.0f}",
-            "skipped steps": f"{train['skipped_steps']:,}",
-        }
-    facts |= machine_figures(history)
-    if last := history.last("eval"):
-        best = min(history.select("eval"), key=lambda row: row["loss"])
-        facts["validation loss"] = loss_text(last)
-        facts["lowest validation loss"] = f"{best['loss']:.3f} at step {best['step']:,}"
-        if "bits_per_byte" in last:
-            facts["bits per byte (validation)"] = f"{last['bits_per_byte']:.3f}"
-        if "kl" in last:
-            name = "KL divergence, estimated (nats per answer token)"
-            facts[name] = f"{last['kl']:.3f}"
-    resumes = [row for row in history.select("event") if row["event"] == "resume"]
-    if resumes:
-        facts["resumed at step"] = ", ".join(f"{row['step']:,}" for row in resumes)
-    if failed := failed_save(history):
-        facts["save that failed"] = failed
+    facts = figures(history)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         facts |= _configured_facts(history)
     return Facts(history.path.parent.name, facts, note)
@@ -183,8 +176,6 @@ def result(history: History, status: str, again: str = AGAIN) -> Facts:
 
 def _configured_facts(history: History) -> dict[str, str]:
     """Return what the settings of the run tell, too: a reference, and its weights."""
-    from .references import expected_loss  # loads numpy
-
     folder = RunFolder(history.path.parent)
     shape, facts = folder.settings(), {}
     tokens = (history.last("train") or {"tokens": 0})["tokens"]
@@ -199,14 +190,6 @@ def _configured_facts(history: History) -> dict[str, str]:
             words = f"set intermediate_size={inner:,}; theirs is {theirs:,}"
             facts["for MiniMind's scripts"] = words
     return facts
-
-
-def failed_save(history: History) -> str:
-    """Return the step and the error of the newest save if it failed, else ""."""
-    for row in reversed(history.rows):
-        if row.get("event") in ("save", "save_failed"):
-            return f"at step {row['step']:,}: {row['error']}" if "error" in row else ""
-    return ""
 
 
 def loss_text(row: Row) -> str:

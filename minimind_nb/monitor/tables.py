@@ -1,4 +1,4 @@
-"""Small tables that display themselves in a cell, a terminal and Markdown."""
+"""Small tables that display themselves in a cell and a terminal."""
 
 import html
 import re
@@ -23,34 +23,29 @@ class Table:
         self.columns = columns
         self.rows = rows
 
-    def markdown(self) -> str:
-        """Return the table in Markdown, in which a bar ends a cell, a new line a row."""
-        names = self.columns or [""] * max(map(len, self.rows), default=0)
-        lines = [names, ["---"] * len(names), *self.rows]
-        rows = " |\n| ".join(
-            " | ".join(" ".join(text.split()).replace("|", "\\|") for text in row)
-            for row in lines
-        )
-        return f"| {rows} |"
-
     def __repr__(self) -> str:
         lines = [self.columns, *self.rows] if self.rows else []
         return _align(self.title, [[*map(shorten, row)] for row in lines if row])
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        """Return HTML for a `page`: the title, and the rows below the columns' names."""
         kinds = [
             ' class="number"' * all(map(_NUMBER.fullmatch, filter(None, column)))
             for column in zip(*self.rows, strict=True)
         ]
-        lines = [("th", self.columns)] if self.columns and self.rows else []
-        lines += [("td", row) for row in self.rows]
+        head = [self.columns] if self.columns and self.rows else []
         rows = ""
-        for tag, row in lines:
+        for number, row in enumerate([*head, *self.rows]):
+            tag = "th" if number < len(head) else "td"
             cells = zip(kinds, map(html.escape, row), strict=True)
             line = "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in cells)
             rows += f"<tr>{line}</tr>"
-        title = f'<div class="title">{html.escape(self.title)}</div>'
-        return page(f"{title}<table>{rows}</table>")
+        return (
+            f'<div class="title">{html.escape(self.title)}</div><table>{rows}</table>'
+        )
+
+    def _repr_html_(self) -> str:
+        return page(self.html())
 
 
 class Facts(dict[str, Any]):
@@ -65,22 +60,20 @@ class Facts(dict[str, Any]):
         texts = {n: v if isinstance(v, str) else f"{v:,.6g}" for n, v in self.items()}
         return Table(self.title, [], [*map(list, texts.items())])
 
-    def card(self) -> str:
-        """Return HTML for a `page`: title, note, and the facts side by side."""
+    def html(self) -> str:
+        """Return HTML for a `page`: a table, or title, note, and facts side by side."""
+        if not self.note:
+            return self._table().html()
         title, note = map(html.escape, (self.title, self.note))
         facts = facts_row(dict(self._table().rows))
         return f'<div class="card"><div class="title">{title}</div>{note}{facts}</div>'
-
-    def markdown(self) -> str:
-        """Return the facts as a table in Markdown, without title and note."""
-        return self._table().markdown()
 
     def __repr__(self) -> str:
         head = "\n".join(filter(None, [self.title, self.note]))
         return _align(head, self._table().rows)
 
     def _repr_html_(self) -> str:
-        return page(self.card()) if self.note else self._table()._repr_html_()
+        return page(self.html())
 
 
 def shorten(text: str, width: int = WIDEST) -> str:

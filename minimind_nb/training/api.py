@@ -12,7 +12,7 @@ from ..launch.torchrun import on_first_rank
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
 from ..monitor.wandb_follower import WandbFollower, require_wandb
-from ..progress_bar import hidden
+from ..session import running_kernel
 from .launching import launch
 from .preparation import find_finished_run, prepare
 from .run_plan import RunPlan
@@ -48,7 +48,10 @@ def train(
             f"{', '.join(settings)}: put settings into the TrainConfig, or call "
             'mm.train("corpus.jsonl", …) with a path'
         )
-    return Run(on_first_rank(functools.partial(_train, cfg, view)))
+    run = Run(on_first_rank(functools.partial(_train, cfg, view)))
+    if view in (None, True):
+        run.shown_in = getattr(running_kernel(), "execution_count", None)
+    return run
 
 
 def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) -> str:
@@ -61,8 +64,7 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
             run = Run(finished.root)
             shown.attempt(shown.finish, run.history, run.status)
             return str(run.folder)
-    silent = hidden(view not in (None, True))
-    with silent, shown.attached(), prepare(cfg) as (plan, lock):
+    with shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
         if plan.complete:
             capped = plan.cfg.max_steps == plan.total_steps

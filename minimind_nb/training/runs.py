@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import shorten_home
 from ..monitor.metrics import History
-from ..monitor.progress import STATUS_WORDS, position_text, result, samples_by_step
+from ..monitor.progress import STATUS_WORDS, position_text, result, samples
 from ..monitor.tables import Facts, Table
+from ..session import running_kernel
 from ..storage import verified
 from ..storage.run_folder import RunFolder
 
@@ -29,6 +30,7 @@ class Run:
         begun = files.exists()  # there may be no row yet
         self._history = History(files.metrics_file) if begun else History.load(path)
         self.folder = self._history.path.parent
+        self.shown_in: int | None = None
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -91,27 +93,26 @@ class Run:
 
         There are at most `most` rows at even distances, the first and last included.
         """
-        name, found = self.folder.name, samples_by_step(self.history)
-        if not found:
-            title = f"{name} has no sampled answers; every validation makes some unless"
-            return Table(f"{title} sample_tokens=0", [], [])
-        prompts = dict.fromkeys(prompt for given in found.values() for prompt in given)
-        steps = sorted(found)
-        gaps = max(1, min(most, len(steps)) - 1)
-        shown = [steps[round(n * (len(steps) - 1) / gaps)] for n in range(gaps + 1)]
-        rows = [
-            [f"{step:,}", *(found[step].get(prompt, "") for prompt in prompts)]
-            for step in dict.fromkeys(shown)
-        ]
-        return Table(f"How the answers of {name} change", ["step", *prompts], rows)
+        table = samples(self.history)
+        last, gaps = len(table.rows) - 1, max(1, min(most, len(table.rows)) - 1)
+        shown = dict.fromkeys(round(n * last / gaps) for n in range(gaps + 1))
+        table.rows = [table.rows[at] for at in shown if table.rows]
+        return table
 
     def __repr__(self) -> str:
         facts = self.summary()
         facts.title = f"Run({shorten_home(os.fspath(self))!r})"
+        facts.note = STATUS_WORDS[self.status]  # the view says the rest
         return repr(facts)
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
+
+    def _ipython_display_(self) -> None:
+        """Show nothing in the cell whose live view ends as this run's card."""
+        cell = getattr(running_kernel(), "execution_count", None)
+        if cell is None or cell != self.shown_in:
+            raise NotImplementedError  # then IPython takes the methods above
 
 
 class Runs(Table):
@@ -169,6 +170,10 @@ def save_chart(run: Run) -> None:
     verified.write_bytes(run.folder / "loss.png", run.plot().png())
 
 
+def _listed(facts: dict[str, str]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+
+
 def write_summary(run: Run, status: str) -> None:
     """Write summary.md."""
     facts, config = result(run.history, status), run.config
@@ -180,13 +185,13 @@ def write_summary(run: Run, status: str) -> None:
 
 ## Result
 
-{facts.markdown()}
+{_listed(facts)}
 
 ![loss](loss.png)
 
 ## Settings
 
-{Facts("", settings).markdown()}
+{_listed(settings)}
 
 All other settings have their defaults; `config.json` lists them.
 

@@ -90,14 +90,13 @@ def test_a_right_answer_is_right_to_the_character(models, held_out):
     assert {one["question"]: one["answer"] for one in result.answers} == held_out
 
 
-def test_questions_are_asked_greedily_in_batches(models, held_out, monkeypatch):
-    monkeypatch.setattr(examination, "_BATCH", 10)
+def test_questions_are_asked_greedily_at_once(models, held_out):
     models.rules["hf"] = lambda _: ""
     examine("hf", questions=2)
     assert models.prompts == [[{"role": "user", "content": q}] for q in held_out]
-    assert {len(prompts) for prompts, _ in models.calls[:-1]} == {10}
-    longest = max(map(len, list(held_out.values())[:10]))
-    assert models.calls[0][1] == {"max_new_tokens": longest + 4, "temperature": 0}
+    longest = max(map(len, held_out.values()))
+    ((_, how),) = models.calls
+    assert how == {"max_new_tokens": longest + 4, "temperature": 0}
 
 
 def test_a_pretrained_model_continues_a_drill(models, held_out):

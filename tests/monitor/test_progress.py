@@ -6,11 +6,10 @@ from minimind_nb.monitor.metrics import MetricsLog
 from minimind_nb.monitor.progress import (
     activity,
     duration,
+    figures,
     loss_text,
-    machine_figures,
     outcome,
     position,
-    progress_line,
     result,
     seconds_left,
     what_next,
@@ -34,30 +33,6 @@ def test_the_speed_before_a_resume_does_not_count(make_history, add_rows):
     assert seconds_left(history) == 9 * 5.0
 
 
-def test_before_the_first_row_there_is_no_total(make_history):
-    history = make_history(total=None)
-    assert progress_line(history) == outcome(history) == "step 0"
-
-
-def test_the_plain_line(make_history, add_rows):
-    history = make_history([5.0, 3.2109], [(2, 3.5)], total=1800)
-    assert progress_line(history) == (
-        "step 2/1,800 (0%)  time left 0:59:56  loss 3.211 (perplexity 24.8)  "
-        "validation 3.500 (perplexity 33.12)  text tokens/s 2,000"
-    )
-    add_rows(history, 3, loss=math.nan, skipped_steps=2)
-    assert "loss nan (perplexity nan)" in progress_line(history)
-    assert progress_line(history).endswith("skipped steps 2")
-
-
-def test_the_last_line(make_history):
-    history = make_history([2.0], [(0, 4.0), (1, 3.0)], total=1)
-    assert outcome(history, "time_budget") == (
-        "stopped: the session's time was used up · step 1 of 1 · loss 2.000 · "
-        "validation 3.000 (perplexity 20.09) · 4,000 text tokens · 0:00:02"
-    )
-
-
 def test_what_is_next_says_what_is_saved_and_how_it_goes_on(make_history):
     history = make_history([2.0], total=3000)
     assert what_next(history, "killed") == (
@@ -74,51 +49,6 @@ def test_what_is_next_says_what_is_saved_and_how_it_goes_on(make_history):
     assert what_next(history, "finished").startswith('Try it with run.generate("…")')
     chats = make_history(stage="sft", name="out/sft_64")
     assert what_next(chats, "finished").startswith('Try it with run.chat("…")')
-
-
-def test_the_result_has_every_known_figure_and_what_is_next(make_history):
-    history = make_history([5.0, 3.0], [(0, 5.0), (2, 2.0)], total=2, resume=1)
-    with MetricsLog(history.path) as log:
-        log.append("event", event="save_failed", step=2, error="the disk is full")
-    history.refresh()
-    facts = result(history, "interrupted", "run this cell again")
-    assert facts.title == "pretrain_64"
-    assert facts.note == (
-        "Stopped: interrupted. Nothing is saved yet; run this cell again to start."
-    )
-    assert facts == {
-        "optimizer steps": "2 of 2",
-        "training loss, last logged": "3.000 (perplexity 20.09)",
-        "text tokens": "8,000",
-        "training time": "0:00:04",
-        "text tokens per second": "2,000",
-        "skipped steps": "0",
-        "peak memory (GiB, each process)": "0.50, 0.25",
-        "validation loss": "2.000 (perplexity 7.389)",
-        "lowest validation loss": "2.000 at step 2",
-        "bits per byte (validation)": "1.250",
-        "resumed at step": "1",
-        "save that failed": "at step 2: the disk is full",
-    }
-
-
-def test_the_share_of_the_machine_s_rate_is_told_where_it_is_known(
-    make_history, add_rows, write_config
-):
-    history = make_history([3.0], machine_flops=1e12)
-    assert "of the machine's rate" not in machine_figures(history), "without settings"
-    settings = write_config(history, hidden_size=512)
-    add_rows(history, 2, fill=0.984)
-    share = 2000.4 * flops_per_token(settings) / 1e12
-    assert machine_figures(history) == {
-        "peak memory (GiB, each process)": "0.50, 0.25",
-        "fill of the rows": "98%",
-        "of the machine's rate": f"{share:.0%}",
-    }
-    unknown = make_history([3.0], name="out/other")
-    write_config(unknown)
-    assert "of the machine's rate" not in machine_figures(unknown)
-    assert machine_figures(make_history(name="out/empty")) == {}
 
 
 def test_what_a_run_is_at_is_read_off_its_record_and_rows(make_history, write_config):
@@ -147,17 +77,6 @@ def test_what_a_run_is_at_is_read_off_its_record_and_rows(make_history, write_co
     assert activity(history) == "starting the processes", "of the session before"
 
 
-def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):
-    assert progress_line(preferences) == (
-        "step 3/100 (3%)  time left 0:03:14  loss 0.600 (accuracy 70 %, margin 0.5)  "
-        "validation 0.612 (accuracy 71 %, margin 0.434)  text tokens/s 2,000"
-    )
-    assert outcome(preferences) == (
-        "step 3 of 100 · loss 0.600 · validation 0.612 (accuracy 71 %, margin 0.434) · "
-        "12,000 text tokens · 0:00:06"
-    )
-
-
 def test_durations():
     assert duration(59.6) == "0:01:00"
     assert duration(183_600) == "2 days, 3:00:00"
@@ -168,3 +87,62 @@ def test_perplexity_never_overflows():
     texts = [loss_text({"loss": loss}).partition(" ")[2] for loss in losses]
     numbers = ["1", "6,634", "4.852e+08", "inf", "inf"]
     assert texts == [f"(perplexity {number})" for number in numbers]
+
+
+def test_the_plain_line(make_history, add_rows):
+    assert outcome(make_history(total=None)) == "step 0"
+    history = make_history([5.0, 3.2109], [(2, 3.5)], total=1800, name="out/other")
+    assert outcome(history) == (
+        "step 2 of 1,800 · loss 3.211 (perplexity 24.8) · validation loss 3.500 "
+        "(perplexity 33.12) · time left 0:59:56 · text tokens/s 2,000"
+    )
+    add_rows(history, 3, loss=math.nan)
+    assert "loss nan (perplexity nan)" in outcome(history)
+
+
+def test_the_result_has_every_known_figure_and_what_is_next(make_history):
+    evals = [(0, 5.0), (1, 1.5), (2, 2.0)]
+    history = make_history([5.0, 3.0], evals, total=2, resume=1)
+    with MetricsLog(history.path) as log:
+        log.append("event", event="save_failed", step=2, error="the disk is full")
+        log.append("event", event="compile_failed", step=2, error="no compiler")
+    history.refresh()
+    facts = result(history, "interrupted", "run this cell again")
+    assert facts.title == "pretrain_64"
+    assert facts.note == (
+        "Stopped: interrupted. Nothing is saved yet; run this cell again to start."
+    )
+    assert facts == figures(history)
+    assert facts == {
+        "step": "2 of 2",
+        "loss": "3.000 (perplexity 20.09)",
+        "validation loss": "2.000 (perplexity 7.389)",
+        "lowest validation loss": "1.500 at step 1",
+        "bits per byte": "1.250",
+        "text tokens": "8,000 in 0:00:04",
+        "text tokens/s": "2,000",
+        "GiB of memory, each process": "0.50, 0.25",
+        "skipped steps": "0",
+        "resumed at step": "1",
+        "not saved": "at step 2: the disk is full",
+        "not compiled": "no compiler",
+    }
+
+
+def test_the_share_of_the_machine_s_rate_is_told_where_it_is_known(
+    make_history, add_rows, write_config
+):
+    history = make_history([3.0], machine_flops=1e12)
+    assert "of the machine's rate" not in figures(history), "without settings"
+    settings = write_config(history, hidden_size=512)
+    add_rows(history, 2, fill=0.984)
+    share = 2000.4 * flops_per_token(settings) / 1e12
+    assert figures(history)["of the machine's rate"] == f"{share:.0%}"
+    assert figures(history)["fill of the rows"] == "98%"
+
+
+def test_preferences_have_accuracy_and_margin_and_no_perplexity(preferences):
+    shown = figures(preferences)
+    assert shown["loss"] == "0.600 (accuracy 70 %, margin 0.5)"
+    assert shown["validation loss"] == "0.612 (accuracy 71 %, margin 0.434)"
+    assert shown["KL (nats per answer token)"] == "-0.012"

@@ -1,5 +1,6 @@
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_run_opens_by_its_folder(run, add_rows):
     assert isinstance(again.plot(x="tokens", smoothing=0.5), Chart)
     title, note, step, *_ = repr(again).splitlines()
     assert title == f"Run('{run.folder}')"
-    assert note.startswith('Finished. Try it with run.generate("…"); raise epochs')
+    assert note == "finished"
     assert step.split("  ")[-1] == "3 of 3"
     add_rows(run.history, 4, loss=1.0)
     assert again.history.column("train", "loss") == [5.0, 4.0, 3.0, 1.0]
@@ -108,19 +109,17 @@ def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     for line in (
         "# pretrain_64\n",
         'Finished. Try it with run.generate("…"); raise epochs or max_steps',
-        "| optimizer steps | 3 of 3 |",
-        "| training loss, last logged | 3.000 (perplexity 20.09) |",
-        "| validation loss | 2.000 (perplexity 7.389) |",
-        "| lowest validation loss | 2.000 at step 3 |",
-        "| bits per byte (validation) | 1.250 |",
-        "| text tokens | 12,000 |",
-        "| training time | 0:00:06 |",
-        "| text tokens per second | 2,000 |",
-        "| peak memory (GiB, each process) | 0.50, 0.25 |",
-        "| resumed at step | 2 |",
+        "- step: 3 of 3\n",
+        "- loss: 3.000 (perplexity 20.09)\n",
+        "- validation loss: 2.000 (perplexity 7.389)\n",
+        "- bits per byte: 1.250\n",
+        "- text tokens: 12,000 in 0:00:06\n",
+        "- text tokens/s: 2,000\n",
+        "- GiB of memory, each process: 0.50, 0.25\n",
+        "- resumed at step: 2\n",
         "![loss](loss.png)",
-        "| hidden_size | `64` |",
-        f"| weights | {weights} |",
+        "- hidden_size: `64`\n",
+        f"- weights: {weights}\n",
         f'mm.load("{run.folder}")',
     ):
         assert line in text
@@ -132,7 +131,7 @@ def test_the_summary_says_what_came_of_it_and_how_to_resume(run):
     [
         (
             {},
-            "| for MiniMind's scripts | set intermediate_size=1,536; theirs is 1,408 |",
+            "- for MiniMind's scripts: set intermediate_size=1,536; theirs is 1,408\n",
         ),
         ({"qk_norm": True}, "set intermediate_size=1,536; theirs is 1,664"),
         *(({"preset": name}, None) for name in PRESETS),
@@ -157,7 +156,7 @@ def test_the_summary_of_a_stopped_run_without_rows(make_history, run):
     assert (
         "Stopped: the session's time was used up. Nothing is saved yet; train" in text
     )
-    assert "| optimizer steps | 0 of 100 |" in text
+    assert "- step: 0 of 100\n" in text
     assert ".pth" not in text
 
 
@@ -167,9 +166,9 @@ def test_the_summary_of_preferences_has_no_perplexity(preferences):
     write_summary(Run(folder), "finished")
     text = (folder / "summary.md").read_text()
     for line in (
-        "| training loss, last logged | 0.600 (accuracy 70 %, margin 0.5) |",
-        "| validation loss | 0.612 (accuracy 71 %, margin 0.434) |",
-        "| KL divergence, estimated (nats per answer token) | -0.012 |",
+        "- loss: 0.600 (accuracy 70 %, margin 0.5)\n",
+        "- validation loss: 0.612 (accuracy 71 %, margin 0.434)\n",
+        "- KL (nats per answer token): -0.012\n",
     ):
         assert line in text
     assert "perplexity" not in text and "bits per byte" not in text
@@ -178,7 +177,7 @@ def test_the_summary_of_preferences_has_no_perplexity(preferences):
 def test_the_answers_are_a_table_of_steps_and_prompts(run, add_answers):
     add_answers(run.history, 1, 2)
     table = run.samples()
-    assert table.title == "How the answers of pretrain_64 change"
+    assert table.title == "Answers"
     assert table.columns == ["step", "Q0", "Q1"]
     assert table.rows == [["1", "A0, 1", "A1, 1"], ["2", "A0, 2", "A1, 2"]]
 
@@ -200,7 +199,7 @@ def test_a_prompt_that_came_later_has_a_column_of_its_own(run, add_answers):
 
 
 def test_a_run_without_answers_says_so(run):
-    assert repr(run.samples()).startswith("pretrain_64 has no sampled answers; every")
+    assert repr(run.samples()).startswith("No answers: validations make some unless")
 
 
 def test_the_runs_of_a_folder_are_listed_with_the_last_changed_first(
@@ -252,3 +251,15 @@ def test_a_folder_without_runs_says_so(tmp_path):
 def test_a_folder_that_does_not_exist_says_what_to_type(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'for example mm\.runs\("out"\)'):
         runs(tmp_path / "gone")
+
+
+def test_a_card_that_the_cell_has_already_is_not_shown_twice(run, monkeypatch):
+    kernel = SimpleNamespace(execution_count=7)
+    monkeypatch.setattr("minimind_nb.training.runs.running_kernel", lambda: kernel)
+    with pytest.raises(NotImplementedError):
+        run._ipython_display_()
+    run.shown_in = 7
+    assert run._ipython_display_() is None
+    kernel.execution_count = 8
+    with pytest.raises(NotImplementedError):
+        run._ipython_display_()

@@ -49,7 +49,6 @@ def test_a_table_without_rows_is_its_title():
     table = Table("Runs in out: none", ["name"], [])
     assert repr(table) == "Runs in out: none"
     assert "Runs in out: none</div><table></table>" in table._repr_html_()
-    assert table.markdown() == "| name |\n| --- |"
 
 
 def test_facts_are_a_dictionary_that_shows_itself():
@@ -59,10 +58,3 @@ def test_facts_are_a_dictionary_that_shows_itself():
     assert repr(Facts("empty", {})) == "empty"
     long = Facts("t", {"n": 60 * "wide "})
     assert repr(long).count("wide") == 60, "only the cells of tables are cut"
-
-
-def test_markdown_keeps_bars_and_new_lines_within_their_cell():
-    table = Table("t", ["a|b", "c"], [["1\n2", "3"]])
-    assert table.markdown() == "| a\\|b | c |\n| --- | --- |\n| 1 2 | 3 |"
-    facts = Facts("t", {"loss": 2, "text": "x"})
-    assert facts.markdown() == "|  |  |\n| --- | --- |\n| loss | 2 |\n| text | x |"
