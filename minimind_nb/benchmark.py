@@ -75,7 +75,6 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
         "products": f"{', '.join(f'{r:.3g}' for r in rates)} TFLOP/s in {cfg.dtype}",
         "training": f"{speed} in steps of {batch}, fill {rows[-1]['fill']:.3f}",
         "model": f"{flops:.3g} TFLOP/s for {shape}: {share}, {mfu}",
-        "peak memory": f"{max(rows[-1]['peak_memory_gib']):.2f} GiB in each process",
         "to send in": ", ".join(line),
     }
     return Facts("Speed of this machine", facts)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .hardware import BF16_CAPABILITY, Hardware, choose_dtype, detect_hardware
+from .hardware import Hardware, choose_dtype, detect_hardware
 from .monitor.tables import Facts, Table
 from .session import current_session
 from .storage import verified
@@ -40,7 +40,7 @@ def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
         ready = f"not ready: {disk if used else processors}"
     facts = {
         "place": f"{session.kind}{' (batch run)' if session.batch else ''}, {end}",
-        "system": f"{platform.system()} {platform.release()}: {support}",
+        "system": f"{platform.system()}, {support}",
         "python": f"{platform.python_version()} in {sys.prefix}",
         "versions": _versions("torch", "transformers", "tokenizers", "ipykernel"),
         "processors": processors,
@@ -64,12 +64,10 @@ def _training(hardware: Hardware) -> str:
     if not hardware.gpus:
         dtype = choose_dtype(None, hardware.cpu_native_bf16)
         return f"the CPU in {dtype}; a GPU is some hundred times faster"
-    capability = min(gpu.capability for gpu in hardware.gpus)
-    dtype = choose_dtype(capability)
-    emulated = "; bfloat16 is emulated there" if capability < BF16_CAPABILITY else ""
+    dtype = choose_dtype(min(gpu.capability for gpu in hardware.gpus))
     count = len(hardware.gpus)
     processes = "1 process on 1 GPU" if count == 1 else f"{count} processes, one a GPU"
-    return f"{processes}, in {dtype}{emulated}"
+    return f"{processes}, in {dtype}"
 
 
 def _disk(out_dir: Path) -> str:

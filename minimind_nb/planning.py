@@ -171,8 +171,6 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         "steps": f"{left[0]}{drafted.total_steps:,} optimizer steps{left[1]}, about "
         f"{estimate.tokens_left:,} text tokens",
         "expected loss": expected_loss(vars(cfg), estimate.tokens),
-        "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
-        f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",
         "in short": "" if drafted.complete else _judge(estimate, drafted, hardware),
     }
     known = {name: text for name, text in facts.items() if text}

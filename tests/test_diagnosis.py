@@ -62,13 +62,13 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
         (
             (T4, T4),
             True,
-            "2 processes, one a GPU, in float16; bfloat16 is emulated there",
+            "2 processes, one a GPU, in float16",
         ),
         ((A100,), False, "1 process on 1 GPU, in bfloat16"),
         (
             (A100, T4),
             False,
-            "2 processes, one a GPU, in float16; bfloat16 is emulated there",
+            "2 processes, one a GPU, in float16",
         ),
     ],
 )

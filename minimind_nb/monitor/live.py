@@ -170,15 +170,13 @@ class CellView(View):
         """Return HTML of the chart and of the answers at the newest two validations."""
         table = progress.samples(history)
         table.rows = table.rows[-2:]
-        chart = self.attempt(self._chart, history, final) or ""
-        return chart + (table.html() if table.rows else "")
+        chart = self.attempt(self._chart, history, final) if history.rows else ""
+        return (chart or "") + (table.html() if table.rows else "")
 
     def _chart(self, history: History, final: bool) -> str:
         """Return HTML of the chart; a final one has a picture for pages without scripts."""
         from .charts import inspect
 
-        if not (history.last("train") or history.last("eval")):
-            return ""
         chart = inspect(history, title="")
         picture = self.attempt(chart.png) if final else b""
         return chart.html(f"{history.path.parent.name}-{id(self)}", picture or b"")

@@ -146,10 +146,7 @@ class History:
 
         An entry of a list has its own, such as `expert_load_0_3`: layer 0, expert 3.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            raise ImportError("a DataFrame needs pandas: pip install pandas") from None
+        pandas = importlib.import_module("pandas")  # which need not be installed
         rows = (row for row in self.rows if row["kind"] in ("train", "eval"))
         return pandas.DataFrame([dict(flatten(row)) for row in rows])
 

@@ -154,7 +154,7 @@ def what_next(history: History, status: str, again: str = AGAIN) -> str:
     """Return what is saved of a run, and how it goes on; `again` says how to resume."""
     if status == "finished":
         use = "generate" if history.stage == "pretrain" else "chat"
-        return f'Try it with run.{use}("…"); raise epochs or max_steps to train longer.'
+        return f'Try it with run.{use}("…"); raise epochs or max_steps to train longer, or start over with resume=False.'
     if status == "running":
         return "run.plot() draws what is logged so far."
     saved = RunFolder(history.path.parent).checkpoint_folders()

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +16,6 @@ from .launching import launch
 from .preparation import find_finished_run, prepare
 from .run_plan import RunPlan
 from .runs import Run, save_chart, write_summary
-
-logger = logging.getLogger(__name__)
 
 
 def train(
@@ -67,13 +64,6 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
     with shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
         if plan.complete:
-            capped = plan.cfg.max_steps == plan.total_steps
-            limit = "max_steps" if capped else "epochs"
-            logger.info(
-                f"{run.folder} is finished: {limit}={getattr(plan.cfg, limit)} ends after "
-                f"{plan.total_steps:,} steps. Raise {limit} to train longer, or start over "
-                "with resume=False"
-            )
             shown.attempt(shown.finish, run.history, run.status)
         else:
             _run(plan, lock, run, shown)

@@ -91,12 +91,11 @@ class Run:
     def samples(self, most: int = 8) -> Table:
         """Return the answers to the run's fixed prompts, one row per validation.
 
-        There are at most `most` rows at even distances, the first and last included.
+        There are at most `most` rows at even distances, the last included.
         """
         table = samples(self.history)
-        last, gaps = len(table.rows) - 1, max(1, min(most, len(table.rows)) - 1)
-        shown = dict.fromkeys(round(n * last / gaps) for n in range(gaps + 1))
-        table.rows = [table.rows[at] for at in shown if table.rows]
+        gap = max(1, -(-len(table.rows) // most))
+        table.rows = table.rows[::-gap][::-1]
         return table
 
     def __repr__(self) -> str:
@@ -177,7 +176,6 @@ def _listed(facts: dict[str, str]) -> str:
 def write_summary(run: Run, status: str) -> None:
     """Write summary.md."""
     facts, config = result(run.history, status), run.config
-    path = shorten_home(str(run.folder))
     settings = {name: f"`{config['settings'][name]}`" for name in config["explicit"]}
     text = f"""# {facts.title}
 
@@ -193,13 +191,7 @@ def write_summary(run: Run, status: str) -> None:
 
 {_listed(settings)}
 
-All other settings have their defaults; `config.json` lists them.
-
-```python
-import minimind_nb as mm
-
-model, tokenizer = mm.load("{path}")
-mm.Run("{path}").plot()
-```
+All other settings have their defaults; `config.json` lists them. Open the run with
+`mm.Run("{shorten_home(str(run.folder))}")`.
 """
     verified.write_text(run.folder / "summary.md", text)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from support.chats import chat
 from support.runs import (
     HeldStop,
     Settings,
-    logged,
     metric_rows,
     run_here,
     state_hashes,
@@ -93,15 +91,6 @@ def test_three_ranks_killed_and_resumed_equal_an_unbroken_run(
     rows = {row[0]: row for row in metric_rows(folder, "train", *REPORTED)}
     expected = {row[0]: row for row in metric_rows(straight, "train", *REPORTED)}
     assert rows == expected, "the same samples and losses, step by step"
-
-
-def test_a_finished_run_says_what_ended_it(settings: Settings) -> None:
-    train_here({**settings, "epochs": 1, "max_steps": 99})
-    with logged() as notes:
-        train(settings, epochs=1, max_steps=99)
-    assert re.search(
-        r"is finished: epochs=1 ends after \d+ steps. Raise epochs", notes[0]
-    )
 
 
 @pytest.mark.usefixtures("forked")
