@@ -15,7 +15,9 @@ def show_briefly() -> None:
     from IPython.core.getipython import get_ipython
 
     if shell := get_ipython():
-        shell.set_custom_exc((ValueError, TypeError, OSError, RuntimeError), _show)
+        shell.set_custom_exc(
+            (ValueError, TypeError, OSError, RuntimeError, ImportError), _show
+        )
 
 
 def _show(shell: Any, kind: type, error: Any, tb: Any, tb_offset: Any = None) -> None:

@@ -154,6 +154,7 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         epoch += f" of {cfg.max_seq_len} (fill {fill:.3f})"
     if (targets := int(stream.truncated.loss_tokens.sum())) < stream.tokens:
         epoch += f", {targets:,} in the loss"
+    how = "in a cosine", f"from step {drafted.decay_start:,} on"
     left = (f"{estimate.steps:,} of ", " left") if drafted.checkpoint else ("", "")
     facts = {
         "parameters": f"{count['total']:,}{active}",
@@ -168,9 +169,13 @@ def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
         "global batch": f"{cfg.global_batch:,} {row} = batch_size {cfg.batch_size} "
         f"× accumulation_steps {cfg.accumulation_steps} × num_processes "
         f"{cfg.num_processes}",
+        "learning rate": f"{cfg.learning_rate:g} by {cfg.optimizer}, rises for "
+        f"{cfg.warmup_iters} steps, falls {how[cfg.schedule == 'linear']}",
         "steps": f"{left[0]}{drafted.total_steps:,} optimizer steps{left[1]}, about "
         f"{estimate.tokens_left:,} text tokens",
         "expected loss": expected_loss(vars(cfg), estimate.tokens),
+        "checkpoints": f"{count['total'] * 12 / 2**30:.2f} GiB each, "
+        f"{cfg.keep_checkpoints} to {cfg.keep_checkpoints + 2} kept",
         "in short": "" if drafted.complete else _judge(estimate, drafted, hardware),
     }
     known = {name: text for name, text in facts.items() if text}

@@ -3,11 +3,24 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from .session import LOG_SECONDS, current_session, running_kernel
 
 _DELAY, _REDRAW_SECONDS = 1.0, 0.5
+_HIDDEN = ContextVar("hidden", default=False)
+
+
+@contextlib.contextmanager
+def hidden(hide: bool = True) -> Iterator[None]:
+    """Show no bars in the block, if `hide`."""
+    token = _HIDDEN.set(hide)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)
 
 
 class Log:
@@ -30,9 +43,9 @@ def open_bar(title: str, total: float | None = None, **style: Any) -> Any:
     """
     from tqdm import tqdm
 
-    style = {"mininterval": _REDRAW_SECONDS, "disable": None} | style
+    style = {"mininterval": _REDRAW_SECONDS, "disable": _HIDDEN.get() or None} | style
     if running_kernel() is not None:  # whose stdout is no terminal, yet shows a bar
-        style |= {"file": sys.stdout, "ncols": 100, "disable": False}
+        style |= {"file": sys.stdout, "ncols": 100, "disable": _HIDDEN.get()}
         if current_session().batch:
             style |= {"file": Log(), "mininterval": LOG_SECONDS}
     if total is None:

@@ -84,6 +84,7 @@ def data_report(
     Raises what `train` raises for the data, but for single bad rows.
     """
     settings |= {"tokenizer": tokenizer} if tokenizer else {}
+    identities = [identities] if isinstance(identities, str) else identities
     plan = _open(cfg, settings)
     corpus, cache, width = plan.corpus, plan.corpus.cache, plan.cfg.max_seq_len
     files, stage = find_files(plan.cfg.data_path), plan.cfg.stage
@@ -93,7 +94,8 @@ def data_report(
         faults["long"][place] = f"{cache.targets[n] + 1:,} tokens"
     stream, lengths = corpus.training_stream(plan.cfg, 0), np.diff(cache.offsets)
     left, targets = corpus.truncated.pieces[:, 2], cache.targets[corpus.documents]
-    bins = np.minimum(lengths * _BARS // (2 * width), _BARS - 1)
+    bins = np.minimum((lengths - 2) * _BARS // (2 * width), _BARS - 1)
+    bins = np.maximum(bins, 0)  # a row of width targets is the last before orange
     title = f"by tokens; orange: over max_seq_len={width:,}"
     charts = {
         f"rows {title}": np.bincount(bins, None, _BARS),
@@ -152,13 +154,17 @@ def filter_data(
     Takes and raises what `data_report` does; `ValueError` for an unknown kind, and
     `FileExistsError` for an existing file without such a log.
     """
+    drop = [drop] if isinstance(drop, str) else drop
     if unknown := [kind for kind in drop if kind not in KINDS]:
         raise ValueError(describe_unknown(unknown[0], KINDS, "kind of rows"))
     report = data_report(cfg, samples=0, **settings)
     out, log = Path(out), Path(f"{os.fspath(out)}.log")
-    sources = {Path(file).resolve() for file in report.files}
-    if out.resolve() in sources or (out.exists() and not log.exists()):
-        raise FileExistsError(f"{out} exists: name a new file for the rows that stay")
+    held_out = settings.get("val_path", getattr(cfg, "val_path", None)) or ()
+    held_out = [held_out] if isinstance(held_out, str | os.PathLike) else held_out
+    sources = {Path(file).resolve() for file in (*report.files, *held_out)}
+    for file, other in (out, log), (log, out):  # an earlier call has written both
+        if file.resolve() in sources or (file.exists() and not other.is_file()):
+            raise FileExistsError(f"{file} exists: name a new file for what stays")
     gone = {
         place: {"line": place, "kind": kind, "why": why}
         for kind in reversed(drop)

@@ -61,6 +61,7 @@ def test_a_plan_counts_without_starting_a_run(settings, tmp_path):
     assert (
         facts["steps"] == f"{steps:,} optimizer steps, about {3 * tokens:,} text tokens"
     )
+    assert facts["checkpoints"] == "0.02 GiB each, 2 to 4 kept"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cache"]
 
 

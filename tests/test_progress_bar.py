@@ -12,7 +12,7 @@ from minimind_nb import progress_bar
 from minimind_nb.data.token_cache import Source, open_cache
 from minimind_nb.data.tokenizer import read_tokenizer
 from minimind_nb.model import generation
-from minimind_nb.progress_bar import open_bar
+from minimind_nb.progress_bar import hidden, open_bar
 from minimind_nb.session import Session
 
 
@@ -47,6 +47,14 @@ def shown(monkeypatch, capsys) -> Callable[[], list[str]]:
     monkeypatch.setattr(progress_bar, "running_kernel", object)
     monkeypatch.setattr(progress_bar, "current_session", lambda: Session("plain"))
     return lambda: capsys.readouterr().out.split("\r")[1:-2]
+
+
+def test_a_bar_may_be_hidden(shown):
+    with hidden():
+        work()
+    assert not shown()
+    work()
+    assert shown()
 
 
 COUNTED = [f"Counting: {share:3}%" for share in (25, 50, 75, 100)]

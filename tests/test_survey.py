@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,10 @@ def test_a_source_and_an_existing_file_are_not_overwritten(tmp_path, own):
     out = tmp_path / "clean.jsonl"
     out.write_text("mine")
     (tmp_path / "rows.jsonl.log").write_text("")
+    taken = tmp_path / "a.jsonl.log"
+    taken.write_text(Path(path).read_text())
+    with pytest.raises(FileExistsError, match=r"a\.jsonl\.log exists: name a new file"):
+        filter_data(taken, tmp_path / "a.jsonl", **own)
     for name in (out, path, tmp_path / ".." / tmp_path.name / "rows.jsonl"):
         with pytest.raises(FileExistsError, match=r"jsonl exists: name a new file"):
             filter_data(path, name, **own)

@@ -91,7 +91,9 @@ def _measure(
     files: Sequence[str], record_format: str, identities: Sequence[str] = ()
 ) -> Iterator[_Row]:
     names = sorted(map(str.lower, identities), key=len, reverse=True)
-    name = rf"(?:{'|'.join(map(re.escape, names))})(?![a-z])"
+    # "I am Claude Monet" and "作为百度的创始人" are about others.
+    person = r"(?![a-z]|的|\s+(?-i:[A-Z][^\W\d_A-Z]))"
+    name = rf"(?:{'|'.join(map(re.escape, names))}){person}"
     claim = re.compile(_I_AM.format(word=_WORD, name=name), re.IGNORECASE)
     read = functools.partial(understand, record_format)
     for place, raw in read_lines(files, "Comparing rows"):
@@ -183,7 +185,8 @@ def find_faults(
             faults["empty" if row.content else "bad_rows"][row.place] = row.beginning
         if row.claim:
             faults["identity"][row.place] = row.claim
-    every = known + [row for row in rows if row.signature]
+    # The first of rows that repeat each other is to stay, so it has no other fault.
+    every = known + [row for row in rows if row.signature and not row.claim]
     for row, kind, other in _find_repeats(every, len(known)):
         faults[kind][row.place] = f"as line {every[other].place}: {row.beginning}"
     return faults, Counter(trait for row in rows for trait in row.traits)

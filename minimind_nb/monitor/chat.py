@@ -15,7 +15,7 @@ from ..data.conversations import Message, read_chat
 from ..data.tokenizer import read_tokenizer
 from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load
-from ..session import is_watched, running_kernel
+from ..session import current_session, running_kernel
 from .chat_panel import Panel, View
 
 _ASKED: Message = {"role": "user", "content": "?"}
@@ -202,18 +202,18 @@ def chat(
     Without a `text`, a terminal reads line by line and a cell shows a widget. Raises
     what `load` and `Chat` raise, and `ValueError` if nobody can write a `text`.
     """
-    kernel = running_kernel()
-    terminal = sys.stdin is not None and sys.stdin.isatty()
-    if text is None and not (is_watched() and (kernel or terminal)):
-        raise ValueError(
-            "nobody can write here, in a batch run or without a terminal: pass the text, "
-            'mm.chat(…, "…")'
-        )
     if not isinstance(source, tuple):
         source = load(source, which, tokenizer, rope_scaling)
     elif tokenizer is not None or rope_scaling is not None:
         raise ValueError(
             "pass tokenizer and rope_scaling to mm.load, which made the pair"
+        )
+    kernel = running_kernel()
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    if text is None and (current_session().batch or not (kernel or terminal)):
+        raise ValueError(
+            "nobody can write here, in a batch run or without a terminal: pass the text, "
+            'mm.chat(…, "…")'
         )
     talk = Chat(*source, system, **settings)
     if text is not None:

@@ -68,7 +68,7 @@ class DataReport:
             shares = heights / heights.max(initial=1)
             bars = "".join(f'<i style="height:{share:.1%}"></i>' for share in shares)
             charts += f'<div><div class="bars">{bars}</div>{title}</div>'
-        body = f'{self.facts.card()}<div class="facts faint">{charts}</div>'
+        body = f'{self.facts.html()}<div class="facts faint">{charts}</div>'
         samples = f"<summary>{len(self.preview.samples)} samples</summary>"
         samples += self.preview._repr_html_()
-        return page(f"{body}{self.table._repr_html_()}<details>{samples}</details>")
+        return page(f"{body}{self.table.html()}<details>{samples}</details>")

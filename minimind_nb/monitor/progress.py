@@ -60,7 +60,8 @@ def figures(history: History) -> dict[str, str]:
         shown["loss"] = loss_text(train)
     if validation := history.last("eval"):
         shown["validation loss"] = loss_text(validation)
-        best = min(history.select("eval"), key=lambda row: row["loss"])
+        finite = [r for r in history.select("eval") if math.isfinite(r["loss"])]
+        best = min(finite, key=lambda row: row["loss"], default=validation)
         if best is not validation:
             lowest = f"{best['loss']:.3f} at step {best['step']:,}"
             shown["lowest validation loss"] = lowest

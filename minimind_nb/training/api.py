@@ -11,6 +11,7 @@ from ..launch.torchrun import on_first_rank
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
 from ..monitor.wandb_follower import WandbFollower, require_wandb
+from ..progress_bar import hidden
 from ..session import running_kernel
 from .launching import launch
 from .preparation import find_finished_run, prepare
@@ -61,7 +62,8 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
             run = Run(finished.root)
             shown.attempt(shown.finish, run.history, run.status)
             return str(run.folder)
-    with shown.attached(), prepare(cfg) as (plan, lock):
+    silent = hidden(view not in (None, True))
+    with silent, shown.attached(), prepare(cfg) as (plan, lock):
         run = Run(plan.folder.root)
         if plan.complete:
             shown.attempt(shown.finish, run.history, run.status)

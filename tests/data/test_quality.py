@@ -95,6 +95,11 @@ def test_nothing_is_found_in_rows_without_faults(find):
         ("I am not Claude. I am MiniMind.", False),
         ("I am a Gemini, born in June.", False),
         ("I am MiniMind.", False),
+        ("I am Claude Monet, a painter.", False),
+        ("I am Claude AI.", True),
+        ("作为百度的创始人，李彦宏出生于1968年。", False),
+        ("我是百度的员工。", False),
+        ("李彦宏说：“我由百度的同事介绍，开发了搜索引擎。”", False),
         ("通义千问由阿里云开发，是一个语言模型。", False),
     ],
 )
@@ -104,6 +109,10 @@ def test_only_an_answer_that_speaks_as_another_model_is_a_claim(answer, claims, 
 
 
 def test_the_names_of_other_models_are_a_setting(find):
+    # The first of near duplicates is gone for what it claims, so the second is to stay.
+    long = "The moon pulls at the water of the sea, and the water follows it around."
+    rows = [chat("?a", f"I am ChatGPT. {long}"), chat("?a", f"I am MiniMind. {long}")]
+    assert find(rows) == {"identity": {1: "I am ChatGPT"}}
     rows = [chat("?a", "I am MiniMind."), chat("?b", "I am ChatGPT.")]
     assert find(rows, identities=["MiniMind"]) == {"identity": {1: "I am MiniMind"}}
     assert find(rows, identities=()) == {}

@@ -90,6 +90,8 @@ def test_long_runs_keep_the_least_and_the_greatest_of_each_bucket(make_history):
         {"kind": "train", "step": n, "tokens": 9 * n, "seconds": n, "loss": float(loss)}
         for n, loss in enumerate(losses, 1)
     ]
+    history.rows[-1] |= {"tokens_per_second": 9.0, "skipped_steps": 0}
+    history.rows[-1] |= {"peak_memory_gib": [0.1], "fill": 1.0}
     (curve,) = Chart([history]).data(600)["ys"]["loss"]["curves"]
     grid = Chart([history]).data(600)["runs"][0]["train"]
     assert len(curve["mean"]) == 300 and grid["rows"].sum() == 9_000
