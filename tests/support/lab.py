@@ -255,7 +255,9 @@ def save_picture(shown: Any, name: str, gallery: bool = False, **how: Any) -> Pa
     shown.screenshot(path=file, **how)
     if gallery and os.environ.get("GALLERY"):
         picture = (
-            Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+            Image.open(file)
+            .convert("RGB")
+            .quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         )
         IMAGES.mkdir(exist_ok=True)
         picture.save(IMAGES / file.name, optimize=True)
