@@ -104,7 +104,7 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(
     )
     assert status == "ok"
     assert len(outputs) == 1
-    assert outputs[0]["data"].keys() == {"text/html", "text/plain"}
+    assert outputs[0]["data"].keys() == {"text/html", "text/plain", "image/png"}
     assert "data:image/png;base64,iVBORw0KGgo" in outputs[0]["data"]["text/html"]
     status, outputs = run_cell(
         client,

@@ -4,6 +4,7 @@ A view only reads the history. It is called from the loop that watches the worke
 `attempt`, which catches its errors and reports each once.
 """
 
+import base64
 import contextlib
 import html
 import logging
@@ -119,7 +120,7 @@ class CellView(View):
         self._clock = clock
         self._display: Any = None
         self._seen: list[object] = []
-        self._page = ""
+        self._page, self._picture = "", b""
         self._next_update = self._next_log = clock()
 
     def note(self, text: str) -> None:
@@ -161,6 +162,8 @@ class CellView(View):
         notes = "<br>".join(map(html.escape, self.notes))
         body = f'{self._page}<div class="faint">{notes}</div>'
         bundle = {"text/html": page(body), "text/plain": line}
+        if self._picture:  # for print; pages show the HTML, which has it, too
+            bundle["image/png"] = base64.b64encode(self._picture).decode()
         if self._display is None:
             self._display = display(bundle, raw=True, display_id=True)
         else:
@@ -178,8 +181,9 @@ class CellView(View):
         from .charts import inspect
 
         chart = inspect(history, title="")
-        picture = self.attempt(chart.png) if final else b""
-        return chart.html(f"{history.path.parent.name}-{id(self)}", picture or b"")
+        if final:
+            self._picture = self.attempt(chart.png) or b""
+        return chart.html(f"{history.path.parent.name}-{id(self)}", self._picture)
 
 
 def _figures(history: History, doing: str) -> str:
