@@ -96,7 +96,7 @@ def data_report(
     left, targets = corpus.truncated.pieces[:, 2], cache.targets[corpus.documents]
     bins = np.minimum((lengths - 2) * _BARS // (2 * width), _BARS - 1)
     bins = np.maximum(bins, 0)  # a row of width targets is the last before orange
-    title = f"by tokens; orange: over max_seq_len={width:,}"
+    title = f"by length in tokens; orange: over max_seq_len={width:,}"
     charts = {
         f"rows {title}": np.bincount(bins, None, _BARS),
         f"tokens {title}": np.bincount(bins, lengths, _BARS),

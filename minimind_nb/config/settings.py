@@ -215,7 +215,7 @@ class TrainConfig:
         defaults = {n: fill_defaults(asked)[n] for n in names if n not in asked}
         page = "<b>TrainConfig</b><table>"
         for name, value in (asked | defaults).items():
-            note = "default" if name in defaults else "set"
+            note = "resolved" if name in defaults else "set"
             page += f"<tr><td>{name}<td>{html.escape(repr(value))}<td>{note}"
         return f"{page}</table>"
 

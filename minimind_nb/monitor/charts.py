@@ -68,7 +68,7 @@ class Chart:
         names = self._names[0] if self._alone else f"{len(self._names)} runs"
         self.title = names if title is None else title
         about = outcome(histories[0]) if self._alone else "with dots: validation"
-        words = [about, *notes]
+        words = [*notes] if title == "" else [about, *notes]
         if any(len(run["resume"]["step"]) for run in self._runs):
             words.append("dashed: resumed")
         if any(np.isinf(column).any() for t in tables for column in t.values()):
@@ -136,7 +136,9 @@ class Chart:
 
         whole, small = io.BytesIO(), io.BytesIO()
         self.savefig(whole, dpi)
-        image = Image.open(whole).convert("RGB").quantize(64)  # a third of the bytes
+        image = (
+            Image.open(whole).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+        )
         image.save(small, "png", optimize=True)
         return small.getvalue()
 
@@ -164,6 +166,6 @@ def inspect(source: str | os.PathLike[str] | History, **choices: Any) -> Chart:
 
 
 def _plain(values: np.ndarray) -> list[float | str | None]:
-    """Return numbers for JSON: whole ones, others of five digits; NaN as None."""
-    short = [float(f"{n:.5g}") if n % 1 else int(n) for n in values.tolist()]
+    """Return numbers for JSON: whole ones, others of six digits; NaN as None."""
+    short = [float(f"{n:.6g}") if n % 1 else int(n) for n in values.tolist()]
     return [{"nan": None, "inf": "Infinity"}.get(str(n), n) for n in short]

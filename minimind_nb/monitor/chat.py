@@ -184,6 +184,9 @@ class Chat:
     def __repr__(self) -> str:
         return f"Chat of {len(self.history)} messages"
 
+    def _ipython_display_(self) -> None:
+        """Show nothing as the value of a cell, which has the bubbles already."""
+
 
 def chat(
     source: str | os.PathLike[str] | tuple[Any, Any],

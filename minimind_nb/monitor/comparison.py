@@ -10,6 +10,7 @@ import numpy as np
 
 from ..storage.run_folder import RunFolder
 from .charts import Chart
+from .curves import KINDS
 from .metrics import History
 from .tables import Table
 
@@ -53,13 +54,15 @@ def compare(*sources: str | os.PathLike[str] | History, **choices: Any) -> Chart
 
 def _finals(histories: Sequence[History], names: list[str]) -> Table:
     """Return the last values of each run, and the losses at what all have reached."""
-    ends = [one.last("eval") or one.last("train") or {} for one in histories]
+    newest = [[one.last(kind) or {"step": 0} for kind in KINDS] for one in histories]
+    ends = [max(rows, key=lambda row: row["step"]) for rows in newest]
     tokens, seconds = (
-        min(end.get(n, 0) for end in ends) for n in ("tokens", "seconds")
+        min(validation.get(n, 0) for _, validation in newest)
+        for n in ("tokens", "seconds")
     )
     heads = ["run", "steps", "tokens", "minutes", "validation loss", "perplexity"]
-    heads += ["bits per byte", f"loss at {tokens:,} tokens"]
-    heads += [f"loss at {seconds / 60:,.1f} minutes"]
+    heads += ["bits per byte", f"≈ loss at {tokens:,} tokens"]
+    heads += [f"≈ loss at {seconds / 60:,.1f} minutes"]
     rows = []
     for name, history, end in zip(names, histories, ends, strict=True):
         last = history.last("eval") or {}

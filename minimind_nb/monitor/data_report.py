@@ -30,7 +30,8 @@ class Preview:
         escaped = "|".join(re.escape(html.escape(each)) for each in self.special)
         faint = r'<span class="faint">\g<0></span>'
         tint = str.maketrans({"⟦": '<span class="learned">', "⟧": "</span>"})
-        body = html.escape(self.title)
+        about = "Each box is a document; what is learned is on a tint."
+        body = f'{html.escape(self.title)}<div class="faint">{about}</div>'
         for sample in self.samples:
             text = "</div><div>".join(map(html.escape, sample))
             text = re.sub(rf"(?:{escaped})(?:\w+(?=\n))?", faint, text).translate(tint)

@@ -48,7 +48,7 @@ class Surprise(MarkedText):
         super().__init__(
             f"{len(ids):,} tokens, loss {self.loss:.3f} (perplexity "
             f"{self.perplexity:,.4g}), {self.bits_per_byte:.3f} bits per byte",
-            ["the most surprising", "likelier were"],
+            ["the most surprising", "expected were"],
             [self._note(n).replace("\n", " · ").split(" · ", 1) for n in worst[:8]],
         )
         scale = [(f" {n} ", f"{n} nats", n / _STRONGEST) for n in range(9)]

@@ -57,8 +57,9 @@ class Facts(dict[str, Any]):
         self.note = note
 
     def _table(self) -> Table:
-        texts = {n: v if isinstance(v, str) else f"{v:,.6g}" for n, v in self.items()}
-        return Table(self.title, [], [*map(list, texts.items())])
+        rows = [[n, f"{v:,}" if isinstance(v, int) else v] for n, v in self.items()]
+        rows = [[n, v if isinstance(v, str) else f"{v:,.6g}"] for n, v in rows]
+        return Table(self.title, [], rows)
 
     def html(self) -> str:
         """Return HTML for a `page`: a table, or title, note, and facts side by side."""

@@ -43,8 +43,8 @@ def train(
         cfg = TrainConfig(data_path=data_path, **settings)
     elif settings:
         raise TypeError(
-            f"{', '.join(settings)}: put settings into the TrainConfig, or call "
-            'mm.train("corpus.jsonl", …) with a path'
+            f"{', '.join(settings)}: put settings into the TrainConfig, change one with "
+            'dataclasses.replace(cfg, …), or call mm.train("corpus.jsonl", …) with a path'
         )
     run = Run(on_first_rank(functools.partial(_train, cfg, view)))
     if view in (None, True):

@@ -61,11 +61,11 @@ def test_a_cell_also_shows_the_defaults_that_are_known():
     rows = cells(config(data_path="<a>", recipe="founding", epochs=2))
     assert rows["data_path"] == ["&#x27;&lt;a&gt;&#x27;", "set"]
     assert rows["epochs"] == ["2", "set"]
-    assert rows["hidden_size"] == ["512", "default"]
-    assert rows["learning_rate"] == ["0.0005", "default"], "the recipe's"
+    assert rows["hidden_size"] == ["512", "resolved"]
+    assert rows["learning_rate"] == ["0.0005", "resolved"], "the recipe's"
     answers = cells(config(stage="sft", preset="demo"))
     assert "hidden_size" not in answers, "that of the initial weights"
-    assert answers["learning_rate"][1] == "default"
+    assert answers["learning_rate"][1] == "resolved"
 
 
 def cells(cfg: TrainConfig) -> dict[str, list[str]]:

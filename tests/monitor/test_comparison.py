@@ -87,10 +87,13 @@ def test_the_table_has_the_ends_and_the_losses_at_what_all_have_reached(make_his
     second = make_history([3.0] * 3, [(0, 8.0), (2, 5.0)], name="b")
     chart = compare(first, second)
     assert chart._table is not None
-    assert chart._table.columns[-2:] == ["loss at 8,000 tokens", "loss at 0.1 minutes"]
+    assert chart._table.columns[-2:] == [
+        "≈ loss at 8,000 tokens",
+        "≈ loss at 0.1 minutes",
+    ]
     assert finals(chart) == {
         "a": ["4", "16,000", "0.1", "1", "2.718", "1.25", "5", "5"],
-        "b": ["2", "8,000", "0.1", "5", "148.4", "1.25", "5", "5"],
+        "b": ["3", "12,000", "0.1", "5", "148.4", "1.25", "5", "5"],
     }
     assert "loss at 8,000 tokens" in repr(chart)
     assert "loss at 8,000 tokens" in chart.html()
