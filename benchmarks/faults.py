@@ -44,7 +44,7 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.launch.spawn import Job
 from minimind_nb.storage import verified
 from minimind_nb.storage.run_folder import RunFolder, step_of
-from minimind_nb.training import launching
+from minimind_nb.training import api, launching
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 12, 4, 6
@@ -179,7 +179,7 @@ class Campaign:
         spawn.POLL_SECONDS = 0.02
         assert torch._dynamo
         launching.choose_threads = lambda *_: 1  # pyright: ignore[reportAttributeAccessIssue]
-        launching.save_chart = lambda _: None  # pyright: ignore[reportAttributeAccessIssue]
+        api.save_chart = lambda _: None  # pyright: ignore[reportAttributeAccessIssue]
 
     def kill(self, ranks: int, kills: int) -> Lines:
         """Kill so many runs, each once, and see what becomes of them."""

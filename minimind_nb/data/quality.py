@@ -56,8 +56,8 @@ Place = int | str  # the line of a row; of several files "file:line"
 
 
 class _Row(NamedTuple):
-    """What is kept of a row: hashes of all in it, of its runs of letters, and of its
-    answers in the loss, each with that of the question. A bad one has no content."""
+    """The hashes of a row by which it is compared: of all in it, of its runs of letters,
+    and of its answers in the loss, each with its question's. A bad one has no content."""
 
     place: Place
     beginning: str
@@ -87,7 +87,7 @@ def read_lines(files: Sequence[str], title: str) -> Iterator[tuple[Place, bytes]
                 bar.update(min(len(chunk.data), total - bar.n))
 
 
-def _measure(
+def _read(
     files: Sequence[str], record_format: str, identities: Sequence[str] = ()
 ) -> Iterator[_Row]:
     names = sorted(map(str.lower, identities), key=len, reverse=True)
@@ -102,9 +102,7 @@ def _measure(
         for _, (_, _, content) in rows:
             row, answers = _compare(place, content)
             lower = answers.lower()
-            named = any(
-                name in lower for name in names
-            )  # found fast, the words are not
+            named = any(each in lower for each in names)  # fast, unlike the pattern
             found = claim.search(answers) if named else None
             yield row._replace(claim=found[0]) if found else row
 
@@ -176,9 +174,9 @@ def find_faults(
     A row is in one at most of "overlap", "duplicates", "near_duplicates" and
     "repeated_answers".
     """
-    held_out = _measure([val_path] if val_path else [], record_format)
+    held_out = _read([val_path] if val_path else [], record_format)
     known = [row for row in held_out if row.signature]
-    rows = [*_measure(files, record_format, identities)]
+    rows = [*_read(files, record_format, identities)]
     faults: dict[str, dict[Place, str]] = {kind: {} for kind in KINDS}
     for row in rows:
         if not row.signature:

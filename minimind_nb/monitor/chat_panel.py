@@ -1,4 +1,4 @@
-"""How a chat is shown: as lines in a terminal, as bubbles in a cell, with controls."""
+"""Views of a chat: lines in a terminal, bubbles and controls in a cell."""
 
 import asyncio
 import html
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.conversations import Message
 from ..session import running_kernel
-from .page import page
+from .page import show
 
 _MARKS = {"user": "> ", "assistant": ""}
 _REDRAW_SECONDS = 0.125
@@ -37,16 +37,14 @@ def as_html(messages: Sequence[Message], live: bool = False) -> str:
     """Return messages as bubbles; if `live`, the last one is still being generated."""
     bubbles, shown = "", [*_parts(messages)]
     for number, (kind, text) in enumerate(shown, start=1):
-        said, opened = (
-            html.escape(text.strip()),
-            " open" * (live and number == len(shown)),
-        )
+        said = html.escape(text.strip())
+        opened = " open" * (live and number == len(shown))
         if kind == "thought":
             said = f"<details{opened}><summary>Thought</summary>{said}</details>"
         else:
             said = f"<b>{kind.title()}: </b>{said}"
         bubbles += f'<div class="bubble {kind}">{said}</div>'
-    return page(f'<div class="chat"><div>{bubbles}{"…" * live}</div></div>')
+    return f'<div class="chat"><div>{bubbles}{"…" * live}</div></div>'
 
 
 class View:
@@ -62,14 +60,8 @@ class View:
             print(text[self._printed :], end="" if live else "\n", flush=True)
             self._printed = len(text)
         elif not live or time.monotonic() > self._next:
-            from IPython.display import display
-
-            shown = {"text/html": as_html(messages, live)}
-            shown["text/plain"] = as_text(messages)
-            if self._display:
-                self._display.update(shown, raw=True)
-            else:
-                self._display = display(shown, raw=True, display_id=True)
+            shown = as_html(messages, live), as_text(messages)
+            self._display = show(*shown, self._display)
             self._next = time.monotonic() + _REDRAW_SECONDS
 
 

@@ -32,8 +32,6 @@ def compare(*sources: str | os.PathLike[str] | History, **choices: Any) -> Chart
         raise ValueError(
             'No run to compare; pass folders: mm.compare("out/pretrain_512", "other/sft").'
         )
-    if len(sources) == 1 and isinstance(sources[0], list | tuple):
-        sources = tuple(sources[0])
     histories = [History.load(source) for source in sources]
     runs = [RunFolder(history.path.parent) for history in histories]
     configs = [run.read_config() if run.exists() else {} for run in runs]

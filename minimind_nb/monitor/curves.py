@@ -49,9 +49,8 @@ def read_run(history: History) -> dict[str, Table]:
         table["minutes"] = _column(some, "seconds") / 60
         columns = {y: _column(some, y) for y in Y_LABELS}
         table |= {y: one for y, one in columns.items() if not np.isnan(one).all()}
-        if (
-            "loss" in table and history.stage != "dpo"
-        ):  # whose loss is a mean over pairs
+        # The loss of dpo is a mean over pairs.
+        if "loss" in table and history.stage != "dpo":
             loss = table["loss"]
             limited = np.where(loss < math.log(LARGEST), loss, loss + math.inf)
             table["perplexity"] = np.exp(limited)

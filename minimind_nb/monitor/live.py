@@ -4,7 +4,6 @@ A view only reads the history. It is called from the loop that watches the worke
 `attempt`, which catches its errors and reports each once.
 """
 
-import base64
 import contextlib
 import html
 import logging
@@ -19,7 +18,7 @@ from ..progress_bar import Log
 from ..session import LOG_SECONDS, current_session, running_kernel
 from . import progress
 from .metrics import History, Row
-from .page import facts_row, page
+from .page import facts_row, show
 
 REDRAW_SECONDS = 5.0
 LARGEST_SHARE = 0.02  # of the time that updates may take; the workers need the cores
@@ -157,17 +156,9 @@ class CellView(View):
 
     def _show(self, line: str) -> None:
         """Show the newest page with all notes; a viewer without HTML gets the line."""
-        from IPython.display import display
-
         notes = "<br>".join(map(html.escape, self.notes))
         body = f'{self._page}<div class="faint">{notes}</div>'
-        bundle = {"text/html": page(body), "text/plain": line}
-        if self._picture:  # for print; pages show the HTML, which has it, too
-            bundle["image/png"] = base64.b64encode(self._picture).decode()
-        if self._display is None:
-            self._display = display(bundle, raw=True, display_id=True)
-        else:
-            self._display.update(bundle, raw=True)
+        self._display = show(body, line, self._display, self._picture)
 
     def _curves(self, history: History, final: bool = False) -> str:
         """Return HTML of the chart and of the answers at the newest two validations."""

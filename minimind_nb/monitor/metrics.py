@@ -16,6 +16,7 @@ from ..storage import verified
 from ..storage.run_folder import RunFolder
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_LARGEST_LOSS = 700  # of which exp fits a float
 _PENDING_BYTES = 1 << 20  # of rows that wait for a full disk
 
 Row = dict[str, Any]
@@ -163,6 +164,11 @@ class History:
 
     def __repr__(self) -> str:
         return f"History({str(self.path)!r}: {len(self.rows)} rows)"
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats, infinite where it does not fit a float."""
+    return math.inf if loss > _LARGEST_LOSS else math.exp(loss)
 
 
 def flatten(row: Row) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,10 @@
 """HTML for the outputs of a cell: one style, legible on light and dark pages."""
 
+import base64
 import functools
 import html
 from importlib import resources
+from typing import Any
 
 
 @functools.cache
@@ -27,3 +29,20 @@ def facts_row(facts: dict[str, str]) -> str:
         for name, text in facts.items()
     )
     return f'<div class="facts">{"".join(cells)}</div>'
+
+
+def show(body: str, text: str, before: Any = None, picture: bytes = b"") -> Any:
+    """Show HTML in the common style, `text` where there is none, and return the display.
+
+    If there is a display of `before`, its output is replaced. `picture` is a PNG for
+    print, where no HTML is shown.
+    """
+    from IPython.display import display
+
+    bundle = {"text/html": page(body), "text/plain": text}
+    if picture:
+        bundle["image/png"] = base64.b64encode(picture).decode()
+    if before is None:
+        return display(bundle, raw=True, display_id=True)
+    before.update(bundle, raw=True)
+    return before

@@ -7,12 +7,11 @@ import math
 from ..config import ResolvedConfig, flops_per_token, shorten_home
 from ..launch.outcome import RankRecord
 from ..storage.run_folder import RunFolder, step_of
-from .metrics import History, Row
+from .metrics import History, Row, perplexity
 from .references import expected_loss
 from .tables import Facts, Table
 
 RECENT_ROWS = 12  # logged rows whose speed gives the time left
-LARGEST_LOSS = 700  # exp of more does not fit a float
 _LINE = ("step", "loss", "validation loss", "time left", "text tokens/s", "not saved")
 AGAIN = "train again with the same settings"
 
@@ -143,12 +142,8 @@ def samples(history: History) -> Table:
         [f"{step:,}", *(given.get(prompt, "") for prompt in prompts)]
         for step, given in found.items()
     ]
-    title = (
-        "Answers"
-        if rows
-        else "No answers: validations make some unless sample_tokens=0"
-    )
-    return Table(title, ["step", *prompts] if rows else [], rows)
+    none = "" if rows else ": none, since validations make them unless sample_tokens=0"
+    return Table(f"Answers{none}", ["step", *prompts], rows)
 
 
 def what_next(history: History, status: str, again: str = AGAIN) -> str:
@@ -199,8 +194,7 @@ def loss_text(row: Row) -> str:
     if "reward_margin" in row:
         accuracy, margin = 100 * row["accuracy"], row["reward_margin"]
         return f"{loss:.3f} (accuracy {accuracy:.0f} %, margin {margin:.3g})"
-    perplexity = math.inf if loss > LARGEST_LOSS else math.exp(loss)
-    return f"{loss:.3f} (perplexity {perplexity:,.4g})"
+    return f"{loss:.3f} (perplexity {perplexity(loss):,.4g})"
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from ..data.conversations import Message, read_chat
 from ..data.tokenizer import read_tokenizer
 from ..model.architecture import MoEGate
 from ..model.generation import begin_document, check_tokenizer
+from .metrics import perplexity
 from .vocabulary import MarkedText, mark_tokens, readable, spell
 
 _STRONGEST = 8  # nats, of the tint; a blind guess among 6,400 tokens has 8.8
@@ -40,7 +41,7 @@ class Surprise(MarkedText):
         ]
         total = sum(self.losses[1:])
         self.loss = total / max(1, len(ids) - 1)
-        self.perplexity = math.exp(min(self.loss, 700))
+        self.perplexity = perplexity(self.loss)
         special = tokenizer.added_tokens_decoder
         size = sum(len(entries[token]) for token in ids if token not in special)
         self.bits_per_byte = total / math.log(2) / max(1, size)

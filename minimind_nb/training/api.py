@@ -57,18 +57,17 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
     shown = choose_view(view)
     if cfg.use_wandb:
         require_wandb()
-    with shown.attached():
+    with hidden(view not in (None, True)), shown.attached():
         if finished := find_finished_run(cfg):
             run = Run(finished.root)
             shown.attempt(shown.finish, run.history, run.status)
             return str(run.folder)
-    silent = hidden(view not in (None, True))
-    with silent, shown.attached(), prepare(cfg) as (plan, lock):
-        run = Run(plan.folder.root)
-        if plan.complete:
-            shown.attempt(shown.finish, run.history, run.status)
-        else:
-            _run(plan, lock, run, shown)
+        with prepare(cfg) as (plan, lock):
+            run = Run(plan.folder.root)
+            if plan.complete:
+                shown.attempt(shown.finish, run.history, run.status)
+            else:
+                _run(plan, lock, run, shown)
     return str(run.folder)
 
 

@@ -18,6 +18,7 @@ from ..launch.outcome import RankRecord
 from ..launch.process_group import Group
 from ..model.architecture import MiniMindForCausalLM
 from ..model.generation import generate
+from ..monitor.metrics import perplexity
 from .initial_weights import initial_model, new_model
 from .run_plan import RunPlan
 from .stages import OBJECTIVES, Losses, with_reference
@@ -108,7 +109,7 @@ class Evaluator:
             return result | dict(zip(metrics, means, strict=True))
         loss = result["loss"]
         return result | {
-            "perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
+            "perplexity": perplexity(loss),
             "bits_per_byte": total / math.log(2) / max(1, rows.text_bytes),
         }
 

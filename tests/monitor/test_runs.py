@@ -199,7 +199,9 @@ def test_a_prompt_that_came_later_has_a_column_of_its_own(run, add_answers):
 
 
 def test_a_run_without_answers_says_so(run):
-    assert repr(run.samples()).startswith("No answers: validations make some unless")
+    assert repr(run.samples()).startswith(
+        "Answers: none, since validations make them unless"
+    )
 
 
 def test_the_runs_of_a_folder_are_listed_with_the_last_changed_first(
