@@ -38,6 +38,10 @@ Hello world, it's a test: they'll say we've 3.14 and I'd don't.  two blanks,\tta
 naïve Straße e\u0301 Ελλάδα Россия עברית العربية हिन्दी ไทย 日本語 한국어 👩‍👩‍👧 🇨🇳 ½ ² Ⅳ ٣ 𝒳 𠀀
 \u200b\ufeff\ufffd\x00\x1c\x1f\x7f\x85 for i in range(10):\n    print(f'{i:>4}')  # 注释\n\n\n"""
 
+# GPT-2's alphabet (Radford et al., 2019, and its released encoder): printable bytes are
+# their letters in Latin-1, the others follow from U+0100 on.
+BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 0x100))
+
 
 class BulkEncoder:
     """Encode many texts into ids that equal those of `tokenizers`.
@@ -132,7 +136,7 @@ def _build_tiktoken(
     vocab = content["model"]["vocab"]
     special = {one["content"]: one["id"] for one in content["added_tokens"]}
     starts = {name[0] for name in special}
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = pre_tokenizers.ByteLevel.alphabet()
     if (
         _settings(content) != _settings(json.loads(read_tokenizer().json))
         or any(starts & set(name[1:]) for name in special)
@@ -146,15 +150,8 @@ def _build_tiktoken(
         for entry in merged
     ):
         return None
-    # GPT-2's alphabet (Radford et al., 2019, and its released encoder): printable
-    # Latin-1 bytes are themselves, the rest follow from U+0100 on.
-    printable = [ord(letter) for letter in letters if letter < "\u0100"]
-    rest = sorted({*range(0x100)} - {*printable})
-    byte_of = dict(zip(letters, printable + rest, strict=True))
-    ranks = {
-        bytes(byte_of[letter] for letter in entry): vocab[entry]
-        for entry in [*byte_of, *merged]
-    }
+    spelled = {one: one.translate(BYTES).encode("latin-1") for one in letters + merged}
+    ranks = {spelled[entry]: vocab[entry] for entry in spelled}
     return tiktoken.Encoding(
         "minimind_nb", pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special
     )

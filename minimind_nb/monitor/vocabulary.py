@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+from ..data.fast_encoding import BYTES
 from ..data.tokenizer import load_tokenizer
 from .page import page
 from .tables import Table
 
-# GPT-2's alphabet: printable bytes are their letters in Latin-1, these follow U+0100.
-_BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 0x100))
 _SIGNS = {n: 0x2400 + n for n in range(32)} | {9: "⇥", 10: "↵"}  # of control characters
 _MOST = 1_000  # tokens on a page
 
@@ -30,7 +29,7 @@ def spell(tokenizer: Any) -> list[bytes]:
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     spelled = list[bytes]()
     for entry in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
-        letters = entry.translate(_BYTES)
+        letters = entry.translate(BYTES)
         in_bytes = byte_level and max(letters, default="") < "\u0100"
         spelled.append(letters.encode("latin-1") if in_bytes else entry.encode())
     return spelled
