@@ -23,8 +23,8 @@ _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also tak
 class Session:
     """The place that a notebook or script runs in: `kind` is "kaggle", "colab" or "plain".
 
-    `batch` is true where nobody looks: in a Kaggle commit, and where a program executes
-    a notebook. `scratch` is thrown away at the end; below the read-only `inputs` data
+    `batch` is true if a program executes the notebook, such as a Kaggle commit or
+    papermill. `scratch` is thrown away at the end; below the read-only `inputs` data
     sets and other notebooks' outputs are mounted.
     """
 
@@ -79,7 +79,7 @@ def current_session(environ: Mapping[str, str] = os.environ) -> Session:
         return Session("colab", inputs=inputs)
     kernel = running_kernel()
     request = kernel.get_parent().get("content", {}) if kernel else {}
-    # A program that executes notebooks does not answer `input()`.
+    # Programs that execute notebooks do not offer to answer `input()`.
     return Session("plain", not request.get("allow_stdin", True), inputs=inputs)
 
 

@@ -1,4 +1,4 @@
-"""Rows that repeat others, are empty, or speak as another model."""
+"""Rows that repeat others, are empty, or claim to be another model."""
 
 import functools
 import itertools

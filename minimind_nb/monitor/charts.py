@@ -31,13 +31,12 @@ class Chart:
 
     A cell shows it, interactive where scripts run and as a picture elsewhere. `figure`
     is that picture as a matplotlib Figure, to change before `savefig`. `notes` are
-    added to the subtitle; a `table` stands below.
+    added to the `subtitle`, which like `title` may be changed; a `table` stands below.
     """
 
     def __init__(
         self,
         histories: Sequence[History],
-        title: str | None = None,
         *,
         x: str = "step",
         y: str = "loss",
@@ -65,10 +64,9 @@ class Chart:
         self._choices = {"x": x, "y": y}
         rows = max(len(run["train"]["step"]) for run in self._runs)
         self._smoothing = curves.choose_smoothing(rows, smoothing)
-        names = self._names[0] if self._alone else f"{len(self._names)} runs"
-        self.title = names if title is None else title
+        self.title = self._names[0] if self._alone else f"{len(self._names)} runs"
         about = outcome(histories[0]) if self._alone else "with dots: validation"
-        words = [*notes] if title == "" else [about, *notes]
+        words = [about, *notes]
         if any(len(run["resume"]["step"]) for run in self._runs):
             words.append("dashed: resumed")
         if any(np.isinf(column).any() for t in tables for column in t.values()):

@@ -16,7 +16,7 @@ from ..data.tokenizer import read_tokenizer
 from ..model.generation import Sampling, check_tokenizer, stream_ids
 from ..model.loading import load
 from ..session import current_session, running_kernel
-from .chat_panel import Panel, View
+from .chat_panel import Panel, Transcript
 
 _ASKED: Message = {"role": "user", "content": "?"}
 _ROUNDS = 4  # of tools' calls, before the answer is the last
@@ -74,7 +74,7 @@ class Chat:
         In a terminal, thoughts, calls of tools and their results are behind bars. Raises
         `ValueError` if `text` is empty, too long or not a string.
         """
-        view, pieces = View(), self.take(text)
+        view, pieces = Transcript(), self.take(text)
         turn: list[Message] = [{"role": "assistant", "content": ""}]
         try:
             for turn in pieces:

@@ -47,7 +47,7 @@ def as_html(messages: Sequence[Message], live: bool = False) -> str:
     return f'<div class="chat"><div>{bubbles}{"…" * live}</div></div>'
 
 
-class View:
+class Transcript:
     """Shows messages as they grow: as one output of a cell, or printed in a terminal."""
 
     _display: Any = None
@@ -76,7 +76,7 @@ class Panel:
         import ipywidgets as widgets
         from IPython.display import display
 
-        self._chat, self._view = chat, View()
+        self._chat, self._view = chat, Transcript()
         self._pieces: Any = (None for _ in ())  # of the answer that is being generated
         self._loop = asyncio.get_running_loop()
         self._view.show(chat.history, live=False)

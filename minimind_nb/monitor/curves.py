@@ -29,7 +29,7 @@ Y_LABELS = {
 }
 PARTS = {"loss_by_file": "file", "peak_memory_gib": "process", "expert_load": "expert"}
 KINDS = {"train": "training", "eval": "validation"}
-LARGEST = 1e200  # greater values count as infinite, since axes end soon after
+LARGEST = 1e200  # greater values count as infinite: no axis can show them
 FEW_ROWS = 90  # below it smoothing hides more than it shows
 
 Table = dict[str, np.ndarray]  # a column [rows, parts] for each field

@@ -171,7 +171,9 @@ class CellView(View):
         """Return HTML of the chart; a final one has a picture for pages without scripts."""
         from .charts import inspect
 
-        chart = inspect(history, title="")
+        chart, figures = inspect(history), progress.outcome(history)
+        chart.title = ""  # the card has it, and the figures
+        chart.subtitle = chart.subtitle.removeprefix(figures).strip(" ·")
         if final:
             self._picture = self.attempt(chart.png) or b""
         return chart.html(f"{history.path.parent.name}-{id(self)}", self._picture)

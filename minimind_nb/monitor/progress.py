@@ -114,7 +114,7 @@ def outcome(history: History) -> str:
 
 
 def activity(history: History) -> str:
-    """Return what a running training does besides making steps, else ""."""
+    """Return "validating" or "saving" while a training does so, else ""; or that it starts."""
     folder = RunFolder(history.path.parent)
     record = RankRecord.read(folder.record_file(0))
     if record is None or (record.status, record.phase) != ("running", "training"):

@@ -19,7 +19,7 @@ _NEAR = 1.25  # how far sizes and numbers of tokens may be apart
 def expected_loss(settings: Mapping[str, Any], tokens: int) -> str:
     """Return the validation loss that reference runs of these settings end at after so
     many text tokens, and on what text; empty without any of about that size."""
-    import numpy as np  # not for who only looks at a running training
+    import numpy as np  # a live view starts faster without it
 
     demo = settings["data_path"] == DEMO
     active = count_parameters(settings)["active"]

@@ -129,7 +129,8 @@ def test_odd_histories_draw_without_a_warning(make_history, losses):
 
 @pytest.mark.parametrize("title", ["预训练 512", "a_$_b$", "_<b>1</b></script>"])
 def test_odd_titles_are_shown_as_text(make_history, title):
-    chart = inspect(make_history([3.0, 2.0]), title=title)
+    chart = inspect(make_history([3.0, 2.0]))
+    chart.title = title
     chart.png(30)
     page = chart.html()
     assert "<b>1" not in page
