@@ -57,7 +57,8 @@ class TrainingFailed(RuntimeError):
 class RankRecord:
     """The state of one rank, which it keeps in a file of the run folder.
 
-    `status` is "running", "failed" or one of `ENDINGS`.
+    `status` is "running", "failed" or one of `ENDINGS`; `doing` names what it does
+    besides making steps, such as "saving".
     """
 
     file: Path
@@ -65,6 +66,7 @@ class RankRecord:
     pid: int = field(default_factory=os.getpid)
     phase: str = "startup"
     status: str = "running"
+    doing: str = ""
     step: int = 0
     total_steps: int = 0
     time: float = 0.0

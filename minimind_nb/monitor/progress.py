@@ -114,22 +114,11 @@ def outcome(history: History) -> str:
 
 
 def activity(history: History) -> str:
-    """Return "validating" or "saving" while a training does so, else ""; or that it starts."""
-    folder = RunFolder(history.path.parent)
-    record = RankRecord.read(folder.record_file(0))
+    """Return what a running training does besides making steps, else ""."""
+    record = RankRecord.read(RunFolder(history.path.parent).record_file(0))
     if record is None or (record.status, record.phase) != ("running", "training"):
         return "starting the processes"
-    step, cfg = record.step, folder.settings()
-    here = (row for row in history.rows[-99:] if row["step"] == step)
-    seen = {row.get("event", row["kind"]) for row in here}
-
-    def due(interval: str) -> bool:
-        return step in (0, record.total_steps) or step % cfg[interval] == 0
-
-    if "eval" not in seen and due("eval_interval"):
-        return "validating" if cfg["val_path"] or cfg["val_fraction"] else ""
-    saves = step and not seen & {"save", "save_failed"} and due("save_interval")
-    return "saving" if saves else ""
+    return record.doing
 
 
 def samples(history: History) -> Table:

@@ -154,6 +154,7 @@ def validate(trainer: Trainer) -> None:
     """
     started, progress = time.monotonic(), trainer.progress
     if trainer.validation is not None:
+        trainer.record.update(doing="validating")
         scores = trainer.evaluate(trainer.validation)
         progress.val_loss = loss = scores["loss"]
         trainer.log("eval", **scores)
@@ -168,6 +169,7 @@ def validate(trainer: Trainer) -> None:
             trainer.log("sample", number=number, prompt=prompts[number], answer=answer)
     except Exception as error:  # an answer is only looked at, and must not end a run
         trainer.log("event", event="answers_failed", error=str(error))
+    trainer.record.update(doing="")
     trainer.clock.add("validation", time.monotonic() - started)
 
 
@@ -181,6 +183,7 @@ def save(trainer: Trainer, final: bool) -> None:
     if trainer.group.rank != 0:
         return
     started, plan = time.monotonic(), trainer.plan
+    trainer.record.update(doing="saving")
     try:
         parts = trainer.model, trainer.optimizer, trainer.scaler
         folder = save_checkpoint(plan, trainer.progress, *parts)
@@ -199,6 +202,7 @@ def save(trainer: Trainer, final: bool) -> None:
     else:
         trainer.failed_saves = 0
         trainer.log("event", event="save", folder=folder.name)
+    trainer.record.update(doing="")
     trainer.clock.add("save", time.monotonic() - started)
 
 

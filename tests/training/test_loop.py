@@ -1,7 +1,9 @@
 """The loop: exact resume, invariances of the loss, steps that must be skipped."""
 
+import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from support.runs import (
 )
 
 import minimind_nb as mm
+from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
@@ -38,6 +41,26 @@ def test_a_run_lowers_the_loss_and_leaves_its_files(settings: Settings) -> None:
     assert [step for step, _, _ in evals] == [0, 4, 8, 12]
     assert evals[-1][2] == pytest.approx(math.exp(evals[-1][1]))
     assert (folder.root.parent / "pretrain_32.pth").is_file()
+
+
+def test_a_rank_records_what_it_does_besides_steps(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    real = RankRecord.update
+
+    def update(record: RankRecord, **changes: Any) -> None:
+        real(record, **changes)
+        told.append(record.doing)
+
+    monkeypatch.setattr(RankRecord, "update", update)
+    train_here({**settings, "max_steps": 1})
+    assert [doing for doing, _ in itertools.groupby(told) if doing] == [
+        "validating",
+        "validating",
+        "saving",
+    ]
+    assert told[-1] == ""
 
 
 def test_the_exported_weights_are_fp16_with_both_tied_keys(settings: Settings) -> None:
@@ -179,6 +202,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 
         def update(**changes: object) -> None:
             real(**changes)
+            if "step" not in changes:
+                return
             weights = [p.detach().clone() for p in trainer.model.parameters()]
             moments = [
                 value.clone()
