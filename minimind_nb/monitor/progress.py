@@ -69,9 +69,9 @@ def figures(history: History) -> dict[str, str]:
             shown[names[name]] = f"{validation[name]:.3f}"
     if left := seconds_left(history):
         shown["time left"] = duration(left)
-    return (
-        shown | (_machine_figures(history, train) if train else {}) | _events(history)
-    )
+    if train and "tokens_per_second" in train:
+        shown |= _machine_figures(history, train)
+    return shown | _events(history)
 
 
 def _machine_figures(history: History, train: Row) -> dict[str, str]:
