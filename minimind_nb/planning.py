@@ -201,7 +201,7 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
     if needed > room:
         fits = f"needs {memory}: lower batch_size"
     elif left is not None and seconds > left:
-        fits = "outlasts the session: it saves, and the same call goes on in the next"
+        fits = "outlasts the session: it saves, and the same call resumes in the next"
     try:
         check_room(drafted)
     except OSError as error:

@@ -175,7 +175,7 @@ def test_a_plan_ends_in_whether_it_fits_and_learns(settings, monkeypatch):
     large = plan(replace(cfg, batch_size=4096, max_seq_len=1024))["in short"]
     assert "GiB of memory, of 8: lower batch_size. " in large
     over = plan(replace(cfg, max_session_hours=1e-9))["in short"]
-    assert "outlasts the session: it saves, and the same call goes on" in over
+    assert "outlasts the session: it saves, and the same call resumes" in over
     monkeypatch.setattr(machine, "free_bytes", lambda _: 0)
     assert " does not fit the disk: " in plan(cfg)["in short"]
     assert "Free some space there. It sees" in plan(cfg)["in short"]

@@ -75,7 +75,7 @@ def figures(history: History) -> dict[str, str]:
 
 
 def _machine_figures(history: History, train: Row) -> dict[str, str]:
-    """Return what a row tells of speed, and of how well the machine is used."""
+    """Return the figures of a row on speed and on the use of the machine."""
     tokens = f"{train['tokens']:,} in {duration(train['seconds'])}"
     shown = {
         "text tokens": tokens,
@@ -136,7 +136,7 @@ def samples(history: History) -> Table:
 
 
 def what_next(history: History, status: str, again: str = AGAIN) -> str:
-    """Return what is saved of a run, and how it goes on; `again` says how to resume."""
+    """Return what is saved of a run, and what to do next; `again` says how to resume."""
     if status == "finished":
         use = "generate" if history.stage == "pretrain" else "chat"
         return f'Try it with run.{use}("…"); raise epochs or max_steps to train longer, or start over with resume=False.'
