@@ -1,83 +1,23 @@
 """What is built for Kaggle runs there, as far as a stand-in can show."""
 
-import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import building
+import kernels
 import nbformat
 import pytest
+from kaggle_command import Refused
+from support.kaggle import STEPS, TINY, metadata
 from support.runs import train_here
 
 import minimind_nb
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS = 120
-STEPS = 6
-TINY = {
-    "data_path": "corpus.jsonl",
-    "preset": None,
-    "recipe": None,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_seq_len": 64,
-    "batch_size": 2,
-    "accumulation_steps": 1,
-    "eval_tokens": 500,
-    "log_interval": 1,
-    "device": "cpu",
-}
-STAND_IN = """#!{python}
-import json, os, sys
-from pathlib import Path
-folder = Path(os.environ["KAGGLE_STAND_IN"])
-with (folder / "calls.txt").open("a") as file:
-    print(*sys.argv[1:], file=file)
-answers = json.loads((folder / "answers.json").read_text())
-line = " ".join(sys.argv[1:])
-for start, (text, code) in answers.items():
-    if line.startswith(start):
-        print(text)
-        sys.exit(code)
-"""
-PUSHED = ["Kernel version 1 successfully pushed.  Please check progress at …", 0]
-ANSWERS = {
-    "kernels status": ["404 Client Error: Not Found", 1],
-    "kernels push": PUSHED,
-    "datasets status ann/minimind-data": ["ready", 0],
-    "datasets status": ["403 Client Error: Forbidden", 1],
-    "datasets create": ["Your private Dataset is being created.", 0],
-    "datasets version": ["Dataset version is being created.", 0],
-}
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kaggle/kernels.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def built(kernels, tmp_path_factory):
-    """What is built of all notebooks, wheel and data."""
-    folder = tmp_path_factory.mktemp("built")
-    corpus = folder / "corpus.jsonl"
-    texts = (f"In year {n} there were {n * n} ships in the bay." for n in range(300))
-    corpus.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
-    settings = (TINY | {"max_steps": STEPS}).items()
-    parameters = [word for name, value in settings for word in ("-p", name, str(value))]
-    kernels.main(
-        ["build", "--user", "Ann", "--data", str(corpus), "--out", str(folder / "out")]
-        + ["--notebook", *kernels.SOURCES, *parameters]
-    )
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +28,6 @@ def version_before(built, tmp_path_factory):
     where = {"data_path": str(data), "out_dir": str(folder / "out")}
     train_here(TINY | where | {"max_steps": STEPS // 2, "epochs": 1})
     return folder
-
-
-def metadata(folder):
-    return json.loads((folder / "kernel-metadata.json").read_text())
 
 
 @pytest.fixture
@@ -165,11 +101,11 @@ def test_all_is_found_in_the_older_layout(built, version_before, lacking, tmp_pa
     assert found.split() == [str(data), str(run)]
 
 
-def test_built_notebooks_are_what_kaggle_takes(kernels, built):
-    for name in kernels.SOURCES:
+def test_built_notebooks_are_what_kaggle_takes(built):
+    for name in building.SOURCES:
         folder = built / "kernels" / name
         values = metadata(folder)
-        assert values["id"] == f"ann/{kernels.slug(values['title'])}"
+        assert values["id"] == f"ann/{building.slug(values['title'])}"
         assert (values["is_private"], values["enable_gpu"]) == (True, True)
         assert values["enable_internet"] is False
         assert values["machine_shape"] == "NvidiaTeslaT4"
@@ -252,15 +188,15 @@ def test_a_notebook_installs_the_wheel_of_its_own_version_only(tmp_path):
         (["--user", "a/b"], "is not a Kaggle user name"),
     ],
 )
-def test_what_cannot_be_built_is_refused(kernels, tmp_path, arguments, words):
+def test_what_cannot_be_built_is_refused(tmp_path, arguments, words):
     with pytest.raises(SystemExit, match=words):
         kernels.main(["build", "--user", "ann", "--out", str(tmp_path), *arguments])
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_notebook_gets_the_parameters_it_lists_and_settings_that_none_lists(kernels):
+def test_a_notebook_gets_the_parameters_it_lists_and_settings_that_none_lists():
     given = [["preset", "demo"], ["dpo_beta", "0.2"], ["beta1", "0.8"], ["x", "step"]]
-    chosen = kernels.choose_parameters(["pretrain", "dpo", "curves"], given)
+    chosen = building.choose_parameters(["pretrain", "dpo", "curves"], given)
     assert chosen == {
         "pretrain": {"preset": "demo", "beta1": 0.8},
         "dpo": {"dpo_beta": 0.2, "beta1": 0.8},
@@ -268,7 +204,7 @@ def test_a_notebook_gets_the_parameters_it_lists_and_settings_that_none_lists(ke
     }
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(kernels, tmp_path):
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
     theirs = tmp_path / "datasets" / "minimind-wheel"
     theirs.mkdir(parents=True)
     (theirs / "dataset-metadata.json").touch()
@@ -280,109 +216,14 @@ def test_a_folder_of_somebody_elses_is_left_alone(kernels, tmp_path):
     assert other.exists() and [*theirs.iterdir()]
 
 
-def test_the_users_name_is_found(kernels, tmp_path, monkeypatch):
+def test_the_users_name_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
-    with pytest.raises(kernels.Refused, match="pass --user NAME"):
-        kernels.find_user(None)
+    with pytest.raises(Refused, match="pass --user NAME"):
+        building.find_user(None)
     (tmp_path / ".kaggle").mkdir()
     key_file = tmp_path / ".kaggle" / "kaggle.json"
     key_file.write_text('{"username": "bob", "key": "k"}')
-    assert kernels.find_user(None) == "bob"
+    assert building.find_user(None) == "bob"
     monkeypatch.setenv("KAGGLE_USERNAME", "eve")
-    assert (kernels.find_user(None), kernels.find_user("Ann")) == ("eve", "ann")
-
-
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch, built):
-    """A stand-in for the command `kaggle`, and a copy of what was built."""
-    command = tmp_path / "bin" / "kaggle"
-    command.parent.mkdir()
-    command.write_text(STAND_IN.format(python=sys.executable))
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("KAGGLE_STAND_IN", str(tmp_path))
-    shutil.copytree(built, tmp_path / "out")
-
-    def push(*arguments, **answers):
-        said = ANSWERS | answers
-        (tmp_path / "answers.json").write_text(json.dumps(said))
-        return ["push", "--out", str(tmp_path / "out"), "--wait", "0", *arguments]
-
-    return tmp_path, push
-
-
-def test_a_push_attaches_what_exists(kernels, kaggle):
-    folder, push = kaggle
-    only = ("--kernels-only", "--notebook", "pretrain")
-    kernels.main(push(*only))
-    kernel = folder / "out" / "kernels" / "pretrain"
-    assert metadata(kernel)["kernel_sources"] == []
-    complete = ['ann/x has status "KernelWorkerStatus.COMPLETE"', 0]
-    kernels.main(push(*only, **{"kernels status": complete}))
-    assert metadata(kernel)["kernel_sources"] == ["ann/minimind-pretrain"]
-    call = f"kernels push -p {kernel} --accelerator NvidiaTeslaT4"
-    assert (folder / "calls.txt").read_text().splitlines()[-1] == call
-
-
-def test_a_notebook_waits_for_the_one_whose_output_it_reads(kernels, kaggle, capsys):
-    folder, push = kaggle
-    kernels.main(push("--kernels-only", "--notebook", "pretrain", "sft"))
-    pushes = (folder / "calls.txt").read_text().count("kernels push")
-    assert pushes == 1
-    told = "sft starts from the output of pretrain: when that is complete, run python"
-    assert told in capsys.readouterr().out
-
-
-def test_what_this_command_has_not_made_is_not_uploaded(kernels, kaggle):
-    folder, push = kaggle
-    (folder / "out" / "datasets" / ".DS_Store").touch()
-    (folder / "out" / "datasets" / "mine").mkdir()
-    with pytest.raises(SystemExit, match="minimind-wheel is not ready yet"):
-        kernels.main(push("--notebook", "pretrain"))
-    assert "mine" not in (folder / "calls.txt").read_text()
-
-
-def test_a_failed_push_is_told_though_it_exits_with_0(kernels, kaggle):
-    _, push = kaggle
-    only = ("--kernels-only", "--notebook", "pretrain")
-    invalid = f"The following are not valid dataset sources: …\n{PUSHED[0]}"
-    for said in ("Kernel push error: …", invalid):
-        with pytest.raises(SystemExit, match="was not pushed: "):
-            kernels.main(push(*only, **{"kernels push": [said, 0]}))
-
-
-def test_a_running_kernel_is_pushed_again_only_when_asked(kernels, kaggle):
-    folder, push = kaggle
-    only = ("--kernels-only", "--notebook", "pretrain")
-    running = {"kernels status": ['ann/x has status "KernelWorkerStatus.RUNNING"', 0]}
-    with pytest.raises(SystemExit, match="is RUNNING: .* push --again"):
-        kernels.main(push(*only, **running))
-    assert "kernels push" not in (folder / "calls.txt").read_text()
-    kernels.main(push(*only, "--again", **running))
-    odd = {"kernels status": ["no connection", 1]}
-    with pytest.raises(SystemExit, match="is unknown .*'no connection'"):
-        kernels.main(push(*only, **odd))
-
-
-def test_data_sets_are_created_or_get_a_version(kernels, kaggle):
-    folder, push = kaggle
-    with pytest.raises(SystemExit, match="minimind-wheel is not ready yet"):
-        kernels.main(push("--notebook", "pretrain"))
-    calls = (folder / "calls.txt").read_text()
-    data, wheel = (folder / "out/datasets" / f"minimind-{n}" for n in ("data", "wheel"))
-    assert f"datasets version -p {data} -m minimind_nb\n" in calls
-    assert f"datasets create -p {wheel}\n" in calls
-    failed = {"datasets version": ["Dataset version creation error: …", 0]}
-    with pytest.raises(SystemExit, match="was not uploaded: Dataset version creation"):
-        kernels.main(push("--notebook", "pretrain", **failed))
-
-
-def test_nothing_is_pushed_without_command_or_folders(
-    kernels, kaggle, tmp_path, monkeypatch
-):
-    with pytest.raises(SystemExit, match="nothing to push in .*build first"):
-        kernels.main(["push", "--out", str(tmp_path / "empty")])
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    with pytest.raises(SystemExit, match="command kaggle is missing: pip install"):
-        kernels.main(["push"])
+    assert (building.find_user(None), building.find_user("Ann")) == ("eve", "ann")

@@ -1,0 +1,230 @@
+"""Folders that Kaggle accepts: the wheel, the data, notebooks with their parameters."""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kaggle_command import Refused, run
+
+ROOT = Path(__file__).resolve().parents[1]
+# The notebooks whose output a notebook reads, in addition to its own last version's.
+SOURCES = {
+    "pretrain": (),
+    "sft": ("pretrain",),
+    "dpo": ("sft",),
+    "chat": ("sft",),
+    "curves": ("pretrain", "sft", "dpo"),
+}
+BUILT = [
+    *(f"datasets/minimind-{name}" for name in ("data", "wheel")),
+    *(f"kernels/{name}" for name in SOURCES),
+]
+PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
+
+
+def run_build(options: argparse.Namespace) -> None:
+    """Write data set and kernel folders below `--out`, replacing those of before."""
+    user = find_user(options.user)
+    names = list(dict.fromkeys(options.notebook or ["pretrain"]))
+    baked = choose_parameters(names, options.p)
+    check_data(options.data, dict(options.p).get("data_path"))
+    for folder in find_built(options.out):
+        shutil.rmtree(folder)
+    wheel = write_dataset(options.out, user, "MiniMind wheel")
+    digest = build_wheel(wheel)
+    sources = [f"{user}/{wheel.name}"]
+    if options.data:
+        data = write_dataset(options.out, user, "MiniMind data")
+        for file in options.data:
+            shutil.copyfile(file, data / file.name)
+        sources.append(f"{user}/{data.name}")
+    for name in names:
+        write_kernel(options.out, user, name, baked[name], sources, wheel_digest=digest)
+    for folder in find_built(options.out):
+        print(folder, *sorted(file.name for file in folder.iterdir()))
+
+
+def find_built(out: Path) -> list[Path]:
+    """Return the folders below `out` that this command has built."""
+    folders = [out / part for part in BUILT]
+    return [f for f in folders if f.is_dir() and mark_of(f).is_file()]
+
+
+def mark_of(folder: Path) -> Path:
+    """Return the file that marks a folder as built by this command.
+
+    It lies beside the folder, because everything in a data set folder is uploaded.
+    """
+    return folder.with_name(f".{folder.name}.built")
+
+
+def check_data(files: list[Path], wanted: str | None) -> None:
+    """Raise `Refused` if a file is missing, if two have the same name, or if the
+    data_path of the notebooks is not among them."""
+    names = [file.name for file in files]
+    if wanted not in (None, "None", "demo", *names) and not Path(wanted).is_absolute():
+        raise Refused(f"data_path is {wanted}, which is not among --data FILE …")
+    for file in files:
+        if not file.is_file():
+            raise Refused(f"{file} does not exist: check --data")
+        if file.name == "dataset-metadata.json" or names.count(file.name) > 1:
+            raise Refused(f"{file.name} is taken, or given twice: rename that file")
+
+
+def find_user(named: str | None) -> str:
+    """Return the user name as given, from KAGGLE_USERNAME, or from kaggle.json."""
+    user = named or os.environ.get("KAGGLE_USERNAME")
+    file = Path.home() / ".kaggle" / "kaggle.json"
+    if not user and file.is_file():
+        try:
+            user = json.loads(file.read_bytes()).get("username")
+        except (ValueError, AttributeError):
+            user = None
+    if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", user):
+        raise Refused(
+            f"{user!r} is not a Kaggle user name (letters, digits, hyphens): pass "
+            "--user NAME, set KAGGLE_USERNAME, or put the file from Kaggle's settings "
+            f"at {file}"
+        )
+    return user.lower()
+
+
+def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any]:
+    """Return for each notebook the given parameters that it takes, as Python values.
+
+    A value that is not a Python literal is a string. A notebook takes the parameters
+    that it lists; those that train take also every setting that none of them lists.
+    Raises `Refused` for an unknown parameter and for an invalid value.
+    """
+    from papermill import inspect_notebook
+
+    from minimind_nb.config import STAGES, TrainConfig, describe_unknown, kinds
+
+    values = {name: _literal(value) for name, value in given}
+    listed = {
+        name: inspect_notebook(ROOT / f"notebooks/{name}.ipynb") for name in names
+    }
+    settings = kinds().keys() - {"stage"}
+    trained = [name for name in names if name in STAGES]
+    others = settings.difference(*(listed[name] for name in trained))
+    for name in trained:
+        listed[name] |= dict.fromkeys(others)
+    known = set().union(*listed.values())
+    for name in values:
+        if name not in known:
+            problem = describe_unknown(name, known, "parameter")
+            raise Refused(f"{problem} (of {', '.join(names)})")
+    baked = {
+        name: {key: value for key, value in values.items() if key in listed[name]}
+        for name in names
+    }
+    for name, chosen in baked.items():
+        stage = {"stage": name} if name in STAGES else {}
+        fields = {key: value for key, value in chosen.items() if key in settings}
+        try:
+            TrainConfig(**(stage | fields), **chosen.get("settings", {}))
+        except (ValueError, TypeError) as error:
+            raise Refused(f"{error} (True, False and None are Python's)") from None
+    return baked
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def build_wheel(folder: Path) -> str:
+    """Build the wheel into a folder, from a copy of the sources; return its sha256."""
+    import importlib.metadata
+
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        version = "0"
+    # An older setuptools cannot read pyproject.toml; then pip fetches a newer one.
+    offline = ["--no-build-isolation"] if int(version.split(".")[0]) >= 77 else []  # noqa: PLR2004
+    with tempfile.TemporaryDirectory() as copy:
+        for part in PARTS:
+            ignore = shutil.ignore_patterns("__pycache__")
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, Path(copy) / part, ignore=ignore)
+            else:
+                shutil.copyfile(ROOT / part, Path(copy) / part)
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *offline]
+        answer = run([*pip, "--wheel-dir", str(folder.resolve()), copy])
+    if answer.returncode:
+        hint = "" if offline else ' (first try: pip install "setuptools>=77")'
+        raise Refused(f"the wheel could not be built{hint}:\n{answer.stdout[-2000:]}")
+    (wheel,) = folder.glob("*.whl")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+def write_dataset(out: Path, user: str, title: str) -> Path:
+    """Make a data set folder that holds only its metadata."""
+    folder = out / "datasets" / slug(title)
+    _make(folder)
+    values = {"title": title, "id": f"{user}/{folder.name}"}
+    _fill("dataset-metadata.json", folder, values)
+    return folder
+
+
+def write_kernel(
+    out: Path,
+    user: str,
+    name: str,
+    parameters: dict[str, Any],
+    sources: list[str],
+    *,
+    wheel_digest: str,
+) -> None:
+    """Make a kernel folder: the notebook with its parameters, and its metadata.
+
+    The notebook installs only the wheel of this sha256.
+    """
+    import nbformat
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    folder = out / "kernels" / name
+    _make(folder)
+    original = load_notebook_node(str(ROOT / f"notebooks/{name}.ipynb"))
+    notebook = parameterize_notebook(original, parameters)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            cell.source = cell.source.replace('.whl", None', f'.whl", "{wheel_digest}"')
+    file = folder / f"{name}.ipynb"
+    nbformat.write(notebook, file)
+    title = f"MiniMind {name}"
+    values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}
+    _fill("kernel-metadata.json", folder, {**values, "dataset_sources": sources})
+
+
+def _make(folder: Path) -> None:
+    if folder.exists():
+        raise Refused(f"{folder} was not built by this command: pass another --out")
+    folder.mkdir(parents=True)
+    mark_of(folder).touch()
+
+
+def slug(title: str) -> str:
+    """Return the form of a title in Kaggle's addresses."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _fill(template: str, folder: Path, values: dict[str, Any]) -> None:
+    metadata = json.loads((ROOT / "kaggle" / template).read_text(encoding="utf-8"))
+    text = json.dumps(metadata | values, indent=2)
+    (folder / template).write_text(f"{text}\n", encoding="utf-8")
