@@ -133,43 +133,58 @@ def test_a_data_set_holds_what_is_to_be_uploaded_and_nothing_else(built):
 def wheel_cell():
     """The cell that installs the wheel, the same in all notebooks."""
     sources = set()
-    for name in ("pretrain", "sft", "dpo", "chat", "curves"):
+    for name in building.SOURCES:
         notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
-        (cell,) = (cell for cell in notebook.cells if "no-index" in cell.source)
+        (cell,) = (cell for cell in notebook.cells if "WHEEL, SHA256" in cell.source)
         assert cell.metadata["jupyter"]["source_hidden"], "folded in every front end"
         sources.add(cell.source)
     (source,) = sources
     return source
 
 
-def run_wheel_cell(inputs):
-    """Run it where the package is missing; what it installs is printed instead."""
-    code = wheel_cell().replace('find_spec("minimind_nb")', 'find_spec("not_there")')
+def run_wheel_cell(code, inputs, beside):
+    """Run it; what it installs is printed instead. Gives the last line of what it says."""
     code = code.replace("subprocess.run(", "print(").replace(", check=True", "")
-    return subprocess.run(
+    answer = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "MINIMIND_NB_INPUTS": str(inputs)},
-        capture_output=True,
+        cwd=beside,
+        env={**os.environ, "MINIMIND_NB_INPUTS": str(inputs), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
+    return answer.stdout.strip().rpartition("\n")[2]
 
 
 def test_a_notebook_installs_the_wheel_of_its_own_version_only(tmp_path):
     own = f"minimind_nb-{minimind_nb.__version__}-py3-none-any.whl"
     assert f'WHEEL, SHA256 = "{own}", None' in wheel_cell()
-    missing = run_wheel_cell(tmp_path).stderr
-    assert "0 wheels below" in missing and "expected 1; found: []" in missing
-    others = [tmp_path / "extras" / own.replace("0.1.0", v) for v in ("9.9", "0.0.9")]
-    for wheel in (*others, tmp_path / "a" / own, tmp_path / "b" / own):
-        wheel.parent.mkdir(exist_ok=True)
+    missing = wheel_cell().replace('find_spec("minimind_nb")', 'find_spec("not_there")')
+    inputs, beside = tmp_path / "input", tmp_path / "content"
+    beside.mkdir()
+    (beside / own).write_text("uploaded on Colab")
+    assert run_wheel_cell(missing, inputs, beside).endswith(f"'{beside / own}']")
+    (beside / own).unlink()
+    said = run_wheel_cell(missing, inputs, beside)
+    assert f"Needed: one {own} (sha256 any), found: []. On Kaggle: Add Input" in said
+    others = [inputs / "extras" / own.replace("0.1.0", v) for v in ("9.9", "0.0.9")]
+    for wheel in (*others, inputs / "a" / own, inputs / "b" / own):
+        wheel.parent.mkdir(exist_ok=True, parents=True)
         wheel.write_text("the same bytes in two places are one wheel")
-    answer = run_wheel_cell(tmp_path)
-    assert own in answer.stdout and "extras" not in answer.stdout
-    (tmp_path / "b" / own).write_text("others")
-    refused = run_wheel_cell(tmp_path).stderr
-    assert "2 wheels below" in refused
-    assert all(str(wheel) in refused for wheel in others)
+    said = run_wheel_cell(missing, inputs, beside)
+    assert own in said and "extras" not in said
+    (inputs / "b" / own).write_text("others")
+    said = run_wheel_cell(missing, inputs, beside)
+    assert all(str(wheel) in said for wheel in (*others, inputs / "a" / own))
+    assert "Remove any other" in said
+
+
+def test_a_notebook_says_if_another_version_is_installed(tmp_path):
+    assert run_wheel_cell(wheel_cell(), tmp_path, tmp_path) == ""
+    newer = wheel_cell().replace(minimind_nb.__version__, "9.9")
+    said = run_wheel_cell(newer, tmp_path, tmp_path)
+    assert f"minimind_nb {minimind_nb.__version__} is installed and used. For" in said
 
 
 @pytest.mark.parametrize(
