@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -27,29 +28,42 @@ BUILT = [
     *(f"datasets/minimind-{name}" for name in ("data", "wheel")),
     *(f"kernels/{name}" for name in SOURCES),
 ]
+DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
+OUT = Path("out/kaggle")
 PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
 
 
 def run_build(options: argparse.Namespace) -> None:
-    """Write data set and kernel folders below `--out`, replacing those of before."""
+    """Write data set and kernel folders below `--out`, and keep others of before."""
     user = find_user(options.user)
     names = list(dict.fromkeys(options.notebook or ["pretrain"]))
     baked = choose_parameters(names, options.p)
-    check_data(options.data, dict(options.p).get("data_path"))
-    for folder in find_built(options.out):
-        shutil.rmtree(folder)
-    wheel = write_dataset(options.out, user, "MiniMind wheel")
-    digest = build_wheel(wheel)
-    sources = [f"{user}/{wheel.name}"]
-    if options.data:
-        data = write_dataset(options.out, user, "MiniMind data")
+    before = find_built(options.out)
+    data = options.out / "datasets" / "minimind-data"
+    replaced = ("minimind-wheel", *names)
+    kept = [] if options.fresh else [f for f in before if f.name not in replaced]
+    there = os.listdir(data) if data in kept else []
+    check_data(options.data, there, dict(options.p).get("data_path"))
+    for folder in before:
+        if folder not in kept:
+            shutil.rmtree(folder)
+    wheel = build_wheel(write_dataset(options.out, user, "MiniMind wheel"))
+    if options.data or data in kept:
+        write_dataset(options.out, user, "MiniMind data")
         for file in options.data:
             shutil.copyfile(file, data / file.name)
-        sources.append(f"{user}/{data.name}")
     for name in names:
-        write_kernel(options.out, user, name, baked[name], sources, wheel_digest=digest)
-    for folder in find_built(options.out):
-        print(folder, *sorted(file.name for file in folder.iterdir()))
+        write_kernel(options.out, name, baked[name])
+    built = find_built(options.out)
+    sources = [f"{user}/{f.name}" for f in built if f.parent.name == "datasets"]
+    for folder in built:
+        if folder.parent.name == "kernels":
+            attach(folder, user, sources, wheel)
+        files = sorted(file.name for file in folder.iterdir())
+        print(folder, *files, *(["(kept; --fresh drops it)"] if folder in kept else []))
+    place = [] if options.out == OUT else ["--out", str(options.out)]
+    push = shlex.join(["push", *place, "--notebook", *names])
+    print(f"Next: pip install 'kaggle>=2.2', then python kaggle/kernels.py {push}")
 
 
 def find_built(out: Path) -> list[Path]:
@@ -66,16 +80,17 @@ def mark_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.built")
 
 
-def check_data(files: list[Path], wanted: str | None) -> None:
+def check_data(files: list[Path], kept: list[str], wanted: str | None) -> None:
     """Raise `Refused` if a file is missing, if two have the same name, or if the
-    data_path of the notebooks is not among them."""
+    data_path of the notebooks is neither among them nor among those kept."""
     names = [file.name for file in files]
-    if wanted not in (None, "None", "demo", *names) and not Path(wanted).is_absolute():
+    known = (None, "None", "demo", *names, *kept)
+    if wanted not in known and not Path(wanted).is_absolute():
         raise Refused(f"data_path is {wanted}, which is not among --data FILE …")
     for file in files:
         if not file.is_file():
             raise Refused(f"{file} does not exist: check --data")
-        if file.name == "dataset-metadata.json" or names.count(file.name) > 1:
+        if file.name == DATASET or names.count(file.name) > 1:
             raise Refused(f"{file.name} is taken, or given twice: rename that file")
 
 
@@ -143,8 +158,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def build_wheel(folder: Path) -> str:
-    """Build the wheel into a folder, from a copy of the sources; return its sha256."""
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel into a folder, from a copy of the sources."""
     import importlib.metadata
 
     try:
@@ -166,37 +181,44 @@ def build_wheel(folder: Path) -> str:
         hint = "" if offline else ' (first try: pip install "setuptools>=77")'
         raise Refused(f"the wheel could not be built{hint}:\n{answer.stdout[-2000:]}")
     (wheel,) = folder.glob("*.whl")
-    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return wheel
 
 
 def write_dataset(out: Path, user: str, title: str) -> Path:
-    """Make a data set folder that holds only its metadata."""
+    """Make a data set folder, or take over the one kept, and write its metadata."""
     folder = out / "datasets" / slug(title)
     _make(folder)
-    values = {"title": title, "id": f"{user}/{folder.name}"}
-    _fill("dataset-metadata.json", folder, values)
+    _fill(folder / DATASET, {"title": title, "id": f"{user}/{folder.name}"})
     return folder
 
 
-def write_kernel(
-    out: Path,
-    user: str,
-    name: str,
-    parameters: dict[str, Any],
-    sources: list[str],
-    *,
-    wheel_digest: str,
-) -> None:
-    """Make a kernel folder: the notebook with its parameters, and its metadata.
-
-    The notebook installs only the wheel of this sha256.
-    """
+def write_kernel(out: Path, name: str, parameters: dict[str, Any]) -> None:
+    """Make a kernel folder that holds the notebook with its parameters."""
     import nbformat
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
 
     folder = out / "kernels" / name
     _make(folder)
+    nbformat.write(prepare(name, parameters), folder / f"{name}.ipynb")
+
+
+def attach(folder: Path, user: str, sources: list[str], wheel: Path) -> None:
+    """Write a kernel's metadata, and into its notebook the wheel that it installs."""
+    import nbformat
+
+    file = folder / f"{folder.name}.ipynb"
+    notebook = nbformat.read(file, as_version=4)
+    stamp(notebook, wheel)
+    nbformat.write(notebook, file)
+    title = f"MiniMind {folder.name}"
+    values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}
+    _fill(folder / KERNEL, {**values, "dataset_sources": sources})
+
+
+def prepare(name: str, parameters: dict[str, Any]) -> Any:
+    """Return the notebook of this name with its parameters and without outputs."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
     original = load_notebook_node(str(ROOT / f"notebooks/{name}.ipynb"))
     notebook = parameterize_notebook(original, parameters)
     notebook.metadata.pop("papermill", None)
@@ -204,18 +226,24 @@ def write_kernel(
         cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            cell.source = cell.source.replace('.whl", None', f'.whl", "{wheel_digest}"')
-    file = folder / f"{name}.ipynb"
-    nbformat.write(notebook, file)
-    title = f"MiniMind {name}"
-    values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}
-    _fill("kernel-metadata.json", folder, {**values, "dataset_sources": sources})
+    return notebook
+
+
+def stamp(notebook: Any, wheel: Path) -> int:
+    """Write the wheel that a notebook may install into its cell; return the position."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    line = f'WHEEL, SHA256 = "{wheel.name}", "{digest}"'
+    for position, cell in enumerate(notebook.cells):
+        cell.source, found = re.subn("(?m)^WHEEL, SHA256 = .*", line, cell.source)
+        if found:
+            return position
+    raise Refused("a notebook has no cell that installs the package: build --fresh")
 
 
 def _make(folder: Path) -> None:
-    if folder.exists():
+    if folder.exists() and not mark_of(folder).is_file():
         raise Refused(f"{folder} was not built by this command: pass another --out")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     mark_of(folder).touch()
 
 
@@ -224,7 +252,7 @@ def slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def _fill(template: str, folder: Path, values: dict[str, Any]) -> None:
-    metadata = json.loads((ROOT / "kaggle" / template).read_text(encoding="utf-8"))
-    text = json.dumps(metadata | values, indent=2)
-    (folder / template).write_text(f"{text}\n", encoding="utf-8")
+def _fill(file: Path, values: dict[str, Any]) -> None:
+    template = json.loads((ROOT / "kaggle" / file.name).read_text(encoding="utf-8"))
+    text = json.dumps(template | values, indent=2)
+    file.write_text(f"{text}\n", encoding="utf-8")

@@ -7,7 +7,7 @@ installed; `python kaggle/kernels.py push` needs the command `kaggle` and its ke
 import argparse
 from pathlib import Path
 
-from building import SOURCES, run_build
+from building import OUT, SOURCES, run_build
 from kaggle_command import Refused
 from pushing import run_push
 
@@ -19,7 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
     build = commands.add_parser("build", help="write the folders to push")
     build.set_defaults(run=run_build)
     build.add_argument("--user", help="your name on Kaggle")
-    build.add_argument("--data", nargs="+", default=[], type=Path, metavar="FILE")
+    build.add_argument(
+        "--data", nargs="+", default=[], type=Path, metavar="FILE", help="files to add"
+    )
+    build.add_argument(
+        "--fresh",
+        action="store_true",
+        help="drop data and notebooks of the build before",
+    )
     build.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
@@ -31,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     push.add_argument("--wait", type=float, default=900, help="seconds for data sets")
     for command in (build, push):
         command.add_argument("--notebook", nargs="+", choices=SOURCES, metavar="NAME")
-        command.add_argument("--out", type=Path, default=Path("out/kaggle"))
+        command.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

@@ -1,5 +1,6 @@
 """What is built for Kaggle runs there, as far as a stand-in can show."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -109,7 +110,7 @@ def test_built_notebooks_are_what_kaggle_takes(built):
         assert (values["is_private"], values["enable_gpu"]) == (True, True)
         assert values["enable_internet"] is False
         assert values["machine_shape"] == "NvidiaTeslaT4"
-        assert values["dataset_sources"] == ["ann/minimind-wheel", "ann/minimind-data"]
+        assert values["dataset_sources"] == ["ann/minimind-data", "ann/minimind-wheel"]
         notebook = nbformat.read(folder / values["code_file"], as_version=4)
         assert notebook.metadata.kernelspec.name == "python3"
         assert not any(cell.get("outputs") for cell in notebook.cells)
@@ -185,6 +186,31 @@ def test_a_notebook_says_if_another_version_is_installed(tmp_path):
     newer = wheel_cell().replace(minimind_nb.__version__, "9.9")
     said = run_wheel_cell(newer, tmp_path, tmp_path)
     assert f"minimind_nb {minimind_nb.__version__} is installed and used. For" in said
+
+
+def test_a_build_keeps_what_it_does_not_replace(built, tmp_path, capsys):
+    """And what is kept has the new wheel and belongs to the new user."""
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    build = ["build", "--user", "bob", "--out", str(out), "--notebook", "sft"]
+    kernels.main([*build, "-p", "data_path", "corpus.jsonl"])
+    said = capsys.readouterr().out
+    assert "corpus.jsonl dataset-metadata.json (kept; --fresh drops it)" in said
+    assert f"kernels.py push --out {out} --notebook sft\n" in said
+    (wheel,) = out.glob("datasets/minimind-wheel/*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for name in building.SOURCES:
+        values = metadata(out / "kernels" / name)
+        assert values["id"] == f"bob/minimind-{name}"
+        assert values["dataset_sources"] == ["bob/minimind-data", "bob/minimind-wheel"]
+        assert digest in (out / "kernels" / name / f"{name}.ipynb").read_text()
+    text = (out / "kernels" / "pretrain" / "pretrain.ipynb").read_text()
+    assert f"max_steps = {STEPS}" in text
+    kernels.main([*build, "--fresh"])
+    left = {*out.glob("[dk]*/[a-z]*")}
+    assert left == {wheel.parent, out / "kernels" / "sft"}
+    sources = metadata(out / "kernels" / "sft")["dataset_sources"]
+    assert sources == ["bob/minimind-wheel"]
 
 
 @pytest.mark.parametrize(
