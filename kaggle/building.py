@@ -220,7 +220,7 @@ def prepare(name: str, parameters: dict[str, Any]) -> Any:
     from papermill.parameterize import parameterize_notebook
 
     original = load_notebook_node(str(ROOT / f"notebooks/{name}.ipynb"))
-    notebook = parameterize_notebook(original, parameters)
+    notebook = parameterize_notebook(original, parameters) if parameters else original
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)

@@ -1,7 +1,8 @@
 """Build the wheel, the data and the notebooks for Kaggle, and push them.
 
 `python kaggle/kernels.py build --user NAME` needs no network where setuptools is
-installed; `python kaggle/kernels.py push` needs the command `kaggle` and its key.
+installed, and `build --single-file` no name: it writes a notebook to upload by hand.
+`python kaggle/kernels.py push` needs the command `kaggle` and its key.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 from building import OUT, SOURCES, run_build
 from kaggle_command import Refused
 from pushing import run_push
+from single_file import build_single_files
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +23,13 @@ def main(arguments: list[str] | None = None) -> None:
     build.add_argument("--user", help="your name on Kaggle")
     build.add_argument(
         "--data", nargs="+", default=[], type=Path, metavar="FILE", help="files to add"
+    )
+    build.add_argument(
+        "--single-file",
+        dest="run",
+        action="store_const",
+        const=build_single_files,
+        help="a notebook to upload by hand, which carries the wheel",
     )
     build.add_argument(
         "--fresh",

@@ -11,6 +11,7 @@ import building
 import kernels
 import nbformat
 import pytest
+import single_file
 from kaggle_command import Refused
 from support.kaggle import STEPS, TINY, metadata
 from support.runs import train_here
@@ -48,12 +49,12 @@ def lacking(tmp_path):
     return packages
 
 
-def run_on_stand_in(packages, mount, *arguments):
+def run_on_stand_in(packages, mount, *arguments, **more):
     """Run Python there, with these inputs; gives its working folder and output."""
     working = mount.parent / "working"
     working.mkdir()
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environ |= {"MINIMIND_NB_INPUTS": str(mount), "OMP_NUM_THREADS": "1"}
+    environ |= {"MINIMIND_NB_INPUTS": str(mount), "OMP_NUM_THREADS": "1", **more}
     answer = subprocess.run(
         [str(packages.parents[2] / "bin" / "python"), *map(str, arguments)],
         cwd=working,
@@ -100,6 +101,28 @@ def test_all_is_found_in_the_older_layout(built, version_before, lacking, tmp_pa
     data = mount / "minimind-data" / "corpus.jsonl"
     run = mount / "minimind-pretrain" / "out" / "pretrain_32"
     assert found.split() == [str(data), str(run)]
+
+
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_single_file_needs_nothing_beside_it(lacking, tmp_path, capsys, trains):
+    out = tmp_path / "built"
+    kernels.main(["build", "--single-file", "--out", str(out)])
+    (file,) = out.iterdir()
+    assert "Import Notebook" in capsys.readouterr().out
+    assert file.name == f"minimind-{single_file.FIRST}.ipynb"
+    assert file.stat().st_size <= 700_000
+    notebook = nbformat.read(file, as_version=4)
+    (carrying,) = (cell for cell in notebook.cells if "CARRIED =" in cell.source)
+    assert carrying.metadata["jupyter"]["source_hidden"]
+    if not trains:
+        first = next(c for c in notebook.cells if "mm.train(" in c.source)
+        del notebook.cells[notebook.cells.index(first) :]
+        nbformat.write(notebook, file)
+    papermill = ("-m", "papermill", "--no-progress-bar", file, "out.ipynb")
+    kaggle = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "https_proxy": "http://127.0.0.1:9"}
+    working, _ = run_on_stand_in(lacking, tmp_path / "none", *papermill, **kaggle)
+    left = {"out.ipynb", "out"} if trains else {"out.ipynb"}
+    assert {path.name for path in working.iterdir()} == left
 
 
 def test_built_notebooks_are_what_kaggle_takes(built):
@@ -227,6 +250,7 @@ def test_a_build_keeps_what_it_does_not_replace(built, tmp_path, capsys):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
         (["--user", "a/b"], "is not a Kaggle user name"),
+        (["--single-file", "--data", "README.md"], "attach it on Kaggle .Add Input"),
     ],
 )
 def test_what_cannot_be_built_is_refused(tmp_path, arguments, words):
