@@ -19,6 +19,7 @@ from minimind_nb.config.presets import PRESETS, RECIPES
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
@@ -131,16 +132,36 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
         assert (ROOT / folder).is_dir()
 
 
-def test_links_are_made_from_the_public_address() -> None:
+def test_links_are_made_from_the_public_address(tmp_path: Path) -> None:
     script = runpy.run_path(str(ROOT / "tools" / "repository.py"))
-    for name, text in script["TEXTS"].items():
-        before = (ROOT / name).read_text(encoding="utf-8")
-        filled = script["fill"](before, text.format(url="https://example.org/a/b"))
-        assert "https://example.org/a/b" in filled
-        assert script["fill"](filled, "") == script["fill"](before, "")
-        if name == "pyproject.toml":
-            urls = tomllib.loads(filled)["project"]["urls"]
-            assert urls["Repository"] == "https://example.org/a/b"
+    files = [*script["TEXTS"], *(f"notebooks/{f.name}" for f in NOTEBOOKS)]
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    for name in script["TEXTS"]:
+        shutil.copyfile(ROOT / name, tmp_path / name)
+
+    def texts_with(url: str) -> list[str]:
+        settings = tmp_path / "pyproject.toml"
+        line = f'repository = "{url}"'
+        text = re.sub("(?m)^repository = .*$", line, settings.read_text("utf-8"))
+        settings.write_text(text, encoding="utf-8")
+        script["main"](tmp_path)
+        return [(tmp_path / name).read_text(encoding="utf-8") for name in files]
+
+    without = texts_with("")
+    for text in texts_with("https://github.com/a/b"):
+        if "[project]" in text:
+            urls = tomllib.loads(text)["project"]["urls"]
+            assert urls["Repository"] == "https://github.com/a/b"
+        else:
+            assert "git+https://github.com/a/b" in text
+            raw = "https://raw.githubusercontent.com/a/b/main/notebooks/"
+            assert f"(https://kaggle.com/kernels/welcome?src={raw}" in text
+            assert "google.com/github/a/b/blob/main/notebooks/" in text
+    assert not any("kaggle.com" in text for text in texts_with("https://example.org/a"))
+    assert texts_with("") == without
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    committed = [(ROOT / name).read_text(encoding="utf-8") for name in files]
+    assert texts_with(settings["tool"]["minimind_nb"]["repository"]) == committed
 
 
 @pytest.mark.parametrize("command", ["python kaggle/kernels.py build", "papermill"])
@@ -158,11 +179,14 @@ def test_the_command_under_torchrun_is_understood() -> None:
     cli._parse([words[2]])
 
 
-def test_the_build_for_kaggle_is_understood() -> None:
-    line = re.search(r"^python kaggle/kernels.py build (.*)$", EVERYTHING, re.MULTILINE)
-    assert line
-    words = shlex.split(line[1])
+def test_the_builds_for_kaggle_are_understood() -> None:
+    lines = re.findall(
+        r"^python kaggle/kernels.py build (.*)$", EVERYTHING, re.MULTILINE
+    )
+    assert lines
     script = (ROOT / "kaggle" / "kernels.py").read_text(encoding="utf-8")
-    for option in {word for word in words if word.startswith("--")}:
-        assert f'"{option}"' in script
-    assert (ROOT / words[words.index("--data") + 1]).is_file()
+    for words in map(shlex.split, lines):
+        for option in {word for word in words if word.startswith("--")}:
+            assert f'"{option}"' in script
+        if "--data" in words:
+            assert (ROOT / words[words.index("--data") + 1]).is_file()
