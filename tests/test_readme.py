@@ -166,9 +166,8 @@ def test_links_are_made_from_the_public_address(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["python kaggle/kernels.py build", "papermill"])
 def test_the_parameters_of_notebooks_exist(command: str) -> None:
-    line = re.search(rf"^{command} (.*)$", EVERYTHING, re.MULTILINE)
-    assert line
-    words = shlex.split(line[1])
+    lines = re.findall(rf"^{command} (.*)$", EVERYTHING, re.MULTILINE)
+    words = [word for line in lines for word in shlex.split(line)]
     given = [name for word, name in itertools.pairwise(words) if word == "-p"]
     assert given and set(given) <= {*kinds(), "trial", "settings"}
 
