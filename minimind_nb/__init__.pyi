@@ -30,7 +30,6 @@ from .notebook import train_demo_before as train_demo_before
 from .planning import plan as plan
 from .session import find_input as find_input
 from .session import find_inputs as find_inputs
-from .session import input_runs as input_runs
 from .survey import data_report as data_report
 from .survey import filter_data as filter_data
 from .survey import preview as preview

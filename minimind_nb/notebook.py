@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, describe_unknown, kinds
-from .session import find_inputs, input_runs
+from .session import current_session, find_inputs, runs_below
 from .training.api import train
 from .training.runs import Run, runs
 
@@ -108,4 +108,4 @@ def find_runs(out_dir: str, demo: str = "pretrain") -> list[Run]:
 
 def _list_runs(out_dir: str) -> list[Run]:
     found = runs(out_dir).runs if Path(out_dir).expanduser().is_dir() else []
-    return [*found, *map(Run, input_runs())]
+    return [*found, *map(Run, runs_below(current_session().inputs))]

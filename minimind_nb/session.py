@@ -103,15 +103,6 @@ def find_input(path: Any) -> Any:
     return found or path
 
 
-def input_runs(stage: str | None = None, run_name: str | None = None) -> list[Path]:
-    """List the run folders below the mounted inputs, of a stage and a name if given.
-
-    Those that `resume=False` has set aside are left out.
-    """
-    inputs = current_session().inputs
-    return runs_below(inputs, stage, run_name) if inputs else []
-
-
 def find_inputs(cfg: TrainConfig) -> TrainConfig:
     """Return the configuration with its files and runs found below the mounted inputs.
 
@@ -120,32 +111,32 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
     before, unless `out_dir` has one. If nothing is mounted, nothing changes. Raises
     `ValueError` if there are several to choose from.
     """
-    if current_session().inputs is None:
+    if (inputs := current_session().inputs) is None:
         return cfg
     out_dir, before = Path(cfg.out_dir), STAGE_BEFORE.get(cfg.stage)
     names = [name for name in PATH_FIELDS if name != "out_dir"]
     found = {name: change_path(find_input, getattr(cfg, name)) for name in names}
     resumes = runs_below(out_dir, cfg.stage, cfg.run_name) and cfg.resume is not False
     if cfg.resume == "auto" and not resumes:
-        runs = input_runs(cfg.stage, cfg.run_name)
+        runs = runs_below(inputs, cfg.stage, cfg.run_name)
         found["resume"] = _only(runs, 'resume="auto"') or "auto"
     begins = not resumes and found["resume"] == cfg.resume
     auto = before and cfg.init_from in (None, "auto")
     if begins and auto and not runs_below(out_dir, before):
-        earlier = _only(input_runs(before), 'init_from="auto"')
+        earlier = _only(runs_below(inputs, before), 'init_from="auto"')
         found["init_from"] = earlier or cfg.init_from
     return dataclasses.replace(cfg, **found)
 
 
 def runs_below(
-    root: Path,
-    stage: str | None,
+    root: Path | None,
+    stage: str | None = None,
     run_name: str | None = None,
     pattern: str = "**/config.json",
 ) -> list[Path]:
     """List the run folders with checkpoints below `root`, but those set aside."""
     found = []
-    for file in sorted(root.glob(pattern)):
+    for file in sorted(root.glob(pattern)) if root else ():
         run = RunFolder(file.parent)
         if not run.checkpoint_folders() or run.is_aside():
             continue

@@ -13,7 +13,7 @@ from minimind_nb.session import (
     current_session,
     find_input,
     find_inputs,
-    input_runs,
+    runs_below,
 )
 
 KAGGLE = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_the_version_before(mount, layout):
     cfg = TrainConfig(data_path="demo")
     assert find_inputs(cfg) == cfg
     run = leave_run(mount / layout.format("pretrain"), "pretrain", "pretrain_512")
-    assert input_runs() == input_runs("pretrain", "pretrain_512") == [run]
+    assert runs_below(mount) == runs_below(mount, "pretrain", "pretrain_512") == [run]
     assert find_inputs(cfg).resume == str(run)
     assert find_inputs(TrainConfig(data_path="demo", resume=False)).resume is False
     assert find_inputs(TrainConfig(data_path="demo", run_name="b")).resume == "auto"
@@ -165,4 +165,4 @@ def test_where_nothing_is_mounted_nothing_changes(monkeypatch):
     cfg = TrainConfig(data_path="nowhere.jsonl")
     assert find_inputs(cfg) is cfg
     assert find_input("nowhere.jsonl") == "nowhere.jsonl"
-    assert input_runs() == []
+    assert runs_below(None) == []
