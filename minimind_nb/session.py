@@ -54,6 +54,12 @@ class Session:
         age = call_seconds if self.kind == "plain" else oldest_age_seconds()
         return hours * 3600 - age
 
+    def missing_remedy(self) -> str:
+        """Return what to do about data that is missing."""
+        if self.inputs is None:
+            return "check the path"
+        return "attach its data set with Add Input, or restart once it is processed"
+
 
 def running_kernel() -> Any:
     """Return the Jupyter kernel that this process is, or None."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import minimind_nb as mm
 from minimind_nb import session
 from minimind_nb.config import TrainConfig
 from minimind_nb.session import (
@@ -151,6 +152,17 @@ def test_of_several_runs_one_must_be_named(mount):
         find_inputs(TrainConfig(data_path="demo"))
     with pytest.raises(ValueError, match='init_from="auto" matches several'):
         find_inputs(TrainConfig(stage="sft", data_path="demo"))
+
+
+def test_data_that_is_not_attached_or_still_processed_says_what_to_do(mount):
+    (mount / "datasets" / "ann" / "texts").mkdir(parents=True)
+    words = "attach its data set with Add Input, or restart once it is processed"
+    for path in ("corpus.jsonl", "texts"):
+        cfg = mm.notebook_config("pretrain", {"data_path": path, "out_dir": "out"})
+        with pytest.raises(FileNotFoundError, match=words) as error:
+            mm.train(cfg, view=False)
+        assert path in str(error.value) and "\n" not in str(error.value)
+    assert not Path("out").exists()
 
 
 def test_a_run_that_was_set_aside_is_no_choice(mount):

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..session import current_session
 from .jsonl import BOM, MAX_LINE_BYTES, Chunk, DataError
 
 MOST_ARRAY_BYTES = 256_000_000
@@ -57,7 +58,8 @@ def find_files(data_path: str | tuple[str, ...]) -> list[str]:
     files = [str(file) for file in sorted(found) if _SUFFIXES.search(file.name)]
     if not files:
         raise FileNotFoundError(
-            f"{data_path} has no .jsonl, .json, .parquet or .txt file"
+            f"{data_path} has no .jsonl, .json, .parquet or .txt file: "
+            + current_session().missing_remedy()
         )
     return files
 
@@ -70,7 +72,8 @@ def check_file(path: str | os.PathLike[str]) -> None:
     if not path.is_file():
         names = os.listdir(path.parent) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-        hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
+        meant = f"did you mean {path.with_name(near[0])}?" if near else ""
+        hint = meant or current_session().missing_remedy()
         raise FileNotFoundError(f"{path} does not exist, or is no file: {hint}")
     head = _read_head(path)
     for beginning, what in _OTHER_FILES:
