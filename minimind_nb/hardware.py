@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -31,10 +32,10 @@ _LEAST_SECONDS, _LEAST_OF_MIXTURES = 20 * 60, 200 * 60
 # Runs in a process of its own: the parent of the workers never touches CUDA.
 _ASK_TORCH = """
 import json, torch
-print(json.dumps([
+print(json.dumps([" ".join(torch.cuda.get_arch_list()), [
     [p.name, [p.major, p.minor], p.total_memory / 2**30]
     for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-]))
+]]))
 """
 
 
@@ -49,12 +50,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The processors of this machine."""
+    """The processors of this machine, and what torch was built for ("sm_75 sm_80")."""
 
     gpus: tuple[Gpu, ...]
     cpu_cores: int
     cpu_native_bf16: bool
     memory_gib: float
+    architectures: str = ""
 
     def describe(self) -> str:
         """Return one line such as "2 × Tesla T4 (15 GiB, sm_75), 4 cores"."""
@@ -65,6 +67,14 @@ class Hardware:
             for gpu, count in Counter(self.gpus).items()
         ]
         return ", ".join([*parts, cores, f"{self.memory_gib:.0f} GiB of memory"])
+
+    def gpu_problem(self) -> str:
+        """Return why no GPU, or not each of them, can train; "" if all can."""
+        built = [divmod(int(n), 10) for n in re.findall(r"_(\d+)", self.architectures)]
+        for gpu in self.gpus:
+            if gpu.capability < min(built, default=(0, 0)):
+                return f"{gpu.name} is too old for a torch for {self.architectures}"
+        return "" if self.gpus else "no GPU was found"
 
 
 def choose_dtype(
@@ -149,13 +159,15 @@ def detect_hardware() -> Hardware:
     import psutil
     import torch
 
+    gpus, built_for = _ask_torch() if torch.cuda.device_count() > 0 else ((), "")
     return Hardware(
-        gpus=_ask_gpus() if torch.cuda.device_count() > 0 else (),
+        gpus=gpus,
         cpu_cores=count_cores(),
         # With AVX512-BF16 alone steps of "demo" are 1.1 to 1.3 times as fast, of 26 M 1.7.
         cpu_native_bf16=torch.cpu._is_avx512_bf16_supported()
         or torch.cpu._is_amx_tile_supported(),
         memory_gib=psutil.virtual_memory().total / 2**30,
+        architectures=built_for,
     )
 
 
@@ -171,7 +183,7 @@ def count_cores() -> int:
     return max(1, min(cores, quota // period))
 
 
-def _ask_gpus() -> tuple[Gpu, ...]:
+def _ask_torch() -> tuple[tuple[Gpu, ...], str]:
     try:
         command = [sys.executable, "-c", _ASK_TORCH]
         answer = subprocess.check_output(
@@ -182,8 +194,9 @@ def _ask_gpus() -> tuple[Gpu, ...]:
             f"CUDA is installed but does not answer: {error}\n{str(error.stderr)[-600:]}\n"
             'Train on the CPU with device="cpu", or fix the driver installation.'
         ) from error
-    found = json.loads(answer.splitlines()[-1])
-    return tuple(Gpu(name, tuple(version), memory) for name, version, memory in found)
+    built_for, found = json.loads(answer.splitlines()[-1])
+    gpus = (Gpu(name, tuple(version), memory) for name, version, memory in found)
+    return tuple(gpus), built_for
 
 
 def peak_memory_gib(device: str) -> float:

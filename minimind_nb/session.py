@@ -16,6 +16,10 @@ from .storage.run_folder import RunFolder
 
 KAGGLE_HOURS = 11.5  # of 12
 LOG_SECONDS = 60.0  # between lines in the log of a batch run
+GPU_REMEDIES = {  # by the kind of a session
+    "kaggle": ": choose Settings → Accelerator → GPU T4 x2",
+    "colab": ": choose Runtime → Change runtime type → T4 GPU",
+}
 _NO_PATHS = ("demo", "auto", "none")  # values that a setting of a path also takes
 
 

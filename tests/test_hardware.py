@@ -72,6 +72,25 @@ def test_hardware_is_described_in_a_line():
 
 
 @pytest.mark.parametrize(
+    ("architectures", "problem"),
+    [
+        (
+            "sm_75 sm_80 sm_90a sm_100 compute_120",
+            "too old for a torch for sm_75 sm_80",
+        ),
+        ("sm_50 sm_60 sm_100", ""),
+        ("compute_53", ""),
+        ("", ""),
+    ],
+)
+def test_a_gpu_older_than_all_that_torch_was_built_for_is_told(architectures, problem):
+    p100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9)
+    found = Hardware((T4, p100), 4, False, 29.0, architectures).gpu_problem()
+    assert found.startswith("Tesla P100-PCIE-16GB is ") if problem else not found
+    assert problem in found
+
+
+@pytest.mark.parametrize(
     ("quota", "cores"),
     [
         ("max 100000", 8),
@@ -101,10 +120,11 @@ def test_this_machine_is_detected_without_initialising_cuda(monkeypatch):
 
 
 def test_gpus_are_asked_for_in_another_process(monkeypatch):
-    answer = '[["Tesla T4", [7, 5], 14.6]]'
+    answer = '["sm_70 sm_75", [["Tesla T4", [7, 5], 14.6]]]'
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(hardware, "_ASK_TORCH", f"print('hello'); print('{answer}')")
-    assert detect_hardware().gpus == (T4,)
+    found = detect_hardware()
+    assert (found.gpus, found.architectures) == ((T4,), "sm_70 sm_75")
 
 
 def test_a_gpu_that_does_not_answer_is_named_with_its_error(monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 from ..config import TrainConfig, count_parameters
 from ..hardware import Hardware, choose_dtype, detect_hardware, has_compiler
 from ..launch.torchrun import find_torchrun
+from ..session import GPU_REMEDIES, current_session
 from ..storage.file_system import free_bytes
 from ..storage.run_folder import step_of
 from .run_plan import RunPlan
@@ -25,8 +26,9 @@ def machine_defaults(
     hardware = hardware or detect_hardware()
     gpus, cores = len(hardware.gpus), hardware.cpu_cores
     device = cfg.device or ("cuda" if gpus else "cpu")
-    if device == "cuda" and not gpus:
-        raise ValueError('device="cuda", but no GPU was found; use device="cpu"')
+    if device == "cuda" and (problem := hardware.gpu_problem()):
+        remedy = GPU_REMEDIES.get(current_session().kind, "")
+        raise ValueError(f'{problem}; use device="cpu" or another accelerator{remedy}')
     most, default, limit = 4 * cores, 1, f"{cores} CPU cores"
     if device == "cuda":
         most, default, limit = gpus, gpus, f"{gpus} GPUs"

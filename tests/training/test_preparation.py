@@ -205,6 +205,17 @@ def test_gpus_that_are_not_there_are_refused(
     refuse(two, ValueError, "num_processes=2 is too many for 1 GPUs")
 
 
+def test_a_gpu_that_torch_was_not_built_for_is_refused_with_the_remedy(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9)
+    hardware = Hardware((p100,), 4, False, 29.0, architectures="sm_70 sm_75")
+    monkeypatch.setattr(preparation, "detect_hardware", lambda: hardware)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    words = 'P100.* too old .*; use device="cpu" or .*Accelerator → GPU T4 x2'
+    refuse({**settings, "device": None}, ValueError, words)
+
+
 def test_processes_without_number_are_refused(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
