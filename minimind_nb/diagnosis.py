@@ -9,65 +9,92 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .hardware import Hardware, choose_dtype, detect_hardware
+import psutil
+from packaging.requirements import Requirement
+
+from .config import TrainConfig
+from .hardware import detect_hardware
+from .launch.spawn import Job
 from .monitor.tables import Facts, Table
-from .session import current_session
+from .session import GPU_REMEDIES, current_session
 from .storage import verified
+from .storage.file_system import free_bytes
 from .storage.run_folder import RunFolder
+from .training.launching import connect
+from .training.machine import machine_defaults
 from .training.runs import Run
 
 _GIB = 2**30
 _LITTLE_DISK_GIB = 5
+_TIME_SUMS = "minimind_nb.training.worker:time_sums"
 
 
 def doctor(out_dir: str | os.PathLike[str] = "out") -> Facts:
     """Return a table of what a run would use on this machine, with advice.
 
-    Starts no run and leaves no file.
+    Several GPUs sum gradients, in a process each. Starts no run and leaves no file.
     """
-    try:
-        hardware = detect_hardware()
-        processors, used = hardware.describe(), _training(hardware)
-    except RuntimeError as error:  # a GPU that does not answer
-        processors, used = str(error), ""
     session = current_session()
     left = session.seconds_left(None)
     end = f"{left / 3600:.1f} hours left" if left else "nothing ends the session"
-    several = sys.platform.startswith("linux")
-    support = "several processes" if several else "one process only, several need Linux"
-    disk, ready = _disk(Path(out_dir)), f"ready to train: {used}"
-    if not used or ";" in disk:
-        ready = f"not ready: {disk if used else processors}"
+    if session.kind == "kaggle":
+        end += "; its panel shows what is left of some 30 GPU hours a week"
+    support = "one process only, several need Linux"
+    if sys.platform.startswith("linux"):
+        shared = free_bytes(Path("/dev/shm")) / _GIB
+        support = f"several processes, {shared:.1f} GiB free in /dev/shm"
     facts = {
         "place": f"{session.kind}{' (batch run)' if session.batch else ''}, {end}",
+        "image": _first_line("/etc/build_date"),
         "system": f"{platform.system()}, {support}",
         "python": f"{platform.python_version()} in {sys.prefix}",
-        "versions": _versions("torch", "transformers", "tokenizers", "ipykernel"),
-        "processors": processors,
-        "disk": disk,
-        "in short": ready,
+        "versions": _versions(),
+        "memory": f"{psutil.virtual_memory().available / _GIB:.1f} GiB free",
+        "disk": _disk(Path(out_dir)),
+        "driver": _first_line("/proc/driver/nvidia/version"),
     }
-    return Facts("This machine", facts)
+    try:
+        hardware = detect_hardware()
+        facts["torch built for"] = hardware.architectures
+        facts["processors"] = hardware.describe()
+        machine = machine_defaults(TrainConfig(), hardware)
+        names = ("device", "num_processes", "dtype")
+        short = f"ready to train: {', '.join(f'{n}={machine[n]}' for n in names)}"
+        if machine["device"] == "cpu":
+            remedy = GPU_REMEDIES.get(session.kind, "")
+            short += f"; a GPU is some hundred times faster{remedy}"
+        if (count := machine["num_processes"]) > 1:
+            with tempfile.TemporaryDirectory(prefix="minimind_nb_") as folder:
+                job = Job(_TIME_SUMS, RunFolder(folder), count)
+                connect(job, machine["device"], lambda: None)
+                facts["all-reduce"] = _first_line(f"{folder}/all_reduce")
+    except (ValueError, RuntimeError) as error:  # GPUs too old, or without an answer
+        short = f"not ready: {error}"
+    wrong = [facts[name] for name in ("versions", "disk") if "; " in facts[name]]
+    facts["in short"] = f"not ready: {wrong[0]}" if wrong else short
+    return Facts("This machine", {name: text for name, text in facts.items() if text})
 
 
-def _versions(*names: str) -> str:
-    found = []
-    for name in names:
+def _first_line(file: str) -> str:
+    return Path(file).read_text().partition("\n")[0] if Path(file).exists() else ""
+
+
+def _versions() -> str:
+    """Return the main versions, and what is missing or older than was tested."""
+    found, wanted = [], []
+    own = importlib.metadata.distributions(name="minimind_nb")  # none: not installed
+    for need in (Requirement(line) for one in own for line in one.requires or ()):
+        if need.marker:  # of an extra
+            continue
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            version = importlib.metadata.version(need.name)
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} is missing: pip install {name}")
-    return ", ".join(found)
-
-
-def _training(hardware: Hardware) -> str:
-    if not hardware.gpus:
-        dtype = choose_dtype(None, hardware.cpu_native_bf16)
-        return f"the CPU in {dtype}; a GPU is some hundred times faster"
-    dtype = choose_dtype(min(gpu.capability for gpu in hardware.gpus))
-    count = len(hardware.gpus)
-    processes = "1 process on 1 GPU" if count == 1 else f"{count} processes, one a GPU"
-    return f"{processes}, in {dtype}"
+            version = "0"
+        found.append(f"{need.name} {version}")
+        if not need.specifier.contains(version, prereleases=True):
+            wanted.append(f'"{need}"')
+    problem = f"; missing or older than tested: pip install {' '.join(wanted)}"
+    return ", ".join(found[:2]) + problem * bool(wanted)
 
 
 def _disk(out_dir: Path) -> str:

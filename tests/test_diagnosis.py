@@ -11,12 +11,17 @@ from support.runs import tree
 from minimind_nb import diagnosis
 from minimind_nb.diagnosis import doctor, verify
 from minimind_nb.hardware import Gpu, Hardware
+from minimind_nb.launch.spawn import Job
 from minimind_nb.session import Session
 from minimind_nb.storage import verified
 from minimind_nb.storage.run_folder import RunFolder
+from minimind_nb.training import machine
 
 T4 = Gpu("Tesla T4", (7, 5), 14.6)
 A100 = Gpu("A100", (8, 0), 40.0)
+
+
+ARCHITECTURES = "sm_70 sm_75 sm_80"
 
 
 @pytest.fixture
@@ -24,30 +29,33 @@ def place(monkeypatch):
     """A function that sets what the doctor finds."""
 
     def found(*gpus: Gpu, session: Session | None = None, bf16: bool = False) -> None:
-        hardware = Hardware(gpus, 4, bf16, 30.0)
+        hardware = Hardware(gpus, 4, bf16, 30.0, ARCHITECTURES if gpus else "")
         monkeypatch.setattr(diagnosis, "detect_hardware", lambda: hardware)
-        monkeypatch.setattr(
-            diagnosis, "current_session", lambda: session or Session("plain")
-        )
+        for module in (diagnosis, machine):
+            monkeypatch.setattr(
+                module, "current_session", lambda: session or Session("plain")
+            )
 
+    def sum_nothing(job: Job, device: str, _on_poll: object) -> None:
+        text = f"9 ms on {job.num_processes} × {device}"
+        (job.folder.root / "all_reduce").write_text(text)
+
+    monkeypatch.setattr(diagnosis, "connect", sum_nothing)
     found()
     return found
 
 
 def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
     facts = doctor(tmp_path / "deep" / "out")
-    assert list(facts) == [
-        "place",
-        "system",
-        "python",
-        "versions",
-        "processors",
-        "disk",
+    rows = "place system python versions memory disk processors".split()
+    assert [name for name in facts if name not in ("driver", "image")] == [
+        *rows,
         "in short",
     ]
     assert not list(tmp_path.iterdir())
     assert f"torch {importlib.metadata.version('torch')}" in facts["versions"]
     assert "GiB free for" in facts["disk"] and "CPU cores" in facts["processors"]
+    assert "GiB free in /dev/shm" in facts["system"]
     lines = repr(facts).splitlines()
     assert lines[0] == "This machine"
     assert lines[1].split() == ["place", *facts["place"].split()]
@@ -55,33 +63,43 @@ def test_the_doctor_sees_this_machine_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "bf16", "text"),
+    ("gpus", "bf16", "settings", "sums"),
     [
-        ((), False, "the CPU in float32; a GPU is some hundred times faster"),
-        ((), True, "the CPU in bfloat16; a GPU is some hundred times faster"),
+        ((), True, "device=cpu, num_processes=1, dtype=bfloat16", None),
         (
             (T4, T4),
             True,
-            "2 processes, one a GPU, in float16",
+            "device=cuda, num_processes=2, dtype=float16",
+            "9 ms on 2 × cuda",
         ),
-        ((A100,), False, "1 process on 1 GPU, in bfloat16"),
-        (
-            (A100, T4),
-            False,
-            "2 processes, one a GPU, in float16",
-        ),
+        ((A100,), False, "device=cuda, num_processes=1, dtype=bfloat16", None),
     ],
 )
-def test_processors_and_precision_are_those_a_run_takes(gpus, bf16, text, place):
+def test_what_a_run_takes_is_told(gpus, bf16, settings, sums, place):
     place(*gpus, bf16=bf16)
-    assert doctor()["in short"] == f"ready to train: {text}"
+    facts = doctor()
+    faster = "" if gpus else "; a GPU is some hundred times faster"
+    assert facts["in short"] == f"ready to train: {settings}{faster}"
+    assert facts.get("torch built for") == (ARCHITECTURES if gpus else None)
+    assert facts.get("all-reduce") == sums
+
+
+def test_a_session_without_a_gpu_that_trains_says_which_to_choose(place):
+    choose = ": choose Settings → Accelerator → GPU T4 x2"
+    place(session=Session("kaggle"))
+    assert doctor()["in short"].endswith(f"hundred times faster{choose}")
+    place(Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9), session=Session("kaggle"))
+    short = doctor()["in short"]
+    assert short.startswith("not ready: Tesla P100-PCIE-16GB is too old")
+    assert ARCHITECTURES in short and short.endswith(choose)
 
 
 def test_the_place_says_when_the_session_ends(place, monkeypatch):
     assert doctor()["place"] == "plain, nothing ends the session"
     monkeypatch.setattr("minimind_nb.session.oldest_age_seconds", lambda: 3600.0)
     place(session=Session("kaggle", batch=True))
-    assert doctor()["place"] == "kaggle (batch run), 10.5 hours left"
+    found = doctor()["place"]
+    assert found.startswith("kaggle (batch run), 10.5 hours left; its panel shows")
 
 
 def test_a_system_other_than_linux_runs_one_process(place, monkeypatch):
@@ -90,16 +108,21 @@ def test_a_system_other_than_linux_runs_one_process(place, monkeypatch):
     assert "one process only, several need Linux" in doctor()["system"]
 
 
-def test_what_is_missing_says_how_to_get_it(place, monkeypatch):
+@pytest.mark.parametrize("old", [None, "4.57.1"])
+def test_what_is_missing_or_too_old_says_how_to_get_it(place, monkeypatch, old):
     version = importlib.metadata.version
 
-    def without(name: str) -> str:
-        if name == "ipykernel":
+    def found(name: str) -> str:
+        if name == "transformers" and not old:
             raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
+        return (name == "transformers" and old) or version(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", without)
-    assert "ipykernel is missing: pip install ipykernel" in doctor()["versions"]
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    facts = doctor()
+    assert facts["versions"].endswith(
+        '; missing or older than tested: pip install "transformers>=5.0"'
+    )
+    assert facts["in short"] == f"not ready: {facts['versions']}"
 
 
 def test_little_disk_is_said(place, monkeypatch):
@@ -124,9 +147,8 @@ def test_a_gpu_that_does_not_answer_is_a_row_and_no_error(tmp_path, monkeypatch)
         raise RuntimeError("CUDA does not answer: driver too old")
 
     monkeypatch.setattr(diagnosis, "detect_hardware", silent)
-    facts = doctor(tmp_path)
-    assert "driver too old" in facts["processors"]
-    assert facts["in short"] == f"not ready: {facts['processors']}"
+    short = doctor(tmp_path)["in short"]
+    assert short == "not ready: CUDA does not answer: driver too old"
 
 
 def seal(folder: Path, facts: dict[str, Any] | None = None, **files: str) -> Path:

@@ -18,6 +18,9 @@ class Group:
     def __init__(self, rank: int, size: int, store: str, device: str) -> None:
         self.rank = rank
         self.size = size
+        self.device = torch.device(f"cuda:{rank}" if device == "cuda" else device)
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
         if size == 1:
             return
         dist.init_process_group(
@@ -33,9 +36,9 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def meet(self, device: torch.device) -> None:
+    def meet(self) -> None:
         """Raise `RuntimeError` unless the ranks sum ones to their number."""
-        self.sum(ones := torch.ones(1, device=device))
+        self.sum(ones := torch.ones(1, device=self.device))
         if int(ones) != self.size:
             raise RuntimeError(f"{self.size} ranks summed ones to {int(ones)}")
 

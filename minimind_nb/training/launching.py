@@ -58,7 +58,6 @@ def launch(
 def _start(
     target: str, plan: RunPlan, on_poll: Callable[[], None], lock: int | None
 ) -> str:
-    """Start the workers, again in another environment if they do not connect."""
     cfg = plan.cfg
     threads = str(choose_threads(cfg.num_processes, count_cores()))
     job = Job(
@@ -74,7 +73,12 @@ def _start(
         less_memory=smaller_batch(cfg),
         lock=lock,
     )
-    for changes in _RETRIES[cfg.device]:
+    return connect(job, cfg.device, on_poll)
+
+
+def connect(job: Job, device: str, on_poll: Callable[[], None]) -> str:
+    """Start the workers, again in another environment if they do not connect."""
+    for changes in _RETRIES[device]:
         try:
             return run_processes(job, on_poll)
         except TrainingFailed as failure:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import timeit
 from collections.abc import Iterator
 
 import torch
@@ -45,6 +46,25 @@ def measure(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
     return "finished"
 
 
+def time_sums(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
+    """Write how long a sum of gradients over the ranks takes into `all_reduce`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    record.update(phase="meeting")
+    group = Group(record.rank, job.num_processes, store, device)
+    gradients = torch.zeros(25_000_000, device=group.device)
+
+    def sum_all() -> None:
+        group.sum(gradients)
+        gradients[0].item()  # waits for the device
+
+    seconds = min(timeit.repeat(sum_all, number=1, repeat=5))
+    peers = device == "cuda" and torch.cuda.can_device_access_peer(0, 1)
+    text = f"{seconds * 1e3:.0f} ms for 25 M gradients, {'' if peers else 'no '}P2P"
+    write_text(job.folder.root / "all_reduce", text)
+    group.close()
+    return "finished"
+
+
 @contextlib.contextmanager
 def _joined(
     job: Job, store: str, record: RankRecord
@@ -54,22 +74,18 @@ def _joined(
     Raises `MemoryError` with settings that need less if the block runs out of memory.
     """
     torch.set_num_threads(choose_threads(job.num_processes, count_cores()))
-    plan, device = RunPlan.read(job.folder), torch.device("cpu")
-    cfg = plan.cfg
-    if cfg.device == "cuda":
-        device = torch.device(f"cuda:{record.rank}")
-        torch.cuda.set_device(device)
+    plan = RunPlan.read(job.folder)
     record.update(phase="meeting")
-    group = Group(record.rank, job.num_processes, store, cfg.device)
-    group.meet(device)
+    group = Group(record.rank, job.num_processes, store, plan.cfg.device)
+    group.meet()
     record.update(phase="training")
     try:
-        yield plan, group, device
+        yield plan, group, group.device
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         record.update(phase="out_of_memory")
-        raise MemoryError(f"out of memory: {smaller_batch(cfg)}") from error
+        raise MemoryError(f"out of memory: {smaller_batch(plan.cfg)}") from error
     group.close()
 
 

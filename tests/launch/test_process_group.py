@@ -20,7 +20,7 @@ def test_one_process_sums_nothing_and_needs_no_store() -> None:
     tensor = torch.tensor([1.0, 2.0])
     group.sum(tensor)
     assert tensor.tolist() == [1.0, 2.0]
-    group.meet(torch.device("cpu"))
+    group.meet()
     group.close()
 
 
@@ -29,7 +29,7 @@ def test_ranks_that_do_not_add_up_are_refused() -> None:
     group.size = 3
     group.sum = lambda tensor: None  # noqa: ARG005
     with pytest.raises(RuntimeError, match="3 ranks summed ones to 1"):
-        group.meet(torch.device("cpu"))
+        group.meet()
 
 
 def test_the_most_urgent_reason_wins() -> None:

@@ -28,7 +28,7 @@ def work(job: Job, store: str, record: RankRecord, stop: StopRequest) -> str:
     rank = record.rank
     record.update(phase="meeting", total_steps=STEPS)
     group = Group(rank, job.num_processes, store, "cpu")
-    group.meet(torch.device("cpu"))
+    group.meet()
     record.update(phase="training")
     print(f"rank {rank} met the others")
     for step in range(1, STEPS + 1):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from support.runs import (
 )
 
 import minimind_nb as mm
+from minimind_nb import diagnosis
 from minimind_nb.data.chat_template import ChatEncoder
 from minimind_nb.data.conversations import IN_LOSS
 from minimind_nb.data.fast_encoding import BulkEncoder
@@ -266,6 +268,14 @@ def test_gpus_that_do_not_meet_are_tried_without_p2p_and_then_without_shm() -> N
         {"NCCL_P2P_DISABLE": "1"},
         {"NCCL_SHM_DISABLE": "1"},
     ]
+
+
+@pytest.mark.usefixtures("forked")
+def test_ranks_time_a_sum_of_gradients(tmp_path: Path) -> None:
+    job = Job(diagnosis._TIME_SUMS, RunFolder(tmp_path), 2)
+    assert launching.connect(job, "cpu", lambda: None) == "finished"
+    found = (tmp_path / "all_reduce").read_text()
+    assert re.fullmatch(r"[1-9]\d* ms for 25 M gradients, no P2P", found)
 
 
 def losses_of(folder: RunFolder) -> list[float]:
