@@ -23,6 +23,7 @@ SOURCES = {
     "dpo": ("sft",),
     "chat": ("sft",),
     "curves": ("pretrain", "sft", "dpo"),
+    "rlaif": ("sft",),
 }
 BUILT = [
     *(f"datasets/minimind-{name}" for name in ("data", "wheel")),
