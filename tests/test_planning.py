@@ -159,6 +159,13 @@ def test_a_plan_of_a_stopped_run_is_of_what_is_left(settings):
     assert learns[0] == learns[1]
 
 
+def test_a_plan_needs_no_out_dir(settings, tmp_path, monkeypatch):
+    kaggle = Session("kaggle", scratch=tmp_path / "temp")
+    monkeypatch.setattr(run_plan, "current_session", lambda: kaggle)
+    assert " and fits this machine, " in plan(TrainConfig(**settings))["in short"]
+    assert not settings["out_dir"].exists()
+
+
 def test_a_plan_ends_in_whether_it_fits_and_learns(settings, monkeypatch):
     cfg = TrainConfig(**settings, max_seq_len=64, batch_size=1, epochs=50)
     short = plan(cfg)["in short"]

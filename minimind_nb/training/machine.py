@@ -68,7 +68,8 @@ def check_room(plan: RunPlan) -> None:
     missing = max(1, min(kept - existing, saves))
     reference = _REFERENCE_BYTES if cfg.stage == "dpo" else 0
     needed = parameters * (_CHECKPOINT_BYTES * missing + _EXPORT_BYTES + reference)
-    place = run.checkpoints if run.checkpoints.is_dir() else run.root.parent
+    places = (run.checkpoints, *run.checkpoints.parents)  # out_dir may be missing
+    place = next(place for place in places if place.is_dir())
     if needed > (free := free_bytes(place)):
         raise OSError(
             f"{place} has {free / 2**20:,.0f} MiB free, but {missing} "
