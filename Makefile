@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-browser test-oldest faults fuzz bench check docs clean
+.PHONY: setup demo test test-fast test-browser test-oldest test-kaggle-image faults fuzz bench check docs clean
 
 setup: .venv/.ready
 
@@ -69,6 +69,20 @@ OLD := .venv-oldest/bin
 test-oldest: .venv-oldest/.ready
 	$(OLD)/python -m pytest $(OPTIONS) tests
 
+# The notebooks as Kaggle executes them, with the versions of its image; of those that
+# its recipe does not name, the oldest that pyproject.toml admits. Its torch is 2.10.0
+# with CUDA, several gigabytes: .venv-kaggle/bin/python -m pip install torch==2.10.0,
+# then this again. PYTHON=python3.12 is the image's, if .venv-kaggle is not there yet.
+KAGGLE := .venv-kaggle/bin
+
+.venv-kaggle/.ready: constraints-kaggle.txt
+	$(PYTHON) -m venv .venv-kaggle
+	$(KAGGLE)/python -m pip install --quiet --requirement constraints-kaggle.txt
+	@touch $@
+
+test-kaggle-image: .venv-kaggle/.ready
+	OMP_NUM_THREADS=1 $(KAGGLE)/python -m pytest -m kaggle_image $(OPTIONS) tests/kaggle/test_image.py
+
 # Every row of the list of faults, a thousand random kills, flipped bits: faults.md.
 faults: setup
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
@@ -95,4 +109,4 @@ docs: setup
 	@echo "Open out/docs/minimind_nb.html."
 
 clean:
-	rm -rf .venv .venv-oldest out build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-kaggle out build dist *.egg-info

@@ -43,6 +43,12 @@ def test_the_oldest_environment_has_the_oldest_version_admitted(package: str) ->
     assert pins("constraints-oldest.txt")[package] == BOUNDS[package]
 
 
+@pytest.mark.parametrize("line", PROJECT["dependencies"])
+def test_kaggles_image_has_every_dependency(line: str) -> None:
+    required = Requirement(line)
+    assert pins("constraints-kaggle.txt")[required.name] in required.specifier
+
+
 @pytest.mark.parametrize("package", sorted(BOUNDS))
 def test_the_pinned_environment_is_within_the_bounds(package: str) -> None:
     assert pins("constraints.txt")[package] >= BOUNDS[package]
