@@ -5,28 +5,33 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from building import SOURCES, find_built, slug
-from kaggle_command import BUSY, Refused, find_state, kaggle
+from kaggle_command import (
+    BUSY,
+    Refused,
+    Unreadable,
+    find_state,
+    is_network_error,
+    kaggle,
+    shorten,
+)
 
 ACCELERATOR = "NvidiaTeslaT4"
+METADATA = "kernel-metadata.json"
+MISSING = r"\b40[34]\b|not found|permission"
 
 
 def run_push(options: argparse.Namespace) -> None:
     """Upload the data sets, wait until they are ready, and push the notebooks."""
-    if shutil.which("kaggle") is None:
-        raise Refused("the command kaggle is missing: pip install 'kaggle>=2.2'")
-    built = find_built(options.out)
-    wanted = options.notebook or SOURCES
-    kernels = [f for f in built if f.parent.name == "kernels" and f.name in wanted]
-    if not kernels:
-        raise Refused(f"nothing to push in {options.out}: run kernels.py build first")
+    kernels = find_kernels(options)
     for folder in kernels:
         attach_sources(folder, options.again)
     if not options.kernels_only:
-        for folder in (f for f in built if f.parent.name == "datasets"):
-            push_dataset(folder, options.message, options.wait)
+        push_datasets(options.out, options.message, options.wait)
     pushed: list[str] = []
     for folder in kernels:
         if waits_for := [name for name in SOURCES[folder.name] if name in pushed]:
@@ -37,13 +42,104 @@ def run_push(options: argparse.Namespace) -> None:
             )
             continue
         attach_sources(folder, options.again)
-        command = ["kernels", "push", "-p", str(folder), "--accelerator", ACCELERATOR]
-        said = kaggle(*command).stdout
-        print(said.strip())
-        # It exits 0 whatever happens.
-        if "successfully pushed" not in said or "not valid" in said:
-            raise Refused(f"{folder} was not pushed: {said.strip()}")
+        push_kernel(folder)
         pushed.append(folder.name)
+
+
+def find_kernels(options: argparse.Namespace) -> list[Path]:
+    """Return the built folders of the notebooks that are asked for.
+
+    Raises `Refused` if there are none, or without the command `kaggle`.
+    """
+    check_command()
+    wanted = options.notebook or SOURCES
+    built = [f for f in find_built(options.out) if f.parent.name == "kernels"]
+    if found := [folder for folder in built if folder.name in wanted]:
+        return found
+    raise Refused(f"nothing to push in {options.out}: run kernels.py build first")
+
+
+def check_command() -> None:
+    """Raise `Refused` without the command `kaggle`."""
+    if shutil.which("kaggle") is None:
+        raise Refused("the command kaggle is missing: pip install 'kaggle>=2.2'")
+
+
+def push_command(folder: Path) -> list[str]:
+    """Return the arguments that push a kernel's folder."""
+    return ["kernels", "push", "-p", str(folder), "--accelerator", ACCELERATOR]
+
+
+def push_kernel(folder: Path) -> int | None:
+    """Push a kernel, which starts a session, and return the number of its version.
+
+    Raises `Unreadable` if it is unknown whether it was pushed, else `Refused`.
+    """
+    said = kaggle(*push_command(folder))
+    print(said.strip())
+    # It exits 0 whatever happens.
+    if "successfully pushed" in said and "not valid" not in said:
+        version = re.search(r"version (\d+) successfully", said)
+        return int(version[1]) if version else None
+    if "successfully pushed" in said:
+        hint = "; the session that has started lacks them: cancel it on Kaggle"
+    elif re.search(r"\b403\b|permission|forbidden", said, re.IGNORECASE):
+        hint = "; this key has no rights there: is --user the name it belongs to?"
+    else:
+        hint = ""
+    known = hint or "Kernel push error" in said or not is_network_error(said)
+    text = f"{folder} was not pushed: {shorten(said)}{hint}"
+    raise Refused(text) if known else Unreadable(text)
+
+
+def kernel_of(folder: Path) -> str:
+    """Return the id of the kernel in a built folder: "USER/SLUG"."""
+    return read_metadata(folder)["id"]
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return a kernel's metadata; raises `Refused` without a usable id."""
+    file = folder / METADATA
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        if "/" in metadata["id"]:
+            return metadata
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise Refused(f"{file} was edited and has no id: build again")
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write a kernel's metadata."""
+    text = f"{json.dumps(metadata, indent=2)}\n"
+    (folder / METADATA).write_text(text, encoding="utf-8")
+
+
+def write_version(
+    built: Path,
+    folder: Path,
+    kernel: str,
+    sources: Iterable[str] = (),
+    lines: Iterable[str] = (),
+) -> Path:
+    """Write the folder of a version: what was built, with another id, and with sources
+    and lines of parameters. Return the folder."""
+    import nbformat
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(built, folder)
+    metadata = read_metadata(built)
+    suffix = kernel.removeprefix(metadata["id"]).replace("-", " ").upper()
+    title = metadata["title"] + suffix
+    changed = {"id": kernel, "title": title, "kernel_sources": list(sources)}
+    write_metadata(folder, metadata | changed)
+    file = folder / metadata["code_file"]
+    notebook = nbformat.read(file, as_version=4)
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", ()):
+            cell.source = "\n".join([cell.source.rstrip("\n"), *lines, ""])
+    nbformat.write(notebook, file)
+    return folder
 
 
 def attach_sources(folder: Path, again: bool) -> None:
@@ -52,12 +148,8 @@ def attach_sources(folder: Path, again: bool) -> None:
     These are its own last version and the stage before, if they exist. Raises `Refused`
     if one of them is still running.
     """
-    file = folder / "kernel-metadata.json"
-    try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-        user = metadata["id"].partition("/")[0]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Refused(f"{file} was edited and has no id: build again") from None
+    metadata = read_metadata(folder)
+    user = metadata["id"].partition("/")[0]
     others = [f"{user}/{slug(f'MiniMind {name}')}" for name in SOURCES[folder.name]]
     states = {name: find_state(name) for name in (metadata["id"], *others)}
     busy = [f"{name} is {state}" for name, state in states.items() if state in BUSY]
@@ -67,25 +159,34 @@ def attach_sources(folder: Path, again: bool) -> None:
             "without its output: wait, or push --again"
         )
     metadata["kernel_sources"] = [name for name, state in states.items() if state]
-    file.write_text(f"{json.dumps(metadata, indent=2)}\n", encoding="utf-8")
+    write_metadata(folder, metadata)
+
+
+def push_datasets(out: Path, message: str, seconds: float) -> None:
+    """Upload the data sets in `out`, and wait until they can be attached."""
+    for folder in find_built(out):
+        if folder.parent.name == "datasets":
+            push_dataset(folder, message, seconds)
 
 
 def push_dataset(folder: Path, message: str, seconds: float) -> None:
     """Create a data set or a new version, and wait until it can be attached."""
     metadata = json.loads((folder / "dataset-metadata.json").read_bytes())
     name = metadata["id"]
-    there = kaggle("datasets", "status", name).returncode == 0
+    there = not re.search(MISSING, kaggle("datasets", "status", name), re.IGNORECASE)
     command = ["version", "-m", message] if there else ["create"]
-    said = kaggle("datasets", command[0], "-p", str(folder), *command[1:]).stdout
+    said = kaggle("datasets", command[0], "-p", str(folder), *command[1:])
     print(said.strip())
     if "is being created" not in said:
-        raise Refused(f"{folder} was not uploaded: {said.strip()}")
+        raise Refused(f"{folder} was not uploaded: {shorten(said)}")
     end = time.monotonic() + seconds
     time.sleep(max(0, min(seconds, 5)))  # the version before may be ready still
     while not re.search(
         r"(?<!not )\bready\b",
-        said := kaggle("datasets", "status", name).stdout.lower(),
+        said := kaggle("datasets", "status", name).lower(),
     ):
         if time.monotonic() > end or "error" in said:
-            raise Refused(f"{name} is not ready yet ({said.strip()}): push again later")
+            raise Refused(
+                f"{name} is not ready yet ({shorten(said)}): push again later"
+            )
         time.sleep(5)

@@ -1,0 +1,307 @@
+"""The chain: push, wait, fetch and continue until the runs are finished.
+
+Two notebooks of Kaggle's take turns, `minimind-pretrain` and `minimind-pretrain-b`. What
+is mounted is the output of a notebook's last version, and that of a failed or cancelled
+one is empty; so a new version is always pushed to the notebook that does not hold the
+last good output.
+"""
+
+import argparse
+import contextlib
+import re
+import shlex
+import time
+from typing import Any
+
+from building import SOURCES, slug
+from chain_state import Chain, hold_lock
+from fetching import (
+    FetchedRun,
+    ask_state,
+    fetch_runs,
+    mounted,
+    output_command,
+    tell,
+    wait_until_ended,
+)
+from kaggle_command import BUSY, Refused, Unreadable, read_quota, shorten
+from pushing import (
+    check_command,
+    push_command,
+    push_datasets,
+    push_kernel,
+    write_version,
+)
+
+from minimind_nb.session import KAGGLE_HOURS
+
+SESSION_HOURS = 12.0  # the longest that Kaggle lets a session be
+LEAST_HOURS = 0.5  # below which a session is not worth starting
+MARGIN_HOURS = 0.2  # for what a notebook does after its training
+LATE = {"COMPLETE": 10}  # times to fetch an output that is not there yet, by state
+
+
+def run_chain(options: argparse.Namespace) -> None:
+    """Train each notebook to its end, over as many sessions as it takes."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    with hold_lock(options.out / ".chain.lock"):
+        if not options.dry_run:
+            check_command()
+        chain = Chain(options)
+        if options.dry_run:
+            show_commands(chain)
+            return
+        chain.save()
+        if not chain.state["uploaded"]:
+            push_datasets(chain.built, "minimind_nb", options.wait)
+            chain.state["uploaded"] = True
+            chain.save()
+        for name, run in chain.state["runs"].items():
+            while not run["finished"]:
+                step = end_session if chain.state["session"] else start_session
+                try:
+                    step(chain, name, run)
+                finally:
+                    chain.save()
+            show_end(chain, name, run)
+
+
+def start_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
+    """Push the next version, unless a session runs already, which is waited for."""
+    poll, pair = chain.options.poll, chain.pair(name)
+    hours = wait_for_hours(chain)
+    states = {kernel: ask_state(kernel, poll) for kernel in pair}
+    for kernel in pair:
+        if states[kernel] in BUSY:
+            tell(f"{kernel} is {states[kernel]} already: waiting for that session")
+            if run["identity"]:
+                note_session(chain, kernel)
+            else:
+                wait_until_ended(kernel, poll, lambda s, k=kernel: tell(f"{k}: {s}"))
+            return
+    existing = [kernel for kernel in pair if states[kernel]]
+    if run["foreign"] is None:
+        found = [r for k in existing for r in fetch_runs(k, chain.options.out)]
+        run["foreign"] = [other.identity for other in found]
+    sources, lines = choose_sources(chain, name, run, existing)
+    lines.append(
+        f"max_session_hours = min(max_session_hours or {KAGGLE_HOURS}, {hours:.2f})"
+    )
+    kernel = pair[run["good"] == pair[0]]
+    built = chain.built / "kernels" / name
+    folder = write_version(built, chain.next(kernel), kernel, sources, lines)
+    note_session(chain, kernel)  # first: a kill while it pushes starts no second one
+    try:
+        chain.state["session"]["version"] = push_kernel(folder)
+    except Unreadable as reason:
+        tell(f"{reason}; looking whether it started")
+    except Refused as reason:
+        chain.state["session"] = None
+        if not re.search("quota|session count", str(reason), re.IGNORECASE):
+            raise
+        wait_for_turn(chain, str(reason))
+
+
+def note_session(chain: Chain, kernel: str) -> None:
+    """Write down that a session of a kernel runs, or is about to."""
+    session = {"kernel": kernel, "version": None, "pushed": time.time()}
+    chain.state["session"] = session
+    chain.save()
+
+
+def wait_for_hours(chain: Chain) -> float:
+    """Return the hours that a session may take, after waiting for the week's quota.
+
+    Raises `Refused` if --hours are used up.
+    """
+    left = chain.hours_left()
+    if left < LEAST_HOURS:
+        raise Refused(
+            f"{chain.state['hours']:.1f} of {chain.options.hours:g} h are used: `python "
+            f"kaggle/kernels.py run --out {chain.options.out} --hours N`, with a larger "
+            "N, resumes the chain"
+        )
+    while quota := ask_quota():
+        if quota.hours_left >= LEAST_HOURS:
+            return min(left, quota.hours_left) - MARGIN_HOURS
+        wait_for_turn(
+            chain,
+            f"the GPU quota is used up ({quota.hours_left:g} h left, new hours at "
+            f"{quota.refresh_at})",
+        )
+    tell("kaggle quota names no GPU hours: relying on --hours")
+    return left - MARGIN_HOURS
+
+
+def ask_quota() -> Any:
+    """Return the quota, or None if it cannot be read."""
+    with contextlib.suppress(Unreadable):
+        return read_quota()
+    return None
+
+
+def wait_for_turn(chain: Chain, reason: str) -> None:
+    """Wait 60 polls, an hour; with --no-wait, raise `Refused`."""
+    again = (
+        f"`python kaggle/kernels.py run --out {chain.options.out}` resumes the chain"
+    )
+    if chain.options.no_wait:
+        raise Refused(f"{shorten(reason)}; later, {again}")
+    tell(f"{shorten(reason)}: asking again in {chain.options.poll:g} min")
+    time.sleep(60 * chain.options.poll)
+
+
+def choose_sources(
+    chain: Chain, name: str, run: dict[str, Any], existing: list[str]
+) -> tuple[list[str], list[str]]:
+    """Return the kernels to attach, and the parameters that name the run to start from.
+
+    A name that is not mounted is an error in the notebook, which thus never starts over.
+    """
+    if holder := run["trial"] or run["good"]:
+        return existing, [f"resume = {mounted(holder, run['path'])!r}"]
+    for before in SOURCES[name]:
+        holder, path = find_before(chain, before, chain.pair(name)[0])
+        if holder:
+            return [holder], [f"init_from = init_from or {mounted(holder, path)!r}"]
+    return [], []
+
+
+def find_before(chain: Chain, before: str, kernel: str) -> tuple[str, str]:
+    """Return the kernel and the path of the run of the stage before, or ""."""
+    if run := chain.state["runs"].get(before):
+        return run["good"], run["path"]
+    first = f"{kernel.partition('/')[0]}/{slug(f'MiniMind {before}')}"
+    found = []
+    for other in (first, f"{first}-b"):
+        if ask_state(other, chain.options.poll):
+            runs = fetch_runs(other, chain.options.out)
+            found += [(r.step, other, r.path) for r in runs if r.stage == before]
+    return max(found)[1:] if found else ("", "")
+
+
+def end_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
+    """Wait until the session has ended, and note how far its run has come."""
+    session, poll = chain.state["session"], chain.options.poll
+    kernel, version = session["kernel"], session["version"] or "?"
+
+    def elapsed() -> float:
+        return min(SESSION_HOURS, (time.time() - session["pushed"]) / 3600)
+
+    def show(state: str) -> None:
+        hours = chain.state["hours"] + elapsed()
+        used = f"{hours:.1f} of {chain.options.hours:g} h used"
+        tell(f"{kernel.partition('/')[2]} version {version}: {state}, {used}")
+
+    if session["version"] is None:
+        time.sleep(poll)
+        if ask_state(kernel, poll) is None:  # killed before it was pushed
+            chain.state["session"] = None
+            run["failures"] += 1
+            return
+    state = wait_until_ended(kernel, poll, show)
+    found = pick(run, name, fetch_runs(kernel, chain.options.out))
+    for _ in range(LATE.get(state, 3)):
+        if is_further(run, found):
+            break
+        time.sleep(poll)
+        found = pick(run, name, fetch_runs(kernel, chain.options.out))
+    if session["version"] or is_further(run, found):
+        chain.state["hours"] += elapsed()
+    chain.state["session"] = None
+    judge(chain, run, kernel, state, found)
+
+
+def pick(run: dict[str, Any], name: str, runs: list[FetchedRun]) -> FetchedRun | None:
+    """Return the chain's run among those fetched; failing that the furthest new one."""
+    own = [r for r in runs if r.stage == name and r.identity not in run["foreign"]]
+    same = [r for r in own if r.identity == run["identity"]]
+    return (same or own or [None])[-1]
+
+
+def is_further(run: dict[str, Any], found: FetchedRun | None) -> bool:
+    """Return whether a fetched run is the chain's, and has made progress."""
+    if found is None or run["identity"] not in (None, found.identity):
+        return False
+    return found.step > run["step"] or found.status == "finished"
+
+
+def judge(
+    chain: Chain,
+    run: dict[str, Any],
+    kernel: str,
+    state: str,
+    found: FetchedRun | None,
+) -> None:
+    """Note what an ended version has brought; raise `Refused` for what a person must see.
+
+    The output of a version that is not COMPLETE is tried once, since Kaggle may have
+    lost it; the last good one is in the other kernel.
+    """
+    at = f"the run is {found.status}, saved at step {found.step}" if found else "no run"
+    tell(f"{kernel}: {at} in the output")
+    other = found and run["identity"] not in (None, found.identity)
+    further = is_further(run, found)
+    if found and further:
+        run |= {"identity": found.identity, "path": found.path, "trial": kernel}
+        if state == "COMPLETE" and found.status != "failed":
+            run |= {"good": kernel, "trial": None, "step": found.step, "failures": 0}
+            run["finished"] = found.status == "finished"
+            return
+    elif run["trial"]:
+        run["trial"] = None
+        if not run["good"]:
+            tell(f"{kernel}: nothing of the run is left, it starts over")
+            run["foreign"].append(run["identity"])
+            run |= {"identity": None, "path": None}
+    run["failures"] += 1
+    again = f"`python kaggle/kernels.py run --out {chain.options.out}` tries again"
+    log = chain.options.out / "fetched" / kernel.partition("/")[2]
+    if other:
+        problem = "trained another run than the chain's; its output is not used"
+    elif found and further and found.status == "failed":
+        problem = "ended in an error of its training"
+    elif run["failures"] >= (3 if run["good"] else 2):
+        problem = f"ended {state}: {run['failures']} versions without progress"
+    else:
+        return
+    run["failures"] = 0
+    raise Refused(f"{kernel} {problem}: see its log in {log}; {again}")
+
+
+def show_end(chain: Chain, name: str, run: dict[str, Any]) -> None:
+    """Print a finished run's summary, and how to fetch its weights."""
+    root = chain.options.out / "fetched" / run["good"].partition("/")[2] / run["path"]
+    tell(f"{name} is finished at step {run['step']}")
+    if (root / "summary.md").is_file():
+        print((root / "summary.md").read_text(encoding="utf-8"))
+    print(
+        f"All of it: kaggle kernels output {run['good']} -p {chain.options.out / name}"
+    )
+
+
+def show_commands(chain: Chain) -> None:
+    """Print the commands of a chain, for `--dry-run`, and write the folders to push."""
+
+    def show(*arguments: str) -> None:
+        print("would run:", shlex.join(["kaggle", *arguments]))
+
+    options = chain.options
+    for folder in sorted((chain.built / "datasets").iterdir()):
+        if folder.is_dir() and not chain.state["uploaded"]:
+            show("datasets", "create", "-p", str(folder))
+    for name, run in chain.state["runs"].items():
+        kernel = chain.pair(name)[run["good"] == chain.pair(name)[0]]
+        folder = write_version(
+            chain.built / "kernels" / name, chain.next(kernel), kernel
+        )
+        print(f"{name}: sessions of {folder}, until it is finished:")
+        show("quota")
+        for other in chain.pair(name):
+            show("kernels", "status", other)
+        show(*push_command(folder))
+        show("kernels", "status", kernel)
+        show(
+            *output_command(kernel, options.out / "fetched" / kernel.partition("/")[2])
+        )
+    print(f"at most {options.hours:g} h, one session at a time; nothing was contacted")

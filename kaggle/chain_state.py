@@ -1,0 +1,109 @@
+"""The state of a chain: a file that is replaced whole, and a lock."""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from building import SOURCES, find_user, run_build
+from kaggle_command import Refused
+from pushing import read_metadata
+
+BEGINNING = {
+    "identity": None,  # of the run, which it keeps when it is resumed
+    "path": None,  # of its folder in the output
+    "step": 0,  # saved in the last good output
+    "good": None,  # the kernel that holds that output
+    "trial": None,  # a kernel that holds a later one, of a version that did not complete
+    "failures": 0,  # versions since without progress
+    "finished": False,
+    "foreign": None,  # identities of the runs that were there before this chain
+}
+
+
+class Chain:
+    """A chain, whose state is a file that is replaced whole at every step."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.file = options.out / "chain.json"
+        self.built = options.out / "chain"  # which a `build` by hand does not change
+        self.state = self.open()
+
+    def open(self) -> dict[str, Any]:
+        """Return the state of the chain, which is built if there is none.
+
+        Raises `Refused` for a chain of other parameters.
+        """
+        options = self.options
+        names = list(dict.fromkeys(options.notebook or ["pretrain"]))
+        names.sort(key=list(SOURCES).index)
+        data = [str(file.absolute()) for file in options.data]
+        plan = {"notebooks": names, "parameters": options.p, "data": data}
+        if self.file.is_file():
+            state = json.loads(self.file.read_text(encoding="utf-8"))
+            if (options.notebook or options.p or data) and plan != state["plan"]:
+                raise Refused(
+                    f"{self.file} is a chain of other parameters: leave out -p, --data "
+                    "and --notebook to resume it, or start another with another --out"
+                )
+            return state
+        values = {**vars(options), "out": self.built, "notebook": names}
+        values["user"] = find_user(options.user)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_build(argparse.Namespace(**values))
+        runs = {name: dict(BEGINNING) for name in names}
+        begun = {"plan": plan, "hours": 0.0, "uploaded": False, "session": None}
+        return begun | {"runs": runs}
+
+    def save(self) -> None:
+        """Write the state aside, and rename it."""
+        aside = self.file.with_suffix(".new")
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(self.state, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.file)
+
+    def pair(self, name: str) -> list[str]:
+        """Return the two kernels of a notebook, which take turns."""
+        kernel = read_metadata(self.built / "kernels" / name)["id"]
+        return [kernel, f"{kernel}-b"]
+
+    def next(self, kernel: str) -> Path:
+        """Return the folder from which the next version of a kernel is pushed."""
+        return self.built / "next" / kernel.partition("/")[2]
+
+    def hours_left(self) -> float:
+        """Return the hours that the chain may still use, without the running session."""
+        return self.options.hours - self.state["hours"]
+
+
+@contextlib.contextmanager
+def hold_lock(file: Path) -> Iterator[None]:
+    """Hold a lock, which the `kaggle` that runs keeps if this process is killed.
+
+    Raises `Refused` if another chain holds it.
+    """
+    with file.open("a+") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip()
+            if Path("/proc", holder or "self").exists():
+                raise Refused(
+                    f"process {holder} runs a chain in {file.parent} already: wait for "
+                    "it, or take another --out"
+                ) from None
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the kaggle of a killed chain ends
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

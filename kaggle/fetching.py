@@ -1,0 +1,152 @@
+"""Wait until a version has ended, fetch its small files, read its runs, continue them."""
+
+import argparse
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from kaggle_command import BUSY, Refused, Unreadable, find_state, kaggle
+from pushing import find_kernels, kernel_of, push_kernel, write_version
+
+from minimind_nb.monitor.metrics import History
+from minimind_nb.storage.run_folder import RunFolder
+
+UNREADABLE = 60  # answers in a row before waiting ends: an hour at the usual poll
+# The files of run folders but checkpoints; Kaggle adds the session's log.
+SMALL = r"(^|/)(config\.json|plan\.json|metrics\.jsonl|summary\.md|rank\d+\.json)$"
+
+
+class FetchedRun(NamedTuple):
+    """A run in an output: saved step, status, stage, identity, path and local folder."""
+
+    step: int
+    status: str
+    stage: str
+    identity: str
+    path: str
+    root: Path
+
+
+def tell(text: str) -> None:
+    """Print an event with the time."""
+    print(time.strftime("%Y-%m-%d %H:%M"), text, flush=True)
+
+
+def run_wait(options: argparse.Namespace) -> None:
+    """Wait until the last version of each notebook has ended."""
+    for folder in find_kernels(options):
+        kernel = kernel_of(folder)
+        wait_until_ended(kernel, options.poll, lambda s, k=kernel: tell(f"{k}: {s}"))
+
+
+def run_fetch(options: argparse.Namespace) -> None:
+    """Fetch the small files of each notebook's last version, and say what they show."""
+    for folder in find_kernels(options):
+        kernel = kernel_of(folder)
+        runs = fetch_runs(kernel, options.out)
+        for run in runs:
+            tell(f"{run.root}: {run.status}, saved at step {run.step}")
+        if not runs:
+            tell(f"{kernel}: no run in the output of its last version (yet)")
+
+
+def run_continue(options: argparse.Namespace) -> None:
+    """Push each notebook again, resuming the run in the output of its last version.
+
+    If that output is not mounted, the new version ends in an error instead of starting
+    over. Raises `Refused` if the notebook is running or its output has no run.
+    """
+    for folder in find_kernels(options):
+        kernel = kernel_of(folder)
+        if (state := find_state(kernel)) in BUSY:
+            raise Refused(f"{kernel} is {state}: kernels.py wait, then continue")
+        runs = [r for r in fetch_runs(kernel, options.out) if r.stage == folder.name]
+        if not runs:
+            raise Refused(
+                f"the output of the last version of {kernel} has no run of "
+                f"{folder.name} (yet): try again later, or start over with kernels.py push"
+            )
+        if runs[-1].status == "finished":
+            tell(f"{kernel} is finished at step {runs[-1].step}: nothing was pushed")
+            continue
+        version = folder.parent / "next" / folder.name
+        resume = f"resume = {mounted(kernel, runs[-1].path)!r}"
+        push_kernel(write_version(folder, version, kernel, [kernel], [resume]))
+
+
+def mounted(kernel: str, path: str) -> str:
+    """Return the name under which a run in a kernel's output is found when mounted."""
+    return f"{kernel.partition('/')[2]}/{path}"
+
+
+def wait_until_ended(kernel: str, poll: float, show: Callable[[str], None]) -> str:
+    """Return the state in which a kernel's last version ended, asking every `poll` s.
+
+    `show` gets each new state. Nothing is concluded from an answer that cannot be read;
+    raises `Unreadable` after 60 of them in a row.
+    """
+    told: str | None = None
+    while True:
+        time.sleep(poll)  # first, since a version that was just pushed may not show yet
+        state = ask_state(kernel, poll)
+        if state is None:
+            raise Unreadable(
+                f"Kaggle has no notebook {kernel}: check --user and your key"
+            )
+        if state != told:
+            show(state)
+        if state not in BUSY:
+            return state
+        told = state
+
+
+def ask_state(kernel: str, poll: float) -> str | None:
+    """Return `find_state`, repeated while the answer cannot be read."""
+    for left in range(UNREADABLE, 0, -1):
+        try:
+            return find_state(kernel)
+        except Unreadable as reason:
+            if left == UNREADABLE:
+                tell(
+                    f"{reason}; nothing is concluded, asking {UNREADABLE - 1} times more"
+                )
+            time.sleep(poll)
+    return find_state(kernel)
+
+
+def fetch_runs(kernel: str, out: Path) -> list[FetchedRun]:
+    """Fetch the small files of a kernel's last version, and return its runs, least
+    advanced first: none if the output is empty, late or unreadable."""
+    target = out / "fetched" / kernel.partition("/")[2]
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    with contextlib.suppress(Unreadable):
+        kaggle(*output_command(kernel, target))
+    found = [read_run(file.parent, target) for file in target.rglob("config.json")]
+    return sorted(run for run in found if run)
+
+
+def output_command(kernel: str, target: Path) -> list[str]:
+    """Return the arguments that fetch the small files of a kernel's output."""
+    pattern = ["--file-pattern", SMALL]
+    return ["kernels", "output", kernel, "-p", str(target), *pattern]
+
+
+def read_run(folder: Path, target: Path) -> FetchedRun | None:
+    """Return the run in a folder below `target`, or None for another folder."""
+    run = RunFolder(folder)
+    try:
+        identity = run.read_config()["run"]
+        stage = run.settings()["stage"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if run.is_aside():
+        return None
+    events = History(run.metrics_file).select("event")
+    saved = [row["step"] for row in events if row.get("event") == "save"]
+    path = folder.relative_to(target).as_posix()
+    step = max(saved, default=0)
+    return FetchedRun(step, run.status(), stage, identity, path, folder)
