@@ -75,14 +75,13 @@ def start_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
         if states[kernel] in BUSY:
             tell(f"{kernel} is {states[kernel]} already: waiting for that session")
             if run["identity"]:
-                note_session(chain, kernel)
+                note_session(chain, kernel, attached=False)
             else:
                 wait_until_ended(kernel, poll, lambda s, k=kernel: tell(f"{k}: {s}"))
             return
     existing = [kernel for kernel in pair if states[kernel]]
     if run["foreign"] is None:
-        found = [r for k in existing for r in fetch_runs(k, chain.options.out)]
-        run["foreign"] = [other.identity for other in found]
+        run["foreign"] = find_foreign(chain, existing)
     sources, lines = choose_sources(chain, name, run, existing)
     lines.append(
         f"max_session_hours = min(max_session_hours or {KAGGLE_HOURS}, {hours:.2f})"
@@ -90,7 +89,8 @@ def start_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
     kernel = pair[run["good"] == pair[0]]
     built = chain.built / "kernels" / name
     folder = write_version(built, chain.next(kernel), kernel, sources, lines)
-    note_session(chain, kernel)  # first: a kill while it pushes starts no second one
+    # First, so that a kill while it pushes does not start a second session.
+    note_session(chain, kernel, attached=bool(sources))
     try:
         chain.state["session"]["version"] = push_kernel(folder)
     except Unreadable as reason:
@@ -102,10 +102,22 @@ def start_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
         wait_for_turn(chain, str(reason))
 
 
-def note_session(chain: Chain, kernel: str) -> None:
-    """Write down that a session of a kernel runs, or is about to."""
+def find_foreign(chain: Chain, kernels: list[str]) -> list[str]:
+    """Return the identities of the runs in outputs of before the chain, and name them."""
+    found = [(k, r) for k in kernels for r in fetch_runs(k, chain.options.out)]
+    for kernel, run in found:
+        tell(
+            f"{kernel} holds another run, saved at step {run.step}: it is not resumed, "
+            "and new versions hide that output, which stays with its version on Kaggle"
+        )
+    return [run.identity for _, run in found]
+
+
+def note_session(chain: Chain, kernel: str, attached: bool) -> None:
+    """Write down that a session of a kernel runs or is about to; what is `attached` to
+    it may be mounted empty."""
     session = {"kernel": kernel, "version": None, "pushed": time.time()}
-    chain.state["session"] = session
+    chain.state["session"] = session | {"attached": attached}
     chain.save()
 
 
@@ -117,9 +129,8 @@ def wait_for_hours(chain: Chain) -> float:
     left = chain.hours_left()
     if left < LEAST_HOURS:
         raise Refused(
-            f"{chain.state['hours']:.1f} of {chain.options.hours:g} h are used: `python "
-            f"kaggle/kernels.py run --out {chain.options.out} --hours N`, with a larger "
-            "N, resumes the chain"
+            f"{chain.state['hours']:.1f} of {chain.state['limit']:g} h are used: "
+            f"{chain.again} with a larger --hours resumes the chain"
         )
     while quota := ask_quota():
         if quota.hours_left >= LEAST_HOURS:
@@ -142,11 +153,8 @@ def ask_quota() -> Any:
 
 def wait_for_turn(chain: Chain, reason: str) -> None:
     """Wait 60 polls, an hour; with --no-wait, raise `Refused`."""
-    again = (
-        f"`python kaggle/kernels.py run --out {chain.options.out}` resumes the chain"
-    )
     if chain.options.no_wait:
-        raise Refused(f"{shorten(reason)}; later, {again}")
+        raise Refused(f"{shorten(reason)}; {chain.again} resumes the chain later")
     tell(f"{shorten(reason)}: asking again in {chain.options.poll:g} min")
     time.sleep(60 * chain.options.poll)
 
@@ -190,7 +198,7 @@ def end_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
 
     def show(state: str) -> None:
         hours = chain.state["hours"] + elapsed()
-        used = f"{hours:.1f} of {chain.options.hours:g} h used"
+        used = f"{hours:.1f} of {chain.state['limit']:g} h used"
         tell(f"{kernel.partition('/')[2]} version {version}: {state}, {used}")
 
     if session["version"] is None:
@@ -208,8 +216,7 @@ def end_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
         found = pick(run, name, fetch_runs(kernel, chain.options.out))
     if session["version"] or is_further(run, found):
         chain.state["hours"] += elapsed()
-    chain.state["session"] = None
-    judge(chain, run, kernel, state, found)
+    judge(chain, run, state, found)
 
 
 def pick(run: dict[str, Any], name: str, runs: list[FetchedRun]) -> FetchedRun | None:
@@ -229,7 +236,6 @@ def is_further(run: dict[str, Any], found: FetchedRun | None) -> bool:
 def judge(
     chain: Chain,
     run: dict[str, Any],
-    kernel: str,
     state: str,
     found: FetchedRun | None,
 ) -> None:
@@ -238,6 +244,8 @@ def judge(
     The output of a version that is not COMPLETE is tried once, since Kaggle may have
     lost it; the last good one is in the other kernel.
     """
+    session, chain.state["session"] = chain.state["session"], None
+    kernel = session["kernel"]
     at = f"the run is {found.status}, saved at step {found.step}" if found else "no run"
     tell(f"{kernel}: {at} in the output")
     other = found and run["identity"] not in (None, found.identity)
@@ -255,23 +263,24 @@ def judge(
             run["foreign"].append(run["identity"])
             run |= {"identity": None, "path": None}
     run["failures"] += 1
-    again = f"`python kaggle/kernels.py run --out {chain.options.out}` tries again"
-    log = chain.options.out / "fetched" / kernel.partition("/")[2]
+    log = chain.fetched(kernel)
     if other:
         problem = "trained another run than the chain's; its output is not used"
-    elif found and further and found.status == "failed":
+    elif found and found.status == "failed":
         problem = "ended in an error of its training"
-    elif run["failures"] >= (3 if run["good"] else 2):
+    elif run["failures"] >= (3 if session["attached"] else 2):
         problem = f"ended {state}: {run['failures']} versions without progress"
     else:
         return
     run["failures"] = 0
-    raise Refused(f"{kernel} {problem}: see its log in {log}; {again}")
+    raise Refused(
+        f"{kernel} {problem}: see its log in {log}; {chain.again} tries again"
+    )
 
 
 def show_end(chain: Chain, name: str, run: dict[str, Any]) -> None:
     """Print a finished run's summary, and how to fetch its weights."""
-    root = chain.options.out / "fetched" / run["good"].partition("/")[2] / run["path"]
+    root = chain.fetched(run["good"]) / run["path"]
     tell(f"{name} is finished at step {run['step']}")
     if (root / "summary.md").is_file():
         print((root / "summary.md").read_text(encoding="utf-8"))
@@ -286,22 +295,20 @@ def show_commands(chain: Chain) -> None:
     def show(*arguments: str) -> None:
         print("would run:", shlex.join(["kaggle", *arguments]))
 
-    options = chain.options
     for folder in sorted((chain.built / "datasets").iterdir()):
         if folder.is_dir() and not chain.state["uploaded"]:
             show("datasets", "create", "-p", str(folder))
     for name, run in chain.state["runs"].items():
         kernel = chain.pair(name)[run["good"] == chain.pair(name)[0]]
-        folder = write_version(
-            chain.built / "kernels" / name, chain.next(kernel), kernel
-        )
+        built = chain.built / "kernels" / name
+        folder = write_version(built, chain.next(kernel), kernel)
         print(f"{name}: sessions of {folder}, until it is finished:")
         show("quota")
         for other in chain.pair(name):
             show("kernels", "status", other)
         show(*push_command(folder))
         show("kernels", "status", kernel)
-        show(
-            *output_command(kernel, options.out / "fetched" / kernel.partition("/")[2])
-        )
-    print(f"at most {options.hours:g} h, one session at a time; nothing was contacted")
+        show(*output_command(kernel, chain.fetched(kernel)))
+    print(
+        f"at most {chain.state['limit']:g} h, one session at a time; nothing was contacted"
+    )

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from building import SOURCES, find_user, run_build
+from building import SOURCES, run_build
+from fetching import fetched_folder
 from kaggle_command import Refused
 from pushing import read_metadata
 
+HOURS = 30.0  # a week's quota
 BEGINNING = {
     "identity": None,  # of the run, which it keeps when it is resumed
     "path": None,  # of its folder in the output
@@ -34,6 +36,8 @@ class Chain:
         self.file = options.out / "chain.json"
         self.built = options.out / "chain"  # which a `build` by hand does not change
         self.state = self.open()
+        self.state["limit"] = options.hours or self.state["limit"]
+        self.again = f"`python kaggle/kernels.py run --out {options.out}`"
 
     def open(self) -> dict[str, Any]:
         """Return the state of the chain, which is built if there is none.
@@ -50,16 +54,15 @@ class Chain:
             if (options.notebook or options.p or data) and plan != state["plan"]:
                 raise Refused(
                     f"{self.file} is a chain of other parameters: leave out -p, --data "
-                    "and --notebook to resume it, or start another with another --out"
+                    "and --notebook to resume it, or delete that file to give it up"
                 )
             return state
-        values = {**vars(options), "out": self.built, "notebook": names}
-        values["user"] = find_user(options.user)
+        values = {**vars(options), "out": self.built, "notebook": names, "fresh": True}
         with contextlib.redirect_stdout(io.StringIO()):
             run_build(argparse.Namespace(**values))
         runs = {name: dict(BEGINNING) for name in names}
-        begun = {"plan": plan, "hours": 0.0, "uploaded": False, "session": None}
-        return begun | {"runs": runs}
+        begun = {"plan": plan, "limit": HOURS, "hours": 0.0, "uploaded": False}
+        return begun | {"session": None, "runs": runs}
 
     def save(self) -> None:
         """Write the state aside, and rename it."""
@@ -79,9 +82,13 @@ class Chain:
         """Return the folder from which the next version of a kernel is pushed."""
         return self.built / "next" / kernel.partition("/")[2]
 
+    def fetched(self, kernel: str) -> Path:
+        """Return the folder with the small files of a kernel's last output."""
+        return fetched_folder(self.options.out, kernel)
+
     def hours_left(self) -> float:
         """Return the hours that the chain may still use, without the running session."""
-        return self.options.hours - self.state["hours"]
+        return self.state["limit"] - self.state["hours"]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pushing import find_kernels, kernel_of, push_kernel, write_version
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
 
-UNREADABLE = 60  # answers in a row before waiting ends: an hour at the usual poll
+UNREADABLE = 360  # answers in a row before waiting ends: six hours at the usual poll
 # The files of run folders but checkpoints; Kaggle adds the session's log.
 SMALL = r"(^|/)(config\.json|plan\.json|metrics\.jsonl|summary\.md|rank\d+\.json)$"
 
@@ -86,7 +86,7 @@ def wait_until_ended(kernel: str, poll: float, show: Callable[[str], None]) -> s
     """Return the state in which a kernel's last version ended, asking every `poll` s.
 
     `show` gets each new state. Nothing is concluded from an answer that cannot be read;
-    raises `Unreadable` after 60 of them in a row.
+    raises `Unreadable` after 360 of them in a row.
     """
     told: str | None = None
     while True:
@@ -120,13 +120,18 @@ def ask_state(kernel: str, poll: float) -> str | None:
 def fetch_runs(kernel: str, out: Path) -> list[FetchedRun]:
     """Fetch the small files of a kernel's last version, and return its runs, least
     advanced first: none if the output is empty, late or unreadable."""
-    target = out / "fetched" / kernel.partition("/")[2]
+    target = fetched_folder(out, kernel)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     with contextlib.suppress(Unreadable):
         kaggle(*output_command(kernel, target))
     found = [read_run(file.parent, target) for file in target.rglob("config.json")]
     return sorted(run for run in found if run)
+
+
+def fetched_folder(out: Path, kernel: str) -> Path:
+    """Return the folder for the small files of a kernel's last output."""
+    return out / "fetched" / kernel.partition("/")[2]
 
 
 def output_command(kernel: str, target: Path) -> list[str]:

@@ -79,7 +79,7 @@ def kaggle(*arguments: str) -> str:
     said = run(["kaggle", *arguments]).stdout
     for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN"):
         said = said.replace(os.environ.get(name) or "\0", "***")
-    if re.search(r"authentication required|\b401\b", said, re.IGNORECASE):
+    if re.search(r"authentication required|\b401 (client|unauth)", said, re.IGNORECASE):
         raise Refused(_NO_KEY)
     return said
 

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     resume = commands.add_parser("continue", help="push again with the last output")
     resume.set_defaults(run=run_continue)
     chain.set_defaults(run=run_chain, fresh=True)
-    chain.add_argument("--hours", type=float, default=30, help="of GPU time in all")
+    chain.add_argument("--hours", type=float, help="of GPU time in all (default: 30)")
     chain.add_argument("--no-wait", action="store_true", help="for the week's quota")
     chain.add_argument("--dry-run", action="store_true", help="show the commands")
     for command in (push, chain):

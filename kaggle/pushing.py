@@ -1,6 +1,7 @@
 """Upload data sets and start notebooks by the command `kaggle`."""
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -149,8 +150,8 @@ def attach_sources(folder: Path, again: bool) -> None:
     if one of them is still running.
     """
     metadata = read_metadata(folder)
-    user = metadata["id"].partition("/")[0]
-    others = [f"{user}/{slug(f'MiniMind {name}')}" for name in SOURCES[folder.name]]
+    user, out = metadata["id"].partition("/")[0], folder.parents[1]
+    others = [find_holder(out, user, name) for name in SOURCES[folder.name]]
     states = {name: find_state(name) for name in (metadata["id"], *others)}
     busy = [f"{name} is {state}" for name, state in states.items() if state in BUSY]
     if busy and not again:
@@ -160,6 +161,14 @@ def attach_sources(folder: Path, again: bool) -> None:
         )
     metadata["kernel_sources"] = [name for name, state in states.items() if state]
     write_metadata(folder, metadata)
+
+
+def find_holder(out: Path, user: str, name: str) -> str:
+    """Return the kernel that holds a notebook's output, the last good one of a chain."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if good := json.loads((out / "chain.json").read_bytes())["runs"][name]["good"]:
+            return good
+    return f"{user}/{slug(f'MiniMind {name}')}"
 
 
 def push_datasets(out: Path, message: str, seconds: float) -> None:

@@ -11,10 +11,8 @@ import os
 import re
 import signal
 import sys
-import uuid
 from pathlib import Path
 
-FOLDER = Path(os.environ["KAGGLE_STAND_IN"])
 NAMES = {"C": "COMPLETE", "E": "ERROR", "X": "CANCEL_ACKNOWLEDGED"}
 NAMES |= {"R": "RUNNING", "Q": "QUEUED"}
 QUOTA = """resource  used    remaining  total   refreshAt
@@ -23,14 +21,28 @@ GPU       {used:.2f}h  {left:.2f}h     30.00h  2026-12-05T00:00:00+00:00
 TPU       0.00h   20.00h     20.00h  2026-12-05T00:00:00+00:00"""
 
 
+def call(folder, words):
+    """Return what the command prints; its state is in a folder."""
+    note(folder, " ".join(words))
+    site = json.loads((folder / "site.json").read_text())
+    said = answer(site, words)
+    if busy := site.pop("second", None):
+        note(folder, f"SECOND SESSION beside {busy}")
+    (folder / "site.json").write_text(json.dumps(site))
+    if site.pop("kill", None):
+        (folder / "site.json").write_text(json.dumps(site))
+        os.kill(os.getppid(), signal.SIGKILL)
+    return said
+
+
 def push(site, folder):
     """Start a session: the next of the script."""
     metadata = json.loads((folder / "kernel-metadata.json").read_text())
     session = site["sessions"].pop(0)
     if "refused" in session:
         return session["refused"]
-    if busy := [k for k, v in site["kernels"].items() if v["states"][0] in "RQ"]:
-        note(f"SECOND SESSION beside {busy}")
+    kernels = site["kernels"].items()
+    site["second"] = [k for k, v in kernels if v["states"][0] in "RQ"]
     text = (folder / metadata["code_file"]).read_text()
     run, wanted = None, re.findall(r'resume = [\'\\"]+([\w/-]+)[\'\\"]', text)
     version = {"states": list(session["states"]), "number": 1, "run": None}
@@ -39,7 +51,7 @@ def push(site, folder):
         assert holder in metadata["kernel_sources"]
         run = site["kernels"][holder]["run"]
     if run or not wanted:
-        run = run or {"identity": uuid.uuid4().hex, "step": 0}
+        run = run or {"identity": os.urandom(8).hex(), "step": 0}
         step = run["step"] + session.get("gain", 0)
         version["run"] = run | {"step": step, "status": session.get("status")}
     version["late"] = session.get("late", 0)
@@ -48,9 +60,7 @@ def push(site, folder):
     if session.get("lost"):
         version["run"] = None
     site["kernels"][metadata["id"]] = version
-    if session.get("kill"):
-        save(site)
-        os.kill(os.getppid(), signal.SIGKILL)
+    site["kill"] = session.get("kill")
     return f"Kernel version {version['number']} successfully pushed.  Please check …"
 
 
@@ -100,17 +110,10 @@ def answer(site, words):
             return "Dataset version is being created."
 
 
-def note(line):
-    with (FOLDER / "calls.txt").open("a") as file:
+def note(folder, line):
+    with (folder / "calls.txt").open("a") as file:
         print(line, file=file)
 
 
-def save(site):
-    (FOLDER / "site.json").write_text(json.dumps(site))
-
-
 if __name__ == "__main__":
-    note(" ".join(sys.argv[1:]))
-    now = json.loads((FOLDER / "site.json").read_text())
-    print(answer(now, sys.argv[1:]))
-    save(now)
+    print(call(Path(os.environ["KAGGLE_STAND_IN"]), sys.argv[1:]))
