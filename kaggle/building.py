@@ -44,7 +44,11 @@ def run_build(options: argparse.Namespace) -> None:
     replaced = ("minimind-wheel", *names)
     kept = [] if options.fresh else [f for f in before if f.name not in replaced]
     there = os.listdir(data) if data in kept else []
-    check_data(options.data, there, dict(options.p).get("data_path"))
+    check_data(
+        options.data,
+        there,
+        [value for key, value in options.p if key.rpartition(".")[2] == "data_path"],
+    )
     for folder in before:
         if folder not in kept:
             shutil.rmtree(folder)
@@ -81,13 +85,14 @@ def mark_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.built")
 
 
-def check_data(files: list[Path], kept: list[str], wanted: str | None) -> None:
-    """Raise `Refused` if a file is missing, if two have the same name, or if the
+def check_data(files: list[Path], kept: list[str], wanted: list[str]) -> None:
+    """Raise `Refused` if a file is missing, if two have the same name, or if a
     data_path of the notebooks is neither among them nor among those kept."""
     names = [file.name for file in files]
-    known = (None, "None", "demo", *names, *kept)
-    if wanted not in known and not Path(wanted).is_absolute():
-        raise Refused(f"data_path is {wanted}, which is not among --data FILE …")
+    known = ("None", "demo", *names, *kept)
+    for name in wanted:
+        if name not in known and not Path(name).is_absolute():
+            raise Refused(f"data_path is {name}, which is not among --data FILE …")
     for file in files:
         if not file.is_file():
             raise Refused(f"{file} does not exist: check --data")
@@ -118,6 +123,7 @@ def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any
 
     A value that is not a Python literal is a string. A notebook takes the parameters
     that it lists; those that train take also every setting that none of them lists.
+    "sft.epochs" is the parameter of one notebook, and wins.
     Raises `Refused` for an unknown parameter and for an invalid value.
     """
     from papermill import inspect_notebook
@@ -134,12 +140,14 @@ def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any
     for name in trained:
         listed[name] |= dict.fromkeys(others)
     known = set().union(*listed.values())
+    own = {f"{name}.{key}" for name in names for key in listed[name]}
     for name in values:
-        if name not in known:
+        if name not in known | own:
             problem = describe_unknown(name, known, "parameter")
             raise Refused(f"{problem} (of {', '.join(names)})")
     baked = {
         name: {key: value for key, value in values.items() if key in listed[name]}
+        | {k: values[f"{name}.{k}"] for k in listed[name] if f"{name}.{k}" in values}
         for name in names
     }
     for name, chosen in baked.items():

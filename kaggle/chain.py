@@ -7,14 +7,13 @@ last good output.
 """
 
 import argparse
-import contextlib
 import re
 import shlex
 import time
 from typing import Any
 
 from building import SOURCES, slug
-from chain_state import Chain, hold_lock
+from chain_state import Chain, hold_lock, wait_for_hours, wait_for_turn
 from fetching import (
     FetchedRun,
     ask_state,
@@ -24,7 +23,7 @@ from fetching import (
     tell,
     wait_until_ended,
 )
-from kaggle_command import BUSY, Refused, Unreadable, read_quota, shorten
+from kaggle_command import BUSY, Refused, Unreadable
 from pushing import (
     check_command,
     push_command,
@@ -36,8 +35,6 @@ from pushing import (
 from minimind_nb.session import KAGGLE_HOURS
 
 SESSION_HOURS = 12.0  # the longest that Kaggle lets a session be
-LEAST_HOURS = 0.5  # below which a session is not worth starting
-MARGIN_HOURS = 0.2  # for what a notebook does after its training
 LATE = {"COMPLETE": 10}  # times to fetch an output that is not there yet, by state
 
 
@@ -119,44 +116,6 @@ def note_session(chain: Chain, kernel: str, attached: bool) -> None:
     session = {"kernel": kernel, "version": None, "pushed": time.time()}
     chain.state["session"] = session | {"attached": attached}
     chain.save()
-
-
-def wait_for_hours(chain: Chain) -> float:
-    """Return the hours that a session may take, after waiting for the week's quota.
-
-    Raises `Refused` if --hours are used up.
-    """
-    left = chain.hours_left()
-    if left < LEAST_HOURS:
-        raise Refused(
-            f"{chain.state['hours']:.1f} of {chain.state['limit']:g} h are used: "
-            f"{chain.again} with a larger --hours resumes the chain"
-        )
-    while quota := ask_quota():
-        if quota.hours_left >= LEAST_HOURS:
-            return min(left, quota.hours_left) - MARGIN_HOURS
-        wait_for_turn(
-            chain,
-            f"the GPU quota is used up ({quota.hours_left:g} h left, new hours at "
-            f"{quota.refresh_at})",
-        )
-    tell("kaggle quota names no GPU hours: relying on --hours")
-    return left - MARGIN_HOURS
-
-
-def ask_quota() -> Any:
-    """Return the quota, or None if it cannot be read."""
-    with contextlib.suppress(Unreadable):
-        return read_quota()
-    return None
-
-
-def wait_for_turn(chain: Chain, reason: str) -> None:
-    """Wait 60 polls, an hour; with --no-wait, raise `Refused`."""
-    if chain.options.no_wait:
-        raise Refused(f"{shorten(reason)}; {chain.again} resumes the chain later")
-    tell(f"{shorten(reason)}: asking again in {chain.options.poll:g} min")
-    time.sleep(60 * chain.options.poll)
 
 
 def choose_sources(

@@ -1,4 +1,4 @@
-"""The state of a chain: a file that is replaced whole, and a lock."""
+"""The state of a chain: a file that is replaced whole; its lock, and its hours."""
 
 import argparse
 import contextlib
@@ -6,16 +6,19 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from building import SOURCES, run_build
-from fetching import fetched_folder
-from kaggle_command import Refused
+from fetching import fetched_folder, tell
+from kaggle_command import Quota, Refused, Unreadable, read_quota, shorten
 from pushing import read_metadata
 
 HOURS = 30.0  # a week's quota
+LEAST_HOURS = 0.5  # below which a session is not worth starting
+MARGIN_HOURS = 0.2  # for what a notebook does after its training
 BEGINNING = {
     "identity": None,  # of the run, which it keeps when it is resumed
     "path": None,  # of its folder in the output
@@ -57,7 +60,7 @@ class Chain:
                     "and --notebook to resume it, or delete that file to give it up"
                 )
             return state
-        values = {**vars(options), "out": self.built, "notebook": names, "fresh": True}
+        values = {**vars(options), "out": self.built, "notebook": names}
         with contextlib.redirect_stdout(io.StringIO()):
             run_build(argparse.Namespace(**values))
         runs = {name: dict(BEGINNING) for name in names}
@@ -114,3 +117,41 @@ def hold_lock(file: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def wait_for_hours(chain: Chain) -> float:
+    """Return the hours that a session may take, after waiting for the week's quota.
+
+    Raises `Refused` if --hours are used up.
+    """
+    left = chain.hours_left()
+    if left < LEAST_HOURS:
+        raise Refused(
+            f"{chain.state['hours']:.1f} of {chain.state['limit']:g} h are used: "
+            f"{chain.again} with a larger --hours resumes the chain"
+        )
+    while quota := ask_quota():
+        if quota.hours_left >= LEAST_HOURS:
+            return min(left, quota.hours_left) - MARGIN_HOURS
+        wait_for_turn(
+            chain,
+            f"the GPU quota is used up ({quota.hours_left:g} h left, new hours at "
+            f"{quota.refresh_at})",
+        )
+    tell("kaggle quota names no GPU hours: relying on --hours")
+    return left - MARGIN_HOURS
+
+
+def ask_quota() -> Quota | None:
+    """Return the quota, or None if it cannot be read."""
+    with contextlib.suppress(Unreadable):
+        return read_quota()
+    return None
+
+
+def wait_for_turn(chain: Chain, reason: str) -> None:
+    """Wait 60 polls, an hour; with --no-wait, raise `Refused`."""
+    if chain.options.no_wait:
+        raise Refused(f"{shorten(reason)}; {chain.again} resumes the chain later")
+    tell(f"{shorten(reason)}: asking again in {chain.options.poll:g} min")
+    time.sleep(60 * chain.options.poll)

@@ -247,6 +247,7 @@ def test_a_build_keeps_what_it_does_not_replace(built, tmp_path, capsys):
         (["-p", "dpo_beta", "0.2"], 'dpo_beta needs stage="dpo"'),
         (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),
         (["-p", "data_path", "c.jsonl"], "c.jsonl, which is not among --data FILE"),
+        (["-p", "pretrain.data_path", "c.txt"], "c.txt, which is not among --data"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
         (["--user", "a/b"], "is not a Kaggle user name"),
@@ -261,10 +262,11 @@ def test_what_cannot_be_built_is_refused(tmp_path, arguments, words):
 
 def test_a_notebook_gets_the_parameters_it_lists_and_settings_that_none_lists():
     given = [["preset", "demo"], ["dpo_beta", "0.2"], ["beta1", "0.8"], ["x", "step"]]
+    given += [["dpo.beta1", "0.7"]]
     chosen = building.choose_parameters(["pretrain", "dpo", "curves"], given)
     assert chosen == {
         "pretrain": {"preset": "demo", "beta1": 0.8},
-        "dpo": {"dpo_beta": 0.2, "beta1": 0.8},
+        "dpo": {"dpo_beta": 0.2, "beta1": 0.7},
         "curves": {"x": "step"},
     }
 

@@ -71,7 +71,8 @@ class Site:
 
     def next(self, slug):
         folder = self.folder / "out" / "chain" / "next" / slug
-        return metadata(folder), (folder / "pretrain.ipynb").read_text()
+        values = metadata(folder)
+        return values, (folder / values["code_file"]).read_text()
 
 
 A, B = "minimind-pretrain", "minimind-pretrain-b"
@@ -89,6 +90,15 @@ def test_a_run_is_resumed_in_turns_until_it_is_finished(site, capsys):
     assert "min(max_session_hours or 11.5, 29.80)" in notebook
     kernels.main(site.arguments())
     assert len(site.pushes()) == 3
+
+
+def test_fine_tuning_starts_from_the_last_output_of_pretraining(site):
+    arguments = ("--notebook", "sft", "pretrain")
+    pushed = site.run(TIME_BUDGET, FINISHED, FINISHED, arguments=arguments)
+    assert pushed == [A, B, "minimind-sft"]
+    values, notebook = site.next("minimind-sft")
+    assert values["kernel_sources"] == [f"ann/{B}"]
+    assert f"init_from = init_from or '{B}/out/pretrain_32'" in notebook
 
 
 def test_a_session_that_is_lost_costs_its_own_hours_only(site, capsys):

@@ -51,7 +51,8 @@ def push(site, folder):
         assert holder in metadata["kernel_sources"]
         run = site["kernels"][holder]["run"]
     if run or not wanted:
-        run = run or {"identity": os.urandom(8).hex(), "step": 0}
+        stage = metadata["code_file"].removesuffix(".ipynb")
+        run = run or {"identity": os.urandom(8).hex(), "step": 0, "stage": stage}
         step = run["step"] + session.get("gain", 0)
         version["run"] = run | {"step": step, "status": session.get("status")}
     version["late"] = session.get("late", 0)
@@ -82,9 +83,9 @@ def output(site, kernel, target):
     run = version["run"]
     if not run or late > 0:
         return ""
-    folder = target / "out" / "pretrain_32"
+    folder = target / "out" / f"{run['stage']}_32"
     folder.mkdir(parents=True)
-    config = {"run": run["identity"], "settings": {"stage": "pretrain"}}
+    config = {"run": run["identity"], "settings": {"stage": run["stage"]}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "rank0.json").write_text(json.dumps({"status": run["status"]}))
     row = {"kind": "event", "event": "save", "step": run["step"]}
