@@ -4,29 +4,24 @@ wandb asks for keys, waits for networks and changes the notebook that imports it
 process without a terminal none of that reaches the training or the cell.
 """
 
-import contextlib
 import importlib.util
 import json
-import logging
-import multiprocessing
 import os
 import secrets
 import shlex
 import traceback
-from multiprocessing.context import SpawnProcess
-from multiprocessing.queues import SimpleQueue
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 from ..config import ResolvedConfig
-from ..lifetime import die_with_parent, without_main_script
 from ..storage import verified
 from ..storage.run_folder import RunFolder
+from .follower import Follower
 from .metrics import History, flatten
 
 FINISH_SECONDS = 30.0
-LOG_NAME = "wandb.log"
 _POLL_SECONDS = 1.0
 _DEFAULTS = {
     "WANDB_MODE": "online",
@@ -36,8 +31,6 @@ _DEFAULTS = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
 }
-
-logger = logging.getLogger(__name__)
 
 
 def require_wandb() -> None:
@@ -50,63 +43,22 @@ def require_wandb() -> None:
         )
 
 
-class WandbFollower:
-    """A process beside a run that sends its metrics, if `cfg.use_wandb`.
+def wandb_follower(history: History, cfg: ResolvedConfig) -> Follower | None:
+    """Return the process that sends the metrics of a session, if `cfg.use_wandb`.
 
-    It ends at the `end` row of this session, at `finish`, which waits for it at most
-    `FINISH_SECONDS`, or with its parent. Its output is in `wandb.log`.
+    `history` has the rows that the session begins with. The process ends at the `end`
+    row of the session, too.
     """
-
-    def __init__(self, history: History, cfg: ResolvedConfig) -> None:
-        self._history, self._cfg = history, cfg
-        self._process: SpawnProcess | None = None
-
-    def start(self) -> None:
-        """Start the process before the session's first row is written."""
-        if not self._cfg.use_wandb:
-            return
-        context = multiprocessing.get_context("spawn")
-        self._finish, self._messages = context.Event(), context.SimpleQueue()
-        project = self._cfg.wandb_project
-        arguments = (self._history, project, self._finish, self._messages)
-        self._process = context.Process(target=_follow, args=arguments, daemon=True)
-        with without_main_script():
-            self._process.start()
-
-    def report(self) -> None:
-        """Log the process's message, and once that it failed."""
-        if self._process is None:
-            return
-        while not self._messages.empty():
-            logger.info(self._messages.get())
-        if self._process.exitcode:
-            self._process = None
-            logger.warning(
-                "wandb failed or did not finish in time; the training is not affected, "
-                f"see {self._history.path.with_name(LOG_NAME)}"
-            )
-
-    def finish(self) -> None:
-        """Let the process send the last row and end."""
-        if self._process is None:
-            return
-        self._finish.set()
-        with contextlib.suppress(KeyboardInterrupt):  # it ends the wait, not the call
-            self._process.join(FINISH_SECONDS)
-        self._process.kill()
-        self._process.join()
-        self.report()
+    if not cfg.use_wandb:
+        return None
+    log = history.path.with_name("wandb.log")
+    given = (history, cfg.wandb_project)
+    return Follower("wandb", log, FINISH_SECONDS, _follow, *given)
 
 
 def _follow(
-    history: History, project: str, finish: Event, messages: SimpleQueue[str]
+    finish: Event, say: Callable[[str], None], history: History, project: str
 ) -> None:
-    """Run the process; `history` has the rows that this session begins with."""
-    die_with_parent(os.getppid())
-    os.setsid()  # no terminal to ask in, and no interrupts
-    with open(history.path.with_name(LOG_NAME), "ab", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
     os.environ.update(_DEFAULTS | dict(os.environ))
     file = history.path.with_name("wandb.json")
     state = json.loads(file.read_bytes()) if file.is_file() else {}
@@ -114,7 +66,7 @@ def _follow(
         state = {"id": secrets.token_hex(4), "project": project, "step": -1}
     verified.write_text(file, json.dumps(state))
     run, message = _open_run(history.path.parent, project, state["id"])
-    messages.put(message)
+    say(message)
     before, begun, sent, over, status = state["step"], len(history.rows), 0, False, ""
     while not (over or status):
         over = finish.wait(_POLL_SECONDS)

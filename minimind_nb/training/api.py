@@ -10,7 +10,7 @@ from ..config import TrainConfig
 from ..launch.torchrun import on_first_rank
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
-from ..monitor.wandb_follower import WandbFollower, require_wandb
+from ..monitor.wandb_follower import require_wandb, wandb_follower
 from ..progress_bar import hidden
 from ..session import running_kernel
 from .launching import launch
@@ -80,11 +80,13 @@ def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
         with contextlib.suppress(OSError):  # the metrics may be there at the next look
             history.refresh()
         shown.attempt(shown.update, history)
-        shown.attempt(follower.report)
+        for follower in followers:
+            shown.attempt(follower.report)
 
-    follower = WandbFollower(history, plan.cfg)
+    followers = [f for f in (wandb_follower(history, plan.cfg),) if f]
     shown.attempt(shown.update, history)
-    shown.attempt(follower.start)
+    for follower in followers:
+        shown.attempt(follower.start)
     status = "failed"
     try:
         status = launch("run", plan, show, lock)
@@ -93,7 +95,8 @@ def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
         raise
     finally:
         show()
-        shown.attempt(follower.finish)
+        for follower in followers:
+            shown.attempt(follower.finish)
         shown.attempt(shown.finish, history, status)
         shown.attempt(save_chart, run)
         shown.attempt(write_summary, run, status)
