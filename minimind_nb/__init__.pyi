@@ -21,6 +21,7 @@ from .monitor.chat import chat as chat
 from .monitor.comparison import compare as compare
 from .monitor.examination import examine as examine
 from .monitor.metrics import History as History
+from .monitor.publishing import publish as publish
 from .monitor.surprise import surprise as surprise
 from .monitor.vocabulary import vocabulary as vocabulary
 from .notebook import check_parameters as check_parameters

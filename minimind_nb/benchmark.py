@@ -45,6 +45,7 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
         steps = max(_FEWEST_STEPS, min(steps or _MOST_STEPS, _MOST_STEPS))
         brief = {"epochs": 10**6, "max_steps": _WARM_STEPS + steps, "log_interval": 1}
         brief |= {"eval_tokens": 1, "sample_tokens": 0, "use_wandb": False}
+        brief |= {"publish": None, "publish_minutes": None}
         asked = replace(asked, **brief, compile=planned.cfg.compile)
         run = train(asked, view=False)
         rows, status = run.history.select("train")[_WARM_STEPS - 1 :], run.status

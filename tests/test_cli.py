@@ -32,7 +32,7 @@ OPTIONS = """
     min_learning_rate
     optimizer schedule decay_fraction warmup_iters weight_decay beta1 beta2 grad_clip dpo_beta max_steps seed val_fraction eval_tokens
     eval_interval sample_prompts sample_tokens log_interval use_wandb wandb_project
-    save_interval keep_checkpoints max_session_hours device num_processes dtype
+    publish publish_minutes save_interval keep_checkpoints max_session_hours device num_processes dtype
     compile max_skipped_steps hang_timeout_seconds on_bad_line max_bad_fraction
 """.split()
 EVALUATION = (

@@ -24,6 +24,7 @@ ROOMS = (
     {"storage"},
     {"session"},
     {"errors", "progress_bar"},
+    {"hub"},
     {"data"},
     {"launch"},
     {"model"},

@@ -150,6 +150,7 @@ _PRETRAIN: dict[str, Any] = dict(
     val_fraction=0.01,
     use_wandb=False,
     wandb_project="MiniMind",
+    publish_minutes=30.0,
     keep_checkpoints=2,
     max_skipped_steps=20,
     hang_timeout_seconds=1800.0,
@@ -188,7 +189,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     "hang_timeout_seconds out_dir run_name resume allow_change data_path val_path "
     "init_from tokenizer on_bad_line max_bad_fraction device num_processes dtype "
     "batch_size accumulation_steps allow_smaller_batch preset recipe use_wandb "
-    "wandb_project compile".split()
+    "wandb_project publish publish_minutes compile".split()
 )
 """Settings that may change when a run is resumed; any other difference is refused."""
 

@@ -48,7 +48,7 @@ class TrainConfig:
     the weights file beside it has this name too, else MiniMind's own."""
     resume: str | bool = "auto"
     """"auto" (default) resumes an existing run; False renames it and starts over;
-    a path copies that run into out_dir and resumes the copy."""
+    a path, or "hf:USER/NAME", copies that run into out_dir and resumes the copy."""
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from the run that is resumed."""
     init_from: str = _DEFAULT
@@ -161,6 +161,11 @@ class TrainConfig:
     install 'minimind_nb[wandb]'."""
     wandb_project: str = _DEFAULT
     """Name of the project there; default MiniMind."""
+    publish: str | None = None
+    """"hf:USER/NAME": keep the newest checkpoint in this repository, made private if it
+    does not exist. Needs HF_TOKEN; a resumed call names it again."""
+    publish_minutes: float = _DEFAULT
+    """Minutes between uploads, besides those at the start and the end; default 30."""
     save_interval: int = _DEFAULT
     """Optimizer steps between checkpoints; one is written at the end too."""
     keep_checkpoints: int = _DEFAULT

@@ -40,7 +40,7 @@ _AT_LEAST = {
 _MINIMUM = {name: least for least, names in _AT_LEAST.items() for name in names.split()}
 _POSITIVE = (
     "learning_rate rope_theta rms_norm_eps max_session_hours hang_timeout_seconds "
-    "dpo_beta"
+    "dpo_beta publish_minutes"
 ).split()
 _FRACTIONS = "decay_fraction dropout beta1 beta2 val_fraction max_bad_fraction".split()
 _AT_MOST = {
@@ -142,6 +142,9 @@ def _out_of_range(name: str, value: Any) -> str | None:
         return f"{name}={value} must be at least {_MINIMUM[name]}"
     if name == "data_weights" and not all(0 < one < math.inf for one in value):
         return f"data_weights={value} must be above 0; leave a file out of data_path"
+    hub = name == "publish" or name == "resume" and str(value).startswith("hf:")
+    if hub and not re.fullmatch(r"hf:\w[\w.-]*/\w[\w.-]*", value):
+        return f'{name}={value!r} is not of the form "hf:USER/NAME"'
     if name in _POSITIVE and value <= 0:
         return f"{name}={value} must be above 0"
     if name in _FRACTIONS and not 0 <= value < 1:
@@ -210,6 +213,7 @@ def _without_effect(settings: Mapping[str, Any], v: Mapping[str, Any]) -> Iterat
         "dpo_beta": (v["stage"] != "dpo", 'needs stage="dpo"'),
         "max_bad_fraction": (v["on_bad_line"] != "skip", 'needs on_bad_line="skip"'),
         "wandb_project": (not v["use_wandb"], "needs use_wandb=True"),
+        "publish_minutes": ("publish" not in settings, "needs publish"),
         **{name: (not v["use_moe"], "needs use_moe=True") for name in MIXTURE_FIELDS},
     }
     for name, (misplaced, reason) in rules.items():

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import TrainConfig
+from ..hub import find_token
 from ..launch.torchrun import on_first_rank
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
+from ..monitor.publishing import publisher
 from ..monitor.wandb_follower import require_wandb, wandb_follower
 from ..progress_bar import hidden
 from ..session import running_kernel
@@ -57,6 +59,8 @@ def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) ->
     shown = choose_view(view)
     if cfg.use_wandb:
         require_wandb()
+    if cfg.publish:
+        find_token(cfg.publish)
     with hidden(view not in (None, True)), shown.attached():
         if finished := find_finished_run(cfg):
             run = Run(finished.root)
@@ -83,7 +87,8 @@ def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
         for follower in followers:
             shown.attempt(follower.report)
 
-    followers = [f for f in (wandb_follower(history, plan.cfg),) if f]
+    made = (make(history, plan.cfg) for make in (wandb_follower, publisher))
+    followers = list(filter(None, made))
     shown.attempt(shown.update, history)
     for follower in followers:
         shown.attempt(follower.start)
@@ -95,8 +100,8 @@ def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
         raise
     finally:
         show()
-        for follower in followers:
-            shown.attempt(follower.finish)
-        shown.attempt(shown.finish, history, status)
         shown.attempt(save_chart, run)
         shown.attempt(write_summary, run, status)
+        shown.attempt(shown.finish, history, status)
+        for follower in followers:
+            shown.attempt(follower.finish)

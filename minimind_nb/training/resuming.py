@@ -120,7 +120,7 @@ def reconcile_with_existing_run(
     if "dtype" in config["explicit"] and values["device"] == run["device"]:
         values["dtype"] = run["dtype"]
     values |= asked
-    for name in ("out_dir", "resume", "allow_change", "max_session_hours"):
+    for name in ("out_dir", "resume", "allow_change", "max_session_hours", "publish"):
         values[name] = getattr(cfg, name)
     values["init_from"] = run["init_from"]
     values["run_name"] = cfg.run_name or folder.root.name

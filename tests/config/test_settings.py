@@ -161,6 +161,7 @@ def test_resolution_leaves_nothing_open_in_shape_and_optimisation():
         "max_steps",
         "sample_prompts",
         "max_session_hours",
+        "publish",
     }
 
 

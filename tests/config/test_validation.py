@@ -190,6 +190,8 @@ def test_a_number_out_of_range_says_the_range(name, value, text):
             "val_fraction cannot be used with val_path; leave it out",
         ),
         ({"wandb_project": "mine"}, "wandb_project needs use_wandb=True"),
+        ({"publish_minutes": 5}, "publish_minutes needs publish; leave it out"),
+        ({"resume": "hf:me"}, "resume='hf:me' is not of the form \"hf:USER/NAME\""),
         ({"max_bad_fraction": 0.1}, 'max_bad_fraction needs on_bad_line="skip"'),
         (
             {"n_routed_experts": 8},

@@ -91,6 +91,8 @@ ELSEWHERE = {
     "max_bad_fraction": "test_preparation",
     "use_wandb": "test_wandb_follower",
     "wandb_project": "test_wandb_follower",
+    "publish": "test_publishing",
+    "publish_minutes": "test_publishing",
 }
 TIMED = {"seconds", "tokens_per_second", "peak_memory_gib"}
 

@@ -1,0 +1,192 @@
+"""Runs go to the Hub beside a training, and come back elsewhere."""
+
+import functools
+import os
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import http_backoff
+from support.hub import TOKEN, Hub, standing_in
+from support.runs import Settings, logged, train_here, tree
+
+import minimind_nb as mm
+from minimind_nb.hub import download_run, find_token
+from minimind_nb.monitor import publishing
+from minimind_nb.monitor.metrics import History
+from minimind_nb.storage.run_folder import NoGoodCheckpoint, RunFolder
+from minimind_nb.training.run_plan import RunPlan
+
+PLACE = "hf:me/cat"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with standing_in() as hub:
+        yield hub
+
+
+def follow(folder: RunFolder, **settings: str) -> list[str]:
+    """Publish a run by the process beside it, and return what it said."""
+    cfg = mm.TrainConfig(publish=PLACE)
+    plan = RunPlan.read(folder)
+    plan.config["settings"] |= {"publish": cfg.publish, **settings}
+    follower = publishing.publisher(History(folder.metrics_file), plan.cfg)
+    assert follower
+    with logged() as texts:
+        follower.start()
+        follower.finish()
+    return [text for text in texts if not text.startswith("waiting at most")]
+
+
+def test_a_published_model_has_a_card_and_keeps_it(
+    hub: Hub, settings: Settings, tmp_path: Path
+) -> None:
+    _, folder = train_here(settings)
+    address = mm.publish(folder.root, PLACE, private=False, license="mit")
+    files = hub.files["me/cat"]
+    assert address == f"{hub.address}/me/cat" and not hub.private["me/cat"]
+    card = files["README.md"].decode()
+    assert card.startswith('---\nlicense: "mit"\n')
+    loss = History(folder.metrics_file).select("eval")[-1]["loss"]
+    assert f"validation loss: {loss:.3f}" in card and "step 12 of" in card
+    assert 'from_pretrained("me/cat")' in card
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes(files[name])
+    model, _ = mm.load(tmp_path)
+    ours, _ = mm.load(folder.root)
+    assert all(
+        (a == b).all() for a, b in zip(*map(list_weights, (model, ours)), strict=True)
+    )
+    assert follow(folder) == [f"published at {address}"]
+    assert hub.files["me/cat"]["README.md"].decode() == card
+
+
+def list_weights(model: mm.MiniMindForCausalLM) -> list:
+    return [parameter for _, parameter in sorted(model.named_parameters())]
+
+
+def test_another_model_and_a_later_state_are_left_alone(
+    hub: Hub, settings: Settings, tmp_path: Path
+) -> None:
+    _, folder = train_here(settings, stop_at=4)
+    hub.files["me/cat"] = {"README.md": b"", "model.safetensors": b"someone's"}
+    theirs = dict(hub.files["me/cat"])
+    refused = "hf:me/cat holds another model, and was left as it is: choose a new name"
+    with pytest.raises(RuntimeError, match=refused):
+        mm.publish(folder.root, PLACE)
+    (said,) = follow(folder)
+    assert said.startswith(f"not published ({refused}); the training is not affected")
+    assert 'pretrain_32", "hf:me/cat") does it later' in said
+    other = folder.config_file.read_bytes().replace(b'"run": "', b'"run": "0')
+    theirs |= {"run/config.json": other}
+    hub.files["me/cat"] = dict(theirs)
+    with pytest.raises(RuntimeError, match=refused):
+        mm.publish(folder.root, PLACE)
+    assert hub.files["me/cat"] == theirs and not hub.commits
+    later = {"run/checkpoints/step_00000009/manifest.json": b""}
+    hub.files["me/cat"] = {"run/config.json": folder.config_file.read_bytes(), **later}
+    with pytest.raises(
+        RuntimeError, match='at step 9, this run at 4: resume="hf:me/cat"'
+    ):
+        mm.publish(folder.root, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("mood", "expected"),
+    [
+        (403, r"not published \(the Hub answers 403 .* HF_TOKEN has the right"),
+        ("deaf", "publishing failed or did not finish in time; the training is not"),
+    ],
+)
+def test_a_hub_that_fails_is_reported_once(
+    mood: object,
+    expected: str,
+    hub: Hub,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    hub.mood = mood
+    if mood == "deaf":
+        monkeypatch.setattr(publishing, "FINISH_SECONDS", 3.0)
+    (said,) = follow(folder)
+    assert re.match(expected, said)
+    assert TOKEN.encode() not in (folder.root / "publish.log").read_bytes()
+
+
+def test_a_hub_that_dies_during_an_upload_gets_nothing(
+    hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    before = tree(folder.root)
+    once = functools.partial(http_backoff, max_retries=0)
+    monkeypatch.setattr("huggingface_hub.lfs.http_backoff", once)
+    hub.mood = "dying"
+    with pytest.raises(
+        OSError, match="does not answer for hf:me/cat: check the intern"
+    ):
+        mm.publish(folder.root, PLACE)
+    assert hub.files["me/cat"].keys() == {".gitattributes"}
+    assert tree(folder.root) == before
+
+
+def test_only_known_files_of_a_strangers_repository_are_taken(
+    hub: Hub, settings: Settings, tmp_path: Path
+) -> None:
+    _, folder = train_here({**settings, "max_steps": 2})
+    with pytest.raises(OSError, match="answers 404 for hf:me/cat: check its name"):
+        download_run(PLACE, tmp_path)
+    hub.files["me/cat"] = {"README.md": b""}
+    with pytest.raises(FileNotFoundError, match="has no run that could be resumed"):
+        download_run(PLACE, tmp_path)
+    mm.publish(folder.root, "hf:me/dog")
+    files = hub.files["me/dog"]
+    evil = "run/x.pth run/../../x.json run/tokenizer/../../../x.json run/code.py x.pkl"
+    files |= dict.fromkeys(evil.split(), b"x")
+    downloaded = tree(download_run("hf:me/dog", tmp_path / "cache"))
+    own = tree(folder.root)
+    assert {"config.json", "rank0.json", "tokenizer/tokenizer.json"} < downloaded.keys()
+    assert all(own[name] == data for name, data in downloaded.items())
+    weights = next(name for name in files if name.endswith("optimizer.safetensors"))
+    files[weights] = files[weights][:-1] + b"!"
+    with pytest.raises(NoGoodCheckpoint, match="wrong sha256"):
+        download_run("hf:me/dog", tmp_path / "cache")
+    hub.mood = 503
+    with pytest.raises(OSError, match="answers 503 for hf:me/dog: try again later"):
+        download_run("hf:me/dog", tmp_path)
+
+
+def test_a_token_is_asked_for_before_anything_starts(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", os.devnull)
+    needed = (
+        "publishing to hf:me/cat needs a token with the right to write: set HF_TOKEN"
+    )
+    with pytest.raises(ValueError, match=needed):
+        mm.train(mm.TrainConfig(**settings, publish=PLACE), view=False)
+    assert not Path(settings["out_dir"]).exists()
+    assert find_token() is None
+
+    class UserSecretsClient:
+        def get_secret(self, name: str) -> str:
+            return f"{name} of Kaggle\n"
+
+    secrets = types.ModuleType("kaggle_secrets")
+    vars(secrets)["UserSecretsClient"] = UserSecretsClient
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets)
+    assert find_token() is None, "Kaggle's secrets are asked for on Kaggle only"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert find_token(PLACE) == "HF_TOKEN of Kaggle"
+
+
+@pytest.mark.parametrize("place", ["me/cat", "hf:cat", "hf:../cat", "hf:me/a/b"])
+def test_a_place_has_one_form(place: str, tmp_path: Path) -> None:
+    expected = re.escape(f'publish={place!r} is not of the form "hf:USER/NAME"')
+    with pytest.raises(ValueError, match=expected):
+        mm.publish(tmp_path, place)
