@@ -18,8 +18,10 @@ from ..config import (
     resolve_batch,
 )
 from ..data.token_cache import names_before_version_3
+from ..hub import download_run
 from ..model.loading import find_weights
 from ..monitor.metrics import History
+from ..session import current_session
 from ..storage import verified
 from ..storage.run_folder import NoGoodCheckpoint, RunFolder, run_of, step_of
 from .checkpoint import read_state
@@ -48,10 +50,13 @@ _COPIED = (
 
 
 def source_run(cfg: TrainConfig) -> RunFolder | None:
-    """Return the run whose path `resume` is, or None if it is not a path."""
+    """Return the run that `resume` names, downloaded if need be; None if it does not."""
     if not isinstance(cfg.resume, str) or cfg.resume == "auto":
         return None
-    source = RunFolder(cfg.resume)
+    path = cfg.resume
+    if path.startswith("hf:"):
+        path = download_run(path, current_session().cache_folder(cfg.out_dir))
+    source = RunFolder(path)
     if source.root.is_file():
         raise ValueError(
             f"resume={cfg.resume!r} is a file: rounded weights without optimizer state. "
@@ -123,7 +128,8 @@ def reconcile_with_existing_run(
     for name in ("out_dir", "resume", "allow_change", "max_session_hours", "publish"):
         values[name] = getattr(cfg, name)
     values["init_from"] = run["init_from"]
-    values["run_name"] = cfg.run_name or folder.root.name
+    own_name = run["run_name"] if folder.is_aside() else folder.root.name
+    values["run_name"] = cfg.run_name or own_name
     split = _split_batch(values, asked.keys())
     too_large = config.get("too_large_batch_size") or math.inf
     if split["batch_size"] >= too_large and values["allow_smaller_batch"]:

@@ -1,17 +1,19 @@
 """Runs go to the Hub beside a training, and come back elsewhere."""
 
 import functools
+import io
 import os
 import re
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import http_backoff
 from support.hub import TOKEN, Hub, standing_in
-from support.runs import Settings, logged, train_here, tree
+from support.runs import Settings, logged, state_hashes, train_here, tree
 
 import minimind_nb as mm
 from minimind_nb.hub import download_run, find_token
@@ -40,6 +42,43 @@ def follow(folder: RunFolder, **settings: str) -> list[str]:
         follower.start()
         follower.finish()
     return [text for text in texts if not text.startswith("waiting at most")]
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_published_run_resumed_elsewhere_equals_an_unbroken_one(
+    hub: Hub, settings: Settings, tmp_path: Path
+) -> None:
+    _, unbroken = train_here({**settings, "out_dir": str(tmp_path / "unbroken")})
+    first = {**settings, "max_session_hours": 1e-6, "publish": PLACE}
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        run = mm.train(mm.TrainConfig(**first))
+        print(run, run.config, mm.TrainConfig(**first))
+    assert run.status == "time_budget"
+    step = re.findall(r"step_\d{8}", " ".join(hub.files["me/cat"]))[0]
+    files = hub.files["me/cat"]
+    assert hub.private == {"me/cat": True}
+    assert (
+        f"at\nstep {int(step[5:])} of its pretrain run" in files["README.md"].decode()
+    )
+    assert {"run/summary.md", "run/config.json"} <= files.keys()
+    assert not [name for name in files if name.endswith((".log", ".pth"))]
+    assert said.getvalue().count(f"published at {hub.address}/me/cat") == 1
+
+    elsewhere = {**settings, "out_dir": str(tmp_path / "b"), "resume": PLACE}
+    status, resumed = train_here(elsewhere)
+    assert (status, resumed.root.name) == ("finished", "pretrain_32")
+    assert state_hashes(resumed) == state_hashes(unbroken)
+    mm.publish(resumed.root, PLACE)
+    # A reader never sees half of a state: the old one goes in the commit of the new.
+    parts = {part["value"].get("path"): part["key"] for part in hub.commits[-1]}
+    new = "step_00000012/model.safetensors"
+    assert parts[f"run/checkpoints/{step}/model.safetensors"] == "deletedFile"
+    assert parts[f"run/checkpoints/{new}"] == "lfsFile"
+    written = tree(tmp_path) | files
+    assert len(written) > 50
+    assert not [name for name, data in written.items() if TOKEN.encode() in data]
+    assert TOKEN not in said.getvalue()
 
 
 def test_a_published_model_has_a_card_and_keeps_it(
