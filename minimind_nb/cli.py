@@ -26,6 +26,7 @@ from .data.conversations import understand
 from .data.demo import check_files, require_data
 from .data.jsonl import read_rows
 from .launch.outcome import TrainingFailed
+from .launch.spawn import enter_torchrun
 from .session import running_kernel, runs_below
 
 _EXIT_CODES = {
@@ -147,21 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "mm.train(mm.TrainConfig(…)), or write !minimind-nb pretrain --data_path …"
         )
     warnings.formatwarning = lambda text, *_: f"minimind-nb: {_as_options(f'{text}')}\n"
-    options, call = _parse(arguments), run
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun prints what is raised
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        call = record(run)
     try:
-        code = call(**vars(options))
+        enter_torchrun()
+        code = run(**vars(_parse(arguments)))
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as error:
         code = 1 if isinstance(error, TrainingFailed) else 2
         text = str(error) if code == 1 else _as_options(str(error))
-        if _is_first():
-            print(f"minimind-nb: {text}", file=sys.stderr)
+        print(f"minimind-nb: {text}", file=sys.stderr)
     except KeyboardInterrupt:
         code = _EXIT_CODES["interrupted"]
     sys.exit(code)
@@ -281,19 +277,11 @@ def _as_options(text: str) -> str:
     return re.sub(rf"\b({'|'.join(names)})=", r"--\1 ", text)
 
 
-def _is_first() -> bool:
-    """Return whether this process prints: under torchrun, only rank 0 does."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-
-
 def run(command: str, **options: Any) -> int:
     """Call the function behind a command, print its result, return the exit code."""
-    if command in ("bench", "chat", "export", "tokenizer") and not _is_first():
-        return 0  # torchrun starts every command in all its processes
     for name in options.keys() & set(_MINIMIND):
         del options[name]
-        if _is_first():
-            print(f"minimind-nb: --{name} {_HELP[name]}", file=sys.stderr)
+        print(f"minimind-nb: --{name} {_HELP[name]}", file=sys.stderr)
     function = _COMMANDS[command][0]
     package = importlib.import_module("minimind_nb")
     if "ddp" in _COMMANDS[command][2]:
@@ -311,7 +299,7 @@ def run(command: str, **options: Any) -> int:
     if command == "compare":
         result.savefig(file)
         result = file
-    if command != "chat" and _is_first():
+    if command != "chat":
         print(result)
     if command == "verify":
         return 0 if result.intact else 1

@@ -256,25 +256,13 @@ def test_a_boolean_alone_is_true(arguments, settings, train):
 
 
 @pytest.mark.parametrize("given", [["--ddp"], ["--ddp", "true"], ["--ddp=0"]])
-def test_ddp_is_taken_and_said_to_be_always_on(given, train, capsys, monkeypatch):
+def test_ddp_is_taken_and_said_to_be_always_on(given, train, capsys):
     assert exit_code("sft", *given, "--epochs", "2") == 0
     assert train.configs == [TrainConfig(stage="sft", epochs=2)]
     assert capsys.readouterr().err == (
         "minimind-nb: --ddp is always on: one process per GPU, or --num_processes of "
         "them\n"
     )
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    exit_code("sft", *given)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_of_torchruns_processes_the_first_speaks(train, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, shown in (("1", ""), ("0", "FakeRun(status='finished')\n")):
-        monkeypatch.setenv("RANK", rank)
-        assert exit_code("pretrain") == 0
-        assert capsys.readouterr() == (shown, "")
 
 
 @pytest.mark.parametrize(

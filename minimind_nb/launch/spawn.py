@@ -4,6 +4,7 @@ Imports no torch: a worker must watch its parent before that long import.
 """
 
 import faulthandler
+import functools
 import importlib
 import math
 import multiprocessing
@@ -49,6 +50,29 @@ class Job:
     hang_timeout: float = math.inf
     less_memory: str = ""
     lock: int | None = None
+
+
+@functools.cache
+def enter_torchrun() -> int | None:
+    """Return the number of processes that torchrun started, or None without it.
+
+    All but rank 0, which starts the workers itself, end here with status 0. Raises
+    `RuntimeError` on several machines.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    if not all(map(os.environ.get, names)):
+        return None
+    rank, size, here = (int(os.environ[name]) for name in names)
+    if size != here:
+        raise RuntimeError(
+            f"torchrun started {size} processes, of which {here} are here: training on "
+            "several machines is not supported; leave --nnodes out"
+        )
+    if rank:
+        print(f"minimind_nb: rank {rank} leaves, since rank 0 starts the workers")
+        raise SystemExit(0)
+    die_with_parent(os.getppid())
+    return size
 
 
 def run_processes(job: Job, on_poll: Callable[[], None]) -> str:

@@ -1,14 +1,13 @@
 """`train`: run worker processes from a cell, a script or a shell."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import TrainConfig
 from ..hub import find_token
-from ..launch.torchrun import on_first_rank
+from ..launch.spawn import enter_torchrun
 from ..monitor.live import View, choose_view
 from ..monitor.metrics import History
 from ..monitor.publishing import publisher
@@ -37,9 +36,10 @@ def train(
 
     Raises `ValueError`, `FileNotFoundError`, `DataError`, `OSError` or `RuntimeError`
     before anything is started, and `TrainingFailed` if the run failed, with the
-    traceback of the rank that failed first. Under torchrun all its processes make this
-    call and get the run; the first of them starts the workers and shows it.
+    traceback of the rank that failed first. Under torchrun rank 0 does all of this; the
+    other processes end with this call.
     """
+    enter_torchrun()
     if not isinstance(cfg, TrainConfig):
         data_path: Any = cfg  # which TrainConfig checks
         cfg = TrainConfig(data_path=data_path, **settings)
@@ -48,7 +48,7 @@ def train(
             f"{', '.join(settings)}: put settings into the TrainConfig, change one with "
             'dataclasses.replace(cfg, …), or call mm.train("corpus.jsonl", …) with a path'
         )
-    run = Run(on_first_rank(functools.partial(_train, cfg, view)))
+    run = Run(_train(cfg, view))
     if view in (None, True):
         run.shown_in = getattr(running_kernel(), "execution_count", None)
     return run

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import TrainConfig, count_parameters
 from ..hardware import Hardware, choose_dtype, detect_hardware, has_compiler
-from ..launch.torchrun import find_torchrun
+from ..launch.spawn import enter_torchrun
 from ..session import GPU_REMEDIES, current_session
 from ..storage.file_system import free_bytes
 from ..storage.run_folder import step_of
@@ -34,9 +34,7 @@ def machine_defaults(
         most, default, limit = gpus, gpus, f"{gpus} GPUs"
     if not sys.platform.startswith("linux"):
         most = default = 1
-    if place := find_torchrun():
-        default = place[1]
-    processes = cfg.num_processes or default
+    processes = cfg.num_processes or enter_torchrun() or default
     if processes > most:
         raise ValueError(
             f"num_processes={processes} is too many for {limit} on {sys.platform}; use at "

@@ -1,6 +1,5 @@
 """`evaluate`: the loss of any model on any file, by all processes."""
 
-import functools
 import json
 import os
 import tempfile
@@ -13,7 +12,7 @@ from ..config import SHAPE_FIELDS, TrainConfig, resolve
 from ..data.corpus import detect_format
 from ..data.demo import locate
 from ..data.tokenizer import read_tokenizer
-from ..launch.torchrun import on_first_rank
+from ..launch.spawn import enter_torchrun
 from ..model.loading import find_weights
 from ..monitor.tables import Facts
 from ..progress_bar import open_bar
@@ -44,9 +43,9 @@ def evaluate(
     `cut` to fit a row, and of those `dropped` because no whole answer fits. Raises what
     `train` raises.
     """
-    given = source, data_path, which, rope_scaling, settings
-    work = functools.partial(_evaluate, *given)
-    return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", on_first_rank(work))
+    enter_torchrun()
+    scores = _evaluate(source, data_path, which, rope_scaling, settings)
+    return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
 
 
 def _evaluate(

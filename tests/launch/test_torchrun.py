@@ -1,44 +1,37 @@
-"""Processes of torchrun: rank 0 makes a call, and the others get what comes of it."""
+"""Processes of torchrun: all but rank 0 leave."""
 
 import os
-import threading
-import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from minimind_nb.launch import torchrun
-from minimind_nb.launch.outcome import TrainingFailed
-from minimind_nb.launch.torchrun import find_torchrun, on_first_rank
+from minimind_nb.launch import spawn
 
-ENVIRON = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
+ENVIRON = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 
-def test_rank_and_size_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawn, "enter_torchrun", spawn.enter_torchrun.__wrapped__)
+    monkeypatch.setattr(spawn, "die_with_parent", lambda _: None)
+
+
+def test_rank_0_stays_and_knows_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", ENVIRON | {"RANK": "0"})
+    assert spawn.enter_torchrun() == 2
+    for missing in ENVIRON:
+        monkeypatch.setattr(os, "environ", ENVIRON | {missing: ""})
+        assert spawn.enter_torchrun() is None
+
+
+def test_the_others_end_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(os, "environ", ENVIRON)
-    assert find_torchrun() == (1, 2)
-    monkeypatch.setattr(os, "environ", ENVIRON | {"RANK": ""})
-    assert find_torchrun() is None
-
-
-def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    monkeypatch.setattr(os, "environ", half)
-    text = (
-        "RANK is set, as torchrun does, but not LOCAL_WORLD_SIZE, MASTER_ADDR, "
-        "MASTER_PORT: start with torchrun, or unset RANK"
-    )
-    with pytest.raises(RuntimeError, match=text):
-        find_torchrun()
+    with pytest.raises(SystemExit) as left:
+        spawn.enter_torchrun()
+    assert left.value.code == 0
+    text = "minimind_nb: rank 1 leaves, since rank 0 starts the workers\n"
+    assert capsys.readouterr().out == text
 
 
 def test_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,66 +39,4 @@ def test_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         RuntimeError, match="4 processes, of which 2 are here: training"
     ):
-        find_torchrun()
-
-
-@pytest.fixture
-def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """What each rank, a thread here, gets from one call: a result or an error."""
-    store, place = HashStore(), threading.local()
-    monkeypatch.setattr(torchrun, "_HEAD_START_SECONDS", 0.0)
-    monkeypatch.setattr(torchrun, "_connect", lambda: store)
-    monkeypatch.setattr(torchrun, "find_torchrun", lambda: (place.rank, 3))
-
-    def call(work: Callable[[], Any], *ranks: int) -> list[Any]:
-        got: list[Any] = [None] * len(ranks)
-
-        def run(at: int) -> None:
-            place.rank = ranks[at]
-            try:
-                got[at] = on_first_rank(work)
-            except BaseException as error:
-                got[at] = error
-
-        threads = [threading.Thread(target=run, args=(at,)) for at in range(len(ranks))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        return got
-
-    return call
-
-
-def test_the_work_is_done_once_and_all_get_its_result(on_ranks: Any) -> None:
-    done: list[int] = []
-
-    def work() -> list[int]:
-        time.sleep(0.2)
-        done.append(len(done))
-        return done
-
-    assert on_ranks(work, 0, 1, 2) == [[0]] * 3
-    assert on_ranks(work, 0, 1, 2) == [[0, 1]] * 3
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("two problems"),
-        FileNotFoundError(2, "No such file", "corpus.jsonl"),
-        TrainingFailed("rank 2 failed", 2, "meeting"),
-        KeyboardInterrupt(),
-    ],
-)
-def test_what_rank_0_raises_the_others_quote(
-    error: BaseException, on_ranks: Any
-) -> None:
-    def fail() -> None:
-        raise error
-
-    first, *others = on_ranks(fail, 0, 1, 2)
-    assert first is error
-    assert [type(one) for one in others] == [RuntimeError] * 2
-    text = f"rank 0 failed: {type(error).__name__}: {error}"
-    assert [str(one) for one in others] == [text] * 2
+        spawn.enter_torchrun()
