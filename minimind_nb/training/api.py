@@ -15,7 +15,7 @@ from ..monitor.wandb_follower import require_wandb, wandb_follower
 from ..progress_bar import hidden
 from ..session import running_kernel
 from .launching import launch
-from .preparation import find_finished_run, prepare
+from .preparation import prepare
 from .run_plan import RunPlan
 from .runs import Run, save_chart, write_summary
 
@@ -48,31 +48,24 @@ def train(
             f"{', '.join(settings)}: put settings into the TrainConfig, change one with "
             'dataclasses.replace(cfg, …), or call mm.train("corpus.jsonl", …) with a path'
         )
-    run = Run(_train(cfg, view))
-    if view in (None, True):
-        run.shown_in = getattr(running_kernel(), "execution_count", None)
-    return run
-
-
-def _train(cfg: TrainConfig, view: bool | Callable[[History], object] | None) -> str:
-    """Train, and return the run folder."""
     shown = choose_view(view)
     if cfg.use_wandb:
         require_wandb()
     if cfg.publish:
         find_token(cfg.publish)
-    with hidden(view not in (None, True)), shown.attached():
-        if finished := find_finished_run(cfg):
-            run = Run(finished.root)
+    with (
+        hidden(view not in (None, True)),
+        shown.attached(),
+        prepare(cfg) as (plan, lock),
+    ):
+        run = Run(plan.folder.root)
+        if plan.complete:
             shown.attempt(shown.finish, run.history, run.status)
-            return str(run.folder)
-        with prepare(cfg) as (plan, lock):
-            run = Run(plan.folder.root)
-            if plan.complete:
-                shown.attempt(shown.finish, run.history, run.status)
-            else:
-                _run(plan, lock, run, shown)
-    return str(run.folder)
+        else:
+            _run(plan, lock, run, shown)
+    if view in (None, True):
+        run.shown_in = getattr(running_kernel(), "execution_count", None)
+    return run
 
 
 def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:

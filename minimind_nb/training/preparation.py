@@ -51,7 +51,6 @@ from .resuming import (
     recover,
     source_run,
     undo_decay,
-    upgraded_config,
 )
 from .run_plan import (
     RunPlan,
@@ -63,7 +62,7 @@ from .run_plan import (
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 100
-_LENGTH, _DATA = ("epochs", "max_steps"), ("data_path", "val_path")
+_LENGTH = ("epochs", "max_steps")
 
 
 @contextlib.contextmanager
@@ -146,27 +145,6 @@ def _draft(
         and run_of(resumed).status() == "finished"
         and step_of(resumed) >= total,
     )
-
-
-def find_finished_run(cfg: TrainConfig) -> RunFolder | None:
-    """Return the run that the settings mean if it is finished and its data is missing.
-
-    Else None, and `prepare` says what is wrong.
-    """
-    try:
-        check_files(cfg.data_path, cfg.val_path)
-    except FileNotFoundError as missing:
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            folder, _ = locate_run(cfg)
-            before = upgraded_config(folder)["settings"]
-            now = vars(reconcile_with_existing_run(folder, cfg, machine_defaults(cfg)))
-            same = all(before[name] == now[name] for name in (*_LENGTH, *_DATA))
-            if same and cfg.resume and folder.status() == "finished":
-                logger.warning(
-                    f"{folder.root} is finished and needs no data: {missing}"
-                )
-                return folder
-    return None
 
 
 def locate_run(cfg: TrainConfig) -> tuple[RunFolder, FoundWeights | None]:

@@ -17,7 +17,6 @@ from support.runs import (
     tree,
 )
 
-import minimind_nb as mm
 from minimind_nb.data.tokenizer import read_tokenizer, write_tokenizer
 from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.model.loading import load
@@ -128,24 +127,6 @@ def test_a_finished_run_that_lost_its_last_checkpoint_makes_it_again(
     assert notes == [f"{folder.root} is resumed from step 8 of 12"]
     train_here(settings)
     assert state_hashes(folder) == whole
-
-
-def test_a_finished_run_needs_no_data(settings: Settings, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    shutil.copy(settings["data_path"], data)
-    settings = {**settings, "data_path": str(data), "max_steps": 2}
-    _, folder = train_here(settings)
-    data.unlink()
-    shutil.rmtree(folder.root.parent / "cache")
-    with logged() as notes:
-        run = mm.train(mm.TrainConfig(**settings), view=False)
-    assert run.status == "finished" and run.folder == folder.root
-    assert notes[0].startswith(f"{folder.root} is finished and needs no data: ")
-    assert run.plot().png()
-    mm.export(run, tmp_path / "exported", format="llama")
-    for change in ({"max_steps": 3}, {"data_path": f"{data}x"}, {"resume": False}):
-        with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
-            mm.train(mm.TrainConfig(**{**settings, **change}), view=False)
 
 
 @pytest.mark.parametrize(
