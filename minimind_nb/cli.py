@@ -21,13 +21,10 @@ from typing import Any
 
 from . import __version__
 from .config import SHAPE_FIELDS, STAGES, TrainConfig, describe_unknown, kinds
-from .data.containers import iter_chunks
-from .data.conversations import understand
-from .data.demo import check_files, require_data
-from .data.jsonl import read_rows
+from .data.demo import check_files
 from .launch.outcome import TrainingFailed
 from .launch.spawn import enter_torchrun
-from .session import running_kernel, runs_below
+from .session import running_kernel
 
 _EXIT_CODES = {
     "finished": 0,
@@ -290,7 +287,7 @@ def run(command: str, **options: Any) -> int:
         options = {"cfg": TrainConfig(**options), **extra}
     if command == "tokenizer":
         options["paths"] = re.split(r"\s*,\s*", options.pop("data_path").strip())
-    _check_before_torch(command, options)
+    _check_files(options)
     if command == "chat" and options.keys() & set(SHAPE_FIELDS):
         named = options.keys() & {"source", *_LOADING, *SHAPE_FIELDS}
         options["source"] = package.load(**{name: options.pop(name) for name in named})
@@ -306,25 +303,12 @@ def run(command: str, **options: Any) -> int:
     return _EXIT_CODES.get(result.status, 1) if function == "train" else 0
 
 
-def _check_before_torch(command: str, options: Mapping[str, Any]) -> None:
-    """Refuse wrong files and rows before torch is loaded, which takes seconds."""
+def _check_files(options: Mapping[str, Any]) -> None:
+    """Refuse missing files before torch is loaded, which takes seconds."""
     if "torch" in sys.modules:
         return  # the commands check the same
-    source, cfg = options.get("source"), options.get("cfg")
+    source = options.get("source")
     if source and not Path(source).expanduser().exists():
         raise FileNotFoundError(f"{source} does not exist: name a {_HELP['SOURCE']}")
-    if not isinstance(cfg, TrainConfig):
-        check_files(options.get("data_path"))
-        return
-    # A run that exists knows its data, and may need none or have its way with bad rows.
-    if cfg.resume not in ("auto", False) or runs_below(Path(cfg.out_dir), cfg.stage):
-        return
-    files = check_files(cfg.data_path, cfg.val_path)
-    if command != "bench":
-        require_data(cfg)
-    lenient = cfg.on_bad_line == "skip" or command == "report"
-    for path in files[:1] if not lenient else ():
-        for chunk in itertools.islice(iter_chunks(path), 1):
-            _, tally = read_rows(chunk, functools.partial(understand, cfg.stage))
-            if tally.kinds:
-                tally.raise_if_too_many(path)
+    paths = vars(options["cfg"]) if "cfg" in options else options
+    check_files(paths.get("data_path"), paths.get("val_path"))

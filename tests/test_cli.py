@@ -617,15 +617,12 @@ def test_compare_writes_a_picture(tmp_path, monkeypatch, capsys):
     ("line", "text"),
     [
         ("pretrain --data_path corpus.jsnl", "did you mean corpus.jsonl?"),
-        ("sft --data_path corpus.jsonl", "corpus.jsonl:1:1: the keys of the row are"),
-        ("--mode pretrain --use_moe True", "data_path is not set: name a file with"),
+        ("--mode sft --sft_data_path nope", "nope does not exist, or is no file"),
         ("eval corpus.jsonl --data_path nope", "nope does not exist, or is no file"),
         ("chat nope hi", "nope does not exist: name a run folder, checkpoint"),
     ],
 )
-def test_a_wrong_path_or_row_is_refused_before_torch_is_loaded(
-    line, text, corpus, tmp_path
-):
+def test_a_wrong_path_is_refused_before_torch_is_loaded(line, text, corpus, tmp_path):
     code = (
         "import sys, minimind_nb.cli as cli\n"
         "try: cli.main(sys.argv[1:])\n"
