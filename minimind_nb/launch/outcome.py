@@ -29,8 +29,13 @@ _RECORD_BYTES = 1 << 15
 _ERROR_CHARACTERS, _TRACEBACK_CHARACTERS = 1000, 6000  # of up to 4 bytes
 _STACK = "Stack (most recent call first):"  # faulthandler writes this before one
 _STACK_LINES = 8
+LESS_MEMORY = (
+    "halve batch_size and double accumulation_steps, which keeps the global batch; if "
+    "it is 1 already, lower max_seq_len or the model size, or use fewer processes"
+)
 _HINTS: dict[int, str] = {
-    signal.SIGKILL: "If nobody killed it, the machine ran out of memory.",
+    signal.SIGKILL: "If nobody killed it, the machine ran out of memory: "
+    f"{LESS_MEMORY}.",
     signal.SIGBUS: "/dev/shm or the disk is full: make room and start again. Or a file "
     "that was being read, such as the token cache, was cut: run `minimind-nb verify`.",
     signal.SIGSEGV: "A native library crashed; its stack is in the log.",
@@ -130,11 +135,11 @@ class Exit(NamedTuple):
 
 
 def collect_outcome(
-    folder: RunFolder, exits: list[Exit], less_memory: str = "", stopping: bool = False
+    folder: RunFolder, exits: list[Exit], stopping: bool = False
 ) -> str:
     """Return how a run ended, or raise `TrainingFailed` for the root cause.
 
-    `less_memory` says what to do if memory ran out, `stopping` if the run was to stop.
+    `stopping` says that the run was to stop.
     """
     records = read_records(folder, len(exits))
     statuses = {record.status for record in records}
@@ -157,7 +162,6 @@ def collect_outcome(
         parts.append("\n  ".join([f"The end of {folder.log_file(rank)}:", *lines]))
     if not end.reason and cause.status == "running":
         parts.append(_HINTS.get(-end.code, ""))
-        parts.append(less_memory if end.code == -signal.SIGKILL else "")
     if folder.checkpoint_folders():
         parts.append("The same call resumes from the newest checkpoint that verifies.")
     else:

@@ -39,8 +39,7 @@ class Job:
 
     `target` names a function, "package.module:function", that takes (job, store,
     record, stop) and returns the status. `environment` is set before it is imported.
-    `less_memory` says what to do if memory runs out. The ranks inherit `lock`, the
-    descriptor of the folder's lock.
+    The ranks inherit `lock`, the descriptor of the folder's lock.
     """
 
     target: str
@@ -48,7 +47,6 @@ class Job:
     num_processes: int
     environment: Mapping[str, str] = field(default_factory=dict)
     hang_timeout: float = math.inf
-    less_memory: str = ""
     lock: int | None = None
 
 
@@ -96,7 +94,7 @@ def run_processes(job: Job, on_poll: Callable[[], None]) -> str:
                 process.join()
                 process.close()
             stop.restore()
-    return collect_outcome(job.folder, exits, job.less_memory, stop.signal > 0)
+    return collect_outcome(job.folder, exits, stop.signal > 0)
 
 
 def _start(job: Job, store: str, processes: list[BaseProcess]) -> None:

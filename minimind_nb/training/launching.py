@@ -11,7 +11,6 @@ from ..hardware import choose_threads, count_cores
 from ..launch.outcome import TrainingFailed
 from ..launch.spawn import Job, run_processes
 from .run_plan import RunPlan
-from .worker import smaller_batch
 
 logger = logging.getLogger(__name__)
 _COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
@@ -70,7 +69,6 @@ def _start(
             "TORCHINDUCTOR_CACHE_DIR": compile_cache(),
         },
         hang_timeout=cfg.hang_timeout_seconds,
-        less_memory=smaller_batch(cfg),
         lock=lock,
     )
     return connect(job, cfg.device, on_poll)

@@ -90,7 +90,8 @@ class RunPlan:
         """Return this plan, written, with the next smaller micro-batches, and the newest
         checkpoint to resume from. Raises `NoGoodCheckpoint` if all are damaged."""
         config = {**self.config, "too_large_batch_size": self.cfg.batch_size}
-        config["settings"] = {**config["settings"], **halved_batch(self.cfg)}
+        half = {**vars(self.cfg), "batch_size": max(1, self.cfg.batch_size // 2)}
+        config["settings"] = {**config["settings"], **resolve_batch(half, ())}
         found = self.folder.newest_good_checkpoint(repair=True)
         plan = dataclasses.replace(self, config=config, checkpoint=found)
         plan.write()
@@ -115,11 +116,6 @@ class RunPlan:
             deadline=plan["deadline"],
             machine_flops=plan["machine_flops"],
         )
-
-
-def halved_batch(cfg: ResolvedConfig) -> dict[str, int]:
-    """Return the batch with at most half the rows at once and the same global batch."""
-    return resolve_batch({**vars(cfg), "batch_size": max(1, cfg.batch_size // 2)}, ())
 
 
 def describe_run(

@@ -8,16 +8,15 @@ from collections.abc import Iterator
 
 import torch
 
-from ..config import ResolvedConfig
 from ..hardware import choose_threads, count_cores
 from ..launch.cancellation import StopRequest
-from ..launch.outcome import RankRecord
+from ..launch.outcome import LESS_MEMORY, RankRecord
 from ..launch.process_group import Group
 from ..launch.spawn import Job
 from ..storage.verified import write_text
 from .evaluation import Evaluator
 from .loop import fit
-from .run_plan import RunPlan, halved_batch
+from .run_plan import RunPlan
 from .trainer import Trainer
 
 _OUT_OF_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
@@ -71,7 +70,7 @@ def _joined(
 ) -> Iterator[tuple[RunPlan, Group, torch.device]]:
     """Read the plan, take this rank's threads and device, and meet the other ranks.
 
-    Raises `MemoryError` with settings that need less if the block runs out of memory.
+    Raises `MemoryError` that says what needs less if the block runs out of memory.
     """
     torch.set_num_threads(choose_threads(job.num_processes, count_cores()))
     plan = RunPlan.read(job.folder)
@@ -85,7 +84,8 @@ def _joined(
         if not is_out_of_memory(error):
             raise
         record.update(phase="out_of_memory")
-        raise MemoryError(f"out of memory: {smaller_batch(plan.cfg)}") from error
+        rows = f"batch_size={plan.cfg.batch_size}"
+        raise MemoryError(f"out of memory with {rows}: {LESS_MEMORY}") from error
     group.close()
 
 
@@ -116,18 +116,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. Only CUDA's pool has an exception type for it."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or re.search(_OUT_OF_MEMORY, str(error)) is not None
-
-
-def smaller_batch(cfg: ResolvedConfig) -> str:
-    """Return what to set so that less memory is enough for the same global batch."""
-    if cfg.batch_size == 1:
-        return (
-            f"batch_size is already 1: lower max_seq_len={cfg.max_seq_len} or the model "
-            "size, or use fewer processes"
-        )
-    batch = halved_batch(cfg)
-    rows, steps = batch["batch_size"], batch["accumulation_steps"]
-    return (
-        f"set batch_size={rows} and accumulation_steps={steps}; the global batch stays "
-        f"{cfg.global_batch}"
-    )

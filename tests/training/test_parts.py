@@ -20,7 +20,7 @@ from minimind_nb.training.optim import (
 )
 from minimind_nb.training.stages import Losses, document_mask, next_token_loss
 from minimind_nb.training.trainer import SessionClock
-from minimind_nb.training.worker import is_out_of_memory, smaller_batch
+from minimind_nb.training.worker import is_out_of_memory
 
 CFG = resolve(TrainConfig(data_path="demo"))
 
@@ -271,15 +271,6 @@ def test_the_margin_is_a_slow_step_a_validation_and_two_saves(
     clock.add("validation", 20.0)
     clock.add("validation", 15.0)
     assert margin() == 60.0
-
-
-def test_out_of_memory_names_a_batch_of_the_same_global_size() -> None:
-    cfg = resolve(TrainConfig(batch_size=32, accumulation_steps=4))
-    assert "batch_size=16 and accumulation_steps=8" in smaller_batch(cfg)
-    odd = resolve(TrainConfig(batch_size=9, accumulation_steps=1))
-    assert "batch_size=3 and accumulation_steps=3" in smaller_batch(odd)
-    one = resolve(TrainConfig(batch_size=1, max_seq_len=512))
-    assert "lower max_seq_len=512" in smaller_batch(one)
 
 
 def test_what_counts_as_out_of_memory() -> None:
