@@ -44,15 +44,9 @@ def evaluate(
     `train` raises.
     """
     enter_torchrun()
-    scores = _evaluate(source, data_path, which, rope_scaling, settings)
-    return Facts(f"{os.fspath(source)} on {os.fspath(data_path)}", scores)
-
-
-def _evaluate(
-    source: Any, data_path: Any, which: str, rope_scaling: Any, settings: dict[str, Any]
-) -> dict[str, float]:
     if given := {"stage", "data_path", "val_path", "init_from"} & settings.keys():
         raise ValueError(f"{', '.join(given)}: source and data_path say this already")
+    title = f"{os.fspath(source)} on {os.fspath(data_path)}"
     source = Path(source).expanduser()
     open_shape = SHAPE_FIELDS if source.is_file() else ()  # a .pth does not record all
     shape = {name: settings[name] for name in open_shape if name in settings}
@@ -82,4 +76,5 @@ def _evaluate(
         with open_bar(f"Evaluating {source.name} on {Path(file).name}") as bar:
             launch("measure", plan, lambda: bar.update(0))
         scores = json.loads((place.root / "scores.json").read_bytes())
-    return scores | {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
+    cut = {"cut": corpus.truncated.cut, "dropped": corpus.truncated.dropped}
+    return Facts(title, scores | cut)
