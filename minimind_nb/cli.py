@@ -24,7 +24,6 @@ from .config import SHAPE_FIELDS, STAGES, TrainConfig, describe_unknown, kinds
 from .data.demo import check_files
 from .launch.outcome import TrainingFailed
 from .launch.spawn import enter_torchrun
-from .session import running_kernel
 
 _EXIT_CODES = {
     "finished": 0,
@@ -136,14 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 on success, 143 after SIGTERM.
 
     `arguments` default to those of the process. A user's mistake is one line on stderr
-    and exit code 2; a failed run is its explanation and exit code 1. Raises
-    `RuntimeError` in a notebook without `arguments`, where the process has Jupyter's.
+    and exit code 2; a failed run is its explanation and exit code 1.
     """
-    if arguments is None and running_kernel():
-        raise RuntimeError(
-            "in a notebook the command line is Jupyter's own: call "
-            "mm.train(mm.TrainConfig(…)), or write !minimind-nb pretrain --data_path …"
-        )
     warnings.formatwarning = lambda text, *_: f"minimind-nb: {_as_options(f'{text}')}\n"
     try:
         enter_torchrun()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import minimind_nb
-from minimind_nb import cli
 from minimind_nb.cli import field_docstrings, main
 from minimind_nb.config import SHAPE_FIELDS, STAGES, TrainConfig
 from minimind_nb.diagnosis import Verdict
@@ -674,15 +673,6 @@ def test_what_jupyter_started_the_kernel_with_disturbs_nobody(monkeypatch, train
     for module in package.rglob("*.py"):
         as_imported = module.read_text(encoding="utf-8").partition("if __name__ ==")[0]
         assert "argv" not in as_imported, module
-
-
-def test_in_a_notebook_the_command_line_is_not_read(monkeypatch, train):
-    monkeypatch.setattr(sys, "argv", KERNEL)
-    monkeypatch.setattr(cli, "running_kernel", object)
-    with pytest.raises(RuntimeError, match=r"call mm\.train\(mm\.TrainConfig\(…\)\)"):
-        main()
-    assert exit_code("pretrain") == 0
-    assert train.configs == [TrainConfig()]
 
 
 def test_tokenizer_trains_a_vocabulary(corpus, tmp_path, capsys):
