@@ -29,6 +29,7 @@ from .notebook import find_runs as find_runs
 from .notebook import notebook_config as notebook_config
 from .notebook import train_demo_before as train_demo_before
 from .planning import plan as plan
+from .planning import plan_stages as plan_stages
 from .session import find_input as find_input
 from .session import find_inputs as find_inputs
 from .survey import data_report as data_report

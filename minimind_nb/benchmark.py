@@ -13,10 +13,9 @@ from .data.demo import DEMO
 from .hardware import Hardware, detect_hardware, measure_products
 from .lifetime import without_main_script
 from .monitor.tables import Facts
-from .planning import Estimate
+from .planning import Estimate, draft_alone
 from .session import current_session
 from .training.api import train
-from .training.initial_weights import NoInitialWeights
 from .training.preparation import draft
 
 _WARM_STEPS, _FEWEST_STEPS, _MOST_STEPS = 2, 3, 100
@@ -84,9 +83,5 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
 def _with_new_weights(cfg: TrainConfig, hardware: Hardware) -> TrainConfig:
     """Return a configuration of the same shape that needs no weights to start from."""
     asked = replace(cfg, data_path=cfg.data_path or DEMO, resume=False)
-    try:
-        shape = draft(asked, hardware).cfg.shape()
-    except NoInitialWeights:
-        shape = {}
-    known = {name: value for name, value in shape.items() if value is not None}
-    return replace(asked, **known, resume="auto", init_from="none")
+    _, drafted = draft_alone(asked, hardware)
+    return replace(asked, **drafted.cfg.shape(), resume="auto", init_from="none")

@@ -14,6 +14,7 @@ from .config import (
     flops_per_token,
 )
 from .data.demo import DEMO
+from .data.jsonl import DataError
 from .hardware import Hardware, detect_hardware, machine_flops
 from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, position_text
@@ -21,6 +22,7 @@ from .monitor.references import expected_loss
 from .monitor.tables import Facts
 from .session import current_session
 from .storage.run_folder import run_of
+from .training.initial_weights import NoInitialWeights
 from .training.machine import check_room
 from .training.preparation import draft
 from .training.run_plan import RunPlan, describe_rows, describe_truncated
@@ -30,8 +32,8 @@ _UNKNOWN = "known after the first steps: no figure for this GPU"
 # for Muon's update of a parameter, by the width. Fitted to 1.6 M and 26 M parameters.
 _COLUMN_FLOPS, _LOGIT_FLOPS, _MUON_FLOPS = 9400, 880, 31
 _START_SECONDS, _ANSWERS_SECONDS = 8.0, 0.5
-_TOKENS_A_PARAMETER, _ENOUGH = 20, 15  # Hoffmann et al. 2022; what a shape must get
-_MOST_EPOCHS = 4  # that are nearly as good as new text: Muennighoff et al. 2023
+TOKENS_A_PARAMETER, _ENOUGH = 20, 15  # Hoffmann et al. 2022; what a shape must get
+MOST_EPOCHS = 4  # that are nearly as good as new text: Muennighoff et al. 2023
 _UNITS = ("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)
 _MACHINE = ("device", "num_processes", "dtype", "max_seq_len")
 _HOURS_USED, _FEWEST_STEPS = 0.95, 100
@@ -53,9 +55,9 @@ def plan(cfg: TrainConfig, hours: float | None = None) -> Facts:
     """
     hardware = detect_hardware()
     if hours is None:
-        return _describe(cfg, hardware)
+        return _describe(draft(cfg, hardware), hardware)
     cfg = fit_to_hours(cfg, hours, hardware)
-    facts, asked = _describe(cfg, hardware), cfg.explicit()
+    facts, asked = _describe(draft(cfg, hardware), hardware), cfg.explicit()
     facts["in Python"] = repr(cfg)
     facts["in a shell"] = f"minimind-nb {asked.pop('stage', cfg.stage)}"
     for name, value in asked.items():
@@ -64,11 +66,57 @@ def plan(cfg: TrainConfig, hours: float | None = None) -> Facts:
     return facts
 
 
+def plan_stages(
+    text: TrainConfig, chats: TrainConfig, hours: float | None = None
+) -> tuple[Facts, TrainConfig, TrainConfig]:
+    """Return a plan of pretraining, and of fine-tuning from its run, with their lengths.
+
+    Fine-tuning gets at most a third of the `hours`, by default of those that the session
+    has left. A run that exists keeps its length, and so do both if nothing ends the
+    session; the demo is fitted to given `hours` only. Raises what `plan` raises.
+    """
+    hardware = detect_hardware()
+    first = draft(text, hardware)
+    if hours is None and text.data_path != DEMO and expected_speed(first.cfg, hardware):
+        left = current_session().seconds_left(text.max_session_hours)
+        hours = left and left / 3600
+    if hours and not first.checkpoint:
+        text = fit_to_hours(text, hours * 2 / 3, hardware)
+        first = draft(text, hardware)
+    alone, second = draft_alone(replace(chats, **first.cfg.shape()), hardware)
+    if hours and not second.checkpoint:
+        alone = fit_to_hours(alone, hours / 3, hardware)
+        second = draft(alone, hardware)
+    found = Facts(f"{hours:.3g} hours" if hours else "Nothing ends the session", {})
+    names = "parameters", "steps", "expected loss", "existing run", "in short"
+    for drafted in first, second:
+        facts = _describe(drafted, hardware)
+        told = (f"{name}: {facts[name]}" for name in names if name in facts)
+        found[drafted.cfg.run_name] = "; ".join(told)
+    own = {"max_steps": alone.max_steps, "init_from": str(first.folder.root)}
+    return found, text, replace(chats, **own)
+
+
+def draft_alone(
+    cfg: TrainConfig, hardware: Hardware | None = None
+) -> tuple[TrainConfig, RunPlan]:
+    """Return a configuration and its draft, with new weights if there are none to start
+    from, or none of this shape."""
+    try:
+        return cfg, draft(cfg, hardware)
+    except DataError:
+        raise
+    except (NoInitialWeights, ValueError):
+        cfg = replace(cfg, init_from="none")
+        return cfg, draft(cfg, hardware)
+
+
 def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainConfig:
     """Return the configuration with a preset and a length for so many hours."""
     hours = float(hours)
     seconds = max(0.0, hours * 3600 * _HOURS_USED - _START_SECONDS)
-    cfg = replace(cfg, epochs=cfg.epochs or _MOST_EPOCHS)
+    epochs = cfg.epochs or (MOST_EPOCHS if cfg.stage == "pretrain" else None)
+    cfg = replace(cfg, epochs=epochs, max_steps=cfg.max_steps or 10**9)
     shape = {"preset", "init_from", *SHAPE_FIELDS} & cfg.explicit().keys()
     if cfg.stage == "pretrain" and not shape:
         dense = [name for name, preset in PRESETS.items() if "use_moe" not in preset]
@@ -76,8 +124,7 @@ def fit_to_hours(cfg: TrainConfig, hours: float, hardware: Hardware) -> TrainCon
         found = [Estimate(trial, hardware) for trial in trials]
         sizes = {n: (e.parameters, e.speed) for n, e in zip(dense, found, strict=True)}
         cfg = replace(cfg, preset=choose(sizes, seconds, found[0].tokens))
-    free = replace(cfg, max_steps=cfg.max_steps or 10**9)  # not the existing run's
-    estimate = Estimate(draft(free, hardware), hardware)
+    estimate = Estimate(draft(cfg, hardware), hardware)
     if not estimate.speed:
         raise ValueError(f"hours={hours:g}: the speed is {_UNKNOWN}")
     step = (estimate.seconds() - _START_SECONDS) / max(1, estimate.steps)
@@ -137,8 +184,7 @@ class Estimate:
         return _START_SECONDS + self.tokens_left / self.speed + validations
 
 
-def _describe(asked: TrainConfig, hardware: Hardware) -> Facts:
-    drafted = draft(asked, hardware)
+def _describe(drafted: RunPlan, hardware: Hardware) -> Facts:
     estimate = Estimate(drafted, hardware)
     run, at = estimate.run, position_text(estimate.history)
     existing = f"{run.root}, {STATUS_WORDS[run.status()]} at step {at}"
@@ -192,9 +238,9 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
         unit, size = next(units, _UNITS[-1])
         takes = f"takes about {seconds / size:.0f} {unit}s, at {estimate.speed:,.0f} "
         takes += f"text tokens/s ({estimate.source}),"
-    room, needed = hardware.memory_gib, _memory_gib(cfg) * cfg.num_processes
+    room, needed = hardware.memory_gib, memory_gib(cfg) * cfg.num_processes
     if cfg.device == "cuda":
-        room, needed = min(gpu.memory_gib for gpu in hardware.gpus), _memory_gib(cfg)
+        room, needed = min(gpu.memory_gib for gpu in hardware.gpus), memory_gib(cfg)
     memory = f"{needed:.1f} GiB of memory, of {room:.0f}"
     left = current_session().seconds_left(cfg.max_session_hours)
     fits = f"fits this machine, with {memory}"
@@ -206,7 +252,7 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
         check_room(drafted)
     except OSError as error:
         fits = f"does not fit the disk: {error}".rstrip(".")
-    learns = f"It sees {each:.2g} tokens a parameter; {_TOKENS_A_PARAMETER} are best"
+    learns = f"It sees {each:.2g} tokens a parameter; {TOKENS_A_PARAMETER} are best"
     if drafted.total_steps < _FEWEST_STEPS:
         more = "max_steps" if cfg.max_steps else "epochs"
         learns = f"{drafted.total_steps} steps teach it hardly anything: raise {more}"
@@ -217,7 +263,8 @@ def _judge(estimate: Estimate, drafted: RunPlan, hardware: Hardware) -> str:
     return f"This run {takes} and {fits}. {learns}."
 
 
-def _memory_gib(cfg: ResolvedConfig) -> float:
+def memory_gib(cfg: ResolvedConfig) -> float:
+    """Return the GiB that a process needs, compiled or not."""
     tokens = cfg.batch_size * cfg.max_seq_len
     fixed = count_parameters(cfg.shape())["total"] * _BYTES_A_PARAMETER
     inner = 3 * cfg.intermediate_size * (cfg.num_experts_per_tok or 1)

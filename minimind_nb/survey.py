@@ -1,6 +1,5 @@
 """Data before it trains: samples, a report on the rows, and a file without some."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,10 +20,9 @@ from .data.quality import IDENTITIES, KINDS, find_faults, name_place, read_lines
 from .data.tokenizer import load_tokenizer
 from .monitor.data_report import DataReport, Preview
 from .monitor.tables import Facts
+from .planning import draft_alone
 from .session import current_session
 from .storage import verified
-from .training.initial_weights import NoInitialWeights
-from .training.preparation import draft
 from .training.run_plan import RunPlan, describe_rows
 
 _BARS = 16
@@ -39,13 +37,7 @@ def preview(cfg: TrainConfig, rows: int = 2) -> Preview:
     ⟧, in a cell on a tint; the chosen answer of a pair comes first. Without a run to
     start from the shipped tokenizer is used, unless one is set.
     """
-    return _show_samples(_draft(cfg), rows)
-
-
-def _draft(cfg: TrainConfig) -> RunPlan:
-    with contextlib.suppress(NoInitialWeights):
-        return draft(cfg)
-    return draft(replace(cfg, init_from="none"))
+    return _show_samples(draft_alone(cfg)[1], rows)
 
 
 def _show_samples(plan: RunPlan, rows: int) -> Preview:
@@ -133,9 +125,10 @@ def _open(source: Any, settings: dict[str, Any]) -> RunPlan:
         root = current_session().cache_folder(cfg.out_dir)
         cfg = replace(cfg, data_path=str(locate(DEMO, root, cfg.stage)))
     try:
-        return _draft(cfg)
+        return draft_alone(cfg)[1]
     except DataError:
-        return _draft(replace(cfg, on_bad_line="skip", max_bad_fraction=_ALL_BUT_ONE))
+        skipping = {"on_bad_line": "skip", "max_bad_fraction": _ALL_BUT_ONE}
+        return draft_alone(replace(cfg, **skipping))[1]
 
 
 def filter_data(

@@ -11,7 +11,7 @@ from minimind_nb import cli, hardware, planning
 from minimind_nb.config import TrainConfig, flops_per_token, resolve
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.metrics import MetricsLog
-from minimind_nb.planning import plan
+from minimind_nb.planning import plan, plan_stages
 from minimind_nb.session import Session
 from minimind_nb.training import machine, preparation, run_plan
 
@@ -385,6 +385,37 @@ def test_a_plan_of_preferences_counts_pairs(pair_settings):
     steps = min(60, -(-3 * trained // 8))
     assert facts["steps"].startswith(f"{steps} optimizer steps, ")
     assert "too long" not in facts and "documents" not in facts
+
+
+def test_two_stages_share_the_hours_before_there_are_weights(
+    settings, chat_settings, slow
+):
+    shared = {"out_dir": settings["out_dir"], "max_seq_len": 32, "batch_size": 1}
+    text = TrainConfig(data_path=settings["data_path"], epochs=400, **shared)
+    path = chat_settings["data_path"]
+    chats = TrainConfig(stage="sft", data_path=path, epochs=400, **shared)
+    facts, *planned = plan_stages(text, chats, hours=3)
+    minutes = [
+        int(re.findall(r"about (\d+) (?:minutes)", t)[0]) for t in facts.values()
+    ]
+    assert list(facts) == ["pretrain_128", "sft_128"]
+    assert minutes == [pytest.approx(0.95 * m, rel=0.05) for m in (120, 60)]
+    assert planned[1].init_from == str(settings["out_dir"] / "pretrain_128")
+    assert [cfg.preset for cfg in planned] == ["demo", None]
+    assert plan(planned[0])["steps"] in facts["pretrain_128"]
+
+
+def test_a_stage_with_a_run_keeps_its_length(settings, chat_settings):
+    own = {**settings, "max_seq_len": 32, "max_steps": 2, "sample_tokens": 0}
+    _, run = train_here(own)
+    train_here(own | {"preset": None, "hidden_size": 32, "run_name": "another"})
+    text = TrainConfig(**{**own, "max_steps": None, "recipe": None})
+    chats = TrainConfig(
+        stage="sft", data_path=chat_settings["data_path"], out_dir=own["out_dir"]
+    )
+    facts, again, _ = plan_stages(text, chats, hours=1)
+    assert again == text and "finished at step 2 of 2" in facts[run.root.name]
+    assert "optimizer steps" in facts["sft_128"]
 
 
 def test_a_plan_says_what_the_run_would_begin_from(settings, chat_settings):
