@@ -18,6 +18,7 @@ from kaggle_command import Refused, run
 ROOT = Path(__file__).resolve().parents[1]
 # The notebooks whose output a notebook reads, in addition to its own last version's.
 SOURCES = {
+    "start": (),
     "pretrain": (),
     "sft": ("pretrain",),
     "dpo": ("sft",),
