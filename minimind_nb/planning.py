@@ -284,6 +284,7 @@ def expected_speed(cfg: ResolvedConfig, hardware: Hardware) -> float:
     beside = _COLUMN_FLOPS * cfg.num_hidden_layers * cfg.hidden_size
     beside += _LOGIT_FLOPS * cfg.vocab_size
     token = (flops_per_token(vars(cfg)) / rates[0] + beside / rates[1]) / size
+    token *= 4 / 3 if cfg.stage == "dpo" else 1  # the reference's forward pass
     matrices = count_parameters(cfg.shape())["total"] - cfg.vocab_size * cfg.hidden_size
     update = _MUON_FLOPS * cfg.hidden_size * matrices * (cfg.optimizer == "muon")
     return 1 / (token + update / rates[0] / (cfg.global_batch * cfg.max_seq_len))
