@@ -69,7 +69,7 @@ def bench(cfg: TrainConfig | None = None) -> Facts:
     speed = f"{planned.speed:,.0f} text tokens/s"
     versions = [f"{name} {version(name)}" for name in ("minimind_nb", "torch")]
     place = [hardware.describe(), f"{cfg.dtype} on {cfg.num_processes} × {cfg.device}"]
-    place[1] += ", compiled" * cfg.compile
+    place[1] += f"{', compiled' * cfg.compile}, {cfg.stage} of preset {cfg.preset}"
     line = [*versions, *place, shape, batch, speed, share, mfu]
     facts = {
         "products": f"{', '.join(f'{r:.3g}' for r in rates)} TFLOP/s in {cfg.dtype}",

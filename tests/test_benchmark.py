@@ -36,7 +36,8 @@ def test_a_benchmark_measures_the_real_step_and_leaves_nothing(brief, tmp_path):
     assert list(facts)[-1] == "to send in"
     line = facts["to send in"]
     assert re.match(r"minimind_nb [\d.]+, torch \S+, ", line)
-    assert f"float32 on 1 × cpu, 1.6 M parameters, 2 × 64, {found[1]} text" in line
+    shape = "pretrain of preset demo, 1.6 M parameters, 2 × 64"
+    assert f"float32 on 1 × cpu, {shape}, {found[1]} text" in line
     assert str(tmp_path) not in str(facts) and "mine" not in str(facts)
     assert [p.name for p in tmp_path.rglob("*")][:2] == ["out", "cache"]
     assert not [p for p in tmp_path.rglob("*") if "mine" in p.name]
