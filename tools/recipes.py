@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minimind_nb.config import PRESETS, TrainConfig, count_parameters, resolve
-from minimind_nb.config.presets import fit_batch
+from minimind_nb.config.presets import fit_batch, resolve_batch
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.references import expected_loss
 from minimind_nb.planning import (
@@ -19,7 +19,6 @@ from minimind_nb.planning import (
     expected_speed,
     memory_gib,
 )
-from minimind_nb.training.run_plan import halved_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 T4 = Gpu("Tesla T4", (7, 5), 14.6)
@@ -67,7 +66,8 @@ def recipe(preset: str, stage: str) -> Recipe:
         tokens = min(TOKENS_A_PARAMETER * active, MOST_EPOCHS * epoch)
     cfg = replace(cfg, **fit_batch(vars(cfg), asked.explicit(), int(epoch)))
     while memory_gib(cfg) > T4.memory_gib and cfg.batch_size > 1:
-        cfg = replace(cfg, **halved_batch(cfg))
+        half = {**vars(cfg), "batch_size": cfg.batch_size // 2}
+        cfg = replace(cfg, **resolve_batch(half, ()))
     known = MEASURED.get((preset, stage))
     return Recipe(
         preset,
