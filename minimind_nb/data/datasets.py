@@ -19,7 +19,6 @@ from ..session import current_session
 from .conversations import IN_LOSS
 from .demo import locate
 from .packing import truncate_documents
-from .record_formats import per_row
 from .token_cache import Source, open_cache
 from .tokenizer import read_tokenizer
 
@@ -38,7 +37,7 @@ class _Rows(Dataset[Any]):
         self.cache = open_cache(Source(file, self._record_format, self.spec), root)
 
     def __len__(self) -> int:
-        return len(self.cache) // per_row(self._record_format)
+        return len(self.cache) // (2 if self._record_format == "dpo" else 1)
 
 
 class _PaddedRows(_Rows):

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -81,7 +81,6 @@ class Tally:
     """
 
     good: int = 0
-    blank: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     forms: dict[str, int] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -99,7 +98,6 @@ class Tally:
     def add(self, other: "Tally") -> None:
         """Add the rows that follow."""
         self.good += other.good
-        self.blank += other.blank
         self.kinds += other.kinds
         self.ignored += other.ignored
         self.forms = other.forms | self.forms
@@ -145,6 +143,14 @@ class Tally:
         raise DataError("\n".join(lines), self.problems)
 
 
+def split_lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line that is not blank."""
+    data = chunk.data.removeprefix(BOM if chunk.first_line == 1 else b"")
+    numbers = chunk.numbers or itertools.count(chunk.first_line)
+    lines = zip(numbers, data.split(b"\n"), strict=False)
+    return ((number, raw) for number, raw in lines if raw.strip())
+
+
 def read_rows(
     chunk: Chunk, read: Callable[[Row], Content]
 ) -> tuple[list[tuple[int, Content]], Tally]:
@@ -153,16 +159,9 @@ def read_rows(
     `read` takes a row and raises a `Fault` for a bad one. A byte order mark on line 1,
     CRLF, blank lines and a missing last newline are accepted.
     """
-    data = chunk.data.removesuffix(b"\n")
-    if chunk.first_line == 1:
-        data = data.removeprefix(BOM)
     rows: list[tuple[int, Content]] = []
     tally = Tally()
-    numbers = chunk.numbers or itertools.count(chunk.first_line)
-    for number, raw in zip(numbers, data.split(b"\n"), strict=False):
-        if not raw.strip():
-            tally.blank += 1
-            continue
+    for number, raw in split_lines(chunk):
         try:
             rows.append((number, read(_parse(raw))))
         except ValueError as error:

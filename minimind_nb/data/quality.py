@@ -1,7 +1,6 @@
 """Rows that repeat others, are empty, or claim to be another model."""
 
 import functools
-import itertools
 import json
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ..progress_bar import open_bar
 from .containers import iter_chunks
 from .conversations import Chat, understand
-from .jsonl import BOM, Chunk, read_rows
+from .jsonl import Chunk, read_rows, split_lines
 
 ALIKE = 0.8
 """Share of their runs of five letters that two near duplicates have in common."""
@@ -79,11 +78,8 @@ def read_lines(files: Sequence[str], title: str) -> Iterator[tuple[Place, bytes]
     with open_bar(title, total, unit="B", unit_scale=True) as bar:
         for number, file in enumerate(files):
             for chunk in iter_chunks(file):
-                numbers = chunk.numbers or itertools.count(chunk.first_line)
-                lines = chunk.data.removeprefix(BOM).split(b"\n")
-                for line, raw in zip(numbers, lines, strict=False):
-                    if raw.strip():
-                        yield name_place(files, number, line), raw
+                for line, raw in split_lines(chunk):
+                    yield name_place(files, number, line), raw
                 bar.update(min(len(chunk.data), total - bar.n))
 
 

@@ -35,11 +35,6 @@ class Document(NamedTuple):
     answer_sizes: Sequence[int] = ()
 
 
-def per_row(record_format: str) -> int:
-    """Return how many documents a row makes: 2 of pairs, chosen and rejected, else 1."""
-    return 2 if record_format == "dpo" else 1
-
-
 def token_type(vocab_size: int) -> str:
     """Return the smallest array type that holds all ids: "uint16" or "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"

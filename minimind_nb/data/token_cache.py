@@ -26,7 +26,7 @@ from ..storage import file_system, verified
 from .containers import find_kind, iter_chunks
 from .conversations import IN_LOSS
 from .jsonl import DataError, Tally
-from .record_formats import IDS_VERSION, Arrays, encode_chunk, per_row, token_type
+from .record_formats import IDS_VERSION, Arrays, encode_chunk
 from .tokenizer import TokenizerSpec
 
 CHUNK_BYTES = 2 << 20
@@ -227,7 +227,7 @@ def _build(
         processes = 1
     policy = (path, source.on_bad_line, source.max_bad_fraction)
     tally = Tally()
-    facts: dict[str, Any] = {"tokens": 0, "documents": 0, "text_bytes": 0}
+    facts: dict[str, Any] = {"tokens": 0}
     bar = open_bar(f"Tokenising {path.name}", unpacked, unit="B", unit_scale=True)
     with (
         bar,
@@ -244,8 +244,7 @@ def _build(
                 with (aside / name).open("ab") as file:
                     file.write(array.tobytes())
             facts["tokens"] += len(arrays["tokens"])
-            facts["documents"] += len(arrays["lines"])
-            facts["text_bytes"] += int(arrays["sizes"].sum())
+            facts["token_type"] = arrays["tokens"].dtype.name
             bar.update(min(CHUNK_BYTES, unpacked - bar.n))
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
@@ -255,17 +254,13 @@ def _build(
             with (aside / REJECTED).open("w", encoding="utf-8") as file:
                 for row in tally.problems:
                     file.write(f"{json.dumps(row._asdict(), ensure_ascii=False)}\n")
-        full = facts["documents"] // per_row(source.record_format)
         facts |= {
             "rows": tally.good,
             "bad_rows": dict(tally.kinds),
-            "blank": tally.blank,
-            "empty": tally.good - full,
             "form": next(iter(tally.forms), ""),
             "ignored": dict(tally.ignored),
             "record_format": source.record_format,
             "content": content,
-            "token_type": token_type(source.tokenizer.vocab_size),
         }
 
 
