@@ -321,9 +321,10 @@ def feed_template(case: tuple[Any, ...], place: Path, seeds: Seeds) -> None:
     template, changed, *said = case
     chat, _ = read_chat(*said)
     encoder = chat_template.ChatEncoder(replace(seeds.spec, chat_template=template))
-    (encoded,) = encoder.encode([chat])
-    if isinstance(encoded, Fault):
-        raise Finding("refused", encoded.reason)
+    try:
+        encoded = encoder.encode(chat)
+    except Fault as fault:
+        raise Finding("refused", fault.reason) from fault
     roles = [message["role"] for message in chat.messages]
     turns = np.count_nonzero(encoded[1] & TURN)
     if not changed and turns != len(roles) + (roles[-1] != "assistant"):

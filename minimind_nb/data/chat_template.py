@@ -96,22 +96,25 @@ class ChatEncoder:
         """Return whether the template uses a key of a message, or an argument."""
         return key in self._template
 
-    def encode(self, chats: Sequence[Chat], **switches: bool) -> list[Encoded | Fault]:
-        """Encode conversations; a `Fault` stands for one that the template fails.
+    def encode(self, chat: Chat, **switches: bool) -> Encoded:
+        """Return the ids and marks of a conversation, whose end may be open.
 
-        One that does not end with an answer is a prompt, and ends where the answer
-        begins. `switches` are arguments of the template.
+        `switches` are further arguments of the template. Raises `Fault` if the template
+        refuses the conversation.
         """
-        rendered: list[list[_Segment] | Fault] = []
-        for chat in chats:
-            try:
-                with _limited(chat.messages):
-                    rendered.append(self._render(chat, switches))
-            except Fault as fault:
-                rendered.append(fault)
-        good = [one for one in rendered if not isinstance(one, Fault)]
-        encoded = iter(self._encode_segments(good))
-        return [one if isinstance(one, Fault) else next(encoded) for one in rendered]
+        with _limited(chat.messages):
+            segments = self._render(chat, switches)
+        texts: list[list[str]] = [[]]
+        for text, _, in_loss in segments:
+            if in_loss and text[:1].isspace():
+                texts.append([])  # encoded apart, as when the answer is generated
+            texts[-1].append(text)
+        ids = [*itertools.chain(*map(self._encode_parts, texts))]
+        marks = []
+        for part, (_, first, mark) in zip(ids, segments, strict=True):
+            marks.append(np.full(len(part), mark, np.uint8))
+            marks[-1][:1] |= first
+        return np.concatenate(ids), np.concatenate(marks)
 
     def prompt(
         self,
@@ -137,34 +140,12 @@ class ChatEncoder:
                     f"({', '.join(_SWITCHES)}): leave thinking out"
                 )
         chat = Chat(messages, [False] * len(messages), tools)
-        (encoded,) = self.encode([chat], **switches)
-        if isinstance(encoded, Fault):
-            raise encoded
-        return encoded[0]
+        return self.encode(chat, **switches)[0]
 
-    def _encode_segments(self, chats: list[list[_Segment]]) -> list[Encoded]:
-        """Encode each conversation as a whole, and mark its tokens by segment."""
-        texts: list[list[str]] = []
-        for segments in chats:
-            texts.append([])
-            for text, _, in_loss in segments:
-                if in_loss and text[:1].isspace():
-                    texts.append([])  # encoded apart, as when the answer is generated
-                texts[-1].append(text)
-        encoded = self._encoder.encode_parts(texts)
-        for number, parts in enumerate(texts):
-            if any(_ESCAPE in part for part in parts):
-                encoded[number] = [self._encode_escaped(part) for part in parts]
-        parts = itertools.chain(*encoded)
-        marked = []
-        for segments in chats:
-            ids, marks = [], []
-            for _, first, mark in segments:
-                ids.append(next(parts))
-                marks.append(np.full(len(ids[-1]), mark, np.uint8))
-                marks[-1][:1] |= first
-            marked.append((np.concatenate(ids), np.concatenate(marks)))
-        return marked
+    def _encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        if any(_ESCAPE in part for part in parts):
+            return [self._encode_escaped(part) for part in parts]
+        return [*self._encoder.encode_parts(parts)]
 
     def _encode_escaped(self, text: str) -> np.ndarray:
         parts = self._special.split(text)  # every second one is special

@@ -88,25 +88,25 @@ class BulkEncoder:
             for text in texts
         ]
 
-    def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """Return the ids of each text, apart for each of the parts that it is given in.
+    def encode_parts(self, parts: Sequence[str]) -> list[Ids]:
+        """Return the ids of a text, apart for each of the parts that it is given in.
 
         They are those of the text as a whole; a token that spells the end of a part and
         the beginning of the next goes to the next.
         """
-        whole = ["".join(parts) for parts in texts]
-        encoded = []
-        for parts, text, ids in zip(texts, whole, self.encode(whole), strict=True):
-            if self._sizes is None:
-                offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-                ends = np.maximum.accumulate([0, *(end for _, end in offsets)])[1:]
-                sizes = [len(part) for part in parts]
-            else:
-                ends = np.cumsum(self._sizes[ids])
-                sizes = [len(part.encode()) for part in parts]
-            cuts = np.cumsum(sizes[:-1])
-            encoded.append(np.split(ids, np.searchsorted(ends, cuts, side="right")))
-        return encoded
+        text = "".join(parts)
+        if self._sizes is None:
+            self._tokenizer.encode_special_tokens = False
+            whole = self._tokenizer.encode(text, add_special_tokens=False)
+            ids = np.array(whole.ids, np.uint32)
+            ends = np.maximum.accumulate([0, *(end for _, end in whole.offsets)])[1:]
+            sizes = [len(part) for part in parts]
+        else:
+            (ids,) = self.encode([text])
+            ends = np.cumsum(self._sizes[ids])
+            sizes = [len(part.encode()) for part in parts]
+        cuts = np.cumsum(sizes[:-1])
+        return np.split(ids, np.searchsorted(ends, cuts, side="right"))
 
     def _encode_slowly(self, texts: Sequence[str], ordinary: bool) -> list[Ids]:
         self._tokenizer.encode_special_tokens = ordinary

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -120,21 +120,20 @@ def _encode_chats(
     A row that the chat template refuses is counted as a bad one in `tally`.
     """
     chat_encoder = ChatEncoder(encoder.spec, encoder)
-    chats = list(itertools.chain(*(row.content for _, row in rows)))
-    encoded = iter(chat_encoder.encode(chats))
     documents = []
     for line, row in rows:
         said = [
             [m["role"], m["content"]] for chat in row.content for m in chat.messages
         ]
         content = json.dumps(said, ensure_ascii=False).encode()
-        made: list[Any] = [next(encoded) for _ in row.content]
-        if faults := [one for one in made if isinstance(one, Fault)]:
+        try:
+            encoded = [chat_encoder.encode(chat) for chat in row.content]
+        except Fault as fault:
             tally.good -= 1
-            tally.refuse(line, content, faults[0], has_column=False)
+            tally.refuse(line, content, fault, has_column=False)
             continue
         tally.ignored.update(_unwritten(row.content, chat_encoder))
-        for (ids, marks), chat in zip(made, row.content, strict=True):
+        for (ids, marks), chat in zip(encoded, row.content, strict=True):
             end = len(ids)  # of a prompt without an answer
             if any(chat.in_loss):
                 end = int(np.flatnonzero(marks & IN_LOSS)[-1]) + 1

@@ -83,9 +83,7 @@ def encoder_of(template, spec=SHIPPED):
 
 
 def encode_one(encoder, messages):
-    (encoded,) = encoder.encode([chat(messages)])
-    assert not isinstance(encoded, Fault), encoded.reason
-    return encoded
+    return encoder.encode(chat(messages))
 
 
 def draw(marks):
@@ -209,8 +207,7 @@ def test_what_the_shipped_template_opens_is_learned():
     }
     messages[3] |= {"reasoning_content": "so"}
     said = chat(messages)._replace(tools=[{"name": "add"}])
-    (encoded,) = encoder_of(SHIPPED.chat_template).encode([said])
-    assert not isinstance(encoded, Fault)
+    encoded = encoder_of(SHIPPED.chat_template).encode(said)
     answers, turns = read_spans(SHIPPED, *encoded)
     assert answers == [
         "<think>\nhm <|im_end|>\n</think>\n\n"
@@ -221,8 +218,7 @@ def test_what_the_shipped_template_opens_is_learned():
     ]
     assert turns[0].startswith('<|im_start|>system\n<tools>\n{"name": "add"}\n</tools>')
     system = chat([*talk("s: Add."), *messages])._replace(tools=[{"name": "add"}])
-    (encoded,) = encoder_of(SHIPPED.chat_template).encode([system])
-    assert not isinstance(encoded, Fault)
+    encoded = encoder_of(SHIPPED.chat_template).encode(system)
     again, turns = read_spans(SHIPPED, *encoded)
     assert again == answers
     assert turns[0] == (
@@ -265,12 +261,9 @@ def test_a_template_may_trim_or_cut_what_holds_special_strings():
 
 def test_the_first_messages_may_stay_out_of_the_loss():
     messages = talk("u: a", "a: b", "u: c", "a: d")
-    encoded = encoder_of(SHIPPED.chat_template).encode(
-        [chat(messages, n) for n in (0, 2, 4)]
-    )
-    spans = [
-        read_spans(SHIPPED, *one)[0] for one in encoded if not isinstance(one, Fault)
-    ]
+    encoder = encoder_of(SHIPPED.chat_template)
+    encoded = (encoder.encode(chat(messages, n)) for n in (0, 2, 4))
+    spans = [read_spans(SHIPPED, *one)[0] for one in encoded]
     closed = ["b<|im_end|>\n", "d<|im_end|>\n"]
     assert spans == [closed, closed[1:], []]
 
@@ -402,10 +395,9 @@ def test_a_template_that_serves_no_chat_is_refused(template, reason):
 )
 def test_a_template_that_hides_answers_is_named(template, reason):
     encoder = encoder_of(template)
-    (fault,) = encoder.encode([chat(talk("u: a", "a: b", "u: c", "a: d"))])
-    assert isinstance(fault, Fault)
-    assert fault.kind == "chat_template"
-    assert re.search(reason, fault.reason)
+    with pytest.raises(Fault, match=reason) as refused:
+        encoder.encode(chat(talk("u: a", "a: b", "u: c", "a: d")))
+    assert refused.value.kind == "chat_template"
 
 
 @pytest.mark.fault("F64")
@@ -416,11 +408,11 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
     )
     before = signal.getsignal(signal.SIGVTALRM)
     encoder = encoder_of(f"{{% if messages|length > 2 %}}{loop}{{% endif %}}{UNMARKED}")
-    for use in (encoder.prompt, lambda one: encoder.encode([chat(one)] * 999)):
+    for use in (encoder.prompt, lambda one: encoder.encode(chat(one))):
         began = time.process_time()
         with pytest.raises(TimeoutError, match="template timed out: give"):
             use(UNANSWERED)
-        assert time.process_time() - began < 5.0, "only one conversation is tried"
+        assert time.process_time() - began < 5.0
     with pytest.raises(TimeoutError, match="template timed out: give"):
         encoder_of(loop)
     assert signal.getsignal(signal.SIGVTALRM) == before
@@ -428,15 +420,11 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
 
 
 @pytest.mark.fault("F64")
-def test_a_template_that_takes_all_memory_is_tried_once(monkeypatch):
+def test_a_template_that_takes_all_memory_is_no_fault_of_the_row():
     encoder = encoder_of(f"{{{{ 'a' * 10**15 if messages|length > 2 }}}}{UNMARKED}")
-    tried = []
-    render = encoder._render
-    monkeypatch.setattr(encoder, "_render", lambda *a: tried.append(1) or render(*a))
     with pytest.raises(ValueError, match="template ran out of memory: give") as failure:
-        encoder.encode([chat(talk("u: a", "a: b", "u: c", "a: d"))] * 9)
+        encoder.encode(chat(talk("u: a", "a: b", "u: c", "a: d")))
     assert not isinstance(failure.value, Fault)
-    assert len(tried) == 1
 
 
 def test_templates_serve_on_other_threads_too():
@@ -445,14 +433,13 @@ def test_templates_serve_on_other_threads_too():
     assert all(map(np.array_equal, encoded, encode_one(encoder_of(UNMARKED), GOOD)))
 
 
-def test_a_conversation_that_the_template_refuses_stands_among_others():
+def test_a_conversation_that_the_template_refuses_is_a_fault():
     template = "{% if messages|length > 2 %}{{ raise_exception('long') }}{% endif %}"
     encoder = encoder_of(template + UNMARKED)
-    good = talk("u: a", "a: b")
     bad = talk("u: a", "a: b", "u: c", "a: d")
-    encoded = encoder.encode([chat(good), chat(bad), chat(good)])
-    kinds = [isinstance(one, Fault) for one in encoded]
-    assert kinds == [False, True, False]
+    encoder.encode(chat(talk("u: a", "a: b")))  # raises nothing
+    with pytest.raises(Fault, match="chat template fails: long"):
+        encoder.encode(chat(bad))
     with pytest.raises(ValueError, match="chat template fails: long"):
         encoder.prompt(bad[:3])
 

@@ -395,7 +395,7 @@ def test_the_answers_of_chats_are_measured_as_by_hand(
     chats = [json.loads(line)["conversations"] for line in chat_file.open()]
     encoder = ChatEncoder(read_tokenizer())
     texts = []
-    for ids, marks in encoder.encode([chat(one) for one in chats]):  # pyright: ignore[reportGeneralTypeIssues]
+    for ids, marks in (encoder.encode(chat(one)) for one in chats):
         texts.append((ids.tolist(), [bool(mark & IN_LOSS) for mark in marks]))
     size = sum(
         len(message["content"].encode())
