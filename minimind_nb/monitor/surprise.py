@@ -14,12 +14,13 @@ from ..data.tokenizer import read_tokenizer
 from ..model.architecture import MoEGate
 from ..model.generation import begin_document, check_tokenizer
 from .metrics import perplexity
-from .vocabulary import MarkedText, mark_tokens, readable, spell
+from .tables import Table
+from .vocabulary import mark_tokens, readable, spell
 
 _STRONGEST = 8  # nats, of the tint; a blind guess among 6,400 tokens has 8.8
 
 
-class Surprise(MarkedText):
+class Surprise(Table):
     """The loss of each token of a text, and a table of the most surprising ones.
 
     Of each token: `tokens`, its text; `losses` in nats; `top`, the five likeliest in its
@@ -53,7 +54,7 @@ class Surprise(MarkedText):
             [self._note(n).replace("\n", " · ").split(" · ", 1) for n in worst[:8]],
         )
         scale = [(f" {n} ", f"{n} nats", n / _STRONGEST) for n in range(9)]
-        self.body = mark_tokens(self._marks(pieces)) + mark_tokens(scale)
+        self.above = mark_tokens(self._marks(pieces)) + mark_tokens(scale)
 
     def _note(self, n: int) -> str:
         loss, lines = self.losses[n], [f"“{self.tokens[n]}” is the first"]

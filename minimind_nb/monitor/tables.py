@@ -15,8 +15,10 @@ class Table:
     """Rows of text with named columns below a title.
 
     A terminal gets each cell on one line of at most 60 columns; a page gets the whole
-    text, which `rows` holds too, with numbers to the right.
+    text, which `rows` holds too, with numbers to the right, below the HTML `above`.
     """
+
+    above = ""
 
     def __init__(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         self.title = title
@@ -45,7 +47,7 @@ class Table:
         )
 
     def _repr_html_(self) -> str:
-        return page(self.html())
+        return page(self.above + self.html())
 
 
 class Facts(dict[str, Any]):

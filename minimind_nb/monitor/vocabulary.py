@@ -8,20 +8,10 @@ from typing import Any
 
 from ..data.fast_encoding import BYTES
 from ..data.tokenizer import load_tokenizer
-from .page import page
 from .tables import Table
 
 _SIGNS = {n: 0x2400 + n for n in range(32)} | {9: "⇥", 10: "↵"}  # of control characters
 _MOST = 1_000  # tokens on a page
-
-
-class MarkedText(Table):
-    """A table, and above it on a page a text in its tokens, the HTML `body`."""
-
-    body = ""
-
-    def _repr_html_(self) -> str:
-        return page(self.body + super()._repr_html_())
 
 
 def spell(tokenizer: Any) -> list[bytes]:
@@ -55,7 +45,7 @@ def mark_tokens(marks: Iterable[tuple[str, str, float]]) -> str:
 
 def vocabulary(
     tokenizer: Any = None, text: str | None = None, other: Any = None
-) -> MarkedText:
+) -> Table:
     """Show what the entries of a vocabulary stand for, and how it cuts a text.
 
     A `tokenizer.json` spells bytes in letters: "Ġthe" is " the", "çļĦ" is "的". The
@@ -70,7 +60,7 @@ def vocabulary(
         kind = "special" if token in first.added_tokens_decoder else kind
         kinds.setdefault(kind, []).append(token)
     columns = ["kind", "entries", "some of them", "in tokenizer.json"]
-    table = MarkedText(f"A vocabulary of {len(entries):,} entries", columns, [])
+    table = Table(f"A vocabulary of {len(entries):,} entries", columns, [])
     for kind, ids in kinds.items():
         some = ids[:: len(ids) // 10 + 1]
         shown = " ".join(f"“{entries[token]}”" for token in some)
@@ -85,5 +75,5 @@ def vocabulary(
         size = len(str(text).encode()) / len(ids)
         counts = f"the text in {len(ids):,} tokens, {size:.2f} bytes per token"
         table.title += f"; {counts}"
-        table.body += f'<div class="faint">{counts}</div>{mark_tokens(marks)}'
+        table.above += f'<div class="faint">{counts}</div>{mark_tokens(marks)}'
     return table

@@ -28,7 +28,7 @@ def model(tokenizer):
 
 
 def titles(result):
-    text = result.body.partition("</div>")[0]  # without the scale behind it
+    text = result.above.partition("</div>")[0]  # without the scale behind it
     notes = re.findall(r'<span[^>]* title="([^"]*)">', text)
     return [*map(html.unescape, notes)]
 
