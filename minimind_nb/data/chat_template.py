@@ -50,9 +50,9 @@ class ChatEncoder:
     without that, what it adds to the prompt. What closes an answer is in the loss with
     it, and `end_id` is the special token in that: there a generated answer ends.
 
-    Raises `ValueError` for a tokenizer without a template, or whose template fails, runs
-    out of memory or closes an answer without a special token; `TimeoutError` for one that
-    takes too long.
+    Raises `ValueError` for a tokenizer without a template, or whose template fails or
+    closes an answer without a special token; `RuntimeError` for one that runs out of
+    memory, `TimeoutError` for one that takes too long.
     """
 
     def __init__(self, spec: TokenizerSpec, encoder: BulkEncoder | None = None) -> None:
@@ -270,7 +270,7 @@ class ChatEncoder:
         except (ImportError, TimeoutError):
             raise
         except MemoryError as error:  # no fault of the row: the next one fails, too
-            raise ValueError(
+            raise RuntimeError(
                 "rendering the chat template ran out of memory: give the tokenizer "
                 "another template"
             ) from error

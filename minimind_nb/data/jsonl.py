@@ -86,11 +86,8 @@ class Tally:
     ignored: Counter[str] = field(default_factory=Counter)
     problems: list[BadRow] = field(default_factory=list)
 
-    def refuse(
-        self, line: int, raw: bytes, error: ValueError, has_column: bool = True
-    ) -> None:
-        """Count a bad row, with the cause and place of its error."""
-        row = _explain(line, raw, error, has_column)
+    def refuse(self, row: BadRow) -> None:
+        """Count a bad row."""
         self.kinds[row.kind] += 1
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(row)
@@ -165,7 +162,7 @@ def read_rows(
         try:
             rows.append((number, read(_parse(raw))))
         except ValueError as error:
-            tally.refuse(number, raw, error, not chunk.numbers)
+            tally.refuse(_explain(number, raw, error, not chunk.numbers))
     tally.good = len(rows)
     return rows, tally
 

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from .chat_template import ChatEncoder
 from .conversations import IN_LOSS, PASSED_ON, Chat, Message, Understood, understand
 from .fast_encoding import BulkEncoder
-from .jsonl import Chunk, Fault, Tally, read_rows
+from .jsonl import Chunk, Row, Tally, read_rows
 from .tokenizer import TokenizerSpec
 
 IDS_VERSION = {"pretrain": 3, "sft": 4, "rlaif": 4, "dpo": 4}
@@ -25,10 +25,9 @@ Arrays = dict[str, np.ndarray]
 
 
 class Document(NamedTuple):
-    """A row's line, what its content hash is made of, and its token ids; of a
-    conversation also their marks and the bytes of each answer in the loss."""
+    """What the content hash of a row is made of, and its token ids; of a conversation
+    also their marks and the bytes of each answer in the loss."""
 
-    line: int
     content: bytes
     ids: np.ndarray
     marks: np.ndarray | None = None
@@ -51,14 +50,21 @@ def encode_chunk(
     `token_cache.TokenCache` says what they hold; `offsets` are the documents' ends.
     """
     encoder, vocab_size = _encoder(tokenizer), tokenizer.vocab_size
-    rows, tally = read_rows(chunk, functools.partial(understand, record_format))
+    read = functools.partial(understand, record_format)
+    if record_format != "pretrain":
+        chat_encoder = ChatEncoder(tokenizer, encoder)
+        read = functools.partial(_encode_chats, record_format, chat_encoder)
+    rows, tally = read_rows(chunk, read)
     for line, row in rows:
         tally.forms.setdefault(row.form, line)
         tally.ignored.update(row.ignored)
     if record_format == "pretrain":
-        documents = _encode_texts([(line, row.content) for line, row in rows], encoder)
+        texts = [(line, row.content) for line, row in rows if row.content]
+        lines = [line for line, _ in texts]
+        documents = [*_encode_texts(encoder, [text for _, text in texts])]
     else:
-        documents = _encode_chats(rows, record_format, encoder, tally)
+        lines = [line for line, row in rows for _ in row.content]
+        documents = [document for _, row in rows for document in row.content]
     ids = [document.ids for document in documents]
     tokens = np.concatenate([np.zeros(0, np.uint32), *ids])
     if tokens.max(initial=0) >= vocab_size:
@@ -70,7 +76,7 @@ def encode_chunk(
     arrays = {
         "tokens": tokens.astype(token_type(vocab_size)),
         "offsets": np.cumsum([len(each) for each in ids], dtype=np.int64),
-        "lines": np.array([one.line for one in documents], np.int64),
+        "lines": np.array(lines, np.int64),
         "sizes": np.array([len(one.content) for one in documents], np.int64),
         "hashes": np.frombuffer(b"".join(h.digest() for h in hashes), "<u8"),
     }
@@ -88,60 +94,38 @@ def encode_chunk(
     return arrays, tally
 
 
-def _encode_texts(
-    rows: Sequence[tuple[int, str]], encoder: BulkEncoder
-) -> list[Document]:
-    """Encode texts that are not empty between begin and end token.
+def _encode_texts(encoder: BulkEncoder, texts: Sequence[str]) -> Iterator[Document]:
+    """Encode texts between begin and end token.
 
     Neither is doubled if the text has it already, as MiniMind's published rows do.
     Special strings in the text become their special ids.
     """
     spec = encoder.spec
     begin, end = np.array([[spec.bos_id], [spec.eos_id]], np.uint32)
-    texts = [(line, text) for line, text in rows if text]
-    documents = []
-    encoded = encoder.encode([text for _, text in texts])
-    for (line, text), ids in zip(texts, encoded, strict=True):
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
         parts = [] if len(ids) and ids[0] == spec.bos_id else [begin]
         parts += [ids] if len(ids) and ids[-1] == spec.eos_id else [ids, end]
-        whole = np.concatenate(parts) if parts[1:] else ids
-        documents.append(Document(line, text.encode(), whole))
-    return documents
+        yield Document(text.encode(), np.concatenate(parts) if parts[1:] else ids)
 
 
-def _encode_chats(
-    rows: Sequence[tuple[int, Understood]],
-    record_format: str,
-    encoder: BulkEncoder,
-    tally: Tally,
-) -> list[Document]:
-    """Encode conversations up to the last token in the loss.
+def _encode_chats(record_format: str, encoder: ChatEncoder, row: Row) -> Understood:
+    """Read a row, with its conversations as documents up to the last token in the loss.
 
-    A row that the chat template refuses is counted as a bad one in `tally`.
+    Raises `Fault`, also if the chat template refuses one.
     """
-    chat_encoder = ChatEncoder(encoder.spec, encoder)
+    form, ignored, chats = understand(record_format, row)
+    said = [[m["role"], m["content"]] for chat in chats for m in chat.messages]
+    content = json.dumps(said, ensure_ascii=False).encode()
     documents = []
-    for line, row in rows:
-        said = [
-            [m["role"], m["content"]] for chat in row.content for m in chat.messages
-        ]
-        content = json.dumps(said, ensure_ascii=False).encode()
-        try:
-            encoded = [chat_encoder.encode(chat) for chat in row.content]
-        except Fault as fault:
-            tally.good -= 1
-            tally.refuse(line, content, fault, has_column=False)
-            continue
-        tally.ignored.update(_unwritten(row.content, chat_encoder))
-        for (ids, marks), chat in zip(encoded, row.content, strict=True):
-            end = len(ids)  # of a prompt without an answer
-            if any(chat.in_loss):
-                end = int(np.flatnonzero(marks & IN_LOSS)[-1]) + 1
-            answers = itertools.compress(chat.messages, chat.in_loss)
-            sizes = [_count_bytes(answer) for answer in answers]
-            documents.append(Document(line, content, ids[:end], marks[:end], sizes))
-    tally.problems.sort()
-    return documents
+    for chat in chats:
+        ids, marks = encoder.encode(chat)
+        end = len(ids)  # of a prompt without an answer
+        if any(chat.in_loss):
+            end = int(np.flatnonzero(marks & IN_LOSS)[-1]) + 1
+        answers = itertools.compress(chat.messages, chat.in_loss)
+        sizes = [_count_bytes(answer) for answer in answers]
+        documents.append(Document(content, ids[:end], marks[:end], sizes))
+    return Understood(form, ignored | _unwritten(chats, encoder), documents)
 
 
 def _unwritten(chats: Sequence[Chat], encoder: ChatEncoder) -> set[str]:

@@ -422,9 +422,8 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
 @pytest.mark.fault("F64")
 def test_a_template_that_takes_all_memory_is_no_fault_of_the_row():
     encoder = encoder_of(f"{{{{ 'a' * 10**15 if messages|length > 2 }}}}{UNMARKED}")
-    with pytest.raises(ValueError, match="template ran out of memory: give") as failure:
+    with pytest.raises(RuntimeError, match="template ran out of memory: give"):
         encoder.encode(chat(talk("u: a", "a: b", "u: c", "a: d")))
-    assert not isinstance(failure.value, Fault)
 
 
 def test_templates_serve_on_other_threads_too():
