@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.demo import held_out_questions
 from ..model.generation import generate
-from ..model.loading import find_weights, load
+from ..model.loading import load
 from .tables import Table
 
 _SPARE_TOKENS = 4  # an exact answer needs no more than its own text, give or take
@@ -47,8 +47,8 @@ def examine(
     asked = held_out_questions(questions)
     answers = []
     for name in dict.fromkeys(os.fspath(each) for each in several):
-        chat = find_weights(name, which).stage != "pretrain"
         model, tokenizer = load(name, which)
+        chat = model.stage != "pretrain"
         prompts: list[Any] = [row["prompt"] for row in asked]
         if chat:
             prompts = [[{"role": "user", "content": row["question"]}] for row in asked]

@@ -1,8 +1,8 @@
 """Examining models: what is asked, in which form, and how right answers are counted."""
 
+import functools
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,12 +29,11 @@ class Models:
 
     def load(self, source: str, which: str) -> tuple[Any, Any]:
         self.loaded.append((source, which))
-        return self.rules[source], lambda texts, **_: {
+        model: Any = functools.partial(self.rules[source])
+        model.stage = self.stages.get(source)
+        return model, lambda texts, **_: {
             "input_ids": [[0] * len(text) for text in texts]
         }
-
-    def find_weights(self, source: str, which: str) -> Any:
-        return SimpleNamespace(stage=self.stages.get(source))
 
     def generate(self, model: Any, _: Any, prompts: list, **settings: Any) -> list[str]:
         self.calls.append((prompts, settings))
@@ -44,7 +43,7 @@ class Models:
 @pytest.fixture
 def models(monkeypatch) -> Models:
     fake = Models()
-    for name in ("load", "find_weights", "generate"):
+    for name in ("load", "generate"):
         monkeypatch.setattr(examination, name, getattr(fake, name))
     return fake
 
