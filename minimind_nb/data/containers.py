@@ -205,7 +205,7 @@ def _read_parquet(path: Path) -> Iterator[_Numbered]:
         batches = (batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
         for number, row in enumerate(itertools.chain.from_iterable(batches), 1):
             yield number, json.dumps(_present(row), ensure_ascii=False, default=str)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is a damaged parquet file: {error}") from error
 
 

@@ -64,6 +64,10 @@ def test_parquet_gives_the_same_rows(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(nested), path)
     (chunk,) = iter_chunks(path)
     assert [json.loads(line) for line in chunk.data.splitlines()] == nested
+    text = pyarrow.array([b"\xdf"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": text}), path)
+    with pytest.raises(DataError, match="is a damaged parquet file: 'utf-8'"):
+        read_file(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="is a damaged parquet file"):
         read_file(path)
