@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast test-browser test-oldest test-kaggle-image faults fuzz bench check docs clean
+.PHONY: setup demo test test-fast test-browser test-oldest test-kaggle-image faults rehearsal fuzz bench check docs clean
 
 setup: .venv/.ready
 
@@ -86,6 +86,10 @@ test-kaggle-image: .venv-kaggle/.ready
 # Every row of the list of faults, a thousand random kills, flipped bits: faults.md.
 faults: setup
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+# A run over a dozen sessions of a stand-in for Kaggle, which kills some and lies.
+rehearsal: .venv-kaggle/.ready
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(KAGGLE)/python benchmarks/rehearsal.py $(OPTIONS)
 
 # 13,600 random inputs to every reader, and a table of what became of them.
 fuzz: setup
