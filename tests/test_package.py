@@ -157,7 +157,7 @@ def test_the_import_graph_is_read_right():
     assert imports(modules()["storage.file_system"]) == set()
     storage = {"storage.file_system", "storage.verified"}
     assert imports(modules()["storage.run_folder"]) == storage
-    assert {"config", "session"} <= imports(modules()["cli"])
+    assert {"config", "launch.spawn"} <= imports(modules()["cli"])
     assert "config.presets" in imports(modules()["config"])
     assert imports(modules()["__main__"]) == {"cli"}
     source = (
