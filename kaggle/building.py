@@ -53,9 +53,9 @@ def run_build(options: argparse.Namespace) -> None:
     for folder in before:
         if folder not in kept:
             shutil.rmtree(folder)
-    wheel = build_wheel(write_dataset(options.out, user, "MiniMind wheel"))
+    wheel = build_wheel(write_dataset(options.out, user, "wheel"))
     if options.data or data in kept:
-        write_dataset(options.out, user, "MiniMind data")
+        write_dataset(options.out, user, "data")
         for file in options.data:
             shutil.copyfile(file, data / file.name)
     for name in names:
@@ -194,11 +194,11 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def write_dataset(out: Path, user: str, title: str) -> Path:
+def write_dataset(out: Path, user: str, name: str) -> Path:
     """Make a data set folder, or take over the one kept, and write its metadata."""
-    folder = out / "datasets" / slug(title)
+    folder = out / "datasets" / f"minimind-{name}"
     _make(folder)
-    _fill(folder / DATASET, {"title": title, "id": f"{user}/{folder.name}"})
+    _fill(folder / DATASET, {"title": f"MiniMind {name}", "id": id_of(user, name)})
     return folder
 
 
@@ -219,8 +219,8 @@ def attach(folder: Path, user: str, sources: list[str], wheel: Path) -> None:
     notebook = nbformat.read(file, as_version=4)
     stamp(notebook, wheel)
     nbformat.write(notebook, file)
-    title = f"MiniMind {folder.name}"
-    values = {"id": f"{user}/{slug(title)}", "title": title, "code_file": file.name}
+    values = {"id": id_of(user, folder.name), "title": f"MiniMind {folder.name}"}
+    values |= {"code_file": file.name}
     _fill(folder / KERNEL, {**values, "dataset_sources": sources})
 
 
@@ -257,9 +257,9 @@ def _make(folder: Path) -> None:
     mark_of(folder).touch()
 
 
-def slug(title: str) -> str:
-    """Return the form of a title in Kaggle's addresses."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def id_of(user: str, name: str) -> str:
+    """Return Kaggle's id of a notebook or data set, which follows from its title."""
+    return f"{user}/minimind-{name}"
 
 
 def _fill(file: Path, values: dict[str, Any]) -> None:

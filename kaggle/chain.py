@@ -12,7 +12,7 @@ import shlex
 import time
 from typing import Any
 
-from building import SOURCES, slug
+from building import SOURCES, id_of
 from chain_state import Chain, hold_lock, wait_for_hours, wait_for_turn
 from fetching import (
     FetchedRun,
@@ -138,7 +138,7 @@ def find_before(chain: Chain, before: str, kernel: str) -> tuple[str, str]:
     """Return the kernel and the path of the run of the stage before, or ""."""
     if run := chain.state["runs"].get(before):
         return run["good"], run["path"]
-    first = f"{kernel.partition('/')[0]}/{slug(f'MiniMind {before}')}"
+    first = id_of(kernel.partition("/")[0], before)
     found = []
     for other in (first, f"{first}-b"):
         if ask_state(other, chain.options.poll):

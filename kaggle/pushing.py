@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from building import SOURCES, find_built, slug
+from building import SOURCES, find_built, id_of
 from kaggle_command import (
     BUSY,
     Refused,
@@ -168,7 +168,7 @@ def find_holder(out: Path, user: str, name: str) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError):
         if good := json.loads((out / "chain.json").read_bytes())["runs"][name]["good"]:
             return good
-    return f"{user}/{slug(f'MiniMind {name}')}"
+    return id_of(user, name)
 
 
 def push_datasets(out: Path, message: str, seconds: float) -> None:

@@ -129,7 +129,7 @@ def test_built_notebooks_are_what_kaggle_takes(built):
     for name in building.SOURCES:
         folder = built / "kernels" / name
         values = metadata(folder)
-        assert values["id"] == f"ann/{building.slug(values['title'])}"
+        assert values["id"] == f"ann/{values['title'].lower().replace(' ', '-')}"
         assert (values["is_private"], values["enable_gpu"]) == (True, True)
         assert values["enable_internet"] is False
         assert values["machine_shape"] == "NvidiaTeslaT4"
