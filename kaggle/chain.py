@@ -50,7 +50,7 @@ def run_chain(options: argparse.Namespace) -> None:
             return
         chain.save()
         if not chain.state["uploaded"]:
-            push_datasets(chain.built, "minimind_nb", options.wait)
+            push_datasets(chain.built, options.wait)
             chain.state["uploaded"] = True
             chain.save()
         for name, run in chain.state["runs"].items():

@@ -55,7 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
     push.set_defaults(run=run_push)
     push.add_argument("--again", action="store_true", help="even if one is running")
     push.add_argument("--kernels-only", action="store_true", help="no data sets")
-    push.add_argument("--message", "-m", default="minimind_nb", help="of the versions")
     waiting = commands.add_parser("wait", help="until the last version has ended")
     waiting.set_defaults(run=run_wait)
     fetch = commands.add_parser("fetch", help="the small files of the last output")

@@ -32,7 +32,7 @@ def run_push(options: argparse.Namespace) -> None:
     for folder in kernels:
         attach_sources(folder, options.again)
     if not options.kernels_only:
-        push_datasets(options.out, options.message, options.wait)
+        push_datasets(options.out, options.wait)
     pushed: list[str] = []
     for folder in kernels:
         if waits_for := [name for name in SOURCES[folder.name] if name in pushed]:
@@ -171,19 +171,19 @@ def find_holder(out: Path, user: str, name: str) -> str:
     return id_of(user, name)
 
 
-def push_datasets(out: Path, message: str, seconds: float) -> None:
+def push_datasets(out: Path, seconds: float) -> None:
     """Upload the data sets in `out`, and wait until they can be attached."""
     for folder in find_built(out):
         if folder.parent.name == "datasets":
-            push_dataset(folder, message, seconds)
+            push_dataset(folder, seconds)
 
 
-def push_dataset(folder: Path, message: str, seconds: float) -> None:
+def push_dataset(folder: Path, seconds: float) -> None:
     """Create a data set or a new version, and wait until it can be attached."""
     metadata = json.loads((folder / "dataset-metadata.json").read_bytes())
     name = metadata["id"]
     there = not re.search(MISSING, kaggle("datasets", "status", name), re.IGNORECASE)
-    command = ["version", "-m", message] if there else ["create"]
+    command = ["version", "-m", "minimind_nb"] if there else ["create"]
     said = kaggle("datasets", command[0], "-p", str(folder), *command[1:])
     print(said.strip())
     if "is being created" not in said:
