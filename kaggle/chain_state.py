@@ -14,7 +14,7 @@ from typing import Any
 from building import SOURCES, run_build
 from fetching import fetched_folder, tell
 from kaggle_command import Quota, Refused, Unreadable, read_quota, shorten
-from pushing import read_metadata
+from pushing import kernel_of
 
 HOURS = 30.0  # a week's quota
 LEAST_HOURS = 0.5  # below which a session is not worth starting
@@ -78,7 +78,7 @@ class Chain:
 
     def pair(self, name: str) -> list[str]:
         """Return the two kernels of a notebook, which take turns."""
-        kernel = read_metadata(self.built / "kernels" / name)["id"]
+        kernel = kernel_of(self.built / "kernels" / name)
         return [kernel, f"{kernel}-b"]
 
     def next(self, kernel: str) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from building import SOURCES, find_built, id_of
+from building import DATASET, KERNEL, SOURCES, find_built, id_of
 from kaggle_command import (
     BUSY,
     Refused,
@@ -22,7 +22,6 @@ from kaggle_command import (
 )
 
 ACCELERATOR = "NvidiaTeslaT4"
-METADATA = "kernel-metadata.json"
 MISSING = r"\b40[34]\b|not found|permission"
 
 
@@ -100,7 +99,7 @@ def kernel_of(folder: Path) -> str:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Return a kernel's metadata; raises `Refused` without a usable id."""
-    file = folder / METADATA
+    file = folder / KERNEL
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
         if "/" in metadata["id"]:
@@ -113,7 +112,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Write a kernel's metadata."""
     text = f"{json.dumps(metadata, indent=2)}\n"
-    (folder / METADATA).write_text(text, encoding="utf-8")
+    (folder / KERNEL).write_text(text, encoding="utf-8")
 
 
 def write_version(
@@ -180,7 +179,7 @@ def push_datasets(out: Path, seconds: float) -> None:
 
 def push_dataset(folder: Path, seconds: float) -> None:
     """Create a data set or a new version, and wait until it can be attached."""
-    metadata = json.loads((folder / "dataset-metadata.json").read_bytes())
+    metadata = json.loads((folder / DATASET).read_bytes())
     name = metadata["id"]
     there = not re.search(MISSING, kaggle("datasets", "status", name), re.IGNORECASE)
     command = ["version", "-m", "minimind_nb"] if there else ["create"]
