@@ -21,6 +21,17 @@ from minimind_nb.config import STAGES
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr."""
+    options = parse(arguments)
+    try:
+        options.run(options)
+    except (Refused, OSError) as reason:
+        raise SystemExit(f"kernels.py: {reason}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("kernels.py: stopped; the same command resumes") from None
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options, of which `run` is the function to call with them."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     build = commands.add_parser("build", help="write the folders to push")
@@ -73,13 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         known = tuple(STAGES) if command is chain else SOURCES
         command.add_argument("--notebook", nargs="+", choices=known, metavar="NAME")
         command.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (Refused, OSError) as reason:
-        raise SystemExit(f"kernels.py: {reason}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("kernels.py: stopped; the same command resumes") from None
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
