@@ -72,7 +72,7 @@ test-oldest: .venv-oldest/.ready
 # The notebooks as Kaggle executes them, with the versions of its image; of those that
 # its recipe does not name, the oldest that pyproject.toml admits. Its torch is 2.10.0
 # with CUDA, several gigabytes: .venv-kaggle/bin/python -m pip install torch==2.10.0,
-# then this again. PYTHON=python3.12 is the image's, if .venv-kaggle is not there yet.
+# then this again. PYTHON=python3.12 is the image's, if .venv-kaggle does not exist yet.
 KAGGLE := .venv-kaggle/bin
 
 .venv-kaggle/.ready: constraints-kaggle.txt
