@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -119,7 +120,8 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
     If `out_dir` has no run of this stage, resume="auto" becomes the run that a previous
     version of the notebook left; without one, init_from becomes the run of the stage
     before, unless `out_dir` has one. If nothing is mounted, nothing changes. Raises
-    `ValueError` if there are several to choose from.
+    `ValueError` if there are several to choose from, or none and an empty input, since
+    a version that was cancelled leaves one.
     """
     if (inputs := current_session().inputs) is None:
         return cfg
@@ -130,6 +132,13 @@ def find_inputs(cfg: TrainConfig) -> TrainConfig:
     if cfg.resume == "auto" and not resumes:
         runs = runs_below(inputs, cfg.stage, cfg.run_name)
         found["resume"] = _only(runs, 'resume="auto"') or "auto"
+        mounts = itertools.chain(inputs.glob("*"), inputs.glob("notebooks/*/*"))
+        empty = (p for p in mounts if p.is_dir() and not any(p.iterdir()))
+        if not runs and (mount := next(empty, None)):
+            raise ValueError(
+                f"{mount} is empty, and no other input has a run to resume: attach the "
+                "output of the last complete version, or remove this input to start over"
+            )
     begins = not resumes and found["resume"] == cfg.resume
     auto = before and cfg.init_from in (None, "auto")
     if begins and auto and not runs_below(out_dir, before):

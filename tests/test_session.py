@@ -165,6 +165,16 @@ def test_data_that_is_not_attached_or_still_processed_says_what_to_do(mount):
     assert not Path("out").exists()
 
 
+def test_an_empty_output_of_a_version_does_not_start_the_run_over(mount):
+    (mount / "notebooks" / "ann" / "minimind-pretrain").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="minimind-pretrain is empty, .* last complete"
+    ):
+        find_inputs(TrainConfig(data_path="demo"))
+    run = leave_run(mount / "a", "pretrain", "pretrain_512")
+    assert find_inputs(TrainConfig(data_path="demo")).resume == str(run)
+
+
 def test_a_run_that_was_set_aside_is_no_choice(mount):
     run = leave_run(mount / "a", "pretrain", "pretrain_512")
     leave_run(mount / "a", "pretrain", "pretrain_512.old1")
