@@ -45,11 +45,8 @@ def run_build(options: argparse.Namespace) -> None:
     replaced = ("minimind-wheel", *names)
     kept = [] if options.fresh else [f for f in before if f.name not in replaced]
     there = os.listdir(data) if data in kept else []
-    check_data(
-        options.data,
-        there,
-        [value for key, value in options.p if key.rpartition(".")[2] == "data_path"],
-    )
+    named = [v for key, v in options.p if key.endswith(("data_path", "chat_path"))]
+    check_data(options.data, there, named)
     for folder in before:
         if folder not in kept:
             shutil.rmtree(folder)
@@ -87,8 +84,8 @@ def mark_of(folder: Path) -> Path:
 
 
 def check_data(files: list[Path], kept: list[str], wanted: list[str]) -> None:
-    """Raise `Refused` if a file is missing, if two have the same name, or if a
-    data_path of the notebooks is neither among them nor among those kept."""
+    """Raise `Refused` if a file is missing, if two have the same name, if no parameter
+    of the notebooks names data, or if one names what is neither new nor kept."""
     names = [file.name for file in files]
     known = ("None", "demo", *names, *kept)
     for name in wanted:
@@ -99,6 +96,8 @@ def check_data(files: list[Path], kept: list[str], wanted: list[str]) -> None:
             raise Refused(f"{file} does not exist: check --data")
         if file.name == DATASET or names.count(file.name) > 1:
             raise Refused(f"{file.name} is taken, or given twice: rename that file")
+    if files and not wanted:
+        raise Refused(f"no notebook reads --data: add -p data_path {names[0]}")
 
 
 def find_user(named: str | None) -> str:
@@ -131,6 +130,9 @@ def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any
 
     from minimind_nb.config import STAGES, TrainConfig, describe_unknown, kinds
 
+    for name, value in given:
+        if value in ("true", "false", "none", "null"):
+            raise Refused(f"{name}='{value}': True, False and None are Python's")
     values = {name: _literal(value) for name, value in given}
     listed = {
         name: inspect_notebook(ROOT / f"notebooks/{name}.ipynb") for name in names
@@ -157,7 +159,7 @@ def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any
         try:
             TrainConfig(**(stage | fields), **chosen.get("settings", {}))
         except (ValueError, TypeError) as error:
-            raise Refused(f"{error} (True, False and None are Python's)") from None
+            raise Refused(str(error)) from None
     return baked
 
 

@@ -250,6 +250,8 @@ def test_a_build_keeps_what_it_does_not_replace(built, tmp_path, capsys):
         (["-p", "pretrain.data_path", "c.txt"], "c.txt, which is not among --data"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data", "README.md", "README.md"], "README.md is taken, or given twice"),
+        (["--data", "README.md"], "no notebook reads --data: add -p data_path README"),
+        (["-p", "trial", "false"], "trial='false': True, False and None are Python's"),
         (["--user", "a/b"], "is not a Kaggle user name"),
         (["--single-file", "--data", "README.md"], "attach it on Kaggle .Add Input"),
     ],
