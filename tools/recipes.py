@@ -9,13 +9,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minimind_nb.config import PRESETS, TrainConfig, count_parameters, resolve
+from minimind_nb.config import PRESETS, TrainConfig, resolve
 from minimind_nb.config.presets import fit_batch, resolve_batch
 from minimind_nb.hardware import Gpu, Hardware
 from minimind_nb.monitor.references import expected_loss
 from minimind_nb.planning import (
     MOST_EPOCHS,
-    TOKENS_A_PARAMETER,
     expected_speed,
     memory_gib,
 )
@@ -55,15 +54,12 @@ class Recipe:
 
 
 def recipe(preset: str, stage: str) -> Recipe:
-    """Return what a stage of a preset takes: pretraining as many tokens as suit its
-    parameters, in at most four epochs, the others the epochs of their defaults."""
+    """Return what a stage of a preset takes: pretraining the epochs that are nearly as
+    good as new text, as a plan for hours does, the others those of their defaults."""
     asked = TrainConfig(stage=stage, preset=preset, init_from="none")
     machine = {"device": "cuda", "num_processes": len(TWO_T4.gpus), "dtype": "float16"}
     cfg, epoch = resolve(asked, **machine), tokens_of(stage)
-    tokens = epoch * cfg.epochs
-    if stage == "pretrain":
-        active = count_parameters(cfg.shape())["active"]
-        tokens = min(TOKENS_A_PARAMETER * active, MOST_EPOCHS * epoch)
+    tokens = epoch * (MOST_EPOCHS if stage == "pretrain" else cfg.epochs)
     cfg = replace(cfg, **fit_batch(vars(cfg), asked.explicit(), int(epoch)))
     while memory_gib(cfg) > T4.memory_gib and cfg.batch_size > 1:
         half = {**vars(cfg), "batch_size": cfg.batch_size // 2}
