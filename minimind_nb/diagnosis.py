@@ -82,8 +82,9 @@ def _first_line(file: str) -> str:
 def _versions() -> str:
     """Return the main versions, and what is missing or older than was tested."""
     found, wanted = [], []
-    own = importlib.metadata.distributions(name="minimind_nb")  # none: not installed
-    for need in (Requirement(line) for one in own for line in one.requires or ()):
+    own = importlib.metadata.distributions(name="minimind_nb")
+    needs = next((one.requires for one in own), None)  # none: not installed
+    for need in map(Requirement, needs or ()):
         if need.marker:  # of an extra
             continue
         try:
