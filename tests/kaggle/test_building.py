@@ -69,7 +69,7 @@ def run_on_stand_in(packages, mount, *arguments, **more):
     return working, answer.stdout
 
 
-def test_a_pushed_notebook_goes_on_from_the_version_before(
+def test_a_pushed_notebook_resumes_the_run_of_the_version_before(
     built, version_before, lacking, tmp_path
 ):
     mount = tmp_path / "input"
