@@ -73,7 +73,8 @@ class Hardware:
         built = [divmod(int(n), 10) for n in re.findall(r"_(\d+)", self.architectures)]
         for gpu in self.gpus:
             if gpu.capability < min(built, default=(0, 0)):
-                return f"{gpu.name} is too old for a torch for {self.architectures}"
+                built_for = f"this torch, built for {self.architectures}"
+                return f"{gpu.name} is too old for {built_for}"
         return "" if self.gpus else "no GPU was found"
 
 

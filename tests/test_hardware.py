@@ -76,7 +76,7 @@ def test_hardware_is_described_in_a_line():
     [
         (
             "sm_75 sm_80 sm_90a sm_100 compute_120",
-            "too old for a torch for sm_75 sm_80",
+            "too old for this torch, built for sm_75 sm_80",
         ),
         ("sm_50 sm_60 sm_100", ""),
         ("compute_53", ""),
