@@ -13,8 +13,9 @@ from ..launch.cancellation import agreed_stop_reason
 from ..model.state_dict import write_pth
 from ..storage.verified import DamagedFolder
 from .checkpoint import LogWindow, save_checkpoint
+from .evaluation import answer_prompts, seed_of
 from .optim import learning_rate
-from .trainer import Trainer, answer_prompts, describe_lines, seed_of
+from .trainer import Trainer, describe_lines
 
 _COMPILERS = ("torch._dynamo", "torch._functorch", "torch._inductor", "triton")
 _MAX_FAILED_SAVES = 3

@@ -14,9 +14,10 @@ from ..launch.outcome import LESS_MEMORY, RankRecord
 from ..launch.process_group import Group
 from ..launch.spawn import Job
 from ..storage.verified import write_text
+from .evaluation import Evaluator
 from .loop import fit
 from .run_plan import RunPlan
-from .trainer import Evaluator, Trainer
+from .trainer import Trainer
 
 _OUT_OF_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
 

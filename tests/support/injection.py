@@ -40,9 +40,9 @@ POINTS = {
     "prune": ("storage.run_folder", "RunFolder.prune_checkpoints", "before"),
     "weights_file": ("training.loop", "write_pth", "before"),
     "exit": ("launch.process_group", "Group.close", "before"),
-    "validation": ("training.trainer", "Evaluator.evaluate", "before"),
+    "validation": ("training.evaluation", "Evaluator.evaluate", "before"),
     "answer": ("training.loop", "answer_prompts", "before"),
-    "reference": ("training.trainer", "with_reference", "before"),
+    "reference": ("training.evaluation", "with_reference", "before"),
 }
 SAVING: list[str] = [
     *("before_save", "half_a_file", "after_a_file", "before_manifest"),

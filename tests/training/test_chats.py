@@ -20,7 +20,7 @@ from support.runs import (
 from minimind_nb.data.jsonl import DataError
 from minimind_nb.data.tokenizer import load_tokenizer, read_tokenizer
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training import trainer as trainer_module
+from minimind_nb.training import evaluation
 from minimind_nb.training.loop import Trainer
 
 LOGGED = ("step", "samples", "tokens", "loss", "aux_loss", "learning_rate")
@@ -193,7 +193,7 @@ def test_a_prompt_that_is_rendered_already_gets_no_second_begin_token(
         asked.extend(prompts)
         return [""] * len(prompts)
 
-    monkeypatch.setattr(trainer_module, "generate", generate)
+    monkeypatch.setattr(evaluation, "generate", generate)
     evaluator: Any = types.SimpleNamespace(
         cfg=types.SimpleNamespace(stage=stage, sample_tokens=1),
         model=None,
@@ -201,7 +201,7 @@ def test_a_prompt_that_is_rendered_already_gets_no_second_begin_token(
         autocast=contextlib.nullcontext(),
     )
     rendered = "<|im_start|>user\n猫<|im_end|>\n<|im_start|>assistant\n"
-    trainer_module.answer_prompts(evaluator, [rendered, "猫"], seed=0)
+    evaluation.answer_prompts(evaluator, [rendered, "猫"], seed=0)
     turn = [{"role": "user", "content": "猫"}]
     assert asked == [rendered, "猫" if stage == "pretrain" else turn]
 

@@ -19,9 +19,9 @@ from minimind_nb.launch.outcome import RankRecord
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
 from minimind_nb.training import loop
+from minimind_nb.training.evaluation import seed_of
 from minimind_nb.training.loop import Trainer
 from minimind_nb.training.stages import Stage
-from minimind_nb.training.trainer import seed_of
 
 MEASURED = {"seconds", "tokens_per_second", "peak_memory_gib"}
 

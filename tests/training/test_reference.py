@@ -14,19 +14,19 @@ from support.runs import (
 )
 
 from minimind_nb.storage.run_folder import RunFolder
-from minimind_nb.training import trainer
+from minimind_nb.training import evaluation
 
 
 def test_the_reference_computes_validation_pairs_once(
     dpo_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = trainer.with_reference, []
+    real, calls = evaluation.with_reference, []
 
     def counted(batch, reference):
         calls.append(batch.samples)
         return real(batch, reference)
 
-    monkeypatch.setattr(trainer, "with_reference", counted)
+    monkeypatch.setattr(evaluation, "with_reference", counted)
     _, folder = train_here({**dpo_settings, "eval_interval": 1, "max_steps": 3})
     held_out = sum(calls) - metric_rows(folder, "train", "samples")[-1][0]
     assert 0 < held_out < 10, "four validations, whose pairs are looked at once"
