@@ -36,11 +36,11 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def meet(self) -> None:
-        """Raise `RuntimeError` unless the ranks sum ones to their number."""
-        self.sum(ones := torch.ones(1, device=self.device))
-        if int(ones) != self.size:
-            raise RuntimeError(f"{self.size} ranks summed ones to {int(ones)}")
+    def meet(self, count: int = 1) -> None:
+        """Raise `RuntimeError` unless the ranks sum `count` ones to their number."""
+        self.sum(ones := torch.ones(count, device=self.device))
+        if (total := int(ones[-1])) != self.size:
+            raise RuntimeError(f"{self.size} ranks summed ones to {total}")
 
     def close(self) -> None:
         if self.size > 1:

@@ -50,13 +50,7 @@ def time_sums(job: Job, store: str, record: RankRecord, stop: StopRequest) -> st
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record.update(phase="meeting")
     group = Group(record.rank, job.num_processes, store, device)
-    gradients = torch.zeros(25_000_000, device=group.device)
-
-    def sum_all() -> None:
-        group.sum(gradients)
-        gradients[0].item()  # waits for the device
-
-    seconds = min(timeit.repeat(sum_all, number=1, repeat=5))
+    seconds = min(timeit.repeat(lambda: group.meet(25_000_000), number=1, repeat=5))
     peers = device == "cuda" and torch.cuda.can_device_access_peer(0, 1)
     text = f"{seconds * 1e3:.0f} ms for 25 M gradients, {'' if peers else 'no '}P2P"
     write_text(job.folder.root / "all_reduce", text)
