@@ -8,17 +8,14 @@ import importlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .progress_bar import open_bar
-from .session import current_session
 from .storage import verified
 from .storage.run_folder import RunFolder
 
 # All that is uploaded of a run, and taken from a repository: JSON and safetensors.
-RUN_FILE = re.compile(
+RUN_FILE = (
     r"run/((config|rank0)\.json|metrics\.jsonl|reference\.safetensors|"
     r"tokenizer/(\w+\.json|chat_template\.jinja)|checkpoints/step_\d{8}/"
     r"((manifest|state)\.json|(model|optimizer)\.safetensors))"
@@ -34,8 +31,10 @@ def find_token(place: str = "") -> str | None:
     from huggingface_hub import get_token
 
     token = get_token()
-    if not token and current_session().kind == "kaggle":
-        with contextlib.suppress(Exception):  # no such secret, or no internet
+    if not token:
+        with contextlib.suppress(
+            Exception
+        ):  # no Kaggle, no such secret, or no internet
             client = importlib.import_module("kaggle_secrets").UserSecretsClient()
             token = client.get_secret("HF_TOKEN")
     if place and not token:
@@ -47,52 +46,41 @@ def find_token(place: str = "") -> str | None:
     return token.strip() if token else None
 
 
-@contextlib.contextmanager
-def explained(place: str) -> Iterator[None]:
-    """Raise the Hub's errors as an `OSError` of one line that says what to do."""
-    errors: Any = importlib.import_module("huggingface_hub.errors")
-    kinds = errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError
-    try:
-        yield
-    except Exception as error:  # that of a large file is only the cause
-        found = error if isinstance(error, kinds) else error.__cause__
-        if not isinstance(found, kinds):
-            raise
-        status = getattr(getattr(found, "response", None), "status_code", None)
-        text = "try again later"
-        if status in (401, 403, 404):
-            text = "check its name, and that HF_TOKEN has the right to do this there"
-        elif not status:
-            text = "check the internet (on Kaggle a setting of the notebook)"
-        answer = f"answers {status}" if status else "does not answer"
-        raise OSError(f"the Hub {answer} for {place}: {text}") from error
-
-
 class Repository:
-    """A repository at its newest commit; `files` are the sizes of its files.
+    """A repository at its newest commit; `files` are the names of its files.
 
-    It is made if it is missing and `private` is not None. Raises the Hub's errors.
+    It is made if it is missing and `private` is not None. Raises `OSError` if the Hub
+    refuses or does not answer.
     """
 
     def __init__(self, place: str, token: str | None, private: bool | None = None):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import get_session
 
-        self.place, self.name = place, place.removeprefix("hf:")
+        self.name = place.removeprefix("hf:")
         endpoint = os.environ.get("HF_ENDPOINT")  # may be set after the import
         self._api: Any = HfApi(endpoint=endpoint, token=token or False)
         get_session().timeout = _TIMEOUT_SECONDS
-        if private is not None:
-            self._api.create_repo(self.name, private=private, exist_ok=True)
-        info = self._api.model_info(self.name, files_metadata=True)
+        try:
+            if private is not None:
+                self._api.create_repo(self.name, private=private, exist_ok=True)
+            info = self._api.model_info(self.name)
+        except importlib.import_module("huggingface_hub.errors").HTTPError as error:
+            raise OSError(
+                f"{place} cannot be opened: {' '.join(str(error).split())}. Check its "
+                "name, the rights of HF_TOKEN, and the internet (on Kaggle a setting of "
+                "the notebook)"
+            ) from error
         self.commit: str = info.sha
-        self.files = {file.rfilename: file.size or 0 for file in info.siblings}
+        self.files = {file.rfilename for file in info.siblings}
         self.address = f"{self._api.endpoint}/{self.name}"
 
-    def download(self, name: str, folder: Path) -> Path:
-        """Download a file to its place in a folder, and return it."""
+    def download(self, wanted: str, folder: Path) -> RunFolder:
+        """Download the files whose names match, and return the run in them."""
         given = {"revision": self.commit, "local_dir": folder}
-        return Path(self._api.hf_hub_download(self.name, name, **given))
+        for name in filter(re.compile(wanted).fullmatch, self.files):
+            self._api.hf_hub_download(self.name, name, **given)
+        return RunFolder(folder / "run")
 
     def replace(self, folder: Path, text: str) -> None:
         """Commit the files of a folder, and that those of `run/` which it lacks go."""
@@ -110,26 +98,18 @@ class Repository:
 def download_run(place: str, cache: Path) -> Path:
     """Download the run in a repository, verified, and return its folder in `cache`.
 
-    Raises `OSError` as `explained` does, `FileNotFoundError` if there is no run, and
+    Raises `OSError` as `Repository` does, `FileNotFoundError` if there is no run, and
     `NoGoodCheckpoint` if its files are not those that were written.
     """
-    with explained(place):
-        repository = Repository(place, find_token())
-        final = cache / f".hub-{repository.commit}"
-        if final.is_dir():
-            return final
-        for old in cache.glob(".hub-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        found = {
-            n: size for n, size in repository.files.items() if RUN_FILE.fullmatch(n)
-        }
-        total, title = sum(found.values()), f"Downloading {place}"
-        with open_bar(title, total) as bar, verified.beside(final, total) as aside:
-            for name, size in found.items():
-                repository.download(name, aside)
-                bar.update(size)
-            run = RunFolder(aside / "run")
-            if not run.exists() or not run.newest_good_checkpoint():
-                raise FileNotFoundError(f"{place} has no run that could be resumed")
-            run.root.rename(final)
+    repository = Repository(place, find_token())
+    final = cache / f".hub-{repository.commit}"
+    if final.is_dir():
+        return final
+    for old in cache.glob(".hub-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    with verified.beside(final) as aside:
+        run = repository.download(RUN_FILE, aside)
+        if not run.exists() or not run.newest_good_checkpoint():
+            raise FileNotFoundError(f"{place} has no run that could be resumed")
+        run.root.rename(final)
     return final

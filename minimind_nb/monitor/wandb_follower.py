@@ -44,16 +44,14 @@ def require_wandb() -> None:
 
 
 def wandb_follower(history: History, cfg: ResolvedConfig) -> Follower | None:
-    """Return the process that sends the metrics of a session, if `cfg.use_wandb`.
+    """Start the process that sends the metrics of a session, if `cfg.use_wandb`.
 
-    `history` has the rows that the session begins with. The process ends at the `end`
-    row of the session, too.
+    `history` has the rows that the session begins with.
     """
     if not cfg.use_wandb:
         return None
-    log = history.path.with_name("wandb.log")
-    given = (history, cfg.wandb_project)
-    return Follower("wandb", log, FINISH_SECONDS, _follow, *given)
+    given = (_follow, history, cfg.wandb_project)
+    return Follower("wandb", history.path.parent, FINISH_SECONDS, *given)
 
 
 def _follow(
@@ -67,8 +65,8 @@ def _follow(
     verified.write_text(file, json.dumps(state))
     run, message = _open_run(history.path.parent, project, state["id"])
     say(message)
-    before, begun, sent, over, status = state["step"], len(history.rows), 0, False, ""
-    while not (over or status):
+    before, begun, sent, over = state["step"], len(history.rows), 0, False
+    while not over:
         over = finish.wait(_POLL_SECONDS)
         history.refresh()
         logged = (row for row in history.rows if row["kind"] in ("train", "eval"))
@@ -81,9 +79,8 @@ def _follow(
             state["step"] = rows[-1]["step"]
             verified.write_text(file, json.dumps(state))
         sent = len(rows)
-        ends = (row for row in history.rows[begun:] if row.get("event") == "end")
-        status = next((row["status"] for row in ends), "")
-    run.finish(exit_code=int(status in ("", "failed")))
+    ends = [row["status"] for row in history.rows[begun:] if row.get("event") == "end"]
+    run.finish(exit_code=int(ends in ([], ["failed"])))
 
 
 def _open_run(folder: Path, project: str, name: str) -> tuple[Any, str]:

@@ -80,11 +80,10 @@ def _run(plan: RunPlan, lock: int, run: Run, shown: View) -> None:
         for follower in followers:
             shown.attempt(follower.report)
 
-    made = (make(history, plan.cfg) for make in (wandb_follower, publisher))
+    makers = (wandb_follower, publisher)
+    made = [shown.attempt(make, history, plan.cfg) for make in makers]
     followers = list(filter(None, made))
     shown.attempt(shown.update, history)
-    for follower in followers:
-        shown.attempt(follower.start)
     status = "failed"
     try:
         status = launch("run", plan, show, lock)

@@ -1,7 +1,6 @@
 import importlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import socket
@@ -99,7 +98,6 @@ def session(tmp_path, make_history, add_rows, caplog):
         cfg = resolve(TrainConfig(use_wandb=True, **settings))
         follower = wandb_follower.wandb_follower(history, cfg)
         assert follower
-        follower.start()
         with MetricsLog(path) as log:
             log.append("event", event="resume" if begin else "start", step=begin)
         add_rows(history, *steps, expert_load=[[0.25, 0.75]])
@@ -156,26 +154,6 @@ def test_rows_that_are_lost_at_a_resume_are_not_logged(fake, session, make_histo
     losses = [(row["step"], row["values"]["train/loss"]) for row in rows]
     assert losses == [(1, 4.0), (2, 3.0)]
     assert calls()[-1] == {"exit_code": 0}
-
-
-def test_the_process_ends_by_itself_at_the_end_row_of_its_session(fake, make_history):
-    calls, history = fake(), make_history([4.0])
-    history.path.with_name("config.json").write_text('{"settings": {}}')
-    with MetricsLog(history.path) as log:
-        log.append("event", event="end", step=1, status="failed")
-        history.refresh()
-        cfg = resolve(TrainConfig(use_wandb=True))
-        follower = wandb_follower.wandb_follower(history, cfg)
-        assert follower
-        follower.start()
-        (process,) = multiprocessing.active_children()
-        log.append("event", event="resume", step=1)
-        process.join(3)
-        assert process.is_alive(), "an earlier session's end is not this one's"
-        log.append("event", event="end", step=1, status="time_budget")
-    process.join(30)
-    assert calls()[-1] == {"exit_code": 0}
-    follower.finish()
 
 
 def test_another_project_gets_a_run_of_its_own(fake, session):

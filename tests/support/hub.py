@@ -147,7 +147,7 @@ def mode(file: dict[str, Any]) -> dict[str, Any]:
 def standing_in() -> Iterator[Hub]:
     """A hub that serves in the block; the user's environment points at it."""
     hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.address)
         patch.setenv("HF_TOKEN", TOKEN)
