@@ -14,7 +14,6 @@ from .config import (
     flops_per_token,
 )
 from .data.demo import DEMO
-from .data.jsonl import DataError
 from .hardware import Hardware, detect_hardware, machine_flops
 from .monitor.metrics import History
 from .monitor.progress import STATUS_WORDS, position_text
@@ -83,11 +82,15 @@ def plan_stages(
     if hours and not first.checkpoint:
         text = fit_to_hours(text, hours * 2 / 3, hardware)
         first = draft(text, hardware)
-    alone, second = draft_alone(replace(chats, **first.cfg.shape()), hardware)
+    alone = replace(chats, **first.cfg.shape())
+    try:
+        alone, second = draft_alone(alone, hardware)
+    except ValueError:  # weights of another shape; pretraining makes those it needs
+        alone, second = draft_alone(replace(alone, init_from="none"), hardware)
     if hours and not second.checkpoint:
         alone = fit_to_hours(alone, hours / 3, hardware)
         second = draft(alone, hardware)
-    found = Facts(f"{hours:.3g} hours" if hours else "Nothing ends the session", {})
+    found = Facts(f"{hours:.3g} hours for two stages" if hours else "Two stages", {})
     names = "parameters", "steps", "expected loss", "existing run", "in short"
     for drafted in first, second:
         facts = _describe(drafted, hardware)
@@ -100,13 +103,10 @@ def plan_stages(
 def draft_alone(
     cfg: TrainConfig, hardware: Hardware | None = None
 ) -> tuple[TrainConfig, RunPlan]:
-    """Return a configuration and its draft, with new weights if there are none to start
-    from, or none of this shape."""
+    """Return a configuration and its draft, with new weights if there are none."""
     try:
         return cfg, draft(cfg, hardware)
-    except DataError:
-        raise
-    except (NoInitialWeights, ValueError):
+    except NoInitialWeights:
         cfg = replace(cfg, init_from="none")
         return cfg, draft(cfg, hardware)
 
