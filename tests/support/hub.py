@@ -39,6 +39,9 @@ class Hub(ThreadingHTTPServer):
         content = sorted((k, sha1(v).hexdigest()) for k, v in self.files[name].items())
         return sha1(repr(content).encode()).hexdigest()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that have gone."""
+
 
 class Requests(BaseHTTPRequestHandler):
     server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
