@@ -5,6 +5,8 @@ need the command `kaggle` and an API key.
 """
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 
 from building import OUT, SOURCES, run_build
@@ -20,13 +22,26 @@ from minimind_nb.config import STAGES
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr."""
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         options.run(options)
     except (Refused, OSError) as reason:
         raise SystemExit(f"kernels.py: {reason}") from None
     except KeyboardInterrupt:
         raise SystemExit("kernels.py: stopped; the same command resumes") from None
+
+
+def number(text: str, least: float = 0.0) -> float:
+    """Return the number that an option names; raises `Refused` for a useless one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if least <= value < math.inf:
+        return value
+    raise Refused(
+        f"{text!r} is no number of at least {least:g} (--hours, --poll, --wait)"
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -84,7 +99,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     resume.set_defaults(run=run_continue)
     chain.set_defaults(run=run_chain, fresh=True)
     chain.add_argument(
-        "--hours", type=float, help=f"GPU hours in all (default {HOURS:g})"
+        "--hours",
+        type=partial(number, least=0.1),
+        help=f"GPU hours in all (default {HOURS:g})",
     )
     chain.add_argument(
         "--no-wait", action="store_true", help="end if the GPU quota is used up"
@@ -95,7 +112,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (push, chain):
         command.add_argument(
             "--wait",
-            type=float,
+            type=number,
             default=900,
             metavar="SECONDS",
             help="for data sets to be processed (default %(default)s)",
@@ -103,7 +120,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (waiting, chain):
         command.add_argument(
             "--poll",
-            type=float,
+            type=number,
             default=60,
             metavar="SECONDS",
             help="between questions to Kaggle (default %(default)s)",

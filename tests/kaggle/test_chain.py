@@ -219,3 +219,14 @@ def test_by_hand_a_version_is_waited_for_fetched_and_continued(site, built, caps
     assert "pretrain_32: time_budget, saved at step 10" in told
     assert f"ann/{A} is finished at step 20: nothing was pushed" in told
     assert site.pushes() == ["pretrain", "pretrain"]
+
+
+@pytest.mark.parametrize(
+    "useless", [("--hours", "0"), ("--hours", "nan"), ("--poll=-1",)]
+)
+def test_numbers_that_mean_nothing_are_refused_first(site, useless):
+    with pytest.raises(
+        SystemExit, match="is no number of at least .* .--hours, --poll"
+    ):
+        kernels.main(site.arguments(*useless))
+    assert not (site.folder / "calls.txt").exists()
