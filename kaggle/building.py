@@ -66,7 +66,7 @@ def run_build(options: argparse.Namespace) -> None:
         print(folder, *files, *(["(kept; --fresh drops it)"] if folder in kept else []))
     place = [] if options.out == OUT else ["--out", str(options.out)]
     push = shlex.join(["push", *place, "--notebook", *names])
-    print(f"Next: pip install 'kaggle>=2.2', then python kaggle/kernels.py {push}")
+    print(f"Next: pip install 'kaggle>=2.2.2', then python kaggle/kernels.py {push}")
 
 
 def find_built(out: Path) -> list[Path]:

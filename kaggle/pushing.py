@@ -62,7 +62,7 @@ def find_kernels(options: argparse.Namespace) -> list[Path]:
 def check_command() -> None:
     """Raise `Refused` without the command `kaggle`."""
     if shutil.which("kaggle") is None:
-        raise Refused("the command kaggle is missing: pip install 'kaggle>=2.2'")
+        raise Refused("the command kaggle is missing: pip install 'kaggle>=2.2.2'")
 
 
 def push_command(folder: Path) -> list[str]:
