@@ -31,6 +31,7 @@ BUILT = [
     *(f"kernels/{name}" for name in SOURCES),
 ]
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
+LATER = ("init_from", "max_session_hours", "resume")  # which a later version adds
 OUT = Path("out/kaggle")
 PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
 
@@ -157,6 +158,9 @@ def choose_parameters(names: list[str], given: list[list[str]]) -> dict[str, Any
         stage = {"stage": name} if name in STAGES else {}
         fields = {key: value for key, value in chosen.items() if key in settings}
         try:
+            for key in LATER:
+                if key in chosen.get("settings", {}):
+                    raise Refused(f"{key} is among settings: pass it as -p {key} VALUE")
             TrainConfig(**(stage | fields), **chosen.get("settings", {}))
         except (ValueError, TypeError) as error:
             raise Refused(str(error)) from None

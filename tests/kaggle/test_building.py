@@ -244,6 +244,10 @@ def test_a_build_keeps_what_it_does_not_replace(built, tmp_path, capsys):
             "unknown parameter 'max_step'; did you mean max_steps",
         ),
         (["-p", "settings", "{'beta3': 0.9}"], "unknown setting 'beta3'; did you mean"),
+        (
+            ["-p", "settings", "{'resume': None}"],
+            "resume is among settings: pass it as",
+        ),
         (["-p", "dpo_beta", "0.2"], 'dpo_beta needs stage="dpo"'),
         (["-p", "use_moe", "true"], "(?s)use_moe='true'.*True, False and None are P"),
         (["-p", "data_path", "c.jsonl"], "c.jsonl, which is not among --data FILE"),
