@@ -31,6 +31,7 @@ BUILT = [
     *(f"kernels/{name}" for name in SOURCES),
 ]
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
+INJECTED = "injected-parameters"  # papermill's tag of the cell with the -p
 LATER = ("init_from", "max_session_hours", "resume")  # which a later version adds
 OUT = Path("out/kaggle")
 PARTS = ("minimind_nb", "pyproject.toml", "README.md", "LICENSE")
@@ -225,8 +226,11 @@ def attach(folder: Path, user: str, sources: list[str], wheel: Path) -> None:
     notebook = nbformat.read(file, as_version=4)
     stamp(notebook, wheel)
     nbformat.write(notebook, file)
+    cells = [c.source for c in notebook.cells if INJECTED in c.metadata.get("tags", ())]
+    if internet := bool(re.search("[\"']hf:", "".join(cells))):
+        print(f"{folder} gets internet, since a parameter names hf:…")
     values = {"id": id_of(user, folder.name), "title": f"MiniMind {folder.name}"}
-    values |= {"code_file": file.name}
+    values |= {"code_file": file.name, "enable_internet": internet}
     _fill(folder / KERNEL, {**values, "dataset_sources": sources})
 
 

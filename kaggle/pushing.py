@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from building import DATASET, KERNEL, SOURCES, find_built, id_of
+from building import DATASET, INJECTED, KERNEL, SOURCES, find_built, id_of
 from kaggle_command import (
     BUSY,
     Refused,
@@ -135,8 +135,13 @@ def write_version(
     write_metadata(folder, metadata | changed)
     file = folder / metadata["code_file"]
     notebook = nbformat.read(file, as_version=4)
+    tags = [cell.metadata.get("tags", ()) for cell in notebook.cells]
+    if not any(INJECTED in own for own in tags):  # built without -p
+        cell = nbformat.v4.new_code_cell("# Parameters", metadata={"tags": [INJECTED]})
+        position = next(i for i, own in enumerate(tags) if "parameters" in own) + 1
+        notebook.cells.insert(position, cell)
     for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", ()):
+        if INJECTED in cell.metadata.get("tags", ()):
             cell.source = "\n".join([cell.source.rstrip("\n"), *lines, ""])
     nbformat.write(notebook, file)
     return folder

@@ -5,7 +5,9 @@ import os
 import shutil
 import sys
 
+import building
 import kernels
+import pushing
 import pytest
 from support.kaggle import metadata
 
@@ -124,3 +126,20 @@ def test_nothing_is_pushed_without_command_or_folders(kaggle, tmp_path, monkeypa
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(SystemExit, match="command kaggle is missing: pip install"):
         kernels.main(["push"])
+
+
+def test_a_version_gets_its_lines_without_parameters_of_the_build(tmp_path):
+    wheel, folder = tmp_path / "a.whl", tmp_path / "kernels" / "pretrain"
+    wheel.touch()
+    for parameters, internet in (({"publish": "hf:ann/run"}, True), ({}, False)):
+        building.write_kernel(tmp_path, "pretrain", parameters)
+        building.attach(folder, "ann", [], wheel)
+        version = [tmp_path / "next", "ann/x", ["ann/y"], ["resume = 'y/out'"]]
+        values = metadata(pushing.write_version(folder, *version))
+        assert values["enable_internet"] is internet
+        cells = json.loads((tmp_path / "next" / "pretrain.ipynb").read_text())["cells"]
+        tagged = {str(c["metadata"].get("tags")): "".join(c["source"]) for c in cells}
+        first, injected, *_ = [tag for tag in tagged if "parameters" in tag]
+        assert "'parameters'" in first and "injected-parameters" in injected
+        assert tagged[injected].startswith("# Parameters\n")
+        assert tagged[injected].endswith("\nresume = 'y/out'\n")
