@@ -11,6 +11,7 @@ PATIENCE_SECONDS = 3600  # for the upload of a data set
 _NETWORK = (
     r"timed? ?out|connection|max retries|resolve|\b5\d\d \w+ ?error|\b429\b|rate limit"
 )
+_MISSING = r"\b40[34] client error|\bnot found\b|\bcannot access kernel\b"
 _NO_KEY = (
     "kaggle has no valid key: create a token on Kaggle's settings page and save it at "
     "~/.kaggle/access_token, or run `kaggle auth login`; then repeat this command"
@@ -42,7 +43,7 @@ def find_state(kernel: str) -> str | None:
     if found:
         return found[1].upper()
     # Kaggle gives the same answer for kernels that are missing and that are private.
-    if re.search(r"40[34]|not found|cannot access", said, re.IGNORECASE):
+    if re.search(_MISSING, said, re.IGNORECASE) and not is_network_error(said):
         return None
     raise Unreadable(
         f"the state of {kernel} is unknown (kaggle said {shorten(said)!r}): check your key "

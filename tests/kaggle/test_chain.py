@@ -230,3 +230,10 @@ def test_numbers_that_mean_nothing_are_refused_first(site, useless):
     ):
         kernels.main(site.arguments(*useless))
     assert not (site.folder / "calls.txt").exists()
+
+
+def test_a_network_error_is_no_missing_notebook(site):
+    address = "HTTPSConnection object at 0x7f2f404bd910>: Failed to resolve"
+    site.change(unreadable=[f"Max retries exceeded (<{address})"] * 2)
+    with pytest.raises(kaggle_command.Unreadable, match="0x7f2f404bd910"):
+        kaggle_command.find_state(f"ann/{A}")
