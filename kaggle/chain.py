@@ -16,8 +16,8 @@ from building import SOURCES, id_of
 from chain_state import Chain, hold_lock, wait_for_hours, wait_for_turn
 from fetching import (
     FetchedRun,
+    ask_runs,
     ask_state,
-    fetch_runs,
     mounted,
     output_command,
     tell,
@@ -35,7 +35,7 @@ from pushing import (
 from minimind_nb.session import KAGGLE_HOURS
 
 SESSION_HOURS = 12.0  # the longest that Kaggle lets a session be
-LATE = {"COMPLETE": 10}  # times to fetch an output that is not there yet, by state
+LATE = {"COMPLETE": 10}  # times to fetch again what may be an older output, by state
 
 
 def run_chain(options: argparse.Namespace) -> None:
@@ -101,7 +101,9 @@ def start_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
 
 def find_foreign(chain: Chain, kernels: list[str]) -> list[str]:
     """Return the identities of the runs in outputs of before the chain, and name them."""
-    found = [(k, r) for k in kernels for r in fetch_runs(k, chain.options.out)]
+    out, poll = chain.options.out, chain.options.poll
+    states = {k: ask_state(k, poll) or "" for k in kernels}
+    found = [(k, r) for k in kernels for r in ask_runs(k, out, states[k], poll)]
     for kernel, run in found:
         tell(
             f"{kernel} holds another run, saved at step {run.step}: it is not resumed, "
@@ -139,10 +141,10 @@ def find_before(chain: Chain, before: str, kernel: str) -> tuple[str, str]:
     if run := chain.state["runs"].get(before):
         return run["good"], run["path"]
     first = id_of(kernel.partition("/")[0], before)
-    found = []
+    found, poll = [], chain.options.poll
     for other in (first, f"{first}-b"):
-        if ask_state(other, chain.options.poll):
-            runs = fetch_runs(other, chain.options.out)
+        if state := ask_state(other, poll):
+            runs = ask_runs(other, chain.options.out, state, poll)
             found += [(r.step, other, r.path) for r in runs if r.stage == before]
     return max(found)[1:] if found else ("", "")
 
@@ -167,14 +169,15 @@ def end_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
             run["failures"] += 1
             return
     state = wait_until_ended(kernel, poll, show)
-    found = pick(run, name, fetch_runs(kernel, chain.options.out))
+    used = elapsed()
+    found = pick(run, name, ask_runs(kernel, chain.options.out, state, poll))
     for _ in range(LATE.get(state, 3)):
         if is_further(run, found):
             break
         time.sleep(poll)
-        found = pick(run, name, fetch_runs(kernel, chain.options.out))
+        found = pick(run, name, ask_runs(kernel, chain.options.out, state, poll))
     if session["version"] or is_further(run, found):
-        chain.state["hours"] += elapsed()
+        chain.state["hours"] += used
     judge(chain, run, state, found)
 
 

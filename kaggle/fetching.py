@@ -1,18 +1,27 @@
 """Wait until a version has ended, fetch its small files, read its runs, continue them."""
 
 import argparse
-import contextlib
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from kaggle_command import BUSY, Refused, Unreadable, find_state, kaggle
+from kaggle_command import (
+    BUSY,
+    Refused,
+    Unreadable,
+    find_state,
+    is_network_error,
+    kaggle,
+    shorten,
+)
 from pushing import find_kernels, kernel_of, push_kernel, write_version
 
 from minimind_nb.monitor.metrics import History
 from minimind_nb.storage.run_folder import RunFolder
+
+Answer = TypeVar("Answer")
 
 UNREADABLE = 360  # answers in a row before waiting ends: six hours at the usual poll
 # The files of run folders but checkpoints; Kaggle adds the session's log.
@@ -46,7 +55,7 @@ def run_fetch(options: argparse.Namespace) -> None:
     """Fetch the small files of each notebook's last version, and say what they show."""
     for folder in find_kernels(options):
         kernel = kernel_of(folder)
-        runs = fetch_runs(kernel, options.out)
+        runs = fetch_runs(kernel, options.out, find_state(kernel))
         for run in runs:
             tell(f"{run.root}: {run.status}, saved at step {run.step}")
         if not runs:
@@ -63,7 +72,8 @@ def run_continue(options: argparse.Namespace) -> None:
         kernel = kernel_of(folder)
         if (state := find_state(kernel)) in BUSY:
             raise Refused(f"{kernel} is {state}: kernels.py wait, then continue")
-        runs = [r for r in fetch_runs(kernel, options.out) if r.stage == folder.name]
+        runs = fetch_runs(kernel, options.out, state)
+        runs = [run for run in runs if run.stage == folder.name]
         if not runs:
             raise Refused(
                 f"the output of the last version of {kernel} has no run of "
@@ -105,28 +115,55 @@ def wait_until_ended(kernel: str, poll: float, show: Callable[[str], None]) -> s
 
 def ask_state(kernel: str, poll: float) -> str | None:
     """Return `find_state`, repeated while the answer cannot be read."""
-    for left in range(UNREADABLE, 0, -1):
+    return insist(lambda: find_state(kernel), poll)
+
+
+def ask_runs(kernel: str, out: Path, state: str, poll: float) -> list[FetchedRun]:
+    """Return `fetch_runs`, repeated while the output cannot be read."""
+    return insist(lambda: fetch_runs(kernel, out, state), poll)
+
+
+def insist(ask: Callable[[], Answer], poll: float) -> Answer:
+    """Return what `ask` returns, asking every `poll` s while it raises `Unreadable`;
+    raises that after 360 times."""
+    for left in range(UNREADABLE - 1, 0, -1):
         try:
-            return find_state(kernel)
+            return ask()
         except Unreadable as reason:
-            if left == UNREADABLE:
-                tell(
-                    f"{reason}; nothing is concluded, asking {UNREADABLE - 1} times more"
-                )
+            if left == UNREADABLE - 1:
+                tell(f"{reason}; nothing is concluded, asking {left} times more")
             time.sleep(poll)
-    return find_state(kernel)
+    return ask()
 
 
-def fetch_runs(kernel: str, out: Path) -> list[FetchedRun]:
-    """Fetch the small files of a kernel's last version, and return its runs, least
-    advanced first: none if the output is empty, late or unreadable."""
+def fetch_runs(kernel: str, out: Path, state: str | None) -> list[FetchedRun]:
+    """Fetch the small files of a kernel's last version, which is in this state, and
+    return its runs, least advanced first.
+
+    Raises `Unreadable` after a network error, and for a COMPLETE version if its log is
+    missing, which Kaggle gives last, or if files of its runs are. Other versions may have
+    no output.
+    """
     target = fetched_folder(out, kernel)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    with contextlib.suppress(Unreadable):
-        kaggle(*output_command(kernel, target))
-    found = [read_run(file.parent, target) for file in target.rglob("config.json")]
-    return sorted(run for run in found if run)
+    said = kaggle(*output_command(kernel, target))
+    named = {file.parent for file in target.rglob("config.json")}
+    trained = {file.parent for file in target.rglob("metrics.jsonl")}
+    begun = {file.parent for file in target.rglob("rank*.json")}
+    runs = [run for run in (read_run(folder, target) for folder in named) if run]
+    logged = "log downloaded to" in said.lower()
+    if state == "COMPLETE":
+        whole = named >= trained | begun and trained >= {run.root for run in runs}
+        clear = logged and whole
+    else:
+        clear = logged or not is_network_error(said)
+    if clear:
+        return sorted(runs)
+    raise Unreadable(
+        f"the output of {kernel} is late or incomplete (kaggle said {shorten(said)!r}): "
+        "look at it on Kaggle, then repeat this command"
+    )
 
 
 def fetched_folder(out: Path, kernel: str) -> Path:
@@ -154,4 +191,9 @@ def read_run(folder: Path, target: Path) -> FetchedRun | None:
     saved = [row["step"] for row in events if row.get("event") == "save"]
     path = folder.relative_to(target).as_posix()
     step = max(saved, default=0)
-    return FetchedRun(step, run.status(), stage, identity, path, folder)
+    status = run.status()
+    if events and events[-1].get("event") == "end":
+        status = events[-1]["status"]
+    elif status == "finished":  # by a record that is newer than the metrics
+        status = "killed"
+    return FetchedRun(step, status, stage, identity, path, folder)

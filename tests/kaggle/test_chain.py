@@ -237,3 +237,27 @@ def test_a_network_error_is_no_missing_notebook(site):
     site.change(unreadable=[f"Max retries exceeded (<{address})"] * 2)
     with pytest.raises(kaggle_command.Unreadable, match="0x7f2f404bd910"):
         kaggle_command.find_state(f"ann/{A}")
+
+
+def test_an_output_that_cannot_be_read_is_fetched_until_it_can(site, monkeypatch):
+    answers, real = (
+        ["Read timed out.", "", "config", "rank0"] * 4,
+        kaggle_stand_in.output,
+    )
+
+    def output(state, kernel, target):
+        odd = answers.pop(0) if answers else "whole"
+        said = real(state, kernel, target)
+        for file in target.rglob(f"{odd}.json"):
+            file.unlink()
+        return odd if odd in ("Read timed out.", "") else said
+
+    monkeypatch.setattr(kaggle_stand_in, "output", output)
+    assert site.run(TIME_BUDGET, FINISHED) == [A, B]
+    answers += [""] * 9
+    monkeypatch.setattr(fetching, "UNREADABLE", 2)
+    shutil.rmtree(site.folder / "out")
+    site.change(kernels={})
+    with pytest.raises(SystemExit, match=f"output of ann/{A} is late or incomplete"):
+        site.run(TIME_BUDGET, FINISHED)
+    assert site.pushes() == [A, B, A]

@@ -81,16 +81,21 @@ def output(site, kernel, target):
     version = site["kernels"][kernel]
     late, version["late"] = version["late"], version["late"] - 1
     run = version["run"]
-    if not run or late > 0:
+    if late > 0:
         return ""
+    if not run:
+        return f"Kernel log downloaded to {target}"
     folder = target / "out" / f"{run['stage']}_32"
     folder.mkdir(parents=True)
     config = {"run": run["identity"], "settings": {"stage": run["stage"]}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "rank0.json").write_text(json.dumps({"status": run["status"]}))
-    row = {"kind": "event", "event": "save", "step": run["step"]}
-    (folder / "metrics.jsonl").write_text(f"{json.dumps(row)}\n")
-    return "Output file downloaded to …"
+    rows = [{"kind": "event", "event": "save", "step": run["step"]}]
+    if run["status"] in ("finished", "time_budget"):
+        rows.append(rows[0] | {"event": "end", "status": run["status"]})
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text)
+    return f"Output file downloaded to …\nKernel log downloaded to {target}"
 
 
 def answer(site, words):
