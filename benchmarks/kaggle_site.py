@@ -163,7 +163,7 @@ class Site:
                 shutil.copyfile(file, Path(to, part))
                 if call in self.script["kill_caller_of_output"]:
                     os.kill(os.getppid(), signal.SIGKILL)
-        return f"Output files downloaded to {to}"
+        return f"Output files downloaded to {to}\nKernel log downloaded to {to}"
 
     def datasets_status(self, name: str) -> str:
         if not (self.folder / "datasets" / name).is_dir():

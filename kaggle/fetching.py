@@ -154,8 +154,8 @@ def fetch_runs(kernel: str, out: Path, state: str | None) -> list[FetchedRun]:
     runs = [run for run in (read_run(folder, target) for folder in named) if run]
     logged = "log downloaded to" in said.lower()
     if state == "COMPLETE":
-        whole = named >= trained | begun and trained >= {run.root for run in runs}
-        clear = logged and whole
+        whole = named >= trained >= {run.root for run in runs}
+        clear = logged and whole and bool(runs or not begun)
     else:
         clear = logged or not is_network_error(said)
     if clear:
