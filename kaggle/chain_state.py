@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from building import SOURCES, run_build
-from fetching import fetched_folder, tell
+from fetching import FetchedRun, ask_runs, ask_state, fetched_folder, tell
 from kaggle_command import Quota, Refused, Unreadable, read_quota, shorten
 from pushing import kernel_of
 
@@ -25,10 +25,21 @@ BEGINNING = {
     "step": 0,  # saved in the last good output
     "good": None,  # the kernel that holds that output
     "trial": None,  # a kernel that holds a later one, of a version that did not complete
+    "trial_step": 0,  # saved there
     "failures": 0,  # versions since without progress
     "finished": False,
-    "foreign": None,  # identities of the runs that were there before this chain
+    "checked": False,  # whether its notebooks held a run before this chain
 }
+BEGUN = {
+    "plan": None,  # notebooks, parameters and data
+    "limit": HOURS,
+    "hours": 0.0,  # of the sessions that have ended
+    "uploaded": False,  # the data sets
+    "session": None,  # that runs, or is about to
+    "pushed": [],  # the kernels that are known to exist
+    "runs": {},
+}
+TURNS = ("", "-b", "-c")  # suffixes of a notebook's kernels
 
 
 class Chain:
@@ -38,9 +49,9 @@ class Chain:
         self.options = options
         self.file = options.out / "chain.json"
         self.built = options.out / "chain"  # which a `build` by hand does not change
+        self.again = f"`python kaggle/kernels.py run --out {options.out}`"
         self.state = self.open()
         self.state["limit"] = options.hours or self.state["limit"]
-        self.again = f"`python kaggle/kernels.py run --out {options.out}`"
 
     def open(self) -> dict[str, Any]:
         """Return the state of the chain, which is built if there is none.
@@ -53,19 +64,39 @@ class Chain:
         data = [str(file.absolute()) for file in options.data]
         plan = {"notebooks": names, "parameters": options.p, "data": data}
         if self.file.is_file():
-            state = json.loads(self.file.read_text(encoding="utf-8"))
-            if (options.notebook or options.p or data) and plan != state["plan"]:
+            state = self.read()
+            if plan == state["plan"] or not (options.notebook or options.p or data):
+                if options.adopt:
+                    runs = {name: dict(BEGINNING) for name in state["runs"]}
+                    state |= {"session": None, "runs": runs}
+                return state
+            if not options.adopt:
                 raise Refused(
                     f"{self.file} is a chain of other parameters: leave out -p, --data "
-                    "and --notebook to resume it, or delete that file to give it up"
+                    "and --notebook to resume it, or add --adopt to train its run "
+                    "further with these"
                 )
-            return state
         values = {**vars(options), "out": self.built, "notebook": names}
         with contextlib.redirect_stdout(io.StringIO()):
             run_build(argparse.Namespace(**values))
         runs = {name: dict(BEGINNING) for name in names}
-        begun = {"plan": plan, "limit": HOURS, "hours": 0.0, "uploaded": False}
-        return begun | {"session": None, "runs": runs}
+        return BEGUN | {"plan": plan, "runs": runs, "pushed": []}
+
+    def read(self) -> dict[str, Any]:
+        """Return the state in the file; raises `Refused` if it is damaged."""
+        try:
+            state = json.loads(self.file.read_bytes())
+            runs = list(state["runs"].values())
+            if state.keys() >= BEGUN.keys() and all(
+                r.keys() >= BEGINNING.keys() for r in runs
+            ):
+                return state
+        except (ValueError, LookupError, TypeError, AttributeError):
+            pass
+        raise Refused(
+            f"{self.file} is damaged: delete it, then the first command with --adopt "
+            "resumes the run that the notebooks hold"
+        )
 
     def save(self) -> None:
         """Write the state aside, and rename it."""
@@ -76,10 +107,26 @@ class Chain:
             os.fsync(file.fileno())
         aside.replace(self.file)
 
-    def pair(self, name: str) -> list[str]:
-        """Return the two kernels of a notebook, which take turns."""
+    def kernels(self, name: str) -> list[str]:
+        """Return the kernels of a notebook, which take turns."""
         kernel = kernel_of(self.built / "kernels" / name)
-        return [kernel, f"{kernel}-b"]
+        return [f"{kernel}{suffix}" for suffix in TURNS]
+
+    def free(self, name: str) -> str:
+        """Return the first kernel of a notebook that holds nothing of its run."""
+        run = self.state["runs"][name]
+        kernels = self.kernels(name)
+        return next(k for k in kernels if k not in (run["good"], run["trial"]))
+
+    def ask_state(self, kernel: str) -> str | None:
+        """Return the state of a kernel's last version, or None if it does not exist, which
+        is not concluded of one that did."""
+        exists = kernel in self.state["pushed"]
+        return ask_state(kernel, self.options.poll, exists)
+
+    def ask_runs(self, kernel: str, state: str) -> list[FetchedRun]:
+        """Return the runs in the output of a kernel's last version, in this state."""
+        return ask_runs(kernel, self.options.out, state, self.options.poll)
 
     def next(self, kernel: str) -> Path:
         """Return the folder from which the next version of a kernel is pushed."""

@@ -48,6 +48,8 @@ def run_wait(options: argparse.Namespace) -> None:
     """Wait until the last version of each notebook has ended."""
     for folder in find_kernels(options):
         kernel = kernel_of(folder)
+        if find_state(kernel) is None:
+            raise Refused(f"Kaggle has no notebook {kernel}: check --user and your key")
         wait_until_ended(kernel, options.poll, lambda s, k=kernel: tell(f"{k}: {s}"))
 
 
@@ -101,11 +103,7 @@ def wait_until_ended(kernel: str, poll: float, show: Callable[[str], None]) -> s
     told: str | None = None
     while True:
         time.sleep(poll)  # first, since a version that was just pushed may not show yet
-        state = ask_state(kernel, poll)
-        if state is None:
-            raise Unreadable(
-                f"Kaggle has no notebook {kernel}: check --user and your key"
-            )
+        state = ask_state(kernel, poll, exists=True) or ""
         if state != told:
             show(state)
         if state not in BUSY:
@@ -113,9 +111,19 @@ def wait_until_ended(kernel: str, poll: float, show: Callable[[str], None]) -> s
         told = state
 
 
-def ask_state(kernel: str, poll: float) -> str | None:
-    """Return `find_state`, repeated while the answer cannot be read."""
-    return insist(lambda: find_state(kernel), poll)
+def ask_state(kernel: str, poll: float, exists: bool = False) -> str | None:
+    """Return `find_state`, repeated while the answer cannot be read, or while it says
+    that there is no kernel which `exists`."""
+
+    def ask() -> str | None:
+        state = find_state(kernel)
+        if exists and state is None:
+            raise Unreadable(
+                f"Kaggle has no notebook {kernel}, which it had: check --user and your key"
+            )
+        return state
+
+    return insist(ask, poll)
 
 
 def ask_runs(kernel: str, out: Path, state: str, poll: float) -> list[FetchedRun]:

@@ -26,6 +26,10 @@ class Unreadable(Refused):
     """An answer from which nothing can be concluded, such as a network error."""
 
 
+class NotPushed(Refused):
+    """A push that has certainly not started a session."""
+
+
 class Quota(NamedTuple):
     """The GPU hours that are left this week, and when the week ends."""
 

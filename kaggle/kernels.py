@@ -104,6 +104,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"GPU hours in all (default {HOURS:g})",
     )
     chain.add_argument(
+        "--adopt", action="store_true", help="resume the run that the notebooks hold"
+    )
+    chain.add_argument(
         "--no-wait", action="store_true", help="end if the GPU quota is used up"
     )
     chain.add_argument(

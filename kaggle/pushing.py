@@ -13,10 +13,10 @@ from typing import Any
 from building import DATASET, INJECTED, KERNEL, SOURCES, find_built, id_of
 from kaggle_command import (
     BUSY,
+    NotPushed,
     Refused,
     Unreadable,
     find_state,
-    is_network_error,
     kaggle,
     shorten,
 )
@@ -73,7 +73,8 @@ def push_command(folder: Path) -> list[str]:
 def push_kernel(folder: Path) -> int | None:
     """Push a kernel, which starts a session, and return the number of its version.
 
-    Raises `Unreadable` if it is unknown whether it was pushed, else `Refused`.
+    Raises `NotPushed` if it started none, `Unreadable` if that is unknown, and `Refused`
+    if the session that it started lacks a source.
     """
     said = kaggle(*push_command(folder))
     print(said.strip())
@@ -81,15 +82,16 @@ def push_kernel(folder: Path) -> int | None:
     if "successfully pushed" in said and "not valid" not in said:
         version = re.search(r"version (\d+) successfully", said)
         return int(version[1]) if version else None
+    text = f"{folder} was not pushed: {shorten(said)}"
     if "successfully pushed" in said:
-        hint = "; the session that has started lacks them: cancel it on Kaggle"
-    elif re.search(r"\b403\b|permission|forbidden", said, re.IGNORECASE):
-        hint = "; this key has no rights there: is --user the name it belongs to?"
-    else:
-        hint = ""
-    known = hint or "Kernel push error" in said or not is_network_error(said)
-    text = f"{folder} was not pushed: {shorten(said)}{hint}"
-    raise Refused(text) if known else Unreadable(text)
+        raise Refused(
+            f"{text}; the session that has started lacks them: cancel it on Kaggle"
+        )
+    if re.search(r"\b403 client|permission|forbidden", said, re.IGNORECASE):
+        raise NotPushed(
+            f"{text}; this key has no rights there: is --user the name it belongs to?"
+        )
+    raise NotPushed(text) if "Kernel push error" in said else Unreadable(text)
 
 
 def kernel_of(folder: Path) -> str:

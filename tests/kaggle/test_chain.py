@@ -75,7 +75,8 @@ class Site:
         return values, (folder / values["code_file"]).read_text()
 
 
-A, B = "minimind-pretrain", "minimind-pretrain-b"
+A, B, C = "minimind-pretrain", "minimind-pretrain-b", "minimind-pretrain-c"
+NOT_STARTED = {"refused": "Kernel push error: no"}
 
 
 def test_a_run_is_resumed_in_turns_until_it_is_finished(site, capsys):
@@ -106,7 +107,7 @@ def test_a_session_that_is_lost_costs_its_own_hours_only(site, capsys):
     empty = {"states": "RE", "gain": 10, "empty_mount": True}
     partial = lost | {"lost": False}
     pushed = site.run(TIME_BUDGET, lost, empty, TIME_BUDGET, partial, FINISHED)
-    assert pushed == [A, B, B, B, A, A]
+    assert pushed == [A, B, B, B, A, C]  # not over the partial output
     told = capsys.readouterr().out
     assert f"{B} version 1: CANCEL_ACKNOWLEDGED" in told and "no run in the" in told
     assert "the run is killed, saved at step 30" in told
@@ -261,3 +262,74 @@ def test_an_output_that_cannot_be_read_is_fetched_until_it_can(site, monkeypatch
     with pytest.raises(SystemExit, match=f"output of ann/{A} is late or incomplete"):
         site.run(TIME_BUDGET, FINISHED)
     assert site.pushes() == [A, B, A]
+
+
+def test_a_partial_output_of_the_first_version_is_never_pushed_over(site):
+    partial = {"states": "RE", "gain": 5, "status": "time_budget"}
+    empty = {"states": "RE", "empty_mount": True}
+    assert site.run(partial, empty, FINISHED) == [A, B, B]
+    assert site.state()["runs"]["pretrain"]["step"] == 15
+
+
+def test_a_notebook_that_lost_the_run_is_not_attached(site):
+    with pytest.raises(SystemExit, match="Kernel push error"):
+        site.run(TIME_BUDGET, NOT_STARTED)
+    kernels_now = json.loads((site.folder / "site.json").read_text())["kernels"]
+    browser = {
+        "identity": "other",
+        "step": 3,
+        "stage": "pretrain",
+        "status": "finished",
+    }
+    kernels_now[f"ann/{A}"] |= {"number": 2, "run": browser}
+    with pytest.raises(
+        SystemExit, match=f"{A} no longer holds the run at step 10, since"
+    ):
+        site.run(FINISHED, kernels=kernels_now)
+    assert site.run(FINISHED, arguments=["--adopt"]) == [A, B, B]
+    assert site.state()["runs"]["pretrain"]["identity"] == "other"
+
+
+def test_a_new_chain_resumes_a_run_that_is_there_only_if_asked(site):
+    site.run(FINISHED)
+    longer = ["-p", "epochs", "2"]
+    with pytest.raises(
+        SystemExit, match="other parameters: .* add --adopt to train its"
+    ):
+        kernels.main(site.arguments(*longer))
+    (site.folder / "out" / "chain.json").write_text("{}")
+    with pytest.raises(SystemExit, match="chain.json is damaged: delete it, then the"):
+        kernels.main(site.arguments())
+    (site.folder / "out" / "chain.json").unlink()
+    with pytest.raises(
+        SystemExit, match=f"{A} has a run at step 10: --adopt resumes it"
+    ):
+        kernels.main(site.arguments())
+    assert site.run(FINISHED, arguments=[*longer, "--adopt"]) == [A, B]
+    assert site.state()["runs"]["pretrain"]["step"] == 20
+
+
+def test_a_push_with_an_unknown_error_may_have_started(site, monkeypatch):
+    real = kaggle_stand_in.push
+
+    def push(state, folder):
+        real(state, folder)
+        return "Expecting value: line 1 column 1 (char 0)"
+
+    monkeypatch.setattr(kaggle_stand_in, "push", push)
+    assert site.run(TIME_BUDGET, FINISHED) == [A, B]
+
+
+def test_a_pushed_notebook_is_never_taken_for_a_missing_one(site):
+    missing = ["404 Client Error: Not Found"] * 9
+    with pytest.raises(SystemExit, match="Kernel push error"):
+        site.run(TIME_BUDGET, NOT_STARTED)
+    kernels_now = json.loads((site.folder / "site.json").read_text())["kernels"]
+    kernels_now[f"ann/{A}"]["states"] = list("RRRRC")
+    assert site.run(FINISHED, unreadable=missing, kernels=kernels_now) == [A, B, B]
+
+
+def test_only_the_quota_of_the_gpu_is_waited_for(site):
+    full = {"refused": "Kernel push error: Private notebook storage quota exceeded"}
+    with pytest.raises(SystemExit, match="storage quota exceeded"):
+        site.run(full)
