@@ -22,7 +22,7 @@ from fetching import (
     tell,
     wait_until_ended,
 )
-from kaggle_command import BUSY, NotPushed, Refused, Unreadable
+from kaggle_command import NotPushed, Refused, Unreadable, is_busy
 from pushing import (
     check_command,
     push_command,
@@ -74,7 +74,7 @@ def check_outputs(chain: Chain, name: str, run: dict[str, Any]) -> None:
     found: list[tuple[int, str, str, FetchedRun]] = []
     for kernel in chain.kernels(name):
         if state := chain.ask_state(kernel):
-            if state in BUSY:
+            if is_busy(state):
                 tell(f"{kernel} is {state} already: waiting for that session")
                 show = partial(tell_state, kernel)
                 state = wait_until_ended(kernel, chain.options.poll, show)
@@ -107,7 +107,7 @@ def start_session(chain: Chain, name: str, run: dict[str, Any]) -> None:
     hours = wait_for_hours(chain)
     states = {kernel: chain.ask_state(kernel) for kernel in chain.kernels(name)}
     for kernel, state in states.items():
-        if state in BUSY:
+        if is_busy(state):
             tell(f"{kernel} is {state} already: waiting for that session")
             note_session(chain, kernel, attached=False)
             return

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from kaggle_command import (
-    BUSY,
     Refused,
     Unreadable,
     find_state,
+    is_busy,
     is_network_error,
     kaggle,
     shorten,
@@ -72,7 +72,7 @@ def run_continue(options: argparse.Namespace) -> None:
     """
     for folder in find_kernels(options):
         kernel = kernel_of(folder)
-        if (state := find_state(kernel)) in BUSY:
+        if is_busy(state := find_state(kernel)):
             raise Refused(f"{kernel} is {state}: kernels.py wait, then continue")
         runs = fetch_runs(kernel, options.out, state)
         runs = [run for run in runs if run.stage == folder.name]
@@ -106,7 +106,7 @@ def wait_until_ended(kernel: str, poll: float, show: Callable[[str], None]) -> s
         state = ask_state(kernel, poll, exists=True) or ""
         if state != told:
             show(state)
-        if state not in BUSY:
+        if not is_busy(state):
             return state
         told = state
 

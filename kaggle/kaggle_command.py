@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from typing import NamedTuple
 
-BUSY = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
+ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 PATIENCE_SECONDS = 3600  # for the upload of a data set
 _NETWORK = (
     r"timed? ?out|connection|max retries|resolve|\b5\d\d \w+ ?error|\b429\b|rate limit"
@@ -53,6 +53,11 @@ def find_state(kernel: str) -> str | None:
         f"the state of {kernel} is unknown (kaggle said {shorten(said)!r}): check your key "
         f"and `kaggle kernels status {kernel}`"
     )
+
+
+def is_busy(state: str | None) -> bool:
+    """Return whether a version in this state runs or will, which an unknown one may."""
+    return state is not None and state not in ENDED
 
 
 def read_quota() -> Quota | None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from building import DATASET, INJECTED, KERNEL, SOURCES, find_built, id_of
 from kaggle_command import (
-    BUSY,
     NotPushed,
     Refused,
     Unreadable,
     find_state,
+    is_busy,
     kaggle,
     shorten,
 )
@@ -159,7 +159,7 @@ def attach_sources(folder: Path, again: bool) -> None:
     user, out = metadata["id"].partition("/")[0], folder.parents[1]
     others = [find_holder(out, user, name) for name in SOURCES[folder.name]]
     states = {name: find_state(name) for name in (metadata["id"], *others)}
-    busy = [f"{name} is {state}" for name, state in states.items() if state in BUSY]
+    busy = [f"{name} is {state}" for name, state in states.items() if is_busy(state)]
     if busy and not again:
         raise Refused(
             f"{', '.join(busy)}: pushing {folder.name} now would start a second session "

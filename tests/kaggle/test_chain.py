@@ -333,3 +333,9 @@ def test_only_the_quota_of_the_gpu_is_waited_for(site):
     full = {"refused": "Kernel push error: Private notebook storage quota exceeded"}
     with pytest.raises(SystemExit, match="storage quota exceeded"):
         site.run(full)
+
+
+def test_a_state_of_another_name_is_waited_for(site, monkeypatch):
+    monkeypatch.setitem(kaggle_stand_in.NAMES, "P", "PENDING")
+    monkeypatch.setitem(FINISHED, "states", "PPRC")
+    assert site.run(FINISHED) == [A]
