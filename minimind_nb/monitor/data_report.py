@@ -70,6 +70,8 @@ class DataReport:
             bars = "".join(f'<i style="height:{share:.1%}"></i>' for share in shares)
             charts += f'<div><div class="bars">{bars}</div>{title}</div>'
         body = f'{self.facts.html()}<div class="facts faint">{charts}</div>'
-        samples = f"<summary>{len(self.preview.samples)} samples</summary>"
-        samples += self.preview._repr_html_()
-        return page(f"{body}{self.table.html()}<details>{samples}</details>")
+        body += self.table.html()
+        if count := len(self.preview.samples):
+            samples = self.preview._repr_html_()
+            body += f"<details><summary>{count} samples</summary>{samples}</details>"
+        return page(body)
