@@ -15,6 +15,7 @@ script, where sessions and calls are counted from 1:
 """
 
 import fcntl
+import glob
 import json
 import os
 import re
@@ -76,8 +77,9 @@ def write(file: Path, values: Record) -> None:
 def largest(folder: Path, number: str = r'"step": (\d+)') -> float:
     """Return the largest of such numbers in the metrics below a folder, or 0."""
     found = [0.0]
-    for file in folder.rglob("metrics.jsonl"):
-        found += map(float, re.findall(number, file.read_text()))
+    # Unlike pathlib, glob takes folders in its stride that a run removes meanwhile.
+    for file in glob.glob(f"{folder}/**/metrics.jsonl", recursive=True):
+        found += map(float, re.findall(number, Path(file).read_text()))
     return max(found)
 
 
