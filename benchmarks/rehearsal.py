@@ -33,7 +33,7 @@ LIES: Record = {
     **{"empty": True, "kill": {6: 35, 9: 35}, "lost": [9]},
     **{"one_gpu": [10], "late": {8: 4.0}, "failed_pushes": [4], "unreadable_every": 40},
     **{"kill_caller_of_push": [2, 7], "kill_caller_of_output": [5]},
-    **{"quota_seconds": 200, "week_seconds": 260},
+    **{"quota_seconds": 110, "week_seconds": 150},
 }
 KILLED, ENDED = "-- the chain was killed", "-- the chain ended"
 
