@@ -71,7 +71,7 @@ def read_quota() -> Quota | None:
 
 
 def is_network_error(said: str) -> bool:
-    """Return whether an answer tells of the network or of Kaggle's servers only."""
+    """Return whether an answer reports only a fault of the network or of the servers."""
     return bool(re.search(_NETWORK, said, re.IGNORECASE))
 
 

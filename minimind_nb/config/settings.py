@@ -165,7 +165,7 @@ class TrainConfig:
     """"hf:USER/NAME": keep the newest checkpoint in this repository, made private if it
     does not exist. Needs HF_TOKEN; a resumed call names it again."""
     publish_minutes: float = _DEFAULT
-    """Minutes between uploads, besides those at the start and the end; default 30."""
+    """Minutes between uploads; default 30. The start and the end upload, too."""
     save_interval: int = _DEFAULT
     """Optimizer steps between checkpoints; one is written at the end too."""
     keep_checkpoints: int = _DEFAULT

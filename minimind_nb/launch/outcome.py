@@ -63,7 +63,7 @@ class RankRecord:
     """The state of one rank, which it keeps in a file of the run folder.
 
     `status` is "running", "failed" or one of `ENDINGS`; `doing` names what it does
-    besides making steps, such as "saving".
+    in addition to steps, such as "saving".
     """
 
     file: Path

@@ -114,7 +114,7 @@ def outcome(history: History) -> str:
 
 
 def activity(history: History) -> str:
-    """Return what a running training does besides making steps, else ""."""
+    """Return what a running training does other than steps, else ""."""
     record = RankRecord.read(RunFolder(history.path.parent).record_file(0))
     if record is None or (record.status, record.phase) != ("running", "training"):
         return "starting the processes"

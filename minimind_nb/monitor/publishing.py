@@ -110,7 +110,7 @@ def _upload(
             name = f"run/{file.relative_to(run.root)}"
             if re.fullmatch(RUN_FILE, name) or file.name in _SHOWN:
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, new / name)  # the run goes on meanwhile
+                shutil.copyfile(file, new / name)  # the run continues meanwhile
         verified.verify(new / "run" / found.relative_to(run.root))
         if card is not None or WEIGHTS not in repository.files:
             _write_card(new, step_of(found), repository.name, card)
